@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up everything they need, once; a second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint check clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
+
+# torch first: what is installed after it then keeps to it, and does not choose another build.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart_output

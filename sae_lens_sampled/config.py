@@ -1,0 +1,84 @@
+"""Config of the `sampled_topk` training architecture: BatchTopK's, and the fields that choose the candidate pool."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
+from typing_extensions import override
+
+from sae_lens_sampled.scores import SCORES
+
+PoolSampling = Literal["top", "proportional"]
+
+
+@dataclass
+class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+    """
+    Configuration class for training a SampledTopKTrainingSAE (Sampled-SAE, arXiv 2508.21324).
+
+    BatchTopK restricted to a candidate pool: each batch first scores every latent, keeps the best
+    `k * pool_factor` as candidates, and runs BatchTopK among these. Fields that BatchTopK has too are
+    documented there; `aux_loss_coefficient` defaults to the paper's 1/32.
+
+    Args:
+        pool_factor (float): Candidate pool size over k, at least 1 (the paper's l). From d_sae / k on every latent is
+            a candidate, which is BatchTopK.
+        score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
+            ridge_leverage, uniform, or a name given to register_score.
+        pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
+            without replacement, with probability proportional to the score.
+        pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
+            the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
+        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
+            training steps, so a resumed run repeats it.
+    """
+
+    aux_loss_coefficient: float = 1 / 32
+    pool_factor: float = 5.0
+    score: str = "l2_norm"
+    pool_sampling: PoolSampling = "top"
+    pool_group_size: int | None = None
+    pool_seed: int = 0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sampled_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 < self.k <= self.d_sae, f"k={self.k} must be above 0 and at most d_sae={self.d_sae}.")
+        _check(
+            math.isfinite(self.pool_factor) and self.pool_factor >= 1,
+            f"pool_factor={self.pool_factor} must be finite and at least 1: each token keeps k={self.k} entries "
+            f"of k * pool_factor candidates. pool_factor={self.d_sae / self.k:g} (d_sae / k) makes every latent one.",
+        )
+        _check(
+            self.score in SCORES,
+            f"score={self.score!r} is not known; known are {', '.join(SCORES)}. Add your own with register_score.",
+        )
+        _check(
+            self.pool_sampling in get_args(PoolSampling),
+            f"pool_sampling={self.pool_sampling!r} must be one of {', '.join(get_args(PoolSampling))}.",
+        )
+        _check(
+            not (self.score == "uniform" and self.pool_sampling == "top"),
+            "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to choose by; "
+            "use pool_sampling='proportional'.",
+        )
+        _check(
+            self.pool_group_size is None or self.pool_group_size >= 1,
+            f"pool_group_size={self.pool_group_size} must be at least 1 token, or None for one pool per batch.",
+        )
+        _check(
+            self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
+            f"normalize_activations={self.normalize_activations!r} does not work with SAELens' auxiliary loss, which "
+            "would stop the run at the first dead latent; use 'none', 'expected_average_only_in' or "
+            "'covariance_whitening'.",
+        )
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,51 @@
+"""Buffers that keep their dtype and every bit, whatever happens to the module around them.
+
+Counters and running means must not follow the weights to bfloat16: a mean that moves by 1 % a step stands still there,
+and a counter loses its last digits. Two things would take them there: `module.to(dtype)`, and SAELens' disk loader,
+which casts every tensor of a file to the SAE's dtype (`read_sae_components_from_disk`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def restore_buffers(module: nn.Module, originals: dict[str, Tensor]) -> None:
+    """Undo what a cast did to the buffers of `module`; a change of device stays.
+
+    Args:
+        module: after the cast.
+        originals: `dict(module.named_buffers())` from before it.
+    """
+    for name, original in originals.items():
+        owner, _, leaf = name.rpartition(".")
+        buffers = module.get_submodule(owner)._buffers
+        cast = buffers[leaf]
+        if cast is not None and cast.dtype != original.dtype:
+            # There is nothing to copy from the meta device; only the dtype matters there.
+            buffers[leaf] = cast.to(original.dtype) if original.is_meta else original.to(cast.device)
+
+
+def pack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Replace each buffer in `state_dict` by its bytes: numbers up to 255, which every float dtype holds exactly."""
+    for name, _ in module.named_buffers():
+        state_dict[name] = state_dict[name].reshape(-1).contiguous().view(torch.uint8)
+
+
+def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Inverse of `pack_buffers`, also after `state_dict` was cast to another dtype.
+
+    Raises:
+        ValueError: if a buffer of `module` is missing or has another size, as in another architecture's checkpoint.
+    """
+    for name, buffer in module.named_buffers():
+        packed = state_dict.get(name)
+        if packed is None or packed.numel() != buffer.numel() * buffer.element_size():
+            found = "missing" if packed is None else f"of {packed.numel()} bytes"
+            raise ValueError(
+                f"this is not a checkpoint of such a sampled_topk SAE: {name!r} is {found}, expected "
+                f"{buffer.numel() * buffer.element_size()} bytes. Checkpoints hold {sorted(state_dict)[:4]} and so on; "
+                "an SAE exported for inference cannot be trained further."
+            )
+        state_dict[name] = packed.to(torch.uint8).view(buffer.dtype).view(buffer.shape)

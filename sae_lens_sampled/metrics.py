@@ -1,0 +1,19 @@
+"""Free functions on activations, counts and decoders."""
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+
+def gini(counts: Num[Tensor, " n"]) -> Tensor:
+    """Gini coefficient of non-negative `counts`, in [0, 1 - 1/n], float64, shape ().
+
+    0 if all are equal, 1 - 1/n if one has everything; 0 if there is nothing to share. Over selection counts it measures
+    the "activation lottery": how few latents take most of the selections.
+    """
+    ordered = counts.double().sort().values
+    n = len(ordered)
+    rank = torch.arange(1, n + 1, dtype=torch.double, device=ordered.device)
+    total = ordered.sum()
+    value = ((2 * rank - n - 1) * ordered).sum() / (n * total)
+    return torch.where(total > 0, value, torch.zeros_like(value))

@@ -1,0 +1,71 @@
+"""What a training run remembers about its pools, and the numbers worth logging from it."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_lens_sampled.metrics import gini
+
+
+class PoolRecord(nn.Module):
+    """Running record of pools and selections; updated every step without waiting for the device.
+
+    Every buffer is persistent, so a resumed run goes on where it stopped.
+    """
+
+    n_steps: Tensor
+    """Training steps so far, int64, shape (). Also numbers the random draws of sampled pools: SAELens' own counter is
+    one too low in intermediate checkpoints."""
+    selection_counts: Tensor
+    """How many entries of each latent were kept, int64, shape (d_sae,)."""
+    ever_pooled: Tensor
+    """Whether a latent was ever in a pool, bool, shape (d_sae,)."""
+    pool: Tensor
+    """The latest pool, with groups the union over them, bool, shape (d_sae,)."""
+    churn: Tensor
+    """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
+    cutoff: Tensor
+    """The smallest positive activation kept in the latest batch that kept any, float32, shape ()."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("selection_counts", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self.register_buffer("ever_pooled", torch.zeros(d_sae, dtype=torch.bool, device=device))
+        self.register_buffer("pool", torch.zeros(d_sae, dtype=torch.bool, device=device))
+        self.register_buffer("churn", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("cutoff", torch.zeros((), dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def update(self, acts: Float[Tensor, "tokens d_sae"], pool: Int[Tensor, "groups n_candidates"] | None) -> None:
+        """Count one training step.
+
+        Args:
+            acts: what the batch kept, 0 elsewhere.
+            pool: indices of the candidates; None if every latent was one.
+        """
+        kept = acts > 0
+        smallest = torch.where(kept, acts, torch.inf).amin().to(self.cutoff.dtype)
+        new_pool = torch.full_like(self.pool, pool is None)
+        if pool is not None:
+            new_pool.index_fill_(0, pool.flatten(), True)
+        overlap = (self.pool & new_pool).sum() / (self.pool | new_pool).sum()
+        self.cutoff.copy_(torch.where(smallest.isfinite(), smallest, self.cutoff))
+        self.churn.copy_(torch.where(self.n_steps > 0, 1 - overlap, 0.0))
+        self.selection_counts += kept.sum(dim=0)
+        self.ever_pooled |= new_pool
+        self.pool.copy_(new_pool)
+        self.n_steps += 1
+
+
+POOL_STATISTICS: dict[str, Callable[[PoolRecord], Tensor]] = {
+    "pool_size": lambda record: record.pool.sum(),
+    "pool_churn": lambda record: record.churn,
+    "ever_pooled_share": lambda record: record.ever_pooled.double().mean(),
+    "starved_share": lambda record: 1 - record.ever_pooled.double().mean(),
+    "selection_gini": lambda record: gini(record.selection_counts),
+    "cutoff": lambda record: record.cutoff,
+}
+"""One number each, as logged during training and returned by `pool_statistics()`."""

@@ -1,0 +1,157 @@
+"""The two stages of Sampled-SAE (arXiv 2508.21324): a candidate pool from scores, then BatchTopK inside it.
+
+With one pool for the whole batch there is one group; with `pool_group_size=g` every run of g consecutive tokens is a
+group with a pool of its own, the last one possibly shorter. The cutoff is batch-wide in both cases.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lens_sampled.scores import SCORES
+
+
+class ColumnStatistics(NamedTuple):
+    """What a batch tells about each latent, per group; all a pool is chosen from."""
+
+    scores: Float[Tensor, "groups d_sae"]
+    norms: Float[Tensor, "groups d_sae"]
+    """L2 norms: between equal scores the larger norm wins."""
+    alive: Bool[Tensor, "groups d_sae"]
+    """Whether the latent has a positive activation."""
+
+
+def pool_size(k: float, pool_factor: float, d_sae: int) -> int:
+    """Number m of candidates: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
+    if pool_factor >= d_sae / k:
+        return d_sae
+    return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
+
+
+@torch.no_grad()
+def column_statistics(
+    acts: Float[Tensor, "tokens d_sae"], score: str, n_candidates: int, group_size: int | None
+) -> ColumnStatistics:
+    """Score, norm and liveness of every latent in every group, in float32 at least.
+
+    Args:
+        acts: non-negative activations.
+        score: a key of `SCORES`.
+        n_candidates: size m of the pool.
+        group_size: tokens that share a pool; None for the whole batch.
+    """
+    acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
+    parts = [
+        ColumnStatistics(
+            SCORES[score](groups, n_candidates), torch.linalg.vector_norm(groups, dim=1), groups.amax(dim=1) > 0
+        )
+        for groups in _in_groups(acts, group_size)
+    ]
+    return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tensor, "groups n_candidates"]:
+    """Indices of the best-scored latents of each group, in ascending order.
+
+    A latent that is not alive ranks below every one that is. Equal scores: the larger norm first, then the lower index.
+    """
+    # A stable sort of all latents is slow, so: find the m-th value, take all above it, and let the next criterion
+    # choose among its equals. How many are missing stays on the device.
+    scores = statistics.scores.masked_fill(~statistics.alive, -torch.inf)
+    missing = torch.full_like(scores[:, :1], n_candidates, dtype=torch.long)
+    above, equal, missing = _split_at_rank(scores, missing, n_candidates)
+    norms = statistics.norms.masked_fill(~equal, -torch.inf)
+    above_by_norm, equal, missing = _split_at_rank(norms, missing, n_candidates)
+    chosen_by_index = equal & (equal.cumsum(dim=1) <= missing)
+    return _mask_to_indices(above | above_by_norm | chosen_by_index, n_candidates)
+
+
+def perturb_scores(statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""]) -> ColumnStatistics:
+    """Scores whose largest m are a random sample without replacement, with probability proportional to the score.
+
+    Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Scores below 0 count as 0. The noise is
+    a function of (seed, draw, group, latent), the same on every device; `draw` counts the draws and stays a tensor,
+    so that no device is waited for.
+    """
+    scores = statistics.scores.double()
+    log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()
+    return statistics._replace(scores=log_scores + gumbel_noise(seed, draw, *scores.shape))
+
+
+def gumbel_noise(seed: int, draw: Int[Tensor, ""], n_groups: int, d_sae: int) -> Float[Tensor, "groups d_sae"]:
+    """Standard Gumbel noise, float64, as a function of (seed, draw, group, latent)."""
+    groups = torch.arange(n_groups, device=draw.device)[:, None]
+    latents = torch.arange(d_sae, device=draw.device)
+    bits = _hash32(_hash32(_hash32(_hash32(torch.full_like(draw, seed)) ^ draw) ^ groups) ^ latents)
+    uniform = (bits.double() + 0.5) / 2**32
+    return -(-uniform.log()).log()
+
+
+def keep_top_entries(
+    acts: Float[Tensor, "tokens d_sae"],
+    pool: Int[Tensor, "groups n_candidates"],
+    n_keep: int,
+    group_size: int | None = None,
+) -> Float[Tensor, "tokens d_sae"]:
+    """BatchTopK among the candidates: the `n_keep` largest entries in pooled columns stay, all others become 0.
+
+    With fewer candidate entries than `n_keep`, all of them stay. The gradient reaches kept entries only.
+    """
+    # With a single pool the size of its group does not matter.
+    columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
+    candidates = acts.gather(1, columns)
+    values, indices = candidates.flatten().topk(min(n_keep, candidates.numel()), sorted=False)
+    kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
+    return torch.zeros_like(acts).scatter(1, columns, kept)
+
+
+def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
+    """Views of shape (groups, tokens, d_sae): all whole groups at once, then the shorter rest if there is one."""
+    if group_size is None:
+        yield acts[None]
+        return
+    n_whole = len(acts) // group_size * group_size
+    if n_whole:
+        yield acts[:n_whole].unflatten(0, (-1, group_size))
+    if n_whole < len(acts):
+        yield acts[n_whole:][None]
+
+
+def _split_at_rank(keys: Tensor, rank: Tensor, max_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: what lies above the `rank`-th largest key, what equals it, and how many of the equals are needed.
+
+    `keys` (rows, n); `rank` (rows, 1), each in 1..max_rank.
+    """
+    cutoff = keys.topk(max_rank, dim=1).values.gather(1, rank - 1)
+    above = keys > cutoff
+    return above, keys == cutoff, rank - above.sum(dim=1, keepdim=True)
+
+
+def _mask_to_indices(mask: Tensor, n_true: int) -> Tensor:
+    """Column indices of the True entries, ascending, of a (rows, n) mask with `n_true` in every row.
+
+    Unlike `nonzero` its shape does not depend on the data, so a GPU is not waited for.
+    """
+    n_rows, n_columns = mask.shape
+    # The last of n_true + 1 slots collects what is not chosen.
+    slot = torch.where(mask, mask.cumsum(dim=1) - 1, n_true)
+    columns = torch.arange(n_columns, device=mask.device).expand(n_rows, -1)
+    return slot.new_empty(n_rows, n_true + 1).scatter_(1, slot, columns)[:, :n_true]
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer in int64; constants below 2^31 keep every product inside int64.
+
+    "lowbias32" with the constants found by TheIronBorn (github.com/skeeto/hash-prospector, issue 19).
+    """
+    x = x & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
