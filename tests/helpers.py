@@ -1,0 +1,70 @@
+"""Small SAEs and what a trainer would feed them."""
+
+from typing import Any
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from torch import Tensor
+
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+
+D_IN, D_SAE, K = 12, 40, 3
+
+
+def config(**fields: Any) -> SampledTopKTrainingSAEConfig:
+    return SampledTopKTrainingSAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 4, **fields})
+
+
+def randomise(sae: TrainingSAE[Any]) -> None:
+    """Weights with uneven decoder norms and non-zero biases, so that nothing holds by symmetry."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in sae.parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.3 + 0.02
+        parameter.data.copy_(noise.to(parameter.dtype))
+
+
+def sampled_sae(**fields: Any) -> SampledTopKTrainingSAE:
+    sae = SampledTopKTrainingSAE(config(**fields))
+    randomise(sae)
+    return sae
+
+
+def batchtopk_sae(**fields: Any) -> BatchTopKTrainingSAE:
+    cfg = BatchTopKTrainingSAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "k": K, "aux_loss_coefficient": 1 / 32, **fields})
+    sae = BatchTopKTrainingSAE(cfg)
+    randomise(sae)
+    return sae
+
+
+def activations(*shape: int, seed: int = 0) -> Tensor:
+    """Token activations with a common mean and uneven scale over dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, D_IN, generator=generator) * torch.linspace(0.5, 2, D_IN) + 0.3
+
+
+def step_input(sae_in: Tensor, n_dead: int = 0, step: int = 0) -> TrainStepInput:
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[5 : 5 + n_dead] = True
+    return TrainStepInput(
+        sae_in=sae_in, coefficients={}, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False
+    )
+
+
+def train(sae: TrainingSAE[Any], n_steps: int, batch_size: int = 64, lr: float = 3e-3, first: int = 0) -> list[Tensor]:
+    """Plain Adam steps on replayable batches; returns the losses."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    losses = []
+    for step in range(first, first + n_steps):
+        output = sae.training_forward_pass(step_input(activations(batch_size, seed=100 + step), step=step))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.detach())
+    return losses
+
+
+def gradients(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, Tensor]:
+    sae.zero_grad()
+    output.loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}

@@ -1,0 +1,72 @@
+"""What the paper says, in plain loops over Python numbers. Imports nothing from the package."""
+
+import math
+
+Matrix = list[list[float]]  # one list per token
+
+
+def score(name: str, column: list[float]) -> float:
+    total, n_tokens = sum(column), len(column)
+    entropy = -sum(a / total * math.log(a / total) for a in column if a > 0) if total > 0 else 0.0
+    if name == "l2_norm":
+        return math.sqrt(sum(a * a for a in column))
+    if name == "squared_l2":
+        return sum(a * a for a in column)
+    if name == "entropy":
+        return 1 - entropy / math.log(n_tokens) if n_tokens > 1 and total > 0 else 0.0
+    if name == "perplexity":
+        return math.exp(entropy) if total > 0 else 0.0
+    if name == "frequency":
+        return float(sum(a > 0 for a in column))
+    if name == "uniform":
+        return float(total > 0)
+    raise KeyError(name)
+
+
+def hash32(x: int) -> int:
+    x &= 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x21F0AAAD & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x735A2D97 & 0xFFFFFFFF
+    return x ^ x >> 15
+
+
+def gumbel(seed: int, draw: int, group: int, latent: int) -> float:
+    bits = hash32(hash32(hash32(hash32(seed) ^ draw) ^ group) ^ latent)
+    return -math.log(-math.log((bits + 0.5) / 2**32))
+
+
+def pool(acts: Matrix, name: str, size: int, draw: tuple[int, int, int] | None = None) -> set[int]:
+    """The `size` best latents of one group of tokens; `draw` is (seed, draw, group) if they are sampled."""
+    ranked = []
+    for latent in range(len(acts[0])):
+        column = [row[latent] for row in acts]
+        alive = max(column) > 0
+        value = score(name, column)
+        if draw is not None:
+            value = math.log(value + 2.0**-126) + gumbel(*draw, latent)
+        norm = math.sqrt(sum(a * a for a in column))
+        ranked.append((not alive, -value, -norm, latent) if alive else (True, 0.0, 0.0, latent))
+    return {latent for *_, latent in sorted(ranked)[:size]}
+
+
+def pools(
+    acts: Matrix, name: str, size: int, group_size: int | None, draw: tuple[int, int] | None = None
+) -> list[set[int]]:
+    step = group_size or len(acts)
+    groups = [acts[start : start + step] for start in range(0, len(acts), step)]
+    return [pool(group, name, size, None if draw is None else (*draw, i)) for i, group in enumerate(groups)]
+
+
+def kept_values(acts: Matrix, pools: list[set[int]], n_keep: int, group_size: int | None) -> list[float]:
+    """The positive ones among the `n_keep` largest pooled entries of the batch, in ascending order."""
+    step = group_size or len(acts)
+    entries = [row[latent] for token, row in enumerate(acts) for latent in pools[token // step]]
+    return sorted(value for value in sorted(entries, reverse=True)[:n_keep] if value > 0)
+
+
+def gini(counts: list[float]) -> float:
+    """Mean absolute difference of all pairs, over twice the mean."""
+    n, mean = len(counts), sum(counts) / len(counts)
+    return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)

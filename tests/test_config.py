@@ -1,0 +1,70 @@
+import re
+
+import pytest
+from helpers import config
+from sae_lens import JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": 0}, "k=0 must be above 0 and at most d_sae=40."),
+        ({"k": -1.5}, "k=-1.5 must be above 0 and at most d_sae=40."),
+        ({"k": 41}, "k=41 must be above 0 and at most d_sae=40."),
+        ({"k": float("nan")}, "k=nan must be above 0"),
+        ({"pool_factor": 0.9}, "pool_factor=0.9 must be finite and at least 1: each token keeps k=3"),
+        ({"pool_factor": float("inf")}, "pool_factor=13.3333 (d_sae / k) makes every latent one."),
+        ({"score": "l3"}, "score='l3' is not known; known are l2_norm, squared_l2, entropy, perplexity, frequency, "),
+        ({"score": "uniform"}, "pool_sampling='top' has nothing to choose by; use pool_sampling='proportional'."),
+        ({"pool_sampling": "random"}, "pool_sampling='random' must be one of top, proportional."),
+        ({"pool_group_size": 0}, "pool_group_size=0 must be at least 1 token, or None for one pool per batch."),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' does not work with SAELens'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_impossible_field_is_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**fields)
+
+
+def test_defaults_are_the_papers():
+    cfg = SampledTopKTrainingSAEConfig(d_in=64, d_sae=1024)
+    assert (cfg.score, cfg.pool_sampling, cfg.pool_group_size) == ("l2_norm", "top", None)
+    assert cfg.aux_loss_coefficient == 1 / 32
+    assert 3 <= cfg.pool_factor <= 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"k": 2.5, "pool_factor": 1.5}, {"score": "uniform", "pool_sampling": "proportional", "pool_group_size": 16}],
+)
+def test_dict_round_trip_keeps_class_and_fields(fields):
+    cfg = config(**fields)
+    again = TrainingSAEConfig.from_dict(cfg.to_dict())
+    assert type(again) is SampledTopKTrainingSAEConfig
+    assert again.to_dict() == cfg.to_dict()
+
+
+def test_fields_are_checked_when_a_dict_is_read():
+    with pytest.raises(ValueError, match="pool_factor=0.1 must be finite and at least 1"):
+        TrainingSAEConfig.from_dict({**config().to_dict(), "pool_factor": 0.1})
+
+
+def test_inference_config_is_jumprelu_and_remembers_where_it_came_from():
+    inference = config(pool_factor=7.0, pool_seed=3).get_inference_sae_cfg_dict()
+    assert inference["architecture"] == "jumprelu"
+    assert not {"k", "pool_factor", "score", "pool_sampling", "pool_group_size", "pool_seed"} & set(inference)
+    metadata = inference["metadata"]
+    assert metadata["training_architecture"] == "sampled_topk"
+    assert metadata["training_architecture_details"]["pool_factor"] == 7.0
+    assert metadata["training_architecture_details"]["pool_seed"] == 3
+    assert type(SAEConfig.from_dict(inference)) is JumpReLUSAEConfig
+
+
+def test_nothing_the_user_gave_is_edited():
+    given = {"k": 2.5, "pool_factor": 99.0, "pool_group_size": 3, "d_sae": 30}
+    cfg = config(**given)
+    assert {name: getattr(cfg, name) for name in given} == given
