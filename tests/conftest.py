@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -15,7 +16,13 @@ def _seeded() -> None:
 
 @pytest.fixture
 def unchecked_types():
-    """Without the run-time shape checks, which `torch.compile` cannot trace and which would answer before our errors."""
+    """Without run-time type checks: `torch.compile` cannot trace them, and they would answer before our errors."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Path:
+    """The bundled language model, in Hugging Face format, with `text/` beside it."""
+    return Path(__file__).parent.parent / "examples" / "tiny_lm"

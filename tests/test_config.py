@@ -8,6 +8,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 
 
+@pytest.mark.conformance(2)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -37,6 +38,7 @@ def test_defaults_are_the_papers():
     assert 3 <= cfg.pool_factor <= 5
 
 
+@pytest.mark.conformance(2)
 @pytest.mark.parametrize(
     "fields",
     [{}, {"k": 2.5, "pool_factor": 1.5}, {"score": "uniform", "pool_sampling": "proportional", "pool_group_size": 16}],
@@ -49,10 +51,11 @@ def test_dict_round_trip_keeps_class_and_fields(fields):
 
 
 def test_fields_are_checked_when_a_dict_is_read():
-    with pytest.raises(ValueError, match="pool_factor=0.1 must be finite and at least 1"):
+    with pytest.raises(ValueError, match=r"pool_factor=0\.1 must be finite and at least 1"):
         TrainingSAEConfig.from_dict({**config().to_dict(), "pool_factor": 0.1})
 
 
+@pytest.mark.conformance(2)
 def test_inference_config_is_jumprelu_and_remembers_where_it_came_from():
     inference = config(pool_factor=7.0, pool_seed=3).get_inference_sae_cfg_dict()
     assert inference["architecture"] == "jumprelu"

@@ -12,6 +12,7 @@ def autocast(enabled: bool):
     return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
+@pytest.mark.conformance(8)
 @pytest.mark.parametrize("pool_factor", [D_SAE / K, D_SAE / K + 5, 13.2])
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def autocast(enabled: bool):
     ids=str,
 )
 def test_a_pool_of_all_latents_is_batchtopk_to_the_last_bit(pool_factor, bfloat16, fields):
-    """Activations, losses, every gradient, every weight and the threshold over 20 steps of training with dead latents."""
+    """Activations, losses, every gradient and weight, the threshold: over 20 steps of training with dead latents."""
     if "k" in fields:
         pool_factor = max(pool_factor, D_SAE / fields["k"])
     shared = {name: fields[name] for name in fields if not name.startswith("pool") and name != "score"}

@@ -80,7 +80,9 @@ def test_ridge_leverage_sees_evenly_strided_rows_from_the_first_to_the_last():
     between = acts.clone()
     between[1::3] = 77.0
     torch.testing.assert_close(ridge_leverage(between, 2), ridge_leverage(acts, 2))
-    assert not torch.allclose(ridge_leverage(acts * torch.linspace(1, 9, n_tokens)[:, None], 2), ridge_leverage(acts, 2))
+    assert not torch.allclose(
+        ridge_leverage(acts * torch.linspace(1, 9, n_tokens)[:, None], 2), ridge_leverage(acts, 2)
+    )
 
 
 def test_ridge_leverage_prefers_a_latent_that_no_other_can_replace():
@@ -118,7 +120,9 @@ def test_registering_a_name_twice_is_refused():
 
 def test_score_of_the_wrong_shape_is_refused(registered):
     register_score(registered, lambda acts, pool_size: acts.sum())
-    with pytest.raises(ValueError, match=r"'mine' returned shape \(\) for activations of shape \(5, 4\).*return \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"'mine' returned shape \(\) for activations of shape \(5, 4\).*return \(4,\)"
+    ):
         SCORES[registered](torch.rand(5, 4), 2)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers import D_IN, D_SAE, K, activations, gradients, sampled_sae, step_input, train
+
 from sae_lens_sampled.selection import candidate_pool, column_statistics
 
 VARIANTS = [
@@ -21,6 +22,7 @@ def pooled_columns(sae):
     return sae.pool_record.pool.nonzero().flatten().tolist()
 
 
+@pytest.mark.conformance(1)
 @variants
 def test_step_keeps_at_most_the_budget_nothing_negative_and_nothing_outside_the_pool(fields):
     sae = sampled_sae(**fields)
@@ -66,6 +68,7 @@ def test_gradients_are_those_of_the_kept_entries(rescale, group_size):
     assert (got["b_enc"][off_pool] == 0).all()
 
 
+@pytest.mark.conformance(11)
 @variants
 def test_three_dimensional_input_is_its_flattened_rows(fields):
     flat, nested = sampled_sae(**fields), sampled_sae(**fields)
@@ -85,6 +88,7 @@ def test_one_dimensional_input_is_a_batch_of_one(fields):
     assert torch.equal(sae.encode(token), sae.encode(token[None])[0])
 
 
+@pytest.mark.conformance(15)
 @variants
 def test_training_lowers_the_loss(fields):
     losses = train(sampled_sae(**fields), 60)
@@ -126,7 +130,9 @@ def test_non_finite_rows_stop_training_before_anything_changes(bad):
     sae, batch = sampled_sae(), activations(20)
     batch[3, 1] = batch[7, 0] = batch[7, 5] = bad
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    with pytest.raises(ValueError, match=r"^2 of 20 rows of sae_in are not finite at training step 17; training stopped"):
+    with pytest.raises(
+        ValueError, match=r"^2 of 20 rows of sae_in are not finite at training step 17; training stopped"
+    ):
         sae.training_forward_pass(step_input(batch, step=17))
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
@@ -155,6 +161,7 @@ def test_fewer_positive_entries_than_the_budget_keeps_exactly_those():
     assert (acts > 0).sum() <= 10 < K * 10
 
 
+@pytest.mark.conformance(9)
 def test_auxiliary_loss_matches_its_definition_and_reaches_dead_latents_only():
     """SAELens' AuxK: the dead latents' top d_in / 2 pre-activations reconstruct what is missing."""
     sae, batch = sampled_sae(pool_group_size=8), activations(30)
@@ -174,6 +181,7 @@ def test_auxiliary_loss_matches_its_definition_and_reaches_dead_latents_only():
     assert len(touched) > 5
 
 
+@pytest.mark.conformance(10)
 def test_hooks_see_the_tensors_of_the_training_step():
     sae, batch = sampled_sae(), activations(20)
     seen = {}

@@ -1,0 +1,94 @@
+import importlib
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+
+import pytest
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from typer.testing import CliRunner
+
+import sae_lens_sampled
+from sae_lens_sampled.cli import app
+
+
+def run(*command: str, cwd=None) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
+
+
+def test_train_runs_saelens_with_our_architecture_and_the_output_needs_no_plugin(tiny_lm, tmp_path):
+    flags = {
+        "architecture": "sampled_topk",
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": tiny_lm,
+        "hook_name": "gpt_neox.layers.2",
+        "dataset_path": tiny_lm / "text",
+        "is_dataset_tokenized": False,
+        "d_in": 128,
+        "d_sae": 192,
+        "k": 8,
+        "pool_factor": 3,
+        "pool_group_size": 16,
+        "context_size": 32,
+        "training_tokens": 1024,
+        "train_batch_size_tokens": 128,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 8,
+        "output_path": tmp_path / "output",
+        "checkpoint_path": tmp_path / "checkpoints",
+        "log_to_wandb": False,
+    }
+    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    run(sys.executable, "-m", "sae_lens_sampled", "train", *arguments, cwd=tmp_path)
+    cfg = json.loads((tmp_path / "output" / "cfg.json").read_text())
+    assert cfg["metadata"]["training_architecture_details"]["pool_group_size"] == 16
+    script = """
+import sys
+from sae_lens import SAE
+import torch
+sae = SAE.load_from_disk(sys.argv[1])
+assert "sae_lens_sampled" not in sys.modules
+print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
+"""
+    assert run(sys.executable, "-c", script, str(tmp_path / "output")) == "jumprelu (5, 192)\n"
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_train_help_is_saelens_own_with_our_fields(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        app(["train", "--architecture", "sampled_topk", "--help"], standalone_mode=False)
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--training_tokens" in text
+    assert "--pool_group_size [int]" in text
+    assert "Number of consecutive tokens that share a pool." in text
+
+
+def test_info_names_versions_architectures_and_scores():
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 0
+    for text in (version("sae-lens"), version("torch"), "sampled_topk", "ridge_leverage", "cpu"):
+        assert text in result.output
+
+
+def test_command_and_entry_point_are_installed():
+    (command,) = entry_points(group="console_scripts", name="sae-lens-sampled")
+    assert command.load() is app
+    (plugin,) = entry_points(group="sae_lens.architectures", name="sampled_topk")
+    assert plugin.load() is sae_lens_sampled
+
+
+def test_version_is_the_distributions():
+    assert sae_lens_sampled.__version__ == version("sae-lens-sampled")
+
+
+def test_importing_twice_and_reloading_are_harmless():
+    before = SAE_TRAINING_CLASS_REGISTRY["sampled_topk"]
+    importlib.reload(sae_lens_sampled)
+    assert SAE_TRAINING_CLASS_REGISTRY["sampled_topk"] is before
+    assert before == (sae_lens_sampled.SampledTopKTrainingSAE, sae_lens_sampled.SampledTopKTrainingSAEConfig)
+
+
+def test_importing_prints_nothing_and_leaves_sae_bench_alone():
+    script = "import sys, sae_lens_sampled; assert not [m for m in sys.modules if m.startswith('sae_bench')]"
+    assert run(sys.executable, "-c", script) == ""

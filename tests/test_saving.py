@@ -1,0 +1,168 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import D_SAE, activations, batchtopk_sae, sampled_sae, step_input, train
+from sae_lens import SAE, JumpReLUSAE
+from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import load_file
+
+from sae_lens_sampled import SampledTopKTrainingSAE
+
+
+def trained(**fields):
+    sae = sampled_sae(**fields)
+    train(sae, 4)
+    # Values that only survive at full width: beyond float32's whole numbers, and not a bfloat16.
+    sae.pool_record.selection_counts[3] = 2**24 + 1
+    sae.pool_record.selection_counts[4] = 2**53 + 1
+    sae.pool_record.n_steps.fill_(16_777_217)
+    sae.topk_threshold = torch.tensor(0.1234567890123456, dtype=torch.float64)
+    return sae
+
+
+def assert_same_buffers(got, want):
+    want = dict(want.named_buffers())
+    assert dict(got.named_buffers()).keys() == want.keys()
+    for name, buffer in got.named_buffers():
+        assert buffer.dtype == want[name].dtype, name
+        assert torch.equal(buffer, want[name]), name
+
+
+def assert_same_parameters(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+@pytest.mark.conformance(12)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_training_checkpoint_round_trip_keeps_every_bit(tmp_path, dtype):
+    sae = trained(dtype=dtype, pool_sampling="proportional", pool_group_size=5)
+    sae.save_model(tmp_path)
+    for again in (TrainingSAE.load_from_disk(tmp_path), SampledTopKTrainingSAE(sae.cfg)):
+        again.load_weights_from_checkpoint(tmp_path)
+        assert type(again) is SampledTopKTrainingSAE
+        assert_same_parameters(again, sae)
+        assert_same_buffers(again, sae)
+    from_disk = TrainingSAE.load_from_disk(tmp_path)
+    assert_same_buffers(from_disk, sae)
+    assert from_disk.cfg.to_dict() == sae.cfg.to_dict()
+    batch = step_input(activations(20))
+    assert torch.equal(from_disk.training_forward_pass(batch).loss, sae.training_forward_pass(batch).loss)
+    assert_same_buffers(from_disk, sae)
+
+
+def test_loading_in_another_dtype_casts_weights_only(tmp_path):
+    sae = trained()
+    sae.save_model(tmp_path)
+    again = TrainingSAE.load_from_disk(tmp_path, dtype="bfloat16")
+    assert again.W_enc.dtype == torch.bfloat16
+    assert_same_buffers(again, sae)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda s: s.to(torch.bfloat16), lambda s: s.half(), lambda s: s.to("cpu", torch.float64)]
+)
+def test_moving_to_another_dtype_casts_weights_only(cast):
+    sae, want = trained(), trained()
+    assert cast(sae) is sae
+    assert sae.W_enc.dtype != torch.float32
+    assert_same_buffers(sae, want)
+
+
+def test_moving_to_the_meta_device_and_back_keeps_the_dtypes():
+    sae = trained().to("meta").to(torch.bfloat16).to_empty(device="cpu")
+    assert {name: b.dtype for name, b in sae.named_buffers()} == {
+        name: b.dtype for name, b in trained().named_buffers()
+    }
+
+
+@pytest.mark.conformance(7)
+def test_folding_a_scaling_factor_scales_the_threshold_only_where_the_decoder_norm_counts():
+    for rescale in (True, False):
+        sae = trained(rescale_acts_by_decoder_norm=rescale)
+        before = sae.topk_threshold.item()
+        sae.fold_activation_norm_scaling_factor(4.0)
+        assert sae.topk_threshold.item() == pytest.approx(before / 4 if rescale else before)
+
+
+@pytest.mark.conformance(5)
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 7}, {"pool_factor": 99}], ids=str)
+def test_exported_sae_is_a_jumprelu_in_plain_saelens(tmp_path, rescale, fields):
+    sae = sampled_sae(rescale_acts_by_decoder_norm=rescale, **fields)
+    train(sae, 4)
+    sae.save_inference_model(tmp_path)
+    assert set(load_file(tmp_path / "sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+    exported = SAE.load_from_disk(tmp_path)
+    assert type(exported) is JumpReLUSAE
+    if rescale:
+        torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(D_SAE))
+    batch = activations(30)
+    hidden_pre = sae.encode_with_hidden_pre(batch)[1]
+    want = torch.where(hidden_pre > exported.threshold, hidden_pre.relu(), 0)
+    torch.testing.assert_close(exported.encode(batch), want)
+    decoded = sae.decode(want)
+    torch.testing.assert_close(exported.decode(exported.encode(batch)), decoded)
+
+
+def test_exported_sae_loads_where_the_plugin_was_never_imported(tmp_path):
+    sae, batch = sampled_sae(), activations(30)
+    train(sae, 4)
+    sae.save_inference_model(tmp_path)
+    torch.save(batch, tmp_path / "batch.pt")
+    script = """
+import sys, torch
+from sae_lens import SAE
+folder = sys.argv[1]
+sae = SAE.load_from_disk(folder)
+torch.save(sae.encode(torch.load(folder + "/batch.pt")).detach(), folder + "/acts.pt")
+assert not [name for name in sys.modules if name.startswith("sae_lens_sampled")]
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "acts.pt"), SAE.load_from_disk(tmp_path).encode(batch))
+
+
+def test_saving_leaves_the_live_sae_alone(tmp_path):
+    sae, want = trained(), trained()
+    sae.save_model(tmp_path / "checkpoint")
+    sae.save_inference_model(tmp_path / "exported")
+    assert_same_parameters(sae, want)
+    assert_same_buffers(sae, want)
+
+
+def test_truncated_checkpoint_is_told_in_one_sentence(tmp_path):
+    sae = trained()
+    sae.save_model(tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"^no readable checkpoint in '.*': .*"):
+        sae.load_weights_from_checkpoint(tmp_path)
+
+
+def test_missing_checkpoint_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"^no readable checkpoint in '.*nowhere': No such file"):
+        trained().load_weights_from_checkpoint(tmp_path / "nowhere")
+
+
+def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
+    batchtopk_sae().save_model(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"not a checkpoint of such a sampled_topk SAE: 'topk_threshold' is of 1 bytes"
+    ):
+        trained().load_weights_from_checkpoint(tmp_path)
+
+
+def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
+    trained(d_sae=D_SAE + 1).save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"'pool_record.selection_counts' is of 328 bytes, expected 320 bytes"):
+        trained().load_weights_from_checkpoint(tmp_path)
+
+
+def test_exported_sae_as_a_checkpoint_is_told_in_one_sentence(tmp_path):
+    sae = trained()
+    sae.save_inference_model(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"'topk_threshold' is missing.*exported for inference cannot be trained further"
+    ):
+        sae.load_weights_from_checkpoint(tmp_path)
