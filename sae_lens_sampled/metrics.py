@@ -1,7 +1,7 @@
 """Free functions on activations, counts and decoders."""
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
@@ -17,3 +17,13 @@ def gini(counts: Num[Tensor, " n"]) -> Tensor:
     total = ordered.sum()
     value = ((2 * rank - n - 1) * ordered).sum() / (n * total)
     return torch.where(total > 0, value, torch.zeros_like(value))
+
+
+def fraction_of_variance_unexplained(x: Float[Tensor, "tokens d_in"], x_hat: Float[Tensor, "tokens d_in"]) -> Tensor:
+    r"""FVU, $\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2$ over all tokens, float64, shape (); lower is better.
+
+    0 for a perfect reconstruction, 1 for always predicting the mean, above 1 for worse. One ratio of sums: not the mean
+    of per-token ratios, which short vectors dominate.
+    """
+    x, x_hat = x.double(), x_hat.double()
+    return (x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum()
