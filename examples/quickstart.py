@@ -35,7 +35,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
@@ -124,15 +124,14 @@ def held_out_activations(args: argparse.Namespace, model: TransformerBridge, sae
 
 @torch.no_grad()
 def evaluate(sae: TrainingSAE, batches: list[Tensor]) -> tuple[dict[str, float], Tensor]:
-    """FVU, L0 and dead share with the selection of training, batch by batch; and each latent's firing rate."""
-    acts = [sae.encode(batch) for batch in batches]
-    density = torch.cat(acts).gt(0).double().mean(dim=0)
-    x_hat = torch.cat([sae.decode(part) for part in acts])
-    row = {
-        "FVU": fraction_of_variance_unexplained(torch.cat(batches), x_hat).item(),
-        "L0": density.sum().item(),
-        "dead": (density == 0).double().mean().item(),
-    }
+    """FVU and L0 of the selection of training, batch by batch, and of the exported SAE; and its firing rates."""
+    x, row = torch.cat(batches), {}
+    for suffix, one in (("", sae), (" export", to_jumprelu(sae))):
+        acts = [one.encode(batch) for batch in batches]
+        density = torch.cat(acts).gt(0).double().mean(dim=0)
+        x_hat = torch.cat([one.decode(part) for part in acts])
+        row |= {f"FVU{suffix}": fraction_of_variance_unexplained(x, x_hat).item(), f"L0{suffix}": density.sum().item()}
+    row["dead"] = (density == 0).double().mean().item()
     if hasattr(sae, "pool_statistics"):
         statistics = sae.pool_statistics()
         row |= {"starved": statistics["starved_share"], "churn": statistics["pool_churn"]}
@@ -162,11 +161,16 @@ def reload_without_plugin(folders: list[Path], activations: Tensor) -> str:
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
-    columns = {"FVU": ".3f", "L0": ".1f", "dead": ".0%", "starved": ".0%", "churn": ".1%", "seconds": ".0f"}
-    lines = [f"{'':28}" + "".join(f"{column:>9}" for column in columns)]
+    columns = {"FVU": ".3f", "L0": ".1f", "FVU export": ".3f", "L0 export": ".1f"} | {
+        "dead": ".0%",
+        "starved": ".0%",
+        "churn": ".1%",
+        "seconds": ".0f",
+    }
+    lines = [f"{'':28}" + "".join(f"{column:>11}" for column in columns)]
     for name, row in rows.items():
         cells = [format(row[column], spec) if column in row else "-" for column, spec in columns.items()]
-        lines.append(f"{name:28}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{name:28}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -229,7 +233,7 @@ def main() -> None:
         rows[name] = row | {"seconds": seconds[name]}
     n_tokens = sum(map(len, batches))
     print(f"\n{n_tokens:,} tokens of held-out text, after {args.steps:,} steps of {args.batch_size} tokens.")
-    print("FVU, L0 and dead are those of training-mode selection, which sees a whole batch at once.\n")
+    print("FVU and L0: the selection of training, over a whole batch; export: the saved SAE, token by token.\n")
     print(format_table(rows))
     print("\nReloaded in plain SAELens, without this package:")
     print(reload_without_plugin([args.output_dir / "saes" / name for name in saes], batches[0]))

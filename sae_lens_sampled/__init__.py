@@ -1,8 +1,16 @@
 """Sampled-SAE (arXiv 2508.21324) for SAELens: importing this registers the architecture `sampled_topk`."""
 
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
 
-from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.calibration import CalibrationReport, calibrate_thresholds
+from sae_lens_sampled.config import SampledTopKSAEConfig, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.scores import SCORES, register_score
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
@@ -10,13 +18,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCORES",
+    "CalibrationReport",
+    "SampledTopKSAE",
+    "SampledTopKSAEConfig",
     "SampledTopKTrainingSAE",
     "SampledTopKTrainingSAEConfig",
+    "calibrate_thresholds",
+    "load_checkpoint",
     "register_score",
+    "to_jumprelu",
 ]
 
 # SAELens refuses a name twice; reloading this module must be harmless.
-if SampledTopKTrainingSAEConfig.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
-    register_sae_training_class(
-        SampledTopKTrainingSAEConfig.architecture(), SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
-    )
+if "sampled_topk" not in SAE_TRAINING_CLASS_REGISTRY:
+    register_sae_training_class("sampled_topk", SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig)
+if "sampled_topk" not in SAE_CLASS_REGISTRY:
+    register_sae_class("sampled_topk", SampledTopKSAE, SampledTopKSAEConfig)

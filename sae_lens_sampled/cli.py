@@ -1,12 +1,20 @@
-"""The command line: `sae-lens-sampled train | info`."""
+"""The command line: `sae-lens-sampled train | calibrate | info`."""
 
+import dataclasses
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
 
 import sae_lens.llm_sae_training_runner
 import torch
 import typer
+from sae_lens import ActivationsStore
+from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE
+from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
 
@@ -21,6 +29,57 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=sae_lens_samp
 def train(context: typer.Context) -> None:
     """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
     sae_lens.llm_sae_training_runner._run_cli(context.args)
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a sampled_topk training checkpoint.")],
+    dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
+    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the one trained on.")] = None,
+    mode: Annotated[str, typer.Option(help="per_latent or global.")] = "per_latent",
+    target_l0: Annotated[float | None, typer.Option(help="Wanted L0; default: that of the selection.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 1_000_000,
+    batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.")] = 4096,
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference."""
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
+    sae = sae_lens_sampled.load_checkpoint(checkpoint, device=device)
+    if not isinstance(sae, sae_lens_sampled.SampledTopKTrainingSAE):
+        raise typer.BadParameter(f"{checkpoint} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one.")
+    batches = activation_batches(sae, model or str(sae.cfg.metadata.model_name), dataset, batch_size, device)
+    exported, report = sae_lens_sampled.calibrate_thresholds(
+        sae, batches, mode=mode, target_l0=target_l0, max_tokens=max_tokens
+    )
+    exported.save_model(out)
+    for name, value in dataclasses.asdict(report).items():
+        typer.echo(f"{name:16} {value:,.4g}" if isinstance(value, float) else f"{name:16} {value:,}")
+    typer.echo(f"Saved to {out}")
+
+
+def activation_batches(
+    sae: TrainingSAE, model_name: str, dataset: str, batch_size: int, device: str
+) -> Iterator[torch.Tensor]:
+    """Endless batches of the activations that `sae` was trained on, shape (batch_size, d_in), by its metadata."""
+    if sae.cfg.metadata.model_class_name == "AutoModelForCausalLM":
+        hook = sae.cfg.metadata.hook_name
+        model = load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
+    else:
+        # Takes folders as well as Hub names, which HookedTransformer does not.
+        model = TransformerBridge.boot_transformers(model_name, device=device)
+    return iter(
+        ActivationsStore.from_sae(
+            model,  # type: ignore[arg-type]  # SAELens supports the bridge, its annotation does not say so yet
+            sae,
+            dataset=dataset,
+            train_batch_size_tokens=batch_size,
+            store_batch_size_prompts=32,
+            n_batches_in_buffer=64,
+            device=device,
+        )
+    )
 
 
 @app.command()

@@ -39,22 +39,26 @@ class PoolRecord(nn.Module):
         self.register_buffer("cutoff", torch.zeros((), dtype=torch.float32, device=device))
 
     @torch.no_grad()
-    def update(self, acts: Float[Tensor, "tokens d_sae"], pool: Int[Tensor, "groups n_candidates"] | None) -> None:
+    def update(
+        self,
+        selection_counts: Int[Tensor, " d_sae"],
+        smallest: Float[Tensor, ""],
+        pool: Int[Tensor, "groups n_candidates"] | None,
+    ) -> None:
         """Count one training step.
 
         Args:
-            acts: what the batch kept, 0 elsewhere.
+            selection_counts: entries of each latent that the batch kept.
+            smallest: the smallest positive one of them; infinite if the batch kept none.
             pool: indices of the candidates; None if every latent was one.
         """
-        kept = acts > 0
-        smallest = torch.where(kept, acts, torch.inf).amin().to(self.cutoff.dtype)
         new_pool = torch.full_like(self.pool, pool is None)
         if pool is not None:
             new_pool.index_fill_(0, pool.flatten(), True)
         overlap = (self.pool & new_pool).sum() / (self.pool | new_pool).sum()
-        self.cutoff.copy_(torch.where(smallest.isfinite(), smallest, self.cutoff))
+        self.cutoff.copy_(torch.where(smallest.isfinite(), smallest.to(self.cutoff.dtype), self.cutoff))
         self.churn.copy_(torch.where(self.n_steps > 0, 1 - overlap, 0.0))
-        self.selection_counts += kept.sum(dim=0)
+        self.selection_counts += selection_counts
         self.ever_pooled |= new_pool
         self.pool.copy_(new_pool)
         self.n_steps += 1

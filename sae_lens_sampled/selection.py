@@ -6,13 +6,28 @@ group with a pool of its own, the last one possibly shorter. The cutoff is batch
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.scores import SCORES
+
+PoolSampling = Literal["top", "proportional"]
+
+
+@runtime_checkable
+class PoolFields(Protocol):
+    """The config fields that the selection depends on, as training and inference config both have them."""
+
+    k: float
+    d_sae: int
+    pool_factor: float
+    score: str
+    pool_sampling: PoolSampling
+    pool_group_size: int | None
+    pool_seed: int
 
 
 class ColumnStatistics(NamedTuple):
@@ -23,6 +38,24 @@ class ColumnStatistics(NamedTuple):
     """L2 norms: between equal scores the larger norm wins."""
     alive: Bool[Tensor, "groups d_sae"]
     """Whether the latent has a positive activation."""
+
+
+def sampled_topk(
+    acts: Float[Tensor, "tokens d_sae"], cfg: PoolFields, draw: Int[Tensor, ""]
+) -> tuple[Float[Tensor, "tokens d_sae"], Int[Tensor, "groups n_candidates"]]:
+    """Both stages: the kept activations, 0 elsewhere, and the pools they were kept from.
+
+    Args:
+        acts: non-negative activations.
+        cfg: how to choose the pool.
+        draw: number of the random draw, if the pool is sampled.
+    """
+    n_candidates = pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
+    statistics = column_statistics(acts.detach(), cfg.score, n_candidates, cfg.pool_group_size)
+    if cfg.pool_sampling == "proportional":
+        statistics = perturb_scores(statistics, cfg.pool_seed, draw)
+    pool = candidate_pool(statistics, n_candidates)
+    return keep_top_entries(acts, pool, int(cfg.k * len(acts)), cfg.pool_group_size), pool
 
 
 def pool_size(k: float, pool_factor: float, d_sae: int) -> int:

@@ -1,5 +1,6 @@
 """The training SAE: the thin shell between the pure functions of this package and SAELens."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_sampled import exact_buffers, selection
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
+from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.rates import RateMatcher
+from sae_lens_sampled.selection import pool_size, sampled_topk
 
 
 class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
@@ -32,9 +36,15 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     def __init__(self, cfg: SampledTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self.n_candidates = selection.pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
+        self.n_candidates = pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
+        self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         self._pool: Tensor | None = None
+
+    @property
+    def latent_threshold(self) -> Tensor:
+        """The threshold that each latent would be exported with, float32, shape (d_sae,), in units of `hidden_pre`."""
+        return self.rate_matcher.threshold
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -43,7 +53,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         Raises:
             ValueError: if `x` is empty or its last dimension is not `d_in`.
         """
-        return self._encode(x, torch.zeros_like(self.pool_record.n_steps))[0]
+        return self.select(x, draw=0)
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,12 +74,20 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         """
         self._check_finite(step_input)
         output = super().training_forward_pass(step_input)
-        self.pool_record.update(output.feature_acts.flatten(end_dim=-2), self._pool)
-        self._pool = None
+        self._record(output.feature_acts.detach().flatten(end_dim=-2), output.hidden_pre.detach().flatten(end_dim=-2))
         output.metrics.update(
             {name: partial(statistic, self.pool_record) for name, statistic in POOL_STATISTICS.items()}
         )
         return output
+
+    def select(self, x: Tensor, draw: int) -> Tensor:
+        """Feature activations as training selects them from `x`, shape (..., d_sae); nothing is recorded.
+
+        Args:
+            x: activations, all of them one batch.
+            draw: number of the random draw of a sampled pool; `encode` always takes draw 0.
+        """
+        return self._encode(x, torch.full_like(self.pool_record.n_steps, draw))[0]
 
     def pool_statistics(self) -> dict[str, float]:
         """The pools so far, in numbers; the same that are logged in training. See the README's table."""
@@ -78,12 +96,12 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        exact_buffers.pack_buffers(self, state_dict)
+        pack_buffers(self, state_dict)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        exact_buffers.unpack_buffers(self, state_dict)
+        unpack_buffers(self, state_dict)
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +109,28 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         super(BatchTopKTrainingSAE, self).process_state_dict_for_saving_inference(state_dict)
         for name, _ in self.named_buffers():
             del state_dict[name]
-        state_dict["threshold"] = torch.full_like(self.b_enc, self.topk_threshold.item())
+        state_dict["threshold"] = self._inference_threshold().to(self.b_enc.dtype)
+
+    @override
+    def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
+        """Save as a JumpReLU SAE, which plain SAELens loads; the decoder rows come out unit-norm."""
+        starved = POOL_STATISTICS["starved_share"](self.pool_record).item()
+        if starved > 0.5 and self.pool_record.n_steps > 0 and self.cfg.pool_group_size is None:
+            warnings.warn(
+                f"{starved:.0%} of the latents were never in a pool: with one pool per batch and a small pool_factor "
+                f"(here {self.cfg.pool_factor:g}) the pool freezes. pool_group_size=16 lets more latents in.",
+                stacklevel=2,
+            )
+        return to_jumprelu(self).save_model(path)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # These too are in units of hidden_pre * W_dec.norm(), as SAELens' own threshold is (its issue #763).
+            self.rate_matcher.scale(1 / scaling_factor)
+            self.pool_record.cutoff /= scaling_factor
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
@@ -109,7 +148,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampledTopKTrainingSAE":
         originals = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        exact_buffers.restore_buffers(self, originals)
+        restore_buffers(self, originals)
         return self
 
     def _encode(self, x: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -120,17 +159,33 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
-        acts = hidden_pre.relu().reshape(-1, self.cfg.d_sae)
-        pool = self._choose_pool(acts, draw)
-        kept = selection.keep_top_entries(acts, pool, int(self.cfg.k * len(acts)), self.cfg.pool_group_size)
+        kept, pool = sampled_topk(hidden_pre.relu().reshape(-1, self.cfg.d_sae), self.cfg, draw)
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
-    def _choose_pool(self, acts: Tensor, draw: Tensor) -> Tensor:
-        cfg = self.cfg
-        statistics = selection.column_statistics(acts.detach(), cfg.score, self.n_candidates, cfg.pool_group_size)
-        if cfg.pool_sampling == "proportional":
-            statistics = selection.perturb_scores(statistics, cfg.pool_seed, draw)
-        return selection.candidate_pool(statistics, self.n_candidates)
+    @torch.no_grad()
+    def _record(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
+        """Update all that a step leaves behind besides gradients; both arguments have shape (tokens, d_sae)."""
+        kept = feature_acts > 0
+        counts, n_tokens = kept.sum(dim=0), len(kept)
+        self.pool_record.update(counts, torch.where(kept, feature_acts, torch.inf).amin(), self._pool)
+        self.rate_matcher.update(
+            firing_rate=(hidden_pre > self.latent_threshold).sum(dim=0) / n_tokens,
+            selection_rate=counts / n_tokens,
+            peak=hidden_pre.amax(dim=0).relu(),
+            cutoff=self.pool_record.cutoff,
+            n_tokens=n_tokens,
+            n_steps=self.pool_record.n_steps - 1,
+        )
+        self._pool = None
+
+    def _inference_threshold(self) -> Tensor:
+        """Per latent, shape (d_sae,), in units of `hidden_pre`."""
+        n_steps = self.pool_record.n_steps
+        if self.cfg.inference_threshold == "per_latent":
+            return self.rate_matcher.export(n_steps)
+        # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
+        correction = 1 - (1 - self.cfg.topk_threshold_lr) ** n_steps.clamp(min=1)
+        return (self.topk_threshold / correction).expand(self.cfg.d_sae)
 
     def _check_shape(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.cfg.d_in,):

@@ -70,3 +70,11 @@ def gini(counts: list[float]) -> float:
     """Mean absolute difference of all pairs, over twice the mean."""
     n, mean = len(counts), sum(counts) / len(counts)
     return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)
+
+
+def quantile_threshold(column: list[float], count: int) -> float:
+    """Halfway between the `count`-th largest entry and the next, nothing below 0 counting as less than 0."""
+    if count == 0:
+        return math.inf
+    ordered = sorted((max(value, 0.0) for value in column), reverse=True)
+    return (ordered[count - 1] + (ordered[count] if count < len(ordered) else 0.0)) / 2

@@ -5,10 +5,12 @@ import sys
 from importlib.metadata import entry_points, version
 
 import pytest
+from sae_lens import SAE, JumpReLUSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from typer.testing import CliRunner
 
 import sae_lens_sampled
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.cli import app
 
 
@@ -53,7 +55,6 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
     assert run(sys.executable, "-c", script, str(tmp_path / "output")) == "jumprelu (5, 192)\n"
 
 
-@pytest.mark.usefixtures("unchecked_types")
 def test_train_help_is_saelens_own_with_our_fields(capsys):
     with pytest.raises(SystemExit) as exit_info:
         app(["train", "--architecture", "sampled_topk", "--help"], standalone_mode=False)
@@ -92,3 +93,24 @@ def test_importing_twice_and_reloading_are_harmless():
 def test_importing_prints_nothing_and_leaves_sae_bench_alone():
     script = "import sys, sae_lens_sampled; assert not [m for m in sys.modules if m.startswith('sae_bench')]"
     assert run(sys.executable, "-c", script) == ""
+
+
+@pytest.mark.parametrize("hook", ["gpt_neox.layers.2", "blocks.2.hook_resid_post"])
+def test_calibrate_saves_an_sae_at_the_wanted_l0(tiny_lm, tmp_path, hook):
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=128, d_sae=192, k=8, pool_factor=4))
+    metadata = sae.cfg.metadata
+    metadata.model_name, metadata.hook_name, metadata.context_size = str(tiny_lm), hook, 64
+    metadata.prepend_bos = True
+    metadata.model_class_name = "AutoModelForCausalLM" if hook.startswith("gpt") else "HookedTransformer"
+    sae.save_model(tmp_path / "checkpoint")
+    text, out = str(tiny_lm / "text"), tmp_path / "calibrated"
+    arguments = ["--dataset", text, "--out", str(out), "--max-tokens", "3000", "--batch-size", "500"]
+    result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments, "--target-l0", "5"])
+    assert result.exit_code == 0, result.output
+    report = dict(line.split() for line in result.output.splitlines() if line.startswith(("l0_after", "n_tokens")))
+    assert report["n_tokens"] == "3,000"
+    assert float(report["l0_after"]) == pytest.approx(5, abs=0.01)
+    assert type(SAE.load_from_disk(out)) is JumpReLUSAE
+    again = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
+    assert again.exit_code == 2
+    assert "exists already; nothing is overwritten" in " ".join(again.output.split())

@@ -25,7 +25,6 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' does not work with SAELens'"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_types")
 def test_impossible_field_is_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**fields)

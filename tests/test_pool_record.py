@@ -4,6 +4,7 @@ import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled.metrics import gini
+from sae_lens_sampled.selection import sampled_topk
 
 
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}, {"pool_factor": 99}])
@@ -68,7 +69,8 @@ def test_recording_reads_nothing_back_from_the_device():
     """On the meta device every read of a value raises."""
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
-    sae.pool_record.update(acts, sae._choose_pool(acts, sae.pool_record.n_steps))
+    sae._pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
+    sae._record(acts, acts)
     assert sae.pool_record.selection_counts.is_meta
 
 

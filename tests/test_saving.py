@@ -96,14 +96,14 @@ def test_exported_sae_is_a_jumprelu_in_plain_saelens(tmp_path, rescale, fields):
     assert set(load_file(tmp_path / "sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
     exported = SAE.load_from_disk(tmp_path)
     assert type(exported) is JumpReLUSAE
-    if rescale:
-        torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(D_SAE))
+    torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(D_SAE))
     batch = activations(30)
-    hidden_pre = sae.encode_with_hidden_pre(batch)[1]
-    want = torch.where(hidden_pre > exported.threshold, hidden_pre.relu(), 0)
-    torch.testing.assert_close(exported.encode(batch), want)
-    decoded = sae.decode(want)
-    torch.testing.assert_close(exported.decode(exported.encode(batch)), decoded)
+    units = 1.0 if rescale else sae.W_dec.norm(dim=1)
+    hidden_pre = sae.encode_with_hidden_pre(batch)[1].relu()
+    fires = hidden_pre * units > exported.threshold
+    assert 0 < fires.sum() < 30 * D_SAE / 2
+    torch.testing.assert_close(exported.encode(batch), hidden_pre * units * fires)
+    torch.testing.assert_close(exported(batch), sae.decode(hidden_pre * fires))
 
 
 def test_exported_sae_loads_where_the_plugin_was_never_imported(tmp_path):

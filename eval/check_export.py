@@ -1,0 +1,174 @@
+"""Does the exported SAE do at inference what it did in training? L0 and FVU of both, over all kinds of pools.
+
+    python eval/check_export.py                     # everything: 122 SAEs, about half an hour on two CPU cores
+    python eval/check_export.py --quick             # a few of them, in two minutes
+
+Trains each SAE in SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
+on held-out data the selection of training (every batch of 512 tokens has its own pool and cutoff) with the default
+export (per-latent thresholds) and with BatchTopK's global threshold. Writes `eval/results/check_export.json`; rows that
+are there already are not computed again.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+
+ROOT = Path(__file__).parent.parent
+TINY_LM = ROOT / "examples" / "tiny_lm"
+RESULTS = ROOT / "eval" / "results" / "check_export.json"
+D_SAE, K, BATCH, STEPS, N_HELD_OUT = 512, 12, 512, 1000, 40
+POOL_FACTORS = (1, 1.5, 3, 5, 10)
+SCORES = ("l2_norm", "entropy", "perplexity")
+
+Setting = dict[str, Any]
+
+
+def settings(data: str, quick: bool) -> list[Setting]:
+    """All combinations; a pool of all latents is one and the same for all of them."""
+    all_latents = {"data": data, "pool_factor": D_SAE / K, "score": "l2_norm"}
+    kinds = itertools.product(("top", "proportional"), (None, 16), SCORES, (1, 5) if quick else POOL_FACTORS)
+    rows = [
+        {"data": data, "pool_factor": factor, "score": score, "pool_sampling": sampling, "pool_group_size": group}
+        for sampling, group, score, factor in kinds
+        if not quick or score == "l2_norm"
+    ]
+    return [all_latents, *rows]
+
+
+def language_model_activations(split: str) -> Tensor:
+    """Residual stream after block 2 on `examples/tiny_lm/text`, shape (tokens, 128), in random order."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
+    lines = (TINY_LM / "text" / f"{split}.jsonl").read_text().splitlines()
+    ids = model.tokenizer("".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
+    rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)
+    hook = "blocks.2.hook_resid_post"
+    with torch.no_grad():
+        parts = [model.run_with_cache(part, names_filter=[hook])[1][hook] for part in rows.split(64)]
+    x = torch.cat(parts).flatten(end_dim=1)
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+
+
+def batches(data: str, split: str) -> Iterator[Tensor]:
+    """Endless batches; the same for every SAE."""
+    if data == "synthetic":
+        model = SyntheticModel(SyntheticModelConfig(num_features=512, hidden_dim=64, seed=0))
+        torch.manual_seed(0 if split == "train" else 1)
+        while True:
+            yield model.sample(BATCH)
+    x = torch.load(cache_file(split), mmap=True)
+    for epoch in itertools.count():
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+        yield from (x[part] for part in order.split(BATCH) if len(part) == BATCH)
+
+
+def cache_file(split: str) -> Path:
+    return RESULTS.parent / f"activations_{split}.pt"
+
+
+def train(setting: Setting) -> SampledTopKTrainingSAE:
+    torch.manual_seed(1)
+    fields = {name: value for name, value in setting.items() if name != "data"}
+    stream = batches(setting["data"], "train")
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=next(stream).shape[1], d_sae=D_SAE, k=K, **fields))
+    cfg = SAETrainerConfig(
+        total_training_samples=STEPS * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=2e-3,
+        lr_end=2e-4,
+        lr_decay_steps=STEPS // 5,
+        dead_feature_window=200,
+    )
+    return SAETrainer(cfg, sae, stream).fit()
+
+
+@torch.no_grad()
+def compare(setting: Setting) -> Setting:
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):  # one progress bar is enough
+        sae = train(setting)
+    held_out = list(itertools.islice(batches(setting["data"], "validation"), N_HELD_OUT))
+    x = torch.cat(held_out)
+    acts = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(held_out)])
+    row = {**setting, "L0": l0(acts), "FVU": fraction_of_variance_unexplained(x, sae.decode(acts)).item()}
+    for mode in ("per_latent", "global"):
+        sae.cfg.inference_threshold = mode
+        exported = to_jumprelu(sae)
+        acts = exported.encode(x)
+        fvu = fraction_of_variance_unexplained(x, exported.decode(acts)).item()
+        row |= {f"{mode}_L0": l0(acts), f"{mode}_FVU": fvu}
+    return row
+
+
+def l0(acts: Tensor) -> float:
+    return (acts > 0).sum(dim=1).double().mean().item()
+
+
+def report(rows: list[Setting]) -> str:
+    lines = [
+        "| data | pool | groups | score | pool factor | L0 train | L0 export | L0 global | FVU train | FVU export | "
+        "FVU global | L0 gap | FVU gap |",
+        "|" + "---|" * 13,
+    ]
+    for row in rows:
+        l0_gap, fvu_gap = gaps(row)
+        lines.append(
+            f"| {row['data']} | {row.get('pool_sampling', 'all')} | {row.get('pool_group_size') or 'none'} | "
+            f"{row['score']} | {row['pool_factor']:.3g} | {row['L0']:.2f} | {row['per_latent_L0']:.2f} | "
+            f"{row['global_L0']:.1f} | {row['FVU']:.4f} | {row['per_latent_FVU']:.4f} | {row['global_FVU']:.4f} | "
+            f"{l0_gap:+.1%} | {fvu_gap:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def gaps(row: Setting) -> tuple[float, float]:
+    """Relative difference of the default export to training: L0 and FVU."""
+    return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    for split in ("train", "validation"):
+        if not cache_file(split).exists():
+            torch.save(language_model_activations(split), cache_file(split))
+    wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    missing = [setting for setting in wanted if not any(setting.items() <= row.items() for row in rows)]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for row in tqdm(pool.imap_unordered(compare, missing), total=len(missing), desc="SAEs"):
+            rows.append(row)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [row for setting in wanted for row in rows if setting.items() <= row.items()]
+    print(report(rows))
+    for sampling in ("top", "proportional"):
+        chosen = [gaps(row) for row in rows if row.get("pool_sampling", "top") == sampling]
+        worst = max(abs(l0_gap) for l0_gap, _ in chosen)
+        print(
+            f"\n{sampling}: {len(chosen)} SAEs; L0 of the export at most {worst:.1%} from training, "
+            f"FVU at most {max(fvu_gap for _, fvu_gap in chosen):+.1%} worse."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Thresholds from data, after training: exact quantiles over the tokens that are passed."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.training import SampledTopKTrainingSAE
+
+MIN_TOKENS = 256
+"""Fewer tokens than this are refused: quantiles of rare latents would be noise."""
+MIN_SELECTIONS = 10
+"""A latent selected less often than this has a poorly known threshold."""
+CHUNK_ENTRIES = 2**25
+"""Pre-activations held at a time (128 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration found and changed. L0 and FVU are over the calibration tokens."""
+
+    n_tokens: int
+    target_l0: float
+    """Active latents per token that the thresholds were set for."""
+    l0_before: float
+    """L0 of the export with the thresholds that the SAE had learnt in training."""
+    l0_after: float
+    fvu_before: float
+    fvu_after: float
+    mean_rate_error: float
+    """Mean over latents of |firing rate - target rate|, over the mean target rate; after calibration."""
+    n_rare: int
+    """Latents with fewer than 10 target firings among the tokens, but not none."""
+
+
+@torch.no_grad()
+def calibrate_thresholds(
+    sae: SampledTopKTrainingSAE,
+    activations: Tensor | Iterable[Tensor],
+    mode: str = "per_latent",
+    target_l0: float | None = None,
+    max_tokens: int = 1_000_000,
+    show_progress: bool = True,
+) -> tuple[JumpReLUSAE, CalibrationReport]:
+    """Set the thresholds of the exported SAE by quantiles over given activations.
+
+    A latent's target rate is the share of tokens on which it is selected when each batch passed is one selection batch:
+    pass batches of the size used in training. Memory: the kept inputs, (tokens, d_in), and one chunk of columns.
+
+    Args:
+        sae: the trained SAE, with its activation normalisation folded.
+        activations: batches of shape (..., d_in), or one such tensor, which then is one selection batch.
+        mode: "per_latent": every latent fires at its target rate. "global": one threshold for all, at the same L0.
+        target_l0: the wanted mean L0; None for that of the selection. Per-latent target rates are scaled alike, as far
+            as a latent has positive activations.
+        max_tokens: no batch is taken once so many tokens are kept; the rest of `activations` is not read.
+        show_progress: whether to show progress bars.
+
+    Raises:
+        ValueError: if there are no activations, fewer than 256 tokens, another width, non-finite rows, or if
+            `target_l0` is not positive or cannot be reached.
+    """
+    if mode not in ("per_latent", "global"):
+        raise ValueError(f"mode={mode!r} must be 'per_latent' or 'global'.")
+    if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
+        raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
+    batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
+    counts = torch.stack([_selection_counts(sae, batch, i) for i, batch in enumerate(batches)]).sum(dim=0)
+    x = torch.cat(batches)
+    n_target = int(counts.sum()) if target_l0 is None else round(target_l0 * len(x))
+    chunks = _columns(sae, x, show_progress)
+    if mode == "global":
+        thresholds = _global_threshold(chunks, n_target).expand(sae.cfg.d_sae)
+    else:
+        if target_l0 is not None:
+            n_positive = torch.cat([(chunk > 0).sum(dim=0) for chunk in _columns(sae, x, show_progress)])
+            counts = scale_counts(counts, n_positive, n_target)
+        _warn_of_rare_latents(counts, len(x))
+        thresholds = _quantile_thresholds(chunks, counts)
+    exported = to_jumprelu(sae, thresholds)
+    return exported, _report(to_jumprelu(sae), exported, x, counts, n_target)
+
+
+def quantile_threshold(
+    column: Float[Tensor, "tokens latents"], counts: Int[Tensor, " latents"]
+) -> Float[Tensor, " latents"]:
+    """Per column a threshold that `counts` entries exceed: halfway between the last above and the first below, or 0.
+
+    Infinite where `counts` is 0. Where entries are equal at that place, fewer may exceed it. No threshold is negative,
+    so counts beyond the positive entries are not reached.
+    """
+    ordered = column.relu().sort(dim=0, descending=True).values
+    below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # nothing is below the last but 0
+    last = ordered.gather(0, (counts - 1).clamp(min=0)[None])[0]
+    first = below.gather(0, counts[None])[0]
+    # Halfway may round up to the last entry, which then would not exceed it.
+    middle = torch.minimum((last + first) / 2, torch.nextafter(last, torch.zeros_like(last)))
+    return middle.masked_fill(counts == 0, torch.inf)
+
+
+def scale_counts(
+    counts: Int[Tensor, " latents"], n_positive: Int[Tensor, " latents"], n_total: int
+) -> Int[Tensor, " latents"]:
+    """`counts` scaled alike until they sum to `n_total`, none above its `n_positive`.
+
+    Raises:
+        ValueError: if even all positive entries of the latents that have a count are too few.
+    """
+    room = n_positive.masked_fill(counts == 0, 0)
+    if room.sum() < n_total:
+        raise ValueError(
+            f"target_l0 asks for {n_total:,} active entries over the calibration tokens, but the latents that were "
+            f"selected at all have only {int(room.sum()):,} positive ones; choose a smaller target_l0."
+        )
+    low, high = 0.0, float(n_total) + 1
+    for _ in range(100):
+        factor = (low + high) / 2
+        reached = torch.minimum(counts.double() * factor, room.double()).sum()
+        low, high = (factor, high) if reached < n_total else (low, factor)
+    wanted = torch.minimum(counts.double() * high, room.double())
+    # Round by largest remainder, so that the sum is exact.
+    scaled = wanted.floor().long()
+    missing = n_total - int(scaled.sum())
+    remainder = (wanted - scaled).masked_fill(scaled >= room, -1)
+    scaled[remainder.topk(missing).indices] += 1
+    return scaled
+
+
+def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tokens: int) -> list[Tensor]:
+    batches, n_tokens = [], 0
+    for batch in activations:
+        if batch.shape[-1:] != (sae.cfg.d_in,):
+            raise ValueError(f"activations of shape {tuple(batch.shape)} do not end in d_in={sae.cfg.d_in}.")
+        batch = batch.reshape(-1, sae.cfg.d_in).to(sae.device)
+        n_bad = int((~batch.isfinite()).any(dim=1).sum())
+        if n_bad:
+            raise ValueError(f"{n_bad} of {len(batch)} rows of batch {len(batches)} are not finite.")
+        if len(batch):
+            batches.append(batch)
+            n_tokens += len(batch)
+        if n_tokens >= max_tokens:
+            break
+    if n_tokens < MIN_TOKENS:
+        raise ValueError(f"calibration got {n_tokens} tokens; it needs at least {MIN_TOKENS}, better 100,000 or more.")
+    return batches
+
+
+def _selection_counts(sae: SampledTopKTrainingSAE, batch: Tensor, number: int) -> Tensor:
+    """How many entries of each latent training-mode selection keeps; each batch has its own random draw."""
+    kept = sae.select(batch, draw=number)
+    return (kept > 0).sum(dim=0)
+
+
+def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
+    """`hidden_pre` of all tokens, a chunk of latents at a time."""
+    width = max(1, CHUNK_ENTRIES // len(x))
+    sae_in = sae.process_sae_in(x)
+    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else torch.ones_like(sae.b_enc)
+    for start in tqdm(range(0, sae.cfg.d_sae, width), desc="Calibrating thresholds", disable=not show_progress):
+        chunk = slice(start, start + width)
+        yield (sae_in @ sae.W_enc[:, chunk] + sae.b_enc[chunk]) * norms[chunk]
+
+
+def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> Tensor:
+    thresholds, start = [], 0
+    for chunk in chunks:
+        thresholds.append(quantile_threshold(chunk, counts[start : start + chunk.shape[1]]))
+        start += chunk.shape[1]
+    return torch.cat(thresholds)
+
+
+def _global_threshold(chunks: Iterator[Tensor], n_target: int) -> Tensor:
+    """The value that `n_target` entries of all columns exceed: a running top-k keeps memory at that many."""
+    largest = None
+    for chunk in chunks:
+        values = chunk.flatten()
+        if largest is not None and len(largest) > n_target:
+            values = values[values > largest[-1]]
+        largest = values if largest is None else torch.cat([largest, values])
+        largest = largest.topk(min(n_target + 1, len(largest))).values
+    assert largest is not None
+    n_positive = int((largest > 0).sum())
+    if n_positive < n_target:
+        raise ValueError(f"only {n_positive:,} activations are positive, fewer than the {n_target:,} of target_l0.")
+    return quantile_threshold(largest[:, None], torch.tensor([n_target], device=largest.device))
+
+
+def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
+    live = counts[counts > 0]
+    n_rare = int((live < MIN_SELECTIONS).sum())
+    if n_rare > 0.1 * len(live):
+        needed = math.ceil(n_tokens * MIN_SELECTIONS / int(live.min()))
+        warnings.warn(
+            f"{n_rare} of {len(live)} live latents are selected fewer than {MIN_SELECTIONS} times in {n_tokens:,} "
+            f"tokens, so their thresholds are rough; the rarest needs about {needed:,} tokens.",
+            stacklevel=3,
+        )
+
+
+def _report(before: JumpReLUSAE, after: JumpReLUSAE, x: Tensor, counts: Tensor, n_target: int) -> CalibrationReport:
+    rates_before, fvu_before = _firing_rates_and_fvu(before, x)
+    rates_after, fvu_after = _firing_rates_and_fvu(after, x)
+    error = (rates_after - counts / len(x)).abs().mean() / (n_target / len(x) / after.cfg.d_sae)
+    return CalibrationReport(
+        n_tokens=len(x),
+        target_l0=n_target / len(x),
+        l0_before=rates_before.sum().item(),
+        l0_after=rates_after.sum().item(),
+        fvu_before=fvu_before,
+        fvu_after=fvu_after,
+        mean_rate_error=error.item(),
+        n_rare=int(((counts > 0) & (counts < MIN_SELECTIONS)).sum()),
+    )
+
+
+def _firing_rates_and_fvu(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, float]:
+    """Share of tokens that each latent fires on, and FVU, with one chunk of activations in memory."""
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=x.device)
+    squared_error = torch.zeros((), dtype=torch.double, device=x.device)
+    for part in x.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
+        acts = sae.encode(part)
+        fired += (acts > 0).sum(dim=0)
+        squared_error += (sae.decode(acts).double() - part.double()).square().sum()
+    variance = sum((part.double() - x.mean(dim=0).double()).square().sum() for part in x.split(2**16))
+    return fired / len(x), (squared_error / variance).item()

@@ -1,0 +1,71 @@
+"""From a training SAE to the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
+
+import torch
+from jaxtyping import Float
+from sae_lens import logger
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import TrainingSAE
+from torch import Tensor
+
+
+@torch.no_grad()
+def to_jumprelu(
+    sae: TrainingSAE, thresholds: Float[Tensor, " d_sae"] | None = None, prune: bool = False
+) -> JumpReLUSAE:
+    """The inference SAE of a SampledTopK or BatchTopK training SAE, with unit-norm decoder rows. `sae` stays as it is.
+
+    Args:
+        sae: the training SAE. An activation normalisation that is not folded yet stays in the config.
+        thresholds: in units of the training SAE's `hidden_pre`; None for those it has learnt. +inf silences a latent.
+        prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original index of each latent.
+
+    Raises:
+        ValueError: if `thresholds` has another shape, or negative or NaN entries; if pruning would leave nothing.
+    """
+    # Cloned: the state dict shares memory with the live weights, and folding works in place.
+    state_dict = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state_dict)
+    if thresholds is not None:
+        state_dict["threshold"] = _checked(thresholds, sae.cfg.d_sae).to(state_dict["threshold"])
+    cfg = JumpReLUSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    exported = _build(cfg, state_dict)
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        exported.fold_W_dec_norm()
+    return _prune(exported) if prune else exported
+
+
+def _build(cfg: JumpReLUSAEConfig, state_dict: dict[str, Tensor]) -> JumpReLUSAE:
+    """As SAELens loads an SAE: built on the meta device, so that no memory and no random numbers are spent."""
+    device, cfg.device = cfg.device, "meta"
+    exported = JumpReLUSAE(cfg)
+    cfg.device = device
+    exported.load_state_dict(state_dict, assign=True)
+    return exported.to(device=device)
+
+
+def _checked(thresholds: Tensor, d_sae: int) -> Tensor:
+    if thresholds.shape != (d_sae,):
+        raise ValueError(f"thresholds have shape {tuple(thresholds.shape)}, expected ({d_sae},): one for each latent.")
+    n_bad = int((~(thresholds >= 0)).sum())
+    if n_bad:
+        raise ValueError(f"{n_bad} of {d_sae} thresholds are negative or NaN; use +inf to silence a latent.")
+    return thresholds
+
+
+def _prune(sae: JumpReLUSAE) -> JumpReLUSAE:
+    kept = sae.threshold.isfinite().nonzero().flatten()
+    n_dropped = sae.cfg.d_sae - len(kept)
+    if len(kept) == 0:
+        raise ValueError(f"none of the {sae.cfg.d_sae} latents can fire, so pruning would leave nothing.")
+    logger.warning(f"pruning drops {n_dropped} of {sae.cfg.d_sae} latents, which cannot fire")
+    state_dict = {
+        "W_enc": sae.W_enc[:, kept].contiguous(),
+        "W_dec": sae.W_dec[kept],
+        "b_enc": sae.b_enc[kept],
+        "threshold": sae.threshold[kept],
+        "b_dec": sae.b_dec,
+    }
+    cfg = JumpReLUSAEConfig.from_dict({**sae.cfg.to_dict(), "d_sae": len(kept)})
+    cfg.metadata.kept_latents = kept.tolist()
+    cfg.metadata.unpruned_d_sae = sae.cfg.d_sae
+    return _build(cfg, state_dict)

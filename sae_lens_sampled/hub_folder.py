@@ -1,0 +1,94 @@
+"""The folders that go to the Hub: an SAE for inference in each, which plain SAELens loads."""
+
+import copy
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, TrainingSAE
+
+from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.inference import load_checkpoint
+
+SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+
+
+def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path) -> Path:
+    """The folder of the inference SAE: `sae` itself if it is one, else `target`, to which it is exported.
+
+    Raises:
+        ValueError: if there is no SAE in the folder, or it should not be published as it is.
+    """
+    if isinstance(sae, (str, Path)):
+        source = Path(sae)
+        if not _is_checkpoint(source):
+            return _checked(source)
+        sae = load_checkpoint(source)
+        target.mkdir(parents=True)
+        for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
+            if (source / name).exists():
+                shutil.copy(source / name, target / name)
+    if not isinstance(sae, SAE):
+        raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
+    if isinstance(sae, TrainingSAE):
+        if sae.cfg.architecture() == "sampled_topk":
+            to_jumprelu(sae).save_model(target)
+        else:
+            # A copy: SAELens' own export may work on the live weights.
+            copy.deepcopy(sae).save_inference_model(target)
+    else:
+        sae.save_model(target)
+    # SAELens writes the fields in the order of a set, which would make every run's file another one.
+    (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
+    return _checked(target)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `cfg.json`.
+
+    Raises:
+        ValueError: if it is missing or not a JSON object.
+    """
+    try:
+        cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} holds no SAE: it has no readable {SAE_CFG_FILENAME}.") from error
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{str(folder)!r} holds no SAE: its {SAE_CFG_FILENAME} is not a JSON object.")  # noqa: TRY004
+    return cfg
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether the folder's config has fields that only training knows."""
+    cfg = read_config(folder)
+    architecture = cfg.get("architecture")
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        return False
+    if architecture not in SAE_CLASS_REGISTRY:
+        return True
+    training, inference = (registry[architecture][1] for registry in (SAE_TRAINING_CLASS_REGISTRY, SAE_CLASS_REGISTRY))
+    return not cfg.keys().isdisjoint({f.name for f in fields(training)} - {f.name for f in fields(inference)})
+
+
+def _checked(folder: Path) -> Path:
+    """`folder`, if plain SAELens loads an SAE from it that works on activations as they are."""
+    cfg = read_config(folder)
+    if cfg.get("architecture") == "sampled_topk":
+        raise ValueError(
+            "a SampledTopKSAE has the weights of training and loads only with this package; upload the training SAE "
+            "or its checkpoint, which are exported as JumpReLU."
+        )
+    if cfg.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"normalize_activations={cfg['normalize_activations']!r} is not folded into the weights of "
+            f"{str(folder)!r} yet; sae_lens_sampled.load_checkpoint(checkpoint) folds it."
+        )
+    try:
+        SAE.load_from_disk(folder)
+    except Exception as error:  # a foreign file can fail in any way
+        raise ValueError(f"{str(folder)!r} holds no SAE that SAELens can load ({type(error).__name__}).") from error
+    return folder

@@ -1,0 +1,88 @@
+"""Rate matching: per-latent thresholds, moved during training until latents fire as often as they are selected.
+
+At inference there is no batch and no pool, so a global threshold lets every latent outside the pool fire. Here each
+latent gets the threshold at which the share of tokens above it equals the share on which training selected it.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+STEP = 0.02
+"""Size of one threshold step in the long run, in units of the latent's own largest activations.
+
+It starts at 1 and falls with the square root of the number of steps: activations grow fast at first, and 0.02 would
+trail them for hundreds of steps, exporting several times the L0 of training.
+"""
+MEMORY = 0.01
+"""Weight of the newest batch in the running means."""
+MAX_ERROR = 20.0
+"""Bound on the relative rate error: a latent that fires seldom must not take huge steps when it does."""
+NEVER = 1e-8
+"""A latent selected on a smaller share of tokens than this gets an infinite threshold at export."""
+
+
+class RateMatcher(nn.Module):
+    """Per-latent thresholds and the running rates they are steered by.
+
+    Every buffer is float32, persistent, of shape (d_sae,). The running means are stored without bias correction:
+    divided by `1 - (1 - MEMORY)^n` after n steps they are weighted averages of n batches.
+    """
+
+    threshold: Tensor
+    """The threshold, in units of `hidden_pre`."""
+    firing_rate: Tensor
+    """Running share of tokens above the threshold."""
+    selection_rate: Tensor
+    """Running share of tokens on which the latent was selected."""
+    peak: Tensor
+    """Running mean of the latent's largest pre-activation in a batch: its own scale."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        super().__init__()
+        for name in ("threshold", "firing_rate", "selection_rate", "peak"):
+            self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def update(
+        self,
+        firing_rate: Float[Tensor, " d_sae"],
+        selection_rate: Float[Tensor, " d_sae"],
+        peak: Float[Tensor, " d_sae"],
+        cutoff: Float[Tensor, ""],
+        n_tokens: int,
+        n_steps: Int[Tensor, ""],
+    ) -> None:
+        r"""One step of $\theta_j \mathrel{+}= \eta\, M_j\, \mathrm{clip}((f_j - r_j) / (\bar f_j + \bar r_j + 1/B))$.
+
+        The step follows the latent's own scale $M_j$: with the cutoff as scale it fails where that is near 0. The error
+        is divided by *running* rates: divided by the batch's own, medians would be balanced instead of means.
+
+        Args:
+            firing_rate: share of this batch's tokens with a pre-activation above `threshold`; not used in the first.
+            selection_rate: share of this batch's tokens on which each latent was selected.
+            peak: largest activation of each latent in this batch, at least 0.
+            cutoff: smallest activation that this batch kept; where the first batch starts all thresholds.
+            n_tokens: B.
+            n_steps: steps before this one.
+        """
+        # Before the first batch there are no thresholds to fire above.
+        firing_rate = torch.where(n_steps > 0, firing_rate, selection_rate)
+        for mean, value in ((self.firing_rate, firing_rate), (self.selection_rate, selection_rate), (self.peak, peak)):
+            mean.lerp_(value.to(mean.dtype), MEMORY)
+        correction = 1 - (1 - MEMORY) ** (n_steps + 1)
+        rates = (self.firing_rate + self.selection_rate) / correction + 1 / n_tokens
+        error = ((firing_rate - selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
+        step = (n_steps + 1).rsqrt().clamp(min=STEP)
+        moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
+        self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
+
+    def scale(self, factor: float) -> None:
+        """Follow activations that have become `factor` times as large."""
+        self.threshold *= factor
+        self.peak *= factor
+
+    def export(self, n_steps: Int[Tensor, ""]) -> Float[Tensor, " d_sae"]:
+        """The thresholds for inference: infinite for a latent that was as good as never selected."""
+        correction = 1 - (1 - MEMORY) ** n_steps.clamp(min=1)
+        return self.threshold.masked_fill(self.selection_rate / correction < NEVER, torch.inf)

@@ -1,0 +1,159 @@
+import oracles
+import pytest
+import torch
+from helpers import D_IN, D_SAE, activations, sampled_sae, train
+
+import sae_lens_sampled.calibration
+from sae_lens_sampled import calibrate_thresholds, to_jumprelu
+from sae_lens_sampled.calibration import quantile_threshold, scale_counts
+
+
+def calibrate(sae, batches, **fields):
+    return calibrate_thresholds(sae, batches, show_progress=False, **fields)
+
+
+def trained(**fields):
+    sae = sampled_sae(**fields)
+    train(sae, 5, batch_size=100)
+    return sae
+
+
+BATCHES = [activations(100, seed=500 + i) for i in range(6)]
+
+
+@pytest.mark.parametrize("chunk_entries", [600, 600 * 7, 2**25])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pool_factor": 1}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}, {"pool_factor": 99, "k": 2.5}],
+    ids=str,
+)
+def test_per_latent_thresholds_match_sorting_by_hand(monkeypatch, fields, chunk_entries):
+    monkeypatch.setattr(sae_lens_sampled.calibration, "CHUNK_ENTRIES", chunk_entries)
+    sae = trained(**fields)
+    exported, report = calibrate(sae, BATCHES)
+    kept = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]) > 0
+    hidden_pre = sae.encode_with_hidden_pre(torch.cat(BATCHES))[1]
+    want = [
+        oracles.quantile_threshold(column, count)
+        for column, count in zip(hidden_pre.T.tolist(), kept.sum(dim=0).tolist(), strict=True)
+    ]
+    torch.testing.assert_close(exported.threshold, torch.tensor(want))
+    fires = exported.encode(torch.cat(BATCHES)) > 0
+    assert torch.equal(fires.sum(dim=0), kept.sum(dim=0))
+    assert report.l0_after == pytest.approx(report.target_l0) == pytest.approx(kept.sum().item() / 600)
+    assert report.mean_rate_error == pytest.approx(0, abs=1e-6)
+    assert report.n_tokens == 600
+
+
+@pytest.mark.parametrize("target", [0.5, 2.0, 6.0, 11.3])
+@pytest.mark.parametrize("mode", ["per_latent", "global"])
+def test_target_l0_is_reached_exactly(mode, target):
+    exported, report = calibrate(trained(pool_group_size=8), BATCHES, mode=mode, target_l0=target)
+    n_active = (exported.encode(torch.cat(BATCHES)) > 0).sum().item()
+    assert n_active == round(target * 600)
+    assert report.l0_after == pytest.approx(target, abs=1e-3)
+
+
+def test_global_mode_gives_one_threshold_at_the_l0_of_the_selection():
+    sae = trained()
+    exported, report = calibrate(sae, BATCHES, mode="global")
+    assert len(exported.threshold.unique()) == 1
+    hidden_pre = sae.encode_with_hidden_pre(torch.cat(BATCHES))[1]
+    ordered = hidden_pre.flatten().sort(descending=True).values
+    n_target = round(report.target_l0 * 600)
+    torch.testing.assert_close(exported.threshold[0], (ordered[n_target - 1] + ordered[n_target]) / 2)
+
+
+def test_report_compares_with_the_thresholds_learnt_in_training():
+    sae = trained()
+    exported, report = calibrate(sae, BATCHES)
+    x = torch.cat(BATCHES)
+    for one, l0, fvu in (
+        (to_jumprelu(sae), report.l0_before, report.fvu_before),
+        (exported, report.l0_after, report.fvu_after),
+    ):
+        assert l0 == pytest.approx((one.encode(x) > 0).sum().item() / 600)
+        want = (x - one(x)).square().sum() / (x - x.mean(dim=0)).square().sum()
+        assert fvu == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_calibrated_l0_holds_on_new_tokens():
+    sae = trained()
+    batches = [activations(2000, seed=i) for i in range(100)]
+    exported, report = calibrate(sae, batches)
+    fresh = torch.cat([activations(2000, seed=10_000 + i) for i in range(100)])
+    l0 = (exported.encode(fresh) > 0).sum().item() / len(fresh)
+    assert l0 == pytest.approx(report.target_l0, rel=0.01)
+
+
+def test_no_batch_is_read_beyond_max_tokens():
+    read = []
+
+    def stream():
+        for batch in BATCHES:
+            read.append(batch)
+            yield batch
+
+    _, report = calibrate(trained(), stream(), max_tokens=250)
+    assert (len(read), report.n_tokens) == (3, 300)
+
+
+def test_nested_batches_and_a_single_tensor_are_taken():
+    sae = trained()
+    x = activations(300, seed=9)
+    flat, nested = calibrate(sae, x)[0], calibrate(sae, [x.reshape(3, 100, D_IN)])[0]
+    assert torch.equal(flat.threshold, nested.threshold)
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 0, 2], [2, 2, 2, 2], [0, 5, 1, 1]])
+def test_quantile_threshold_is_exceeded_by_exactly_count_entries(counts):
+    column = torch.rand(9, 4) + 0.1
+    threshold = quantile_threshold(column, torch.tensor(counts))
+    assert (column > threshold).sum(dim=0).tolist() == counts
+    assert threshold.isinf().tolist() == [count == 0 for count in counts]
+
+
+def test_quantile_threshold_between_neighbouring_floats_still_lets_the_upper_one_through():
+    low = torch.tensor(1.0)
+    high = torch.nextafter(low, torch.tensor(2.0))
+    column = torch.stack([low, high])[:, None]
+    assert (column > quantile_threshold(column, torch.tensor([1]))).sum() == 1
+
+
+def test_quantile_threshold_is_never_negative():
+    column = torch.tensor([[-1.0], [2.0], [-3.0]])
+    assert quantile_threshold(column, torch.tensor([3])).item() == 0
+    assert quantile_threshold(column, torch.tensor([1])).item() == 1
+
+
+def test_scaled_counts_keep_their_proportions_and_stop_at_what_there_is():
+    counts, positive = torch.tensor([10, 20, 0, 30]), torch.tensor([100, 25, 50, 90])
+    assert scale_counts(counts, positive, 120).tolist() == [24, 25, 0, 71]  # 24 : 72 rounded, and 25 at its limit
+    assert scale_counts(counts, positive, 30).tolist() == [5, 10, 0, 15]
+    assert scale_counts(counts, positive, 215).tolist() == [100, 25, 0, 90]
+
+
+def test_bad_input_is_told_in_one_sentence():
+    sae = trained()
+    for batches, message in (
+        ([], r"^calibration got 0 tokens; it needs at least 256"),
+        ([activations(100)], r"^calibration got 100 tokens; it needs at least 256"),
+        ([torch.zeros(300, 13)], r"^activations of shape \(300, 13\) do not end in d_in=12\.$"),
+        ([BATCHES[0], BATCHES[1] / 0], r"^100 of 100 rows of batch 1 are not finite\.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(sae, batches)
+    with pytest.raises(ValueError, match=r"^target_l0=0 must be above 0 and at most d_sae=40\.$"):
+        calibrate(sae, BATCHES, target_l0=0)
+    with pytest.raises(ValueError, match=r"^target_l0 asks for 24,000 active entries.*choose a smaller target_l0\.$"):
+        calibrate(sae, BATCHES, target_l0=D_SAE)
+    with pytest.raises(ValueError, match=r"^only [\d,]+ activations are positive, fewer than the 24,000 of target_l0"):
+        calibrate(sae, BATCHES, target_l0=D_SAE, mode="global")
+
+
+def test_rare_latents_are_named_with_the_tokens_they_need():
+    sae = trained(k=0.4, pool_factor=99)
+    with pytest.warns(
+        UserWarning, match=r"live latents are selected fewer than 10 times in 300 tokens.*about 3,000 tokens"
+    ):
+        calibrate(sae, BATCHES[:3])

@@ -1,0 +1,235 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, step_input, train
+from sae_lens import SAE, JumpReLUSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, load_checkpoint, to_jumprelu
+
+LOAD_AND_ENCODE = """
+import sys, torch
+from sae_lens import SAE
+folder = sys.argv[1]
+acts = {}
+for name in torch.load(folder + "/names.pt"):
+    sae = SAE.load_from_disk(f"{folder}/{name}")
+    acts[name] = sae.encode(torch.load(folder + "/batch.pt").to(sae.dtype)).detach()
+torch.save(acts, folder + "/acts.pt")
+assert not [name for name in sys.modules if name.startswith("sae_lens_sampled")]
+"""
+
+
+def batches():
+    step = 0
+    while True:
+        yield activations(64, seed=step)
+        step += 1
+
+
+def trained(tmp_path, resume=False, **fields):
+    """Six trainer steps, folded at the end; with `resume` interrupted half-way."""
+    sae = SampledTopKTrainingSAE(config(**fields))
+    settings = {
+        "total_training_samples": 6 * 64,
+        "train_batch_size_samples": 64,
+        "lr": 1e-3,
+        "lr_end": 1e-3,
+        "n_batches_for_norm_estimate": 3,
+        "n_checkpoints": 1 if resume else 0,
+        "checkpoint_path": str(tmp_path / "checkpoints") if resume else None,
+    }
+    SAETrainer(SAETrainerConfig(**settings), sae, batches()).fit()
+    if resume:
+        (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+        sae = SampledTopKTrainingSAE(config(**fields))
+        trainer = SAETrainer(SAETrainerConfig(**{**settings, "n_checkpoints": 0}), sae, batches())
+        trainer.load_trainer_state(checkpoint)
+        sae.load_weights_from_checkpoint(checkpoint)
+        trainer.fit()
+    return sae
+
+
+COMBINATIONS = [
+    {},
+    {"rescale_acts_by_decoder_norm": False},
+    {"normalize_activations": "expected_average_only_in"},
+    {"normalize_activations": "expected_average_only_in", "rescale_acts_by_decoder_norm": False},
+    {"normalize_activations": "covariance_whitening"},
+    {"normalize_activations": "covariance_whitening", "rescale_acts_by_decoder_norm": False},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "rescale_acts_by_decoder_norm": False},
+    {"resume": True},
+    {"resume": True, "normalize_activations": "expected_average_only_in"},
+    {"pool_group_size": 16, "apply_b_dec_to_input": False},
+    {"inference_threshold": "global"},
+    {"fold": True},
+]
+
+
+def test_saved_files_encode_as_to_jumprelu_does_where_the_plugin_is_unknown(tmp_path):
+    """All combinations of folding, rescaling, normalisation, dtype and resuming; one process loads them all."""
+    batch = activations(40, seed=999)
+    want = {}
+    for number, fields in enumerate(COMBINATIONS):
+        fold = fields.get("fold", False)
+        sae = trained(tmp_path / str(number), **{name: value for name, value in fields.items() if name != "fold"})
+        if fold:
+            sae.fold_W_dec_norm()
+        name = f"sae{number}"
+        sae.save_inference_model(tmp_path / name)
+        exported = to_jumprelu(sae)
+        want[name] = exported.encode(batch.to(exported.dtype))
+        assert 0 < (want[name] > 0).sum() < 40 * D_SAE, fields
+    torch.save(batch, tmp_path / "batch.pt")
+    torch.save(list(want), tmp_path / "names.pt")
+    subprocess.run([sys.executable, "-c", LOAD_AND_ENCODE, str(tmp_path)], check=True)
+    got = torch.load(tmp_path / "acts.pt")
+    for (name, acts), fields in zip(want.items(), COMBINATIONS, strict=True):
+        assert got[name].dtype == acts.dtype
+        assert torch.equal(got[name], acts), fields
+
+
+def test_given_thresholds_are_taken_in_units_of_hidden_pre():
+    for rescale in (True, False):
+        sae, batch = sampled_sae(rescale_acts_by_decoder_norm=rescale), activations(30)
+        hidden_pre = sae.encode_with_hidden_pre(batch)[1]
+        thresholds = hidden_pre.relu().detach().quantile(0.8, dim=0)
+        thresholds[3] = torch.inf
+        fires = to_jumprelu(sae, thresholds).encode(batch) > 0
+        assert torch.equal(fires, (hidden_pre > thresholds) & (hidden_pre > 0))
+
+
+def test_exporting_draws_no_random_numbers_and_changes_nothing():
+    sae = sampled_sae(rescale_acts_by_decoder_norm=False)
+    train(sae, 2)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    state = torch.get_rng_state()
+    to_jumprelu(sae, prune=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        (torch.zeros(D_SAE + 1), r"thresholds have shape \(41,\), expected \(40,\): one for each latent"),
+        (torch.full((D_SAE,), -0.1), r"40 of 40 thresholds are negative or NaN; use \+inf to silence a latent"),
+        (torch.full((D_SAE,), torch.nan), r"40 of 40 thresholds are negative or NaN"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_impossible_thresholds_are_refused(thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        to_jumprelu(sampled_sae(), thresholds)
+
+
+def test_pruned_export_gives_identical_outputs_and_knows_the_original_latents(tmp_path, caplog):
+    sae, batch = sampled_sae(pool_factor=2), activations(30)
+    train(sae, 5)
+    whole, pruned = to_jumprelu(sae), to_jumprelu(sae, prune=True)
+    kept = whole.threshold.isfinite().nonzero().flatten().tolist()
+    assert 0 < len(kept) < D_SAE
+    assert f"pruning drops {D_SAE - len(kept)} of {D_SAE} latents, which cannot fire" in caplog.text
+    assert pruned.cfg.d_sae == len(kept)
+    assert pruned.cfg.metadata.kept_latents == kept
+    assert pruned.cfg.metadata.unpruned_d_sae == D_SAE
+    torch.testing.assert_close(pruned.encode(batch), whole.encode(batch)[:, kept])
+    torch.testing.assert_close(pruned(batch), whole(batch))
+    pruned.save_model(tmp_path)
+    again = SAE.load_from_disk(tmp_path)
+    assert again.cfg.metadata.kept_latents == kept
+    assert torch.equal(again.encode(batch), pruned.encode(batch))
+    assert whole.cfg.d_sae == D_SAE
+
+
+def test_pruning_an_sae_in_which_nothing_fires_is_refused():
+    with pytest.raises(ValueError, match=r"none of the 40 latents can fire, so pruning would leave nothing"):
+        to_jumprelu(sampled_sae(), torch.full((D_SAE,), torch.inf), prune=True)
+
+
+def test_export_warns_once_when_most_latents_were_never_in_a_pool(tmp_path):
+    sae = sampled_sae(pool_factor=2)
+    train(sae, 3)
+    with pytest.warns(
+        UserWarning, match=r"were never in a pool.*here 2.*pool_group_size=16 lets more latents in"
+    ) as caught:
+        sae.save_inference_model(tmp_path)
+    assert len(caught) == 1
+    grouped = sampled_sae(pool_factor=2, pool_group_size=4)
+    train(grouped, 3)
+    grouped.save_inference_model(tmp_path)  # a warning would be an error here
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool_factor": 99}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}])
+def test_training_checkpoint_loads_as_an_inference_sae_with_the_same_selection(tmp_path, fields):
+    sae, batch = sampled_sae(**fields), activations(30)
+    train(sae, 3)
+    sae.save_model(tmp_path / "checkpoint")
+    loaded = SAE.load_from_disk(tmp_path / "checkpoint")
+    assert type(loaded) is SampledTopKSAE
+    assert torch.equal(loaded.encode(batch), sae.encode(batch))
+    torch.testing.assert_close(loaded(batch), sae(batch))
+    loaded.save_model(tmp_path / "again")
+    again = SAE.load_from_disk(tmp_path / "again")
+    assert torch.equal(again.encode(batch), loaded.encode(batch))
+    assert json.loads((tmp_path / "again" / "cfg.json").read_text())["architecture"] == "sampled_topk"
+    loaded.fold_W_dec_norm()
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(D_SAE))
+    torch.testing.assert_close(loaded.encode(batch), again.encode(batch))
+    torch.testing.assert_close(loaded(batch), again(batch))
+    assert (loaded.encode(batch.reshape(5, 6, D_IN)) > 0).sum() <= K * 30
+
+
+def test_unfolded_checkpoint_is_folded_or_refused(tmp_path):
+    settings = SAETrainerConfig(
+        total_training_samples=6 * 64,
+        train_batch_size_samples=64,
+        lr=1e-3,
+        lr_end=1e-3,
+        n_checkpoints=1,
+        n_batches_for_norm_estimate=3,
+        checkpoint_path=str(tmp_path),
+    )
+    for normalize in ("expected_average_only_in", "covariance_whitening"):
+        sae = SampledTopKTrainingSAE(config(normalize_activations=normalize))
+        trainer = SAETrainer(settings, sae, batches())
+        trainer.fit()
+        (folder,) = tmp_path.iterdir()
+        with pytest.raises(
+            ValueError, match=f"normalize_activations='{normalize}', which is not folded.*load_checkpoint"
+        ):
+            SAE.load_from_disk(folder)
+        unfolded, folded = TrainingSAE.load_from_disk(folder), load_checkpoint(folder)
+        scaler = SAETrainer(settings, SampledTopKTrainingSAE(sae.cfg), batches()).activation_scaler
+        scaler.load(folder / "activation_scaler.json")
+        batch = activations(30)
+        torch.testing.assert_close(folded(batch), scaler.unscale(unfolded(scaler(batch))), rtol=1e-3, atol=1e-4)
+        (folder / "activation_scaler.json").unlink()
+        with pytest.raises(ValueError, match=r"activation_scaler.json is missing or empty; without it the SAE cannot"):
+            load_checkpoint(folder)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def test_folder_without_a_checkpoint_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
+        load_checkpoint(tmp_path)
+    sampled_sae().save_model(tmp_path)
+    assert isinstance(load_checkpoint(tmp_path), SampledTopKTrainingSAE)
+    weights = tmp_path / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
+        load_checkpoint(tmp_path)
+
+
+def test_exports_are_jumprelu(tmp_path):
+    assert type(to_jumprelu(sampled_sae())) is JumpReLUSAE
+    output = sampled_sae().training_forward_pass(step_input(activations(4)))
+    assert output.loss.isfinite()
