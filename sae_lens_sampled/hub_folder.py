@@ -26,7 +26,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     if isinstance(sae, (str, Path)):
         source = Path(sae)
         if not _is_checkpoint(source):
-            return _checked(source)
+            return _checked(source, repr(str(source)))
         sae = load_checkpoint(source)
         target.mkdir(parents=True)
         for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
@@ -44,7 +44,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
         sae.save_model(target)
     # SAELens writes the fields in the order of a set, which would make every run's file another one.
     (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
-    return _checked(target)
+    return _checked(target, f"this {type(sae).__name__}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,21 +74,21 @@ def _is_checkpoint(folder: Path) -> bool:
     return not cfg.keys().isdisjoint({f.name for f in fields(training)} - {f.name for f in fields(inference)})
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, name: str) -> Path:
     """`folder`, if plain SAELens loads an SAE from it that works on activations as they are."""
     cfg = read_config(folder)
     if cfg.get("architecture") == "sampled_topk":
         raise ValueError(
-            "a SampledTopKSAE has the weights of training and loads only with this package; upload the training SAE "
-            "or its checkpoint, which are exported as JumpReLU."
+            f"{name} has the weights of training and loads only with sae_lens_sampled; upload the training SAE or its "
+            "checkpoint instead, which are exported as JumpReLU."
         )
     if cfg.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"normalize_activations={cfg['normalize_activations']!r} is not folded into the weights of "
-            f"{str(folder)!r} yet; sae_lens_sampled.load_checkpoint(checkpoint) folds it."
+            f"{name} has normalize_activations={cfg['normalize_activations']!r}, which is not folded into its weights "
+            "yet; sae_lens_sampled.load_checkpoint(folder) folds it."
         )
     try:
         SAE.load_from_disk(folder)
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{str(folder)!r} holds no SAE that SAELens can load ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is no SAE that SAELens can load ({type(error).__name__}).") from error
     return folder

@@ -107,9 +107,10 @@ def test_calibrate_saves_an_sae_at_the_wanted_l0(tiny_lm, tmp_path, hook):
     arguments = ["--dataset", text, "--out", str(out), "--max-tokens", "3000", "--batch-size", "500"]
     result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments, "--target-l0", "5"])
     assert result.exit_code == 0, result.output
-    report = dict(line.split() for line in result.output.splitlines() if line.startswith(("l0_after", "n_tokens")))
+    report = dict(line.split() for line in result.stdout.splitlines() if line.startswith(("l0_after", "n_tokens")))
     assert report["n_tokens"] == "3,000"
-    assert float(report["l0_after"]) == pytest.approx(5, abs=0.01)
+    # Contexts begin with the same token, so a few activations are equal and a threshold may leave out all of these.
+    assert float(report["l0_after"]) == pytest.approx(5, abs=0.05)
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     again = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
     assert again.exit_code == 2
