@@ -39,7 +39,7 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
-TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 500, "lr": 2e-3, "dead_window": 100}
+TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}
 # The paper's summary does not give width and k; these are usual for Pythia-160M.
 PAPER = {"d_sae": 16384, "k": 64, "batch_size": 4096, "steps": 50_000, "lr": 3e-4, "dead_window": 1000}
 
@@ -191,12 +191,13 @@ def draw(rows: dict[str, dict[str, float]], densities: dict[str, Tensor], saes: 
     left.minorticks_off()
     left.legend(fontsize=8, frameon=False)
 
-    bins = torch.linspace(-4.5, 0, 37).tolist()
+    bins = torch.linspace(-4.25, 0, 18).tolist()
     for name, density in densities.items():
         firing = density[density > 0].log10()
         label = f"{name}: {len(firing)} of {len(density)}"
         right.hist(firing.numpy(), bins=bins, histtype="step", linewidth=1.5, color=colours[name], label=label)
     right.set(xlabel="log10 of the share of tokens a latent fires on", ylabel="latents that fire")
+    right.set_ylim(0, 1.45 * right.get_ylim()[1])  # room for the legend
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from sae_lens.registry import (
 from sae_lens_sampled.calibration import CalibrationReport, calibrate_thresholds
 from sae_lens_sampled.config import SampledTopKSAEConfig, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.hub import HubError, upload_to_hub
 from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.scores import SCORES, register_score
 from sae_lens_sampled.training import SampledTopKTrainingSAE
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SCORES",
     "CalibrationReport",
+    "HubError",
     "SampledTopKSAE",
     "SampledTopKSAEConfig",
     "SampledTopKTrainingSAE",
@@ -27,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "register_score",
     "to_jumprelu",
+    "upload_to_hub",
 ]
 
 # SAELens refuses a name twice; reloading this module must be harmless.

@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-sampled train | calibrate | info`."""
+"""The command line: `sae-lens-sampled train | calibrate | upload | info`."""
 
 import dataclasses
 import platform
@@ -80,6 +80,26 @@ def activation_batches(
             device=device,
         )
     )
+
+
+@app.command()
+def upload(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of exported SAEs or of training checkpoints.")],
+    repo_id: Annotated[str, typer.Option(help="Hub repository, user/name.")],
+    dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and send nothing.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what the Hub holds of these SAEs.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+) -> None:
+    """Upload SAEs to the Hugging Face Hub with a model card; each folder's name becomes its sae_id."""
+    saes = {folder.resolve().name: folder for folder in folders}
+    if len(saes) < len(folders):
+        raise typer.BadParameter("two of the folders have the same name, which would be their sae_id.")
+    try:
+        where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
+    except (ValueError, sae_lens_sampled.HubError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """The folders that go to the Hub: an SAE for inference in each, which plain SAELens loads."""
 
-import copy
 import json
 import shutil
 from dataclasses import fields
@@ -38,8 +37,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
         if sae.cfg.architecture() == "sampled_topk":
             to_jumprelu(sae).save_model(target)
         else:
-            # A copy: SAELens' own export may work on the live weights.
-            copy.deepcopy(sae).save_inference_model(target)
+            sae.save_inference_model(target)
     else:
         sae.save_model(target)
     # SAELens writes the fields in the order of a set, which would make every run's file another one.

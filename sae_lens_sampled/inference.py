@@ -59,7 +59,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
     folder = Path(folder)
     try:
         sae = TrainingSAE.load_from_disk(folder, device=device)
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"no readable training checkpoint in {str(folder)!r}: {error}") from error
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         _fold_normalisation(sae, folder)

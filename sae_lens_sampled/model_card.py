@@ -19,9 +19,8 @@ IN_TRAINING = {"l0": "L0", "num_dead_features": "dead latents"}
 
 BODY = """# {name}
 
-Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens). Those trained as `sampled_topk`
-are Sampled-SAEs ([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and
-BatchTopK selects among the `k * pool_factor` best-scored ones. All are stored for inference and load in plain SAELens.
+Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens), stored for inference: plain
+SAELens loads them.{about_sampled}
 
 ## Use
 
@@ -45,6 +44,9 @@ sae = SAE.from_pretrained("{repo_id}", "{sae_id}")
 
 {provenance}
 """
+ABOUT_SAMPLED = """ Those trained as `sampled_topk` are Sampled-SAEs
+([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and BatchTopK selects
+among the `k * pool_factor` best-scored ones."""
 
 
 def model_card(
@@ -79,6 +81,7 @@ def model_card(
     hook = _metadata(cfg).get("hook_name")
     body = BODY.format(
         name=name,
+        about_sampled=ABOUT_SAMPLED if sampled else "",
         repo_id=repo_id,
         sae_id=sae_id,
         d_in=cfg.get("d_in"),
@@ -143,8 +146,7 @@ def _provenance(metadata: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         "dataset": each("dataset_path"),
         "context size": each("context_size"),
         "trained with SAELens": each("sae_lens_training_version"),
-        "exported with": ", ".join(f"{name} {version(name)}" for name in ("sae-lens-sampled", "sae-lens", "torch")),
-        "method": "Distribution-Aware Feature Selection for SAEs, [arXiv 2508.21324](https://arxiv.org/abs/2508.21324)",
+        "uploaded with": ", ".join(f"{name} {version(name)}" for name in ("sae-lens-sampled", "sae-lens", "torch")),
     }
     return [{"what": name, "value": value} for name, value in rows.items() if value]
 

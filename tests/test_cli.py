@@ -10,7 +10,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from typer.testing import CliRunner
 
 import sae_lens_sampled
-from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.cli import app
 
 
@@ -115,3 +115,20 @@ def test_calibrate_saves_an_sae_at_the_wanted_l0(tiny_lm, tmp_path, hook):
     again = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
     assert again.exit_code == 2
     assert "exists already; nothing is overwritten" in " ".join(again.output.split())
+
+
+def test_upload_dry_run_writes_card_and_folders_and_refusals_are_one_line(tmp_path):
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4))
+    sae.save_model(tmp_path / "checkpoint")
+    to_jumprelu(sae).save_model(tmp_path / "exported")
+    folders, staged = [str(tmp_path / "checkpoint"), str(tmp_path / "exported")], tmp_path / "staged"
+    result = CliRunner().invoke(app, ["upload", *folders, "--repo-id", "me/saes", "--dry-run", str(staged)])
+    assert result.exit_code == 0, result.output
+    assert 'SAE.from_pretrained("me/saes"' in (staged / "README.md").read_text()
+    for name in ("checkpoint", "exported"):
+        assert type(SAE.load_from_disk(staged / name)) is JumpReLUSAE
+    refused = CliRunner().invoke(
+        app, ["upload", str(tmp_path), "--repo-id", "me/saes", "--dry-run", str(tmp_path / "x")]
+    )
+    assert refused.exit_code == 1
+    assert len(refused.output.strip().splitlines()) == 1

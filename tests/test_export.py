@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, step_input, train
-from sae_lens import SAE, JumpReLUSAE
+from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, train
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
@@ -227,9 +227,3 @@ def test_folder_without_a_checkpoint_is_told_in_one_sentence(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
         load_checkpoint(tmp_path)
-
-
-def test_exports_are_jumprelu(tmp_path):
-    assert type(to_jumprelu(sampled_sae())) is JumpReLUSAE
-    output = sampled_sae().training_forward_pass(step_input(activations(4)))
-    assert output.loss.isfinite()

@@ -19,11 +19,12 @@ vocabulary {vocab_size:,}, contexts of {context} tokens in training) on English 
 the public domain in the United States. It exists so that examples and tests of sparse autoencoders run on a real
 language model's residual stream without a network. It writes period prose badly and knows nothing else.
 
-Weights are stored in float16 and load as float32. Trained by `examples/tiny_lm/train.py`; `training.json` has all settings.
+Weights are stored in float16 and load as float32. Trained by `examples/tiny_lm/train.py`; `training.json` has all settings
+of its {n_runs} runs.
 
 ## Held-out loss
 
-{tokens_seen:,} tokens seen in training ({tokens_of_text:,} of text, the rest lines such as `{{word}} has the first letter: W`).
+{tokens_seen:,} tokens seen in training ({tokens_of_text:,} of text, the rest lines such as `{{word}} has the first letter: W` and `{{word}} W`).
 Measured on {n_held_out} novels that were held out whole, {held_out_tokens:,} tokens:
 
 | model | nats per token | perplexity |
@@ -51,11 +52,16 @@ on words they were not trained on, by `examples/tiny_lm/first_letters.py`; the e
 def write_card(folder: Path) -> None:
     report = json.loads((folder / "training.json").read_text())
     loss = report["held_out_loss"]
+    runs = [run["settings"] for run in report["runs"]]
     card = CARD.format(
-        **report["settings"],
-        **{key: report[key] for key in ("parameters", "tokens_seen", "tokens_of_text", "held_out_tokens")},
+        **runs[0],
+        parameters=report["parameters"],
+        held_out_tokens=report["held_out_tokens"],
+        tokens_seen=sum(run["steps"] * run["batch_size"] * run["context"] for run in runs),
+        tokens_of_text=sum(run["steps"] * (run["batch_size"] - run["spelling_rows"]) * run["context"] for run in runs),
         **loss,
         **{f"{name}_ppl": math.exp(value) for name, value in loss.items()},
+        n_runs=len(runs),
         n_held_out=len(report["held_out_files"]),
         held_out_files=", ".join(file.removesuffix(".txt").replace("_", " ") for file in report["held_out_files"]),
         first_letters=_first_letters(folder / "first_letters.json"),

@@ -2,6 +2,11 @@
 
     python examples/tiny_lm/train.py TEXT_FOLDER --out examples/tiny_lm
 
+and the model that lies in this folder by
+
+    python examples/tiny_lm/train.py NOVELS --out FIRST --spelling-rows 5 --direct-share 0
+    python examples/tiny_lm/train.py NOVELS --out examples/tiny_lm --init-from FIRST --steps 600 --seed 1
+
 Writes the model and its tokenizer in Hugging Face format, `training.json` (settings, tokens seen, held-out loss
 beside n-gram baselines) and `text/{train,validation}.jsonl`: passages of the files that were held out, for training
 SAEs on. Every `--hold-out-every`-th file, in order of name, is held out whole.
@@ -34,9 +39,13 @@ def read_texts(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text(encoding="utf-8-sig") for file in files}
 
 
-def first_letter_line(word: str) -> str:
-    """The template of SAEBench's absorption evaluation, so that first letters become part of what the model knows."""
-    return f"{word} has the first letter: {word.strip()[0].upper()}\n"
+def first_letter_line(word: str, direct: bool = False) -> str:
+    """The template of SAEBench's absorption evaluation, so that first letters become part of what the model knows.
+
+    `direct` lines, "word W", ask for the letter right behind the word. Without some of these among them the model looks
+    letters up elsewhere, and no linear probe can read them where the word stands.
+    """
+    return f"{word}{'' if direct else ' has the first letter:'} {word.strip()[0].upper()}\n"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -86,10 +95,11 @@ def text_rows(ids: np.ndarray, context: int, eos: int, rng: np.random.Generator)
 
 
 def first_letter_rows(
-    tokenizer: PreTrainedTokenizerFast, words: list[str], context: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerFast, words: list[str], context: int, direct_share: float, rng: random.Random
 ) -> Iterator[np.ndarray]:
     while True:
-        text = "".join(first_letter_line(word) for word in rng.choices(words, k=context // 5))
+        chosen = rng.choices(words, k=context // 2)
+        text = "".join(first_letter_line(word, direct=rng.random() < direct_share) for word in chosen)
         yield np.array(tokenizer(text)["input_ids"][:context], dtype=np.int32)
 
 
@@ -148,6 +158,23 @@ def learning_rate(step: int, n_steps: int, peak: float, n_warmup: int = 100) -> 
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> GPTNeoXForCausalLM:
+    eos = tokenizer.convert_tokens_to_ids(EOS)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=2048,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        tie_word_embeddings=False,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
 def train_model(
     model: GPTNeoXForCausalLM, rows: Iterator[np.ndarray], spelling: Iterator[np.ndarray], args: argparse.Namespace
 ) -> None:
@@ -180,7 +207,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=128, help="tokens per training row")
     parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
-    parser.add_argument("--spelling-rows", type=int, default=5, help="rows of each batch that are first-letter lines")
+    parser.add_argument("--spelling-rows", type=int, default=8, help="rows of each batch that are first-letter lines")
+    parser.add_argument("--direct-share", type=float, default=0.5, help="share of these lines that are only 'word W'")
+    parser.add_argument("--init-from", type=Path, help="go on from a model that this script has trained")
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -194,32 +223,25 @@ def main() -> None:
     held_out = dict(list(texts.items())[:: args.hold_out_every])
     train_texts = [text for name, text in texts.items() if name not in held_out]
 
-    tokenizer = train_tokenizer(train_texts, args.vocab_size)
+    if args.init_from is None:
+        tokenizer, runs = train_tokenizer(train_texts, args.vocab_size), []
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init_from)
+        runs = json.loads((args.init_from / "training.json").read_text())["runs"]
     tokenizer.save_pretrained(args.out)
     write_passages(held_out, args.out / "text", n_train_chars=1_700_000, n_validation_chars=200_000)
     train_ids, held_out_ids = encode(tokenizer, train_texts), encode(tokenizer, list(held_out.values()))
     print(f"{len(train_ids):,} tokens to train on, {len(held_out_ids):,} held out in {', '.join(held_out)}")
 
-    eos = tokenizer.convert_tokens_to_ids(EOS)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        intermediate_size=4 * args.hidden_size,
-        max_position_embeddings=2048,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
-        tie_word_embeddings=False,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPTNeoXForCausalLM(config).to(device)
+    model = GPTNeoXForCausalLM.from_pretrained(args.init_from) if args.init_from else new_model(tokenizer, args)
     start = time.time()
     train_model(
-        model,
-        text_rows(train_ids, args.context, eos, np.random.default_rng(args.seed)),
-        first_letter_rows(tokenizer, alphabetic_words(tokenizer), args.context, random.Random(args.seed)),
+        model.to(device),
+        text_rows(train_ids, args.context, tokenizer.convert_tokens_to_ids(EOS), np.random.default_rng(args.seed)),
+        first_letter_rows(
+            tokenizer, alphabetic_words(tokenizer), args.context, args.direct_share, random.Random(args.seed)
+        ),
         args,
     )
     seconds = time.time() - start
@@ -231,11 +253,11 @@ def main() -> None:
     config_file.write_text(config_file.read_text().replace('"float16"', '"float32"'))
 
     unigram, bigram = ngram_losses(train_ids, held_out_ids, len(tokenizer))
+    settings = {key: value for key, value in vars(args).items() if key not in ("texts", "out", "init_from")}
+    runs.append({"settings": settings, "hours": seconds / 3600})
     report = {
-        "settings": {key: value for key, value in vars(args).items() if key not in ("texts", "out")},
+        "runs": runs,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens_seen": args.steps * args.batch_size * args.context,
-        "tokens_of_text": args.steps * (args.batch_size - args.spelling_rows) * args.context,
         "training_tokens": len(train_ids),
         "held_out_tokens": len(held_out_ids),
         "held_out_files": list(held_out),
@@ -244,7 +266,6 @@ def main() -> None:
             "bigram": bigram,
             "unigram": unigram,
         },
-        "hours": seconds / 3600,
     }
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     write_card(args.out)

@@ -1,0 +1,48 @@
+"""The scripts that users copy, run as they would run them: by path, from another folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
+
+
+def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_path):
+    output = run("quickstart.py", "--steps", "12", "--d-sae", "256", "--batch-size", "256", cwd=tmp_path)
+    rows = {
+        line.split()[0]: line.split()[1:] for line in output.splitlines() if line.startswith(("batchtopk", "pool_"))
+    }
+    assert list(rows) == [
+        "batchtopk",
+        "pool_factor_1.5",
+        "pool_factor_4",
+        "pool_factor_16",
+        "pool_factor_4_groups_of_16",
+    ]
+    for name, (fvu, l0, *_) in rows.items():
+        assert 0 < float(fvu) < 1.5, name
+        assert float(l0) == 16, name
+    assert output.count(": jumprelu, ") == 5
+    assert (tmp_path / "quickstart_output" / "quickstart.png").stat().st_size > 20_000
+
+
+def test_papers_run_works_on_the_bundled_model(tmp_path):
+    output = run("train_pythia.py", "--smoke", cwd=tmp_path)
+    assert "'pool_size': 80" in output
+    assert (tmp_path / "pythia_output" / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_synthetic_example_reports_every_variant(tmp_path):
+    lines = [line for line in run("synthetic.py", "--steps", "10", cwd=tmp_path).splitlines() if line.strip()]
+    assert [line[:30].strip() for line in lines[-5:]] == [
+        "BatchTopK",
+        "pool_factor 3",
+        "pool_factor 5",
+        "pool_factor 5, groups of 16",
+        "pool_factor 5, perplexity",
+    ]
