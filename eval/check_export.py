@@ -54,15 +54,16 @@ def settings(data: str, quick: bool) -> list[Setting]:
 def language_model_activations(split: str) -> Tensor:
     """Residual stream after block 2 on `examples/tiny_lm/text`, shape (tokens, 128), in random order.
 
-    Every tenth passage is held out, so both splits are of the same novels: no threshold can foresee another author.
+    Every tenth row of 128 tokens is held out, so both splits are of the same novels: no threshold foresees an author.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
     lines = (TINY_LM / "text" / "train.jsonl").read_text().splitlines()
-    lines = [line for number, line in enumerate(lines) if (number % 10 == 0) == (split == "validation")]
     ids = model.tokenizer("".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
     rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)
+    held_out = torch.arange(len(rows)) % 10 == 0
+    rows = rows[held_out if split == "validation" else ~held_out]
     hook = "blocks.2.hook_resid_post"
     with torch.no_grad():
         parts = [model.run_with_cache(part, names_filter=[hook])[1][hook] for part in rows.split(64)]
@@ -103,15 +104,19 @@ def train(setting: Setting) -> SampledTopKTrainingSAE:
     return SAETrainer(cfg, sae, stream).fit()
 
 
-@torch.no_grad()
-def compare(setting: Setting) -> Setting:
+def train_and_compare(setting: Setting) -> Setting:
     torch.set_num_threads(1)
     with contextlib.redirect_stderr(io.StringIO()):  # one progress bar is enough
         sae = train(setting)
-    held_out = list(itertools.islice(batches(setting["data"], "validation"), N_HELD_OUT))
+    with torch.no_grad():
+        return setting | compare(sae, setting["data"])
+
+
+def compare(sae: SampledTopKTrainingSAE, data: str) -> dict[str, float]:
+    held_out = list(itertools.islice(batches(data, "validation"), N_HELD_OUT))
     x = torch.cat(held_out)
     acts = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(held_out)])
-    row = {**setting, "L0": l0(acts), "FVU": fraction_of_variance_unexplained(x, sae.decode(acts)).item()}
+    row = {"L0": l0(acts), "FVU": fraction_of_variance_unexplained(x, sae.decode(acts)).item()}
     for mode in ("per_latent", "global"):
         sae.cfg.inference_threshold = mode
         exported = to_jumprelu(sae)
@@ -160,7 +165,7 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     missing = [setting for setting in wanted if not any(setting.items() <= row.items() for row in rows)]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for row in tqdm(pool.imap_unordered(compare, missing), total=len(missing), desc="SAEs"):
+        for row in tqdm(pool.imap_unordered(train_and_compare, missing), total=len(missing), desc="SAEs"):
             rows.append(row)
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     rows = [row for setting in wanted for row in rows if setting.items() <= row.items()]

@@ -58,8 +58,8 @@ def main() -> None:
     sae = load_checkpoint(checkpoint)
     learnt = to_jumprelu(sae)  # the thresholds found in training; what the runners save
     batches = runner.activations_store
-    calibrated, report = calibrate_thresholds(sae, batches, max_tokens=100_000)  # quantiles over given tokens
-    sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=100_000)  # another L0, to compare SAEs at
+    calibrated, report = calibrate_thresholds(sae, batches, max_tokens=30_000)  # quantiles over given tokens
+    sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=30_000)  # another L0, to compare SAEs at
     pruned = to_jumprelu(sae, prune=True)  # without the latents that never fire
     for name, value in dataclasses.asdict(report).items():
         print(f"{name:18} {value:,.4g}")
