@@ -141,10 +141,10 @@ def write_passages(texts: dict[str, str], folder: Path, n_train_chars: int, n_va
 
 
 def passages(text: str, min_chars: int = 2000) -> Iterator[str]:
-    """Whole paragraphs, joined until they hold at least `min_chars` characters."""
+    """Whole lines, joined until they hold at least `min_chars` characters: some novels have no blank lines."""
     passage = ""
-    for paragraph in text.split("\n\n"):
-        passage += paragraph.strip("\n") + "\n\n" if paragraph.strip() else ""
+    for line in text.splitlines(keepends=True):
+        passage += line
         if len(passage) >= min_chars:
             yield passage
             passage = ""
