@@ -1,0 +1,1 @@
+"""SAEBench, and what it lacks, for SAEs of any SAELens architecture."""

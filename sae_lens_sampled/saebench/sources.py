@@ -1,0 +1,159 @@
+"""The SAEs to evaluate: objects, exported folders, training checkpoints and Hub pairs, all in one form."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import torch
+from sae_lens.saes.sae import SAE, TrainingSAE
+from torch import Tensor
+
+from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.hub_folder import _is_checkpoint
+from sae_lens_sampled.inference import load_checkpoint
+
+CUSTOM_SAE_ID = "custom_sae"
+"""What SAEBench calls an SAE that is not from the Hub."""
+UNFOLDED = ("expected_average_only_in", "covariance_whitening")
+"""Activation normalisations that must be folded into the weights before an SAE takes raw activations."""
+
+
+@dataclass(frozen=True)
+class EvalSAE:
+    """One SAE to evaluate. Its objects are copies: what an evaluation does to them does not reach the caller's."""
+
+    release: str
+    """Name of the SAE, or the Hub repository or SAELens release that it is from."""
+    sae_id: str
+    """Its id in that release; "custom_sae" where there is none, as in SAEBench."""
+    sae: SAE[Any]
+    """The SAE for inference, with unit-norm decoder rows where its architecture allows that without changing it."""
+    training_sae: TrainingSAE[Any] | None
+    """What it was exported from, where that was given."""
+    sae_class: str
+    """The architecture it was trained as, as far as that is known: shown in plots."""
+    fingerprint: str
+    """Hash of weights and configurations, of the training SAE too."""
+
+    @property
+    def name(self) -> str:
+        """The stem of its result files."""
+        return f"{self.release}_{self.sae_id}".replace("/", "_")
+
+
+SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str] | EvalSAE"
+
+
+def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE]:
+    """The SAEs of all `sources`, on `device`.
+
+    A source is an SAE or a training SAE; a folder of either, named by its last part; `(name, SAE)` as in SAEBench, or
+    `(name, Path)`; or two strings `(release, sae_id)`, a Hub repository or a SAELens release and the SAE's id in it.
+
+    Raises:
+        ValueError: if there is none, two have the same name, or one cannot be evaluated as it is.
+    """
+    if not sources:
+        raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
+    saes = [_load(source, device) for source in sources]
+    for i, sae in enumerate(saes):
+        if sae.name in [other.name for other in saes[:i]]:
+            raise ValueError(
+                f"two of saes are called {sae.name!r}, so one's results would replace the other's; "
+                "pass (name, SAE or Path) pairs with different names."
+            )
+    return saes
+
+
+def fingerprint_tensors(tensors: dict[str, Tensor], *configs: dict[str, Any]) -> str:
+    """16 hexadecimal digits of SHA-256 over names, types, shapes and bytes of `tensors`, and over `configs`."""
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load(source: SAESource, device: str) -> EvalSAE:
+    if isinstance(source, EvalSAE):
+        return source
+    if isinstance(source, (str, Path)):
+        return _from_folder(Path(source).resolve().name, Path(source), device)
+    if not isinstance(source, tuple):
+        return _from_object(None, source, device)
+    name, where = source
+    if isinstance(where, Path):
+        return _from_folder(name, where, device)
+    if isinstance(where, str):
+        return _describe(name, where, SAE.from_pretrained(name, where, device=device), None)
+    return _from_object(name, where, device)
+
+
+def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{str(folder)!r} in saes is no folder; for an SAE of the Hub pass the pair (repository, sae_id)."
+        )
+    if _is_checkpoint(folder):
+        return _from_object(name, load_checkpoint(folder, device=device), device)
+    try:
+        sae = SAE.load_from_disk(folder, device=device)
+    except Exception as error:  # a foreign file can fail in any way
+        raise ValueError(f"{str(folder)!r} in saes is no SAE that SAELens can load: {error}") from error
+    return _describe(name, CUSTOM_SAE_ID, sae, None)
+
+
+def _from_object(name: str | None, sae: SAE[Any], device: str) -> EvalSAE:
+    sae = copy.deepcopy(sae).to(device=device)
+    if isinstance(sae, TrainingSAE):
+        return _describe(name, CUSTOM_SAE_ID, _exported(sae).to(device=device), sae)
+    return _describe(name, CUSTOM_SAE_ID, sae, None)
+
+
+def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
+    """The SAE that users of `sae` will get."""
+    _check_folded(sae)
+    if sae.cfg.architecture() == "sampled_topk":
+        return to_jumprelu(sae)
+    with TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder)
+
+
+def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: TrainingSAE[Any] | None) -> EvalSAE:
+    _check_folded(sae)
+    _fold_decoder_norm(sae)
+    both = [sae] if training_sae is None else [sae, training_sae]
+    tensors = {f"{i}.{key}": value for i, one in enumerate(both) for key, value in one.state_dict().items()}
+    # Where it lies does not change what it does; SAEs trained alike differ in nothing else.
+    configs = [{key: value for key, value in one.cfg.to_dict().items() if key != "device"} for one in both]
+    fingerprint = fingerprint_tensors(tensors, *configs)
+    trained_as = training_sae.cfg.architecture() if training_sae is not None else None
+    sae_class = trained_as or sae.cfg.metadata.training_architecture or sae.cfg.architecture()
+    return EvalSAE(name or f"{sae_class}_{fingerprint[:8]}", sae_id, sae, training_sae, sae_class, fingerprint)
+
+
+def _check_folded(sae: SAE[Any]) -> None:
+    if sae.cfg.normalize_activations in UNFOLDED:
+        raise ValueError(
+            f"an SAE in saes has normalize_activations={sae.cfg.normalize_activations!r}, which is not folded into its "
+            "weights yet, so every metric would be wrong; sae_lens_sampled.load_checkpoint(folder) folds it."
+        )
+
+
+@torch.no_grad()
+def _fold_decoder_norm(sae: SAE[Any]) -> None:
+    """Make decoder rows unit-norm, as SAEBench does to an SAE from the Hub and expects of an object."""
+    norms = sae.W_dec.norm(dim=-1)
+    if torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
+        return
+    try:
+        sae.fold_W_dec_norm()
+    except NotImplementedError:
+        return  # TopK and matching pursuit select by unscaled activations: folding would select others
