@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lens_sampled.metrics import gini
@@ -20,10 +20,9 @@ class PoolRecord(nn.Module):
     one too low in intermediate checkpoints."""
     selection_counts: Tensor
     """How many entries of each latent were kept, int64, shape (d_sae,)."""
-    ever_pooled: Tensor
-    """Whether a latent was ever in a pool, bool, shape (d_sae,)."""
-    pool: Tensor
-    """The latest pool, with groups the union over them, bool, shape (d_sae,)."""
+    last_pooled: Tensor
+    """The latest step, counted from 1, in which a latent was in a pool (with groups: in any of them), int64, shape
+    (d_sae,); 0 if it never was."""
     churn: Tensor
     """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
     cutoff: Tensor
@@ -33,10 +32,23 @@ class PoolRecord(nn.Module):
         super().__init__()
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("selection_counts", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        self.register_buffer("ever_pooled", torch.zeros(d_sae, dtype=torch.bool, device=device))
-        self.register_buffer("pool", torch.zeros(d_sae, dtype=torch.bool, device=device))
+        self.register_buffer("last_pooled", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self.register_buffer("churn", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("cutoff", torch.zeros((), dtype=torch.float32, device=device))
+
+    @property
+    def pool(self) -> Bool[Tensor, " d_sae"]:
+        """The latest pool, with groups the union over them; empty before the first step."""
+        return (self.last_pooled == self.n_steps) & self.ever_pooled
+
+    @property
+    def ever_pooled(self) -> Bool[Tensor, " d_sae"]:
+        """Whether a latent was ever in a pool."""
+        return self.last_pooled > 0
+
+    def pooled_within(self, n_steps: int) -> Bool[Tensor, " d_sae"]:
+        """Whether a latent was in a pool in the latest `n_steps` steps."""
+        return self.ever_pooled & (self.last_pooled > self.n_steps - n_steps)
 
     @torch.no_grad()
     def update(
@@ -52,16 +64,15 @@ class PoolRecord(nn.Module):
             smallest: the smallest positive one of them; infinite if the batch kept none.
             pool: indices of the candidates; None if every latent was one.
         """
-        new_pool = torch.full_like(self.pool, pool is None)
+        old_pool, new_pool = self.pool, torch.full_like(self.pool, pool is None)
         if pool is not None:
             new_pool.index_fill_(0, pool.flatten(), True)
-        overlap = (self.pool & new_pool).sum() / (self.pool | new_pool).sum()
+        overlap = (old_pool & new_pool).sum() / (old_pool | new_pool).sum()
         self.cutoff.copy_(torch.where(smallest.isfinite(), smallest.to(self.cutoff.dtype), self.cutoff))
         self.churn.copy_(torch.where(self.n_steps > 0, 1 - overlap, 0.0))
         self.selection_counts += selection_counts
-        self.ever_pooled |= new_pool
-        self.pool.copy_(new_pool)
         self.n_steps += 1
+        self.last_pooled.copy_(torch.where(new_pool, self.n_steps, self.last_pooled))
 
 
 POOL_STATISTICS: dict[str, Callable[[PoolRecord], Tensor]] = {

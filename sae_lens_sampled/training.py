@@ -17,7 +17,7 @@ from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
-from sae_lens_sampled.rates import RateMatcher
+from sae_lens_sampled.rates import FORGET, RateMatcher
 from sae_lens_sampled.selection import pool_size, sampled_topk
 
 
@@ -182,7 +182,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         """Per latent, shape (d_sae,), in units of `hidden_pre`."""
         n_steps = self.pool_record.n_steps
         if self.cfg.inference_threshold == "per_latent":
-            return self.rate_matcher.export(n_steps)
+            return self.rate_matcher.export(n_steps, self.pool_record.pooled_within(FORGET))
         # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
         correction = 1 - (1 - self.cfg.topk_threshold_lr) ** n_steps.clamp(min=1)
         return (self.topk_threshold / correction).expand(self.cfg.d_sae)

@@ -3,7 +3,7 @@ import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.rates import MEMORY, NEVER, STEP, RateMatcher
+from sae_lens_sampled.rates import FORGET, MEMORY, NEVER, STEP, RateMatcher
 
 
 def oracle_step(state, f, r, peak, cutoff, n_tokens, n_steps):
@@ -47,9 +47,31 @@ def test_latents_that_were_never_selected_are_exported_silent():
 def test_latents_selected_long_ago_are_silent_and_rare_ones_are_not():
     matcher = RateMatcher(2, torch.device("cpu"))
     matcher.selection_rate.copy_(torch.tensor([NEVER / 2, NEVER * 2]))
-    assert matcher.export(torch.tensor(10**6)).isinf().tolist() == [True, False]
+    pooled = torch.tensor([True, True])
+    assert matcher.export(torch.tensor(10**6), pooled).isinf().tolist() == [True, False]
     matcher.selection_rate.mul_(MEMORY)  # the same means after one step, before bias correction
-    assert matcher.export(torch.tensor(1)).isinf().tolist() == [True, False]
+    assert matcher.export(torch.tensor(1), pooled).isinf().tolist() == [True, False]
+
+
+def test_latents_that_left_the_pools_are_exported_silent_after_a_while():
+    sae = sampled_sae(pool_factor=2)
+    train(sae, 3)
+    fired = to_jumprelu(sae).threshold.isfinite()
+    gone, stays = (int(i) for i in fired.nonzero()[:2])
+    sae.pool_record.n_steps += FORGET
+    sae.pool_record.last_pooled.fill_(int(sae.pool_record.n_steps))
+    sae.pool_record.last_pooled[stays] -= FORGET - 1
+    sae.pool_record.last_pooled[gone] -= FORGET
+    silent = to_jumprelu(sae).threshold.isinf()
+    assert silent[gone]
+    assert not silent[stays]
+
+
+def test_without_a_pool_no_latent_is_forgotten():
+    sae = sampled_sae(pool_factor=99)
+    train(sae, FORGET + 5)
+    sae.rate_matcher.selection_rate.clamp_(min=1e-6)  # rare: selected once in a million tokens
+    assert to_jumprelu(sae).threshold.isfinite().all()
 
 
 @pytest.mark.parametrize(
