@@ -2,6 +2,11 @@
 
 At inference there is no batch and no pool, so a global threshold lets every latent outside the pool fire. Here each
 latent gets the threshold at which the share of tokens above it equals the share on which training selected it.
+
+Where pools change from batch to batch, a latent's largest activations often fall into batches without it: it would fire
+as often as it was selected, but elsewhere, and on activations that its decoder row was never trained for. So a latent's
+share is weighted by its precision, the share of its firings that are selections, and all shares are scaled to the L0 of
+training. Equal precisions change nothing.
 """
 
 import torch
@@ -17,6 +22,10 @@ smaller steps trail the weights: 0.01 gave an L0 up to 40 % too high after 800 s
 """
 MEMORY = 0.01
 """Weight of the newest batch in the running means."""
+PRECISION_MEMORY = 0.03
+"""Weight of the newest batch in which a latent fired in its running precision: pools change faster than rates."""
+GAIN_STEP = 0.2
+"""How fast `gain` follows the relative error of the whole L0."""
 MAX_ERROR = 20.0
 """Bound on the relative rate error: a latent that fires seldom must not take huge steps when it does."""
 NEVER = 1e-8
@@ -32,8 +41,8 @@ It is not trained any more, but its weights stay, and with them large activation
 class RateMatcher(nn.Module):
     """Per-latent thresholds and the running rates they are steered by.
 
-    Every buffer is float32, persistent, of shape (d_sae,). The running means are stored without bias correction:
-    divided by `1 - (1 - MEMORY)^n` after n steps they are weighted averages of n batches.
+    Every buffer is float32 and persistent; all but `gain` have shape (d_sae,). The running means of rates and peak are
+    stored without bias correction: divided by `1 - (1 - MEMORY)^n` after n steps they are weighted averages.
     """
 
     threshold: Tensor
@@ -42,6 +51,10 @@ class RateMatcher(nn.Module):
     """Running share of tokens above the threshold."""
     selection_rate: Tensor
     """Running share of tokens on which the latent was selected."""
+    precision: Tensor
+    """Running mean, over batches in which the latent fires, of the share of its firings that are selections."""
+    gain: Tensor
+    """Common factor of all target rates that holds the L0, shape (); 1 where the weights alone hold it."""
     peak: Tensor
     """Running mean of the latent's largest pre-activation in a batch: its own scale."""
 
@@ -49,40 +62,59 @@ class RateMatcher(nn.Module):
         super().__init__()
         for name in ("threshold", "firing_rate", "selection_rate", "peak"):
             self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
+        self.register_buffer("precision", torch.ones(d_sae, dtype=torch.float32, device=device))
+        self.register_buffer("gain", torch.ones((), dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def update(
         self,
         firing_rate: Float[Tensor, " d_sae"],
         selection_rate: Float[Tensor, " d_sae"],
+        hit_rate: Float[Tensor, " d_sae"],
         peak: Float[Tensor, " d_sae"],
+        recently_pooled: Bool[Tensor, " d_sae"],
         cutoff: Float[Tensor, ""],
         n_tokens: int,
         n_steps: Int[Tensor, ""],
     ) -> None:
-        r"""One step of $\theta_j \mathrel{+}= \eta\, M_j\, \mathrm{clip}((f_j - r_j) / (\bar f_j + \bar r_j + 1/B))$.
+        r"""One step of $\theta_j \mathrel{+}= \eta M_j \mathrm{clip}((f_j - w_j r_j)/(\bar f_j + w_j \bar r_j + 1/B))$.
 
-        The step follows the latent's own scale $M_j$: with the cutoff as scale it fails where that is near 0. The error
-        is divided by *running* rates: divided by the batch's own, medians would be balanced instead of means.
+        The weights $w_j$ are proportional to the precisions. The step follows the latent's own scale $M_j$: with the
+        cutoff as scale it fails where that is near 0. The error is divided by *running* rates: divided by the batch's
+        own, medians would be balanced instead of means.
 
         Args:
             firing_rate: share of this batch's tokens with a pre-activation above `threshold`; not used in the first.
             selection_rate: share of this batch's tokens on which each latent was selected.
+            hit_rate: share of this batch's tokens with both; not used in the first.
             peak: largest activation of each latent in this batch, at least 0.
+            recently_pooled: whether a latent was in a pool within the last `FORGET` steps; others are not exported.
             cutoff: smallest activation that this batch kept; where the first batch starts all thresholds.
             n_tokens: B.
             n_steps: steps before this one.
         """
         # Before the first batch there are no thresholds to fire above.
         firing_rate = torch.where(n_steps > 0, firing_rate, selection_rate)
+        hit_rate = torch.where(n_steps > 0, hit_rate, selection_rate)
         for mean, value in ((self.firing_rate, firing_rate), (self.selection_rate, selection_rate), (self.peak, peak)):
             mean.lerp_(value.to(mean.dtype), MEMORY)
+        precision = torch.where(firing_rate > 0, hit_rate / firing_rate, self.precision)
+        self.precision.lerp_(precision.to(torch.float32), PRECISION_MEMORY)
         correction = 1 - (1 - MEMORY) ** (n_steps + 1)
-        rates = (self.firing_rate + self.selection_rate) / correction + 1 / n_tokens
-        error = ((firing_rate - selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
+        weight = self._weight()
+        rates = (self.firing_rate + weight * self.selection_rate) / correction + 1 / n_tokens
+        error = ((firing_rate - weight * selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
         step = (n_steps + 1).rsqrt().clamp(min=STEP)
         moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
         self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
+        missing = selection_rate.sum() - firing_rate.masked_fill(~recently_pooled, 0).sum()
+        total = (self.selection_rate.sum() / correction).clamp(min=NEVER)
+        self.gain.mul_(1 + GAIN_STEP * missing / total).clamp_(0.5, 100)
+
+    def _weight(self) -> Float[Tensor, " d_sae"]:
+        """Target rate over selection rate: the precision, scaled so that the target rates sum to the L0."""
+        weighted = (self.precision * self.selection_rate).sum().clamp(min=NEVER)
+        return self.precision * self.gain * self.selection_rate.sum() / weighted
 
     def scale(self, factor: float) -> None:
         """Follow activations that have become `factor` times as large."""

@@ -168,10 +168,13 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         kept = feature_acts > 0
         counts, n_tokens = kept.sum(dim=0), len(kept)
         self.pool_record.update(counts, torch.where(kept, feature_acts, torch.inf).amin(), self._pool)
+        fired = hidden_pre > self.latent_threshold
         self.rate_matcher.update(
-            firing_rate=(hidden_pre > self.latent_threshold).sum(dim=0) / n_tokens,
+            firing_rate=fired.sum(dim=0) / n_tokens,
             selection_rate=counts / n_tokens,
+            hit_rate=(fired & kept).sum(dim=0) / n_tokens,
             peak=hidden_pre.amax(dim=0).relu(),
+            recently_pooled=self.pool_record.pooled_within(FORGET),
             cutoff=self.pool_record.cutoff,
             n_tokens=n_tokens,
             n_steps=self.pool_record.n_steps - 1,

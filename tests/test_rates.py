@@ -3,31 +3,71 @@ import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.rates import FORGET, MEMORY, NEVER, STEP, RateMatcher
+from sae_lens_sampled.rates import FORGET, GAIN_STEP, MEMORY, NEVER, PRECISION_MEMORY, STEP, RateMatcher
 
 
-def oracle_step(state, f, r, peak, cutoff, n_tokens, n_steps):
-    """One latent, in Python numbers: design of the update, written out."""
-    if n_steps == 0:
-        f = r
-    for key, value in (("f", f), ("r", r), ("peak", peak)):
-        state[key] = (1 - MEMORY) * state[key] + MEMORY * value
-    unbiased = {key: state[key] / (1 - (1 - MEMORY) ** (n_steps + 1)) for key in ("f", "r", "peak")}
-    error = (f - r) / (unbiased["f"] + unbiased["r"] + 1 / n_tokens)
-    step = max(STEP, (n_steps + 1) ** -0.5) * unbiased["peak"] * max(-20.0, min(20.0, error))
-    state["threshold"] = max(0.0, state["threshold"] + step) if n_steps else cutoff
+def oracle_step(latents, gain, new, recent, cutoff, n_tokens, n_steps):
+    """The update of all latents, in Python numbers: design of the rule, written out. Returns the new gain."""
+    correction = 1 - (1 - MEMORY) ** (n_steps + 1)
+    for latent, batch in zip(latents, new, strict=True):
+        if n_steps == 0:
+            batch["f"] = batch["h"] = batch["r"]
+        for key in ("f", "r", "peak"):
+            latent[key] = (1 - MEMORY) * latent[key] + MEMORY * batch[key]
+        if batch["f"] > 0:
+            news = batch["h"] / batch["f"]
+            latent["precision"] = (1 - PRECISION_MEMORY) * latent["precision"] + PRECISION_MEMORY * news
+    total = sum(latent["r"] for latent in latents)
+    weighted = sum(latent["precision"] * latent["r"] for latent in latents)
+    for latent, batch in zip(latents, new, strict=True):
+        weight = latent["precision"] * gain * total / weighted
+        error = (batch["f"] - weight * batch["r"]) / ((latent["f"] + weight * latent["r"]) / correction + 1 / n_tokens)
+        step = max(STEP, (n_steps + 1) ** -0.5) * latent["peak"] / correction * max(-20.0, min(20.0, error))
+        latent["threshold"] = max(0.0, latent["threshold"] + step) if n_steps else cutoff
+    fired = sum(batch["f"] for batch, in_pool in zip(new, recent, strict=True) if in_pool)
+    missing = sum(batch["r"] for batch in new) - fired
+    return min(100.0, max(0.5, gain * (1 + GAIN_STEP * missing * correction / total)))
 
 
 def test_update_matches_the_rule_written_out_for_each_latent():
-    matcher = RateMatcher(5, torch.device("cpu"))
-    states = [dict.fromkeys(("f", "r", "peak", "threshold"), 0.0) for _ in range(5)]
+    matcher, gain = RateMatcher(5, torch.device("cpu")), 1.0
+    latents = [{"f": 0.0, "r": 0.0, "peak": 0.0, "threshold": 0.0, "precision": 1.0} for _ in range(5)]
+    recent = torch.tensor([True, True, False, True, True])
     for n_steps in range(6):
-        f, r, peak = torch.rand(5) ** 3, torch.rand(5) ** 6, torch.rand(5) * 10
-        matcher.update(f, r, peak, torch.tensor(0.7), 50, torch.tensor(n_steps))
-        for i, state in enumerate(states):
-            oracle_step(state, f[i].item(), r[i].item(), peak[i].item(), 0.7, 50, n_steps)
-        for name, key in (("threshold", "threshold"), ("firing_rate", "f"), ("selection_rate", "r"), ("peak", "peak")):
-            torch.testing.assert_close(getattr(matcher, name), torch.tensor([state[key] for state in states]))
+        f, r, peak = torch.rand(5) ** 3 * (torch.rand(5) > 0.3), torch.rand(5) ** 6, torch.rand(5) * 10
+        h = torch.minimum(f, r) * torch.rand(5)
+        matcher.update(f, r, h, peak, recent, torch.tensor(0.7), 50, torch.tensor(n_steps))
+        new = [dict(zip(("f", "r", "h", "peak"), row, strict=True)) for row in torch.stack([f, r, h, peak], 1).tolist()]
+        gain = oracle_step(latents, gain, new, recent.tolist(), 0.7, 50, n_steps)
+        names = {
+            "threshold": "threshold",
+            "firing_rate": "f",
+            "selection_rate": "r",
+            "precision": "precision",
+            "peak": "peak",
+        }
+        for name, key in names.items():
+            want = torch.tensor([latent[key] for latent in latents])
+            torch.testing.assert_close(getattr(matcher, name), want, msg=name)
+        assert matcher.gain.item() == pytest.approx(gain)
+
+
+def test_latents_that_fire_where_they_are_not_selected_give_their_share_to_others():
+    """Both are selected on 0.3 of the tokens; one on its largest activations, the other at random."""
+    matcher, generator = RateMatcher(2, torch.device("cpu")), torch.Generator().manual_seed(0)
+    pooled = torch.tensor([True, True])
+    rates = []
+    for n_steps in range(1500):
+        z = torch.rand(400, 2, generator=generator)
+        selected = torch.stack([z[:, 0] > 0.7, torch.rand(400, generator=generator) > 0.7], dim=1)
+        fired = z > matcher.threshold
+        counts = [a.float().mean(dim=0) for a in (fired, selected, fired & selected)]
+        matcher.update(*counts, z.amax(dim=0), pooled, torch.tensor(0.7), 400, torch.tensor(n_steps))
+        rates.append(counts[0])
+    faithful, random = torch.stack(rates[-200:]).mean(dim=0).tolist()
+    assert faithful + random == pytest.approx(0.6, rel=0.03)
+    assert faithful > 0.4
+    assert random < 0.2
 
 
 def test_thresholds_start_at_the_first_cutoff():
