@@ -157,3 +157,13 @@ def test_rare_latents_are_named_with_the_tokens_they_need():
         UserWarning, match=r"live latents are selected fewer than 10 times in 300 tokens.*about 3,000 tokens"
     ):
         calibrate(sae, BATCHES[:3])
+
+
+@pytest.mark.parametrize("fields", [{"score": "entropy"}, {"pool_group_size": 8}], ids=str)
+def test_l0_on_held_out_tokens_is_that_of_the_selection_after_a_million_tokens(fields):
+    sae = trained(**fields)
+    exported, report = calibrate(sae, list(activations(500, 2000, seed=1)))
+    assert report.n_tokens == 1_000_000
+    held_out = activations(100, 2000, seed=2)
+    selected = torch.stack([(sae.select(batch, draw=i) > 0).sum() for i, batch in enumerate(held_out)]).sum()
+    assert (exported.encode(held_out) > 0).sum() / selected == pytest.approx(1, abs=0.01)
