@@ -1,0 +1,58 @@
+import pytest
+import torch
+from helpers import activations, batchtopk_sae, sampled_sae, train
+
+from sae_lens_sampled import to_jumprelu
+from sae_lens_sampled.saebench.sources import load_saes
+
+X = activations(50, seed=7)
+
+
+def trained():
+    sae = sampled_sae()
+    train(sae, 5)
+    return sae
+
+
+def test_object_folder_and_checkpoint_are_the_same_sae(tmp_path):
+    sae = trained()
+    sae.save_inference_model(tmp_path / "exported")
+    sae.save_model(tmp_path / "checkpoint")
+    saes = load_saes([("object", sae), tmp_path / "exported", tmp_path / "checkpoint"])
+    want = to_jumprelu(sae).encode(X)
+    for one in saes:
+        torch.testing.assert_close(one.sae.encode(X), want)
+        assert one.sae_class == "sampled_topk"
+    assert [one.name for one in saes] == ["object_custom_sae", "exported_custom_sae", "checkpoint_custom_sae"]
+    assert [one.training_sae is None for one in saes] == [False, True, False]
+
+
+def test_fingerprint_follows_the_weights_and_nothing_else():
+    sae = trained()
+    first, again = load_saes([("a", sae)])[0], load_saes([("b", sae)])[0]
+    assert first.fingerprint == again.fingerprint
+    sae.b_dec.data[0] += 1e-3
+    assert load_saes([("a", sae)])[0].fingerprint != first.fingerprint
+
+
+def test_callers_sae_is_left_alone_and_decoder_rows_come_out_unit_norm():
+    sae = batchtopk_sae()
+    train(sae, 3)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    one = load_saes([sae])[0]
+    torch.testing.assert_close(one.sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))
+    one.sae.W_dec.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="saes is empty"):
+        load_saes([])
+    with pytest.raises(ValueError, match="two of saes are called 'a_custom_sae'"):
+        load_saes([("a", trained()), ("a", trained())])
+    with pytest.raises(ValueError, match="is no folder"):
+        load_saes([tmp_path / "missing"])
+    with pytest.raises(ValueError, match="holds no SAE"):
+        load_saes([tmp_path])
+    with pytest.raises(ValueError, match="not folded"):
+        load_saes([sampled_sae(normalize_activations="expected_average_only_in")])
