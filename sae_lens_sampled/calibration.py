@@ -51,8 +51,10 @@ def calibrate_thresholds(
 ) -> tuple[JumpReLUSAE, CalibrationReport]:
     """Set the thresholds of the exported SAE by quantiles over given activations.
 
-    A latent's target rate is the share of tokens on which it is selected when each batch passed is one selection batch:
-    pass batches of the size used in training. Memory: the kept inputs, (tokens, d_in), and one chunk of columns.
+    Each batch passed is one selection batch: pass batches of the size used in training. A latent's target rate is the
+    share of tokens on which it is selected, weighted by its precision as in training (`rates.py`): of its largest
+    activations, as many as it is selected, the share that is selected. Equal precisions change nothing, as with a pool
+    of all latents. Memory: the kept inputs, (tokens, d_in), and one chunk of columns.
 
     Args:
         sae: the trained SAE, with its activation normalisation folded.
@@ -72,18 +74,19 @@ def calibrate_thresholds(
     if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
         raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
-    counts = torch.stack([_selection_counts(sae, batch, i) for i, batch in enumerate(batches)]).sum(dim=0)
+    counts = _count_selected(sae, batches, above=torch.zeros(()))
     x = torch.cat(batches)
     n_target = int(counts.sum()) if target_l0 is None else round(target_l0 * len(x))
-    chunks = _columns(sae, x, show_progress)
     if mode == "global":
-        thresholds = _global_threshold(chunks, n_target).expand(sae.cfg.d_sae)
+        thresholds = _global_threshold(_columns(sae, x, show_progress), n_target).expand(sae.cfg.d_sae)
     else:
-        if target_l0 is not None:
-            n_positive = torch.cat([(chunk > 0).sum(dim=0) for chunk in _columns(sae, x, show_progress)])
-            counts = scale_counts(counts, n_positive, n_target)
+        thresholds, n_positive = _quantile_thresholds(_columns(sae, x, show_progress), counts)
+        hits = _count_selected(sae, batches, above=thresholds)
+        if target_l0 is not None or not torch.equal(hits, counts):
+            # At least one, so that every selected latent stays and there are always enough positive entries.
+            counts = scale_counts(hits.clamp(min=1).masked_fill(counts == 0, 0), n_positive, n_target)
+            thresholds, _ = _quantile_thresholds(_columns(sae, x, show_progress), counts)
         _warn_of_rare_latents(counts, len(x))
-        thresholds = _quantile_thresholds(chunks, counts)
     exported = to_jumprelu(sae, thresholds)
     return exported, _report(to_jumprelu(sae), exported, x, counts, n_target)
 
@@ -152,10 +155,10 @@ def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tok
     return batches
 
 
-def _selection_counts(sae: SampledTopKTrainingSAE, batch: Tensor, number: int) -> Tensor:
-    """How many entries of each latent training-mode selection keeps; each batch has its own random draw."""
-    kept = sae.select(batch, draw=number)
-    return (kept > 0).sum(dim=0)
+def _count_selected(sae: SampledTopKTrainingSAE, batches: list[Tensor], above: Tensor) -> Tensor:
+    """Entries of each latent that training-mode selection keeps and that exceed `above`; each batch has its own draw."""
+    above = above.to(sae.device)
+    return torch.stack([(sae.select(batch, draw=i) > above).sum(dim=0) for i, batch in enumerate(batches)]).sum(dim=0)
 
 
 def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
@@ -168,12 +171,14 @@ def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Ite
         yield (sae_in @ sae.W_enc[:, chunk] + sae.b_enc[chunk]) * norms[chunk]
 
 
-def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> Tensor:
-    thresholds, start = [], 0
+def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Per latent the threshold that `counts` entries exceed, and the number of positive entries."""
+    thresholds, n_positive, start = [], [], 0
     for chunk in chunks:
         thresholds.append(quantile_threshold(chunk, counts[start : start + chunk.shape[1]]))
+        n_positive.append((chunk > 0).sum(dim=0))
         start += chunk.shape[1]
-    return torch.cat(thresholds)
+    return torch.cat(thresholds), torch.cat(n_positive)
 
 
 def _global_threshold(chunks: Iterator[Tensor], n_target: int) -> Tensor:

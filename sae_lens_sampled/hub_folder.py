@@ -24,7 +24,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     """
     if isinstance(sae, (str, Path)):
         source = Path(sae)
-        if not _is_checkpoint(source):
+        if not is_checkpoint(source):
             return _checked(source, repr(str(source)))
         sae = load_checkpoint(source)
         target.mkdir(parents=True)
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return cfg
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     """Whether the folder's config has fields that only training knows."""
     cfg = read_config(folder)
     architecture = cfg.get("architecture")

@@ -78,3 +78,31 @@ def quantile_threshold(column: list[float], count: int) -> float:
         return math.inf
     ordered = sorted((max(value, 0.0) for value in column), reverse=True)
     return (ordered[count - 1] + (ordered[count] if count < len(ordered) else 0.0)) / 2
+
+
+def precision_weighted_counts(columns: Matrix, kept: Matrix) -> list[int]:
+    """Per latent how many entries may fire: its selections times its precision, all scaled to the same sum.
+
+    `columns` and `kept` have one list per latent. By the largest remainder; no latent beyond its positive entries.
+    """
+    counts = [sum(value > 0 for value in column) for column in kept]
+    hits = []
+    for column, chosen, count in zip(columns, kept, counts, strict=True):
+        above = quantile_threshold(column, count)
+        hits.append(max(1, sum(value > above for value in chosen)) if count else 0)
+    room = [sum(value > 0 for value in column) if hit else 0 for column, hit in zip(columns, hits, strict=True)]
+    # Fill those that reach their limit, and share what is left among the others.
+    full: set[int] = set()
+    while True:
+        left = sum(counts) - sum(room[i] for i in full)
+        factor = left / max(sum(hit for i, hit in enumerate(hits) if i not in full), 1)
+        more = {i for i, hit in enumerate(hits) if i not in full and hit and hit * factor >= room[i]}
+        if not more:
+            break
+        full |= more
+    wanted = [room[i] if i in full else hit * factor for i, hit in enumerate(hits)]
+    result = [math.floor(value + 1e-9) for value in wanted]
+    order = sorted(range(len(wanted)), key=lambda i: result[i] - wanted[i])
+    for i in order[: sum(counts) - sum(result)]:
+        result[i] += 1
+    return result

@@ -31,18 +31,28 @@ def test_per_latent_thresholds_match_sorting_by_hand(monkeypatch, fields, chunk_
     monkeypatch.setattr(sae_lens_sampled.calibration, "CHUNK_ENTRIES", chunk_entries)
     sae = trained(**fields)
     exported, report = calibrate(sae, BATCHES)
-    kept = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]) > 0
-    hidden_pre = sae.encode_with_hidden_pre(torch.cat(BATCHES))[1]
-    want = [
-        oracles.quantile_threshold(column, count)
-        for column, count in zip(hidden_pre.T.tolist(), kept.sum(dim=0).tolist(), strict=True)
-    ]
+    kept = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]).T.tolist()
+    hidden_pre = sae.encode_with_hidden_pre(torch.cat(BATCHES))[1].T.tolist()
+    counts = oracles.precision_weighted_counts(hidden_pre, kept)
+    want = [oracles.quantile_threshold(column, count) for column, count in zip(hidden_pre, counts, strict=True)]
     torch.testing.assert_close(exported.threshold, torch.tensor(want))
     fires = exported.encode(torch.cat(BATCHES)) > 0
-    assert torch.equal(fires.sum(dim=0), kept.sum(dim=0))
-    assert report.l0_after == pytest.approx(report.target_l0) == pytest.approx(kept.sum().item() / 600)
+    assert fires.sum(dim=0).tolist() == counts
+    n_kept = sum(value > 0 for column in kept for value in column)
+    assert report.l0_after == pytest.approx(report.target_l0) == pytest.approx(n_kept / 600)
     assert report.mean_rate_error == pytest.approx(0, abs=1e-6)
     assert report.n_tokens == 600
+
+
+def test_precision_keeps_latents_whose_firings_are_selections_and_quietens_the_others():
+    sae = trained(pool_sampling="proportional", pool_factor=2)
+    exported, _ = calibrate(sae, BATCHES)
+    kept = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]) > 0
+    fires = exported.encode(torch.cat(BATCHES)) > 0
+    gain = fires.sum(dim=0) / kept.sum(dim=0)
+    precision = (fires & kept).sum(dim=0) / fires.sum(dim=0)
+    alive = kept.sum(dim=0) > 20
+    assert torch.corrcoef(torch.stack([gain, precision])[:, alive])[0, 1] > 0.5
 
 
 @pytest.mark.parametrize("target", [0.5, 2.0, 6.0, 11.3])

@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_sampled.export import to_jumprelu
-from sae_lens_sampled.hub_folder import _is_checkpoint
+from sae_lens_sampled.hub_folder import is_checkpoint
 from sae_lens_sampled.inference import load_checkpoint
 
 CUSTOM_SAE_ID = "custom_sae"
@@ -100,7 +100,7 @@ def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
         raise ValueError(
             f"{str(folder)!r} in saes is no folder; for an SAE of the Hub pass the pair (repository, sae_id)."
         )
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         return _from_object(name, load_checkpoint(folder, device=device), device)
     try:
         sae = SAE.load_from_disk(folder, device=device)

@@ -1,0 +1,158 @@
+"""How much of one dictionary is found again in another: mean max cosine similarity, and the chance level beside it."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sae_lens.synthetic.evals import mean_correlation_coefficient
+from scipy.integrate import trapezoid
+from scipy.stats import beta
+from torch import Tensor
+
+TILE = 4096
+"""Rows of either dictionary that are compared at a time: 64 MiB of cosines in float32."""
+MATCH_MAX_LATENTS = 8192
+"""Larger dictionaries are not matched one to one, unless asked for."""
+
+
+class MaxCosines(NamedTuple):
+    """Of each row of a dictionary, the largest cosine with any row of the other one."""
+
+    a: Float[Tensor, " n_a"]
+    a_absolute: Float[Tensor, " n_a"]
+    b: Float[Tensor, " n_b"]
+    b_absolute: Float[Tensor, " n_b"]
+
+
+class OneWay(NamedTuple):
+    """What the rows of one dictionary find in another one."""
+
+    mmcs: float
+    """Mean over rows of the largest cosine with a row of the other dictionary, in [-1, 1]."""
+    mmcs_absolute: float
+    """The same of the largest |cosine|, in [0, 1]."""
+    share_above_0_7: float
+    """Share of rows whose largest (signed) cosine is above 0.7."""
+    share_above_0_9: float
+    baseline: float
+    """What `mmcs` would be if the other dictionary were random directions, as many as it has rows."""
+    baseline_absolute: float
+
+
+class Similarity(NamedTuple):
+    """Two dictionaries compared."""
+
+    forward: OneWay
+    """Rows of the first, found in the second."""
+    backward: OneWay
+    """Rows of the second, found in the first."""
+    matched: float | None
+    """Mean |cosine| of pairs, matched one to one so that it is largest, in [0, 1]; None if there are too many rows."""
+
+    def swapped(self) -> "Similarity":
+        """The same with the dictionaries in the other order."""
+        return Similarity(self.backward, self.forward, self.matched)
+
+
+@torch.no_grad()
+def dictionary_similarity(
+    a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"], match_max_latents: int = MATCH_MAX_LATENTS
+) -> Similarity:
+    r"""Mean max cosine similarity (MMCS) of two dictionaries, both ways, with what goes with it.
+
+    $\mathrm{MMCS}(A, B) = \frac{1}{|A|} \sum_{a \in A} \max_{b \in B} \cos(a, b)$, in [-1, 1]; 1 if every row of A is,
+    up to a positive factor, a row of B. Of seeds of one configuration it measures how reproducible the latents are.
+
+    It is not symmetric: a subset of B is found in B entirely, but not B in it. It is not one-to-one: one row may be the
+    partner of many, so an A of copies of a few rows that B has scores 1; `matched`, the Hungarian-matched mean |cosine|,
+    is its one-to-one relative. It does not see which latents ever fire. It is high where it means little: among dense
+    directions that all SAEs share. And it grows with the rows of B, so read it beside `baseline`, not across widths.
+
+    Args:
+        a: rows to find, such as `W_dec` or `W_enc.T`. Only live latents: `a[live]`.
+        b: rows to find them in.
+        match_max_latents: `matched` is None if either has more rows, since it takes cubic time and the whole matrix.
+
+    Raises:
+        ValueError: if one is empty or not finite, or their widths differ.
+
+    Sources: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders" (MMCS);
+    arXiv 2505.20254 (matched mean of trained seeds); arXiv 2501.16615 (one-to-one matches of seeds, above 0.7).
+    """
+    cosines = max_cosines(a, b)
+    matched = None
+    if max(len(a), len(b)) <= match_max_latents:
+        matched = mean_correlation_coefficient(a.float(), b.float())
+    return Similarity(
+        _one_way(cosines.a, cosines.a_absolute, *b.shape), _one_way(cosines.b, cosines.b_absolute, *a.shape), matched
+    )
+
+
+@torch.no_grad()
+def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> MaxCosines:
+    """The largest cosine and |cosine| of every row of `a` with rows of `b` and the reverse, in one pass over tiles.
+
+    A row of zeros has cosine 0 with all. Products are in float32 at least. Memory: a tile, whatever the sizes.
+
+    Raises:
+        ValueError: as `dictionary_similarity`.
+    """
+    if a.shape[1] != b.shape[1] or not len(a) or not len(b):
+        raise ValueError(
+            f"dictionaries of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; "
+            "both need rows, of the same length."
+        )
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    of_a = torch.full((2, len(a)), -torch.inf, dtype=dtype, device=a.device)
+    of_b = torch.full((2, len(b)), -torch.inf, dtype=dtype, device=a.device)
+    for i in range(0, len(a), TILE):
+        rows = _unit_rows(a[i : i + TILE], dtype)
+        for j in range(0, len(b), TILE):
+            tile = rows @ _unit_rows(b[j : j + TILE], dtype).T
+            _raise_to(of_a[:, i : i + TILE], tile, dim=1)
+            _raise_to(of_b[:, j : j + TILE], tile, dim=0)
+    if not (of_a.isfinite().all() and of_b.isfinite().all()):
+        raise ValueError("a dictionary has entries that are not finite; its SAE is broken, so leave it out.")
+    return MaxCosines(*of_a.clamp(-1, 1), *of_b.clamp(-1, 1))
+
+
+@functools.cache
+def random_baseline(n: int, d_in: int, absolute: bool) -> float:
+    r"""Expected largest cosine (or |cosine|) of a unit vector with `n` independent random ones in `d_in` dimensions.
+
+    With F the distribution of one cosine, it is $l + \int_l^1 1 - F(t)^n dt$ from the lowest value l, -1 or 0:
+    $(c + 1) / 2 \sim \mathrm{Beta}(\frac{d - 1}{2}, \frac{d - 1}{2})$, and
+    $c^2 \sim \mathrm{Beta}(\frac{1}{2}, \frac{d - 1}{2})$. Grows with n, about as $\sqrt{2 \ln n / d}$.
+
+    Raises:
+        ValueError: if `n` is below 1 or `d_in` below 2.
+    """
+    if n < 1 or d_in < 2:
+        raise ValueError(f"n={n}, d_in={d_in}: a baseline needs at least 1 direction in at least 2 dimensions.")
+    lowest, half = (0, 0.5) if absolute else (-1, (d_in - 1) / 2)
+    t = np.linspace(lowest, 1, 100_001)
+    distribution = beta.cdf(t**2 if absolute else (t + 1) / 2, half, (d_in - 1) / 2)
+    return lowest + float(trapezoid(1 - distribution**n, t))
+
+
+def _unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.normalize(x.to(dtype), dim=1)
+
+
+def _raise_to(best: Tensor, tile: Tensor, dim: int) -> None:
+    """Raise `best`, the largest values and absolute values so far, in place to those of `tile` along `dim`."""
+    low, high = torch.aminmax(tile, dim=dim)
+    torch.maximum(best, torch.stack([high, torch.maximum(high, -low)]), out=best)
+
+
+def _one_way(signed: Tensor, absolute: Tensor, n_other: int, d_in: int) -> OneWay:
+    return OneWay(
+        mmcs=signed.double().mean().item(),
+        mmcs_absolute=absolute.double().mean().item(),
+        share_above_0_7=(signed > 0.7).double().mean().item(),
+        share_above_0_9=(signed > 0.9).double().mean().item(),
+        baseline=random_baseline(n_other, d_in, absolute=False),
+        baseline_absolute=random_baseline(n_other, d_in, absolute=True),
+    )

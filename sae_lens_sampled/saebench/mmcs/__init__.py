@@ -1,0 +1,1 @@
+"""Cross-seed mean max cosine similarity as an eval in SAEBench's form."""
