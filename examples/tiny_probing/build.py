@@ -21,7 +21,6 @@ from pathlib import Path
 
 Rows = list[tuple[str, str]]  # (text, label)
 
-
 # Three novels of each author; the last is for the test rows and was held out from the bundled language model.
 AUTHORS = {
     "bronte": ("Cbronte_Jane_1847", "Cbronte_Shirley_1849", "Cbronte_Villette_1853"),
@@ -91,13 +90,13 @@ def passages(novel: str) -> Iterator[str]:
     shortest, longest = PASSAGE_WORDS
     for block in blocks(novel):
         words: list[str] = []
-        for sentence in sentences(block):
+        # Round brackets are blanked out in these files, some of them before a comma.
+        for sentence in sentences(re.sub(r" ([,;:.!?])", r"\1", block)):
             usable = is_plain(sentence) and sentence[0].isupper() and not SPEECH.search(sentence)
             words = [*words, *sentence.split()] if usable else []
             if len(words) >= shortest:
                 if len(words) <= longest:
-                    # The collection's brackets are blanked out, some of them before a comma.
-                    yield re.sub(r" ([,;:.!?])", r"\1", " ".join(words))
+                    yield " ".join(words)
                 words = []
 
 
@@ -154,7 +153,7 @@ def labelled_rows(texts_by_label: Mapping[str, Iterable[str]], seed: int) -> dic
 
 
 def read(file: Path) -> str:
-    return file.read_text(encoding="utf-8-sig", errors="replace")
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def build(novels: Path, labelled: Path, seed: int) -> dict[str, dict[str, Rows]]:
@@ -162,7 +161,7 @@ def build(novels: Path, labelled: Path, seed: int) -> dict[str, dict[str, Rows]]
     texts = {name: read(novels / f"{name}.txt") for names in AUTHORS.values() for name in names}
     sets = {"authors": author_rows(texts, seed)}
     for folder, files in LABELLED.items():
-        # Not splitlines(): some sentences contain characters that it takes for line ends.
+        # Not splitlines(), which takes other control characters for line ends too.
         texts = {label: read(labelled / folder / file).split("\n") for label, file in files.items()}
         sets[folder] = labelled_rows(texts, seed)
     return sets
