@@ -156,7 +156,7 @@ def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tok
 
 
 def _count_selected(sae: SampledTopKTrainingSAE, batches: list[Tensor], above: Tensor) -> Tensor:
-    """Entries of each latent that training-mode selection keeps and that exceed `above`; each batch has its own draw."""
+    """Entries of each latent that training's selection keeps and that exceed `above`; each batch has its own draw."""
     above = above.to(sae.device)
     return torch.stack([(sae.select(batch, draw=i) > above).sum(dim=0) for i, batch in enumerate(batches)]).sum(dim=0)
 

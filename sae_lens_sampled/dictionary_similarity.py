@@ -66,7 +66,7 @@ def dictionary_similarity(
     up to a positive factor, a row of B. Of seeds of one configuration it measures how reproducible the latents are.
 
     It is not symmetric: a subset of B is found in B entirely, but not B in it. It is not one-to-one: one row may be the
-    partner of many, so an A of copies of a few rows that B has scores 1; `matched`, the Hungarian-matched mean |cosine|,
+    partner of many, so an A of copies of one row of B scores 1; `matched`, the Hungarian-matched mean |cosine|,
     is its one-to-one relative. It does not see which latents ever fire. It is high where it means little: among dense
     directions that all SAEs share. And it grows with the rows of B, so read it beside `baseline`, not across widths.
 

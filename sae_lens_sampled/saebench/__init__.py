@@ -1,1 +1,16 @@
-"""SAEBench, and what it lacks, for SAEs of any SAELens architecture."""
+"""SAEBench on SAEs of any SAELens architecture, online or offline; needs the extra `eval`."""
+
+try:
+    import sae_bench  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "sae_lens_sampled.saebench needs SAEBench: pip install 'sae-lens-sampled[eval]' (see the README for machines "
+        "without a GPU).",
+        name=error.name,
+    ) from error
+
+from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_dataset
+from sae_lens_sampled.saebench.runner import EvalError, run_evals
+from sae_lens_sampled.saebench.sources import load_saes
+
+__all__ = ["EvalError", "ProbingDataset", "load_probing_dataset", "load_saes", "run_evals"]

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
                 "pass (name, SAE or Path) pairs with different names."
             )
     return saes
+
+
+def seed_group(release: str) -> str:
+    """The name without its seed: SAEs `topk_seed0` and `topk_seed1` are two seeds of one configuration, `topk`."""
+    return re.sub(r"(?:^|[_\-/.])seed[_\-]?\d+", "", release)
 
 
 def fingerprint_tensors(tensors: dict[str, Tensor], *configs: dict[str, Any]) -> str:

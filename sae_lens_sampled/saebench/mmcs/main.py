@@ -79,7 +79,7 @@ def run_eval(
         return {}
 
     saes = [_load(release, sae, device) for release, sae in selected_saes]
-    _check_alike(names, saes)
+    check_alike(names, saes)
     live = [_live_latents(name, densities, config.live_density, saes[0].cfg.d_sae) for name in names]
     run = {
         "eval_config": config,
@@ -132,9 +132,10 @@ def _load(release: str, sae: Any, device: str) -> Any:
     return loaded[1]
 
 
-def _check_alike(names: list[str], saes: list[Any]) -> None:
+def check_alike(names: list[str], saes: list[Any]) -> None:
+    """Raise the ValueError of `run_eval` for SAEs that differ in width or hook; they need not be loaded by SAEBench."""
     for field in ("d_sae", "d_in", "hook_name"):
-        values = [getattr(sae.cfg, field) for sae in saes]
+        values = [general_utils._get_cfg_meta_field(sae.cfg, field) for sae in saes]
         for name, value in zip(names, values, strict=True):
             if value != values[0]:
                 raise ValueError(

@@ -1,0 +1,225 @@
+"""SAEBench's core eval for many SAEs with one pass of the language model.
+
+Most of core's time goes into running the model: three times over every batch of the reconstruction part, once over
+every batch of the sparsity part, again for every SAE. Here the model runs once (`record`); then core itself runs,
+unmodified, on each SAE with the recording in place of model and data (`replay`). What it computes, averages and writes
+is its own, from the same numbers.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import sae_bench.evals.core.main as core
+import torch
+from sae_bench.evals.core.eval_config import CoreEvalConfig
+from sae_lens import ActivationsStore
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
+
+SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
+
+Losses = dict[str, Tensor]
+Reconstruct = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the model did on the evaluation text; the same for all SAEs of one hook."""
+
+    tokens: list[Tensor]
+    """Every batch, first those of the reconstruction part, then those of the sparsity part."""
+    losses: list[list[Losses]]
+    """Per reconstruction batch and SAE, per token: cross-entropy and KL divergence."""
+    activations: Tensor
+    """Of the sparsity part, shape (batches, prompts, context, d_in); on disk."""
+    ignored: set[int | None]
+    """Special tokens, which count nowhere."""
+
+    def is_ignored(self, tokens: Tensor) -> Tensor:
+        """Where `tokens` are special ones."""
+        return _is_any(tokens, self.ignored)
+
+
+def record(
+    model: HookedTransformer,
+    store: ActivationsStore,
+    hook_name: str,
+    reconstructions: Sequence[Reconstruct],
+    config: CoreEvalConfig,
+    file: Path,
+) -> Recording:
+    """Run the model over all batches that core would draw from `store`, in core's order."""
+    tokenizer: Any = model.tokenizer
+    ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    all_tokens, all_losses = [], []
+    for _ in range(config.n_eval_reconstruction_batches):
+        tokens = store.get_batch_tokens(config.batch_size_prompts)
+        excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
+        all_losses.append(reconstruction_losses(model, tokens, hook_name, reconstructions, excluded))
+        all_tokens.append(tokens)
+    store.reset_input_dataset()
+    n_batches, layer = config.n_eval_sparsity_variance_batches, int(hook_name.split(".")[1])
+    activations = torch.empty(0)
+    for i in range(n_batches):
+        tokens = store.get_batch_tokens(config.batch_size_prompts)
+        x = _activations(model, tokens, hook_name, layer)
+        if i == 0:
+            shape = (n_batches, *x.shape)
+            n_entries = n_batches * x.numel()
+            activations = torch.from_file(str(file), shared=True, size=n_entries, dtype=x.dtype).view(shape)
+        activations[i] = x
+        all_tokens.append(tokens)
+    return Recording(all_tokens, all_losses, activations, ignored)
+
+
+@torch.no_grad()
+def reconstruction_losses(
+    model: HookedTransformer,
+    tokens: Tensor,
+    hook_name: str,
+    reconstructions: Sequence[Reconstruct],
+    excluded: set[int | None],
+) -> list[Losses]:
+    """What core's `get_recons_loss` gives, once per SAE, with what does not depend on the SAE computed once.
+
+    Every operation is core's, in core's order, so the numbers are the same to the last bit.
+    """
+    kept: dict[str, Tensor] = {}
+    logits, ce = model.run_with_hooks(
+        tokens,
+        return_type="both",
+        loss_per_token=True,
+        fwd_hooks=[(hook_name, lambda activations, hook: kept.update(x=activations))],  # noqa: ARG005
+    )
+    ablated_logits, ablated_ce = model.run_with_hooks(
+        tokens,
+        return_type="both",
+        loss_per_token=True,
+        fwd_hooks=[(hook_name, lambda activations, hook: torch.zeros_like(activations))],  # noqa: ARG005
+    )
+    mask = ~_is_any(tokens, excluded)
+    probabilities = logits.softmax(dim=-1)
+    log_probabilities = probabilities.log()
+
+    def kl_divergence(other: Tensor) -> Tensor:
+        return (probabilities * (log_probabilities - other.softmax(dim=-1).log())).sum(dim=-1)
+
+    ablated_kl = kl_divergence(ablated_logits)
+    losses = []
+    for reconstruct in reconstructions:
+        x_hat = torch.where(mask[..., None], reconstruct(kept["x"]).to(kept["x"].dtype), kept["x"])
+        new_logits, new_ce = _continue_from(model, tokens, hook_name, x_hat)
+        losses.append(
+            {
+                "kl_div_with_sae": kl_divergence(new_logits),
+                "kl_div_with_ablation": ablated_kl,
+                "ce_loss_with_sae": new_ce,
+                "ce_loss_without_sae": ce,
+                "ce_loss_with_ablation": ablated_ce,
+            }
+        )
+    return losses
+
+
+@contextmanager
+def replay(recording: Recording, number: int) -> Iterator[None]:
+    """Core gets the recording for its model and its data; `number` is the SAE's place in `record`."""
+    tokens = iter(recording.tokens)
+    losses = iter([batch[number] for batch in recording.losses])
+    batches = iter(recording.activations)
+
+    def run_with_cache(batch: Tensor, names_filter: list[str], **_kwargs: Any) -> tuple[None, dict[str, Tensor]]:
+        return None, {names_filter[0]: next(batches).to(batch.device)}
+
+    special = sorted(token for token in recording.ignored if token is not None)
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    tokenizer = SimpleNamespace(**dict(zip(names, itertools.cycle(special))))
+    model = SimpleNamespace(run_with_cache=run_with_cache, tokenizer=tokenizer, to=lambda _dtype: model)
+
+    def from_sae(*_args: Any, context_size: int, **_kwargs: Any) -> Any:
+        return SimpleNamespace(
+            context_size=context_size,
+            shuffle_input_dataset=lambda seed: None,  # noqa: ARG005
+            reset_input_dataset=lambda: None,
+            get_batch_tokens=lambda _n_prompts: next(tokens),
+        )
+
+    with (
+        model_in_memory(model),
+        mock.patch.object(core, "ActivationsStore", SimpleNamespace(from_sae=from_sae)),
+        mock.patch.object(core, "get_recons_loss", mock.Mock(side_effect=losses)),
+        core_errors_raised(),
+    ):
+        yield
+
+
+@torch.no_grad()
+def statistics(recording: Recording, sae: SAE[Any]) -> ActivationStatistics:
+    """FVU, L0 and the like over the sparsity part. A training SAE selects over each batch, as in training."""
+    result = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
+    n_batches = len(recording.activations)
+    for tokens, x in zip(recording.tokens[-n_batches:], recording.activations, strict=True):
+        x = x[~recording.is_ignored(tokens).to(x.device)].to(sae.device)
+        acts = sae.encode(x.to(sae.dtype))
+        result.update(x, acts, sae.decode(acts))
+    return result
+
+
+def mean_losses(recording: Recording, number: int) -> dict[str, float]:
+    """Core's reconstruction metrics for a reconstruction that core itself does not evaluate."""
+    sums: dict[str, list[Tensor]] = {}
+    for tokens, losses in zip(recording.tokens, recording.losses, strict=False):
+        mask = ~recording.is_ignored(tokens)
+        for name, value in losses[number].items():
+            sums.setdefault(name, []).append(value[mask[:, : value.shape[1]]])
+    means = {name: torch.cat(values).mean().item() for name, values in sums.items()}
+    kl, ablated_kl = means["kl_div_with_sae"], means["kl_div_with_ablation"]
+    ce, clean_ce, ablated_ce = (means[f"ce_loss_{name}"] for name in ("with_sae", "without_sae", "with_ablation"))
+    return {
+        "kl_div_with_sae": kl,
+        "kl_div_score": (ablated_kl - kl) / ablated_kl,
+        "ce_loss_with_sae": ce,
+        "ce_loss_score": (ablated_ce - ce) / (ablated_ce - clean_ce),
+    }
+
+
+def is_shareable(sae: SAE[Any]) -> bool:
+    """Whether `record` can serve this SAE: not those on the split heads of attention, which core reshapes itself."""
+    metadata = sae.cfg.metadata
+    return metadata.hook_head_index is None and not any(part in str(metadata.hook_name) for part in SPLIT_INTO_HEADS)
+
+
+def _activations(model: HookedTransformer, tokens: Tensor, hook_name: str, layer: int) -> Tensor:
+    cache = model.run_with_cache(tokens, prepend_bos=False, names_filter=[hook_name], stop_at_layer=layer + 1)[1]
+    return cache[hook_name]
+
+
+def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and losses with `x` at the hook: from the next block on where the hook is a block's output."""
+    if hook_name.endswith(".hook_resid_post"):
+        layer = int(hook_name.split(".")[1]) + 1
+        return model(x, start_at_layer=layer, tokens=tokens, return_type="both", loss_per_token=True)
+    return model.run_with_hooks(
+        tokens,
+        return_type="both",
+        loss_per_token=True,
+        fwd_hooks=[(hook_name, lambda activations, hook: x)],  # noqa: ARG005
+    )
+
+
+def _is_any(tokens: Tensor, values: set[int | None]) -> Tensor:
+    result = torch.zeros_like(tokens, dtype=torch.bool)
+    for value in values:
+        if value is not None:
+            result |= tokens == value
+    return result

@@ -1,0 +1,119 @@
+"""The language model that SAEs are evaluated on: an official name or a local folder, loaded once."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+NAMES_WITH_A_MEANING = ("llama", "gemma", "bert", "t5", "wav2vec2", "phi", "python", "santacoder", "v0", "solu")
+"""TransformerLens takes the architecture from such parts of a model's whole path, `/saes/gemma/my-pythia` for Gemma."""
+BLOCK_OUTPUT = re.compile(
+    r"(?:gpt_neox\.layers|model\.layers|model\.decoder\.layers|transformer\.h|transformer\.blocks)\.(\d+)"
+    r"|blocks\.(\d+)\.hook_out"
+)
+"""What Hugging Face and TransformerLens' bridge call the residual stream after a block."""
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A language model as SAEBench wants it."""
+
+    name: str
+    """The official name, or that of the folder."""
+    hooked: HookedTransformer
+    """The model, without weight processing, as SAEBench loads it."""
+    fingerprint: str
+    """Hash of weights, configuration and vocabulary: a cache keyed by it is never stale."""
+
+
+def load_model(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EvalModel:
+    """Load the model of an official TransformerLens name, or of a folder in Hugging Face format.
+
+    Raises:
+        ValueError: if it is neither, or if the folder has no config or no tokenizer.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        name = str(model)
+        hooked = HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype)
+    else:
+        name = folder.resolve().name
+        _check_folder(folder)
+        with _official(folder.resolve()) as path:
+            hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype)
+        hooked.cfg.model_name = name
+    vocabulary = sorted(hooked.tokenizer.get_vocab().items())  # type: ignore[union-attr]
+    config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key != "device"}
+    return EvalModel(name, hooked, fingerprint_tensors(dict(hooked.state_dict()), config, {"vocabulary": vocabulary}))
+
+
+def transformer_lens_hook(hook_name: str) -> str:
+    """The TransformerLens name of the same place: `gpt_neox.layers.3` is `blocks.3.hook_resid_post`.
+
+    What comes into a block is what its predecessor put out; SAEBench's absorption knows the latter name only.
+    """
+    if match := BLOCK_OUTPUT.fullmatch(hook_name):
+        return f"blocks.{match[1] or match[2]}.hook_resid_post"
+    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook_name)) and int(match[1]) > 0:
+        return f"blocks.{int(match[1]) - 1}.hook_resid_post"
+    return hook_name
+
+
+def attach(sae: EvalSAE, model: EvalModel) -> None:
+    """Write into the SAE's metadata what SAEBench reads there, in the terms of `model`.
+
+    Raises:
+        ValueError: if the SAE's hook is not in the model, or the model is as wide as no SAE of this width.
+    """
+    metadata = sae.sae.cfg.metadata
+    if metadata.hook_name is None:
+        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
+    hook_name = transformer_lens_hook(metadata.hook_name)
+    if hook_name not in model.hooked.hook_dict:
+        raise ValueError(f"SAE {sae.name!r} is of hook {metadata.hook_name!r}, which model {model.name!r} has not.")
+    if "hook_resid" in hook_name and sae.sae.cfg.d_in != model.hooked.cfg.d_model:
+        raise ValueError(
+            f"SAE {sae.name!r} has d_in={sae.sae.cfg.d_in}, but model {model.name!r} has "
+            f"d_model={model.hooked.cfg.d_model}: it was trained on another one ({metadata.model_name})."
+        )
+    metadata.hook_name, metadata.model_name = hook_name, model.name
+    metadata.hook_layer = int(hook_name.split(".")[1])
+    if metadata.prepend_bos is None:
+        metadata.prepend_bos = model.hooked.cfg.default_prepend_bos
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"model folder {str(folder)!r} has no config.json; it must be in Hugging Face format.")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model folder {str(folder)!r} has no tokenizer (tokenizer.json or the like); "
+            "write it there with tokenizer.save_pretrained(folder)."
+        )
+
+
+@contextmanager
+def _official(folder: Path) -> Iterator[str]:
+    """A path to `folder` that TransformerLens accepts for an official name and in which it reads no architecture."""
+    parent = Path(tempfile.mkdtemp(prefix="model-"))
+    while any(part in str(parent).removeprefix(tempfile.gettempdir()) for part in NAMES_WITH_A_MEANING):
+        parent.rmdir()
+        parent = Path(tempfile.mkdtemp(prefix="model-"))
+    path = parent / "model"
+    path.symlink_to(folder, target_is_directory=True)
+    OFFICIAL_MODEL_NAMES.append(str(path))
+    try:
+        yield str(path)
+    finally:
+        OFFICIAL_MODEL_NAMES.remove(str(path))
+        shutil.rmtree(parent)

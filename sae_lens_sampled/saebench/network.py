@@ -1,0 +1,103 @@
+"""What an evaluation takes from the Hugging Face Hub, and what to do without it."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+from urllib.parse import urlsplit
+
+import datasets.config
+import huggingface_hub.constants
+from huggingface_hub import try_to_load_from_cache
+from transformer_lens.loading_from_pretrained import get_official_model_name
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+CARRIED_MODEL = EXAMPLES / "tiny_lm"
+"""The language model that the repository carries; not in an installed package."""
+CARRIED_TEXT = CARRIED_MODEL / "text"
+CARRIED_PROBING_DATASETS = tuple(
+    EXAMPLES / "tiny_probing" / name for name in ("authors", "sentence_polarity", "subjectivity")
+)
+TIMEOUT = 3.0
+"""Seconds to wait for the Hub before telling the user: the libraries' own retries take minutes."""
+
+
+def check_network(model: str, text: str | None, default_probing_datasets: bool, offline: bool) -> bool:
+    """Whether the Hub can be asked; False if only what was downloaded earlier is at hand, and that is enough.
+
+    Args:
+        model: name or folder.
+        text: name or folder of core's data set; None if core is not run.
+        default_probing_datasets: whether SAEBench's own eight are used.
+        offline: whether the user wants no network.
+
+    Raises:
+        ValueError: if `model` is neither a folder nor an official name.
+        ConnectionError: if something is missing here, and the Hub cannot or must not be asked.
+    """
+    from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model)}
+    if text is not None and not Path(text).is_dir():
+        from_hub[f"text {text!r}"] = _is_cached_dataset(text)
+    if default_probing_datasets:
+        from_hub["SAEBench's eight probing data sets"] = False
+    if not from_hub:
+        return True
+    reachable = not offline and _is_reachable()
+    missing = [what for what, is_cached in from_hub.items() if not is_cached]
+    if missing and not reachable:
+        why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
+        raise ConnectionError(
+            f"{', '.join(missing)} must be downloaded, but {why}; give a local model folder, text=FOLDER and "
+            "probing_datasets=[...], or offline=True for what the repository carries."
+        )
+    return reachable
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Take from the Hub's cache without asking the Hub first: each question would be retried for half a minute."""
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+def carried(path: Path) -> Path:
+    """`path`, which the repository carries.
+
+    Raises:
+        ValueError: if it is not there, because the package was installed without the repository.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"offline without a model, text and probing data sets takes those of the repository's examples folder, but "
+            f"{path} is not there; clone the repository, or pass your own."
+        )
+    return path
+
+
+def _is_cached_model(name: str) -> bool:
+    try:
+        official = get_official_model_name(name)
+    except ValueError:
+        raise ValueError(
+            f"model={name!r} is neither a folder nor one of TransformerLens' official model names "
+            "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES)."
+        ) from None
+    return isinstance(try_to_load_from_cache(official, "config.json"), str)
+
+
+def _is_cached_dataset(name: str) -> bool:
+    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+
+
+def _is_reachable() -> bool:
+    url = urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        with socket.create_connection((url.hostname or "", port), timeout=TIMEOUT):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,185 @@
+"""What SAEBench 0.6 would do wrong, each prevented by a context manager that says why. SAEBench is not modified."""
+
+import functools
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jaxtyping
+import numpy as np
+import sae_bench.evals.absorption.common as absorption_common
+import sae_bench.evals.absorption.feature_absorption as feature_absorption
+import sae_bench.evals.absorption.main as absorption
+import sae_bench.evals.core.main as core
+import sae_bench.sae_bench_utils.dataset_info as dataset_info
+import sae_bench.sae_bench_utils.dataset_utils as dataset_utils
+import torch
+from threadpoolctl import threadpool_limits
+from transformer_lens import HookedTransformer
+
+from sae_lens_sampled.saebench.models import EvalModel
+from sae_lens_sampled.saebench.probing_data import ProbingDataset
+
+
+@contextmanager
+def everywhere(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Iterator[None]:
+    """All that is prevented whatever the eval."""
+    with ExitStack() as stack:
+        for one in (
+            quiet(log),
+            model_in_memory(model.hooked),
+            no_shape_checks(),
+            restored_random_state(seed),
+            single_blas_thread(),
+            working_directory(work_folder),
+            # Several evals leave gradients switched on or off for good.
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+        ):
+            stack.enter_context(one)
+        yield
+
+
+@contextmanager
+def model_in_memory(hooked: Any) -> Iterator[None]:
+    """Every eval loads the model again, by official names only; here it gets the one that is loaded already."""
+
+    def ready(*_args: Any, dtype: torch.dtype | None = None, **_kwargs: Any) -> Any:
+        return hooked if dtype is None else hooked.to(dtype)
+
+    with mock.patch.object(HookedTransformer, "from_pretrained_no_processing", staticmethod(ready)):
+        yield
+
+
+@contextmanager
+def no_shape_checks() -> Iterator[None]:
+    """Beartype 0.18 and later takes two uses of one dimension name in sparse probing for a contradiction."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@contextmanager
+def restored_random_state(seed: int) -> Iterator[None]:
+    """Absorption ignores its `random_seed` and core has none; the caller's own random state stays as it was."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  the generator that SAEBench draws from
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def single_blas_thread() -> Iterator[None]:
+    """Probes are so small that BLAS threads cost more than they save: seven times slower on a busy machine."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@contextmanager
+def working_directory(folder: Path) -> Iterator[None]:
+    """Absorption writes `./artifacts/absorption`, wherever that is."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """What SAEBench prints, and its many bars, go into a log file."""
+    with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
+
+
+@contextmanager
+def absorption_folders(probes: Path, work: Path) -> Iterator[None]:
+    """Absorption keeps probes in site-packages, by the model's last name and layer, and never drops them."""
+    k_sparse, features = work / "k_sparse_probing", work / "feature_absorption"
+    with (
+        mock.patch.object(
+            absorption,
+            "run_k_sparse_probing_experiment",
+            functools.partial(absorption.run_k_sparse_probing_experiment, experiment_dir=k_sparse, probes_dir=probes),
+        ),
+        mock.patch.object(
+            absorption,
+            "run_feature_absortion_experiment",
+            functools.partial(
+                absorption.run_feature_absortion_experiment,
+                experiment_dir=features,
+                sparse_probing_experiment_dir=k_sparse,
+                probes_dir=probes,
+            ),
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def ordered_vocabulary() -> Iterator[None]:
+    """Fast tokenizers list their vocabulary in another order in every process: absorption would not repeat itself."""
+    original = absorption_common.get_alpha_tokens
+
+    def ordered(*args: Any, **kwargs: Any) -> list[str]:
+        return sorted(original(*args, **kwargs))
+
+    with (
+        mock.patch.object(absorption_common, "get_alpha_tokens", ordered),
+        mock.patch.object(feature_absorption, "get_alpha_tokens", ordered),
+    ):
+        yield
+
+
+@contextmanager
+def core_errors_raised() -> Iterator[None]:
+    """Core logs every exception and goes on with a result less."""
+    errors: list[BaseException] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = sys.exc_info()[1]  # core logs from inside its `except`
+            errors.append(error if error is not None else RuntimeError(record.getMessage()))
+
+    handler = Collect(level=logging.ERROR)
+    core.logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        core.logger.removeHandler(handler)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def own_probing_datasets(datasets: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
+    """SAEBench knows its own eight data sets only, and chooses how to read one by its name."""
+    by_name = {dataset.name: dataset for dataset in datasets}
+    original = dataset_utils.get_multi_label_train_test_data
+
+    def get(name: str, train_size: int, test_size: int, seed: int) -> Any:
+        if name in by_name:
+            return by_name[name].split(*sizes, seed)
+        return original(name, train_size, test_size, seed)
+
+    classes = {dataset.name: dataset.classes for dataset in datasets}
+    with (
+        mock.patch.object(dataset_utils, "get_multi_label_train_test_data", get),
+        mock.patch.dict(dataset_info.chosen_classes_per_dataset, classes),
+    ):
+        yield

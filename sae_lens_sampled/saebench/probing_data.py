@@ -1,0 +1,127 @@
+"""Labelled texts of the user's own for sparse probing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+MIN_ROWS = 20
+"""Rows per class and split below which a probe's accuracy says nothing."""
+
+Texts = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ProbingDataset:
+    """A text classification data set: texts by class, for training and for testing a probe."""
+
+    name: str
+    train: Texts
+    test: Texts | None
+    """None where the data has one split only: then `split` draws both from `train`, without overlap."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Its labels, sorted."""
+        return sorted(self.train)
+
+    def largest_sizes(self) -> tuple[int, int]:
+        """The largest train and test sizes, in SAEBench's count (two classes at a time), that all classes can fill."""
+        smallest = min(map(len, self.train.values()))
+        if self.test is None:
+            return 2 * (smallest * 4 // 5), 2 * (smallest - smallest * 4 // 5)
+        return 2 * smallest, 2 * min(map(len, self.test.values()))
+
+    def split(self, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
+        """`train_size // 2` and `test_size // 2` random texts of every class, as SAEBench's own data sets give them.
+
+        Raises:
+            ValueError: if a class has too few.
+        """
+        n_train, n_test = train_size // 2, test_size // 2
+        train, test = {}, {}
+        for label in self.classes:
+            order = np.random.default_rng(seed)
+            texts = [self.train[label][i] for i in order.permutation(len(self.train[label]))]
+            if self.test is None:
+                self._check(label, "", len(texts), n_train + n_test)
+                train[label], test[label] = texts[:n_train], texts[n_train : n_train + n_test]
+            else:
+                self._check(label, "train ", len(texts), n_train)
+                self._check(label, "test ", len(self.test[label]), n_test)
+                held_out = [self.test[label][i] for i in order.permutation(len(self.test[label]))]
+                train[label], test[label] = texts[:n_train], held_out[:n_test]
+        return train, test
+
+    def _check(self, label: str, split: str, n_rows: int, needed: int) -> None:
+        if n_rows < needed:
+            raise ValueError(
+                f"probing data set {self.name!r} has {n_rows} {split}rows of class {label!r}, but {needed} are needed; "
+                "lower probe_train_set_size and probe_test_set_size (half of each is taken per class)."
+            )
+
+
+def load_probing_dataset(
+    source: "str | Path | datasets.Dataset | datasets.DatasetDict",
+    name: str | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> ProbingDataset:
+    """Read labelled texts from a parquet, csv or jsonl file, a folder with `train` and `test` ones, or a `Dataset`.
+
+    Raises:
+        ValueError: if there is no such file, a column is missing, there is one class only, or a class has too few rows.
+    """
+    if isinstance(source, (str, Path)):
+        splits = _read(Path(source))
+        name = name or Path(source).resolve().stem
+    else:
+        splits = dict(source) if isinstance(source, datasets.DatasetDict) else {"train": source}
+        name = name or "dataset"
+    splits = {split if split == "train" else "test": rows for split, rows in splits.items()}
+    texts = {split: _by_class(name, rows, text_column, label_column) for split, rows in splits.items()}
+    train, test = texts["train"], texts.get("test")
+    if len(train) < 2:
+        raise ValueError(f"column {label_column!r} of probing data set {name!r} has one class only, {min(train)!r}.")
+    if test is not None and set(test) != set(train):
+        raise ValueError(f"probing data set {name!r} has other classes in test, {sorted(test)}, than in train.")
+    dataset = ProbingDataset(name, train, test)
+    if min(dataset.largest_sizes()) < 2 * MIN_ROWS:
+        rarest = min(train, key=lambda label: len(train[label]))
+        raise ValueError(
+            f"probing data set {name!r} has too few rows: class {rarest!r} has {len(train[rarest])} to train on; at "
+            f"least {MIN_ROWS} per class are needed for training and {MIN_ROWS} for testing."
+        )
+    return dataset
+
+
+def common_sizes(probing_datasets: Sequence[ProbingDataset], train_size: int, test_size: int) -> tuple[int, int]:
+    """The wanted sizes, or as much of them as the smallest data set has."""
+    largest = [dataset.largest_sizes() for dataset in probing_datasets]
+    return min(train_size, *(n for n, _ in largest)), min(test_size, *(n for _, n in largest))
+
+
+def _read(path: Path) -> dict[str, datasets.Dataset]:
+    files = {file.stem: file for file in sorted(path.iterdir())} if path.is_dir() else {"train": path}
+    kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+    chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
+    if not path.exists() or "train" not in chosen:
+        raise ValueError(
+            f"probing data {str(path)!r} is no parquet, csv or jsonl file and no folder with train and test ones."
+        )
+    return {
+        split: datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train")  # type: ignore[misc]
+        for split, file in chosen.items()
+    }
+
+
+def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:
+    for column in (text_column, label_column):
+        if column not in rows.column_names:
+            raise ValueError(f"probing data set {name!r} has no column {column!r}, only {rows.column_names}.")
+    texts: Texts = {}
+    for text, label in zip(rows[text_column], rows[label_column], strict=True):
+        texts.setdefault(str(label), []).append(text)
+    return texts

@@ -1,0 +1,64 @@
+"""Result files: where they lie, whose they are, and how they get there whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sae_lens_sampled.saebench.models import EvalModel
+from sae_lens_sampled.saebench.sources import EvalSAE
+
+STAMP = "sae_lens_sampled"
+"""Key in `sae_cfg_dict` of a result under which its fingerprints are: the one part of the format that is free."""
+
+
+def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:
+    """SAEBench's place and name for a result."""
+    return output_dir / "eval_results" / eval_name / f"{sae.name}_eval_results.json"
+
+
+def load_result(path: Path) -> dict[str, Any] | None:
+    """The result in a file; None if there is no file, or none that a run has finished."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def is_result_of(result: dict[str, Any], sae: EvalSAE, model: EvalModel) -> bool:
+    """Whether a result is of these very weights on this very model."""
+    stamp = _stamp(result)
+    return stamp.get("sae") == sae.fingerprint and stamp.get("model") == model.fingerprint
+
+
+def is_same(result: dict[str, Any], stamp: dict[str, str]) -> bool:
+    """Whether a result has all these fingerprints."""
+    return _stamp(result) == stamp
+
+
+def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
+    """Which of SAE, model and configuration are others, in words."""
+    found = _stamp(result)
+    return " and ".join(what for what, fingerprint in stamp.items() if found.get(what) != fingerprint)
+
+
+def write_result(
+    path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str], extra: dict[str, Any]
+) -> None:
+    """Put SAEBench's `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
+
+    Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled SAE is a "jumprelu".
+    """
+    result = dict(result)
+    result["sae_lens_release_id"], result["sae_lens_id"] = sae.release, sae.sae_id
+    result["sae_cfg_dict"] = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
+    if extra:
+        result["eval_result_unstructured"] = (result.get("eval_result_unstructured") or {}) | extra
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=2, default=str))
+    os.replace(unfinished, path)
+
+
+def _stamp(result: dict[str, Any]) -> dict[str, str]:
+    return (result.get("sae_cfg_dict") or {}).get(STAMP, {})
