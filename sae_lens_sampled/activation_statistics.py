@@ -11,7 +11,7 @@ N_DECILES = 10
 
 
 class ActivationStatistics:
-    """Sums over batches, in float64, from which all numbers of `summary` come.
+    """Sums over batches, in float64, from which all numbers of `summary` come; errors are in float64 from the start.
 
     Memory: a few vectors of length d_sae and d_in, and one integer per token.
     """
@@ -47,7 +47,7 @@ class ActivationStatistics:
         self.token_error += (error / (x - x.mean(dim=0)).square().sum(dim=1)).sum()
         active = acts != 0
         self.counts += active.sum(dim=0)
-        self.mass += acts.abs().sum(dim=0, dtype=torch.double)
+        self.mass += acts.abs().sum(dim=0)  # of one batch in the activations' own type: doubles would cost a copy
         self.l0.append(active.sum(dim=1).cpu())
 
     def summary(self) -> dict[str, float | list[float]]:

@@ -1,11 +1,12 @@
-"""The command line: `sae-lens-sampled train | calibrate | upload | info`."""
+"""The command line: `sae-lens-sampled train | calibrate | upload | eval | info`."""
 
 import dataclasses
+import json
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sae_lens.llm_sae_training_runner
 import torch
@@ -100,6 +101,68 @@ def upload(
         typer.echo(error, err=True)
         raise typer.Exit(1) from error
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
+
+
+@app.command("eval")
+def evaluate(
+    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or training checkpoints, or RELEASE:SAE_ID.")],
+    evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
+    model: Annotated[str | None, typer.Option(help="Official name or folder; default: the one trained on.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="For results and caches.")] = Path("sae_bench_results"),
+    text: Annotated[str | None, typer.Option(help="Data set of core; default: SAEBench's openwebtext.")] = None,
+    probing_data: Annotated[
+        list[Path] | None, typer.Option(help="Labelled texts to probe instead of SAEBench's eight sets; repeat it.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of SAEBench's configuration, core.context_size=64.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of model and SAEs.")] = "float32",
+    seed: Annotated[int, typer.Option()] = 42,
+    offline: Annotated[bool, typer.Option("--offline", help="No network; the model and data of the examples.")] = False,
+    force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace results that are there.")] = False,
+) -> None:
+    """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
+    try:
+        from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
+    except ModuleNotFoundError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
+    try:
+        run_evals(
+            [parse_source(sae) for sae in saes],
+            evals.split(","),
+            model,
+            output_dir,
+            probing_datasets=probing_data or (),
+            text=text,
+            overrides=_overrides(setting or []),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            offline=offline,
+            force_rerun=force_rerun,
+        )
+    except (ValueError, OSError, EvalError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"Results are in {output_dir / 'eval_results'}")
+
+
+def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; a value is JSON, or a string if it is none."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        where, equals, value = setting.partition("=")
+        eval_name, dot, name = where.partition(".")
+        if not equals or not dot:
+            raise typer.BadParameter(f"--set {setting} is not of the form EVAL.FIELD=VALUE.")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        overrides.setdefault(eval_name, {})[name] = parsed
+    return overrides
 
 
 @app.command()

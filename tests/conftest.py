@@ -8,7 +8,16 @@ import torch
 
 # Shapes and types are checked at run time in the modules of pure functions; int passes for float, as in Python. Not by
 # jaxtyping's pytest option, which takes a single module if the checker has arguments.
-PURE = ("calibration", "metrics", "pool_record", "rates", "scores", "selection")
+PURE = (
+    "activation_statistics",
+    "calibration",
+    "dictionary_similarity",
+    "metrics",
+    "pool_record",
+    "rates",
+    "scores",
+    "selection",
+)
 jaxtyping.install_import_hook(
     [f"sae_lens_sampled.{module}" for module in PURE],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

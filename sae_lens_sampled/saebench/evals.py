@@ -21,13 +21,14 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 import sae_lens_sampled.saebench.mmcs.main as mmcs
+from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.saebench import core, patches
 from sae_lens_sampled.saebench.mmcs.eval_config import MmcsEvalConfig
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, common_sizes
 from sae_lens_sampled.saebench.results import is_result_of, load_result, result_path
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE, fingerprint_tensors, seed_group
-from sae_lens_sampled.saebench.top_contexts import top_contexts
+from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
 
 Unstructured = dict[str, Any]
 
@@ -149,14 +150,22 @@ def _run_core(config: CoreEvalConfig, sae: EvalSAE, run: Run, folder: Path) -> U
             multiple_evals()
         return {}
     recording, number = run.recordings[sae.name]
-    with core.replay(recording, number):
+    statistics = ActivationStatistics(sae.sae.cfg.d_in, sae.sae.cfg.d_sae, run.device)
+    top = TopActivations(sae.sae.cfg.d_sae, run.device)
+
+    def see(tokens: Tensor, x: Tensor, acts: Tensor, x_hat: Tensor) -> None:
+        statistics.update(x, acts, x_hat)
+        top.update(tokens, acts)
+
+    with core.replay(recording, number), core.observed(recording, sae.sae, see):
         multiple_evals()
-    statistics = core.statistics(recording, sae.sae)
-    contexts = top_contexts(recording, sae.sae, statistics, run.model.hooked.tokenizer)
-    extra: Unstructured = {"exported": statistics.summary(), "top_contexts": contexts}
+    extra: Unstructured = {
+        "exported": statistics.summary(),
+        "top_contexts": top_contexts(top, statistics, run.model.hooked.tokenizer),
+    }
     if sae.training_sae is not None:
         losses = core.mean_losses(*run.recordings[f"{sae.name} in training"])
-        extra["in_training"] = core.statistics(recording, sae.training_sae).summary() | losses
+        extra["in_training"] = core.statistics_in_training(recording, sae.training_sae).summary() | losses
     return extra
 
 

@@ -44,10 +44,10 @@ def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
 
 def write_result(
     path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str], extra: dict[str, Any]
-) -> None:
+) -> dict[str, Any]:
     """Put SAEBench's `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
 
-    Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled SAE is a "jumprelu".
+    Returns what was written. Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled SAE is a "jumprelu".
     """
     result = dict(result)
     result["sae_lens_release_id"], result["sae_lens_id"] = sae.release, sae.sae_id
@@ -56,8 +56,9 @@ def write_result(
         result["eval_result_unstructured"] = (result.get("eval_result_unstructured") or {}) | extra
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2, default=str))
+    unfinished.write_text(json.dumps(result, indent=2))
     os.replace(unfinished, path)
+    return result
 
 
 def _stamp(result: dict[str, Any]) -> dict[str, str]:

@@ -166,8 +166,8 @@ def _run_one(
                 extra = EVALS[name].run(config, sae, run, run.scratch / "results" / name)
             written = run.scratch / "results" / name / f"{sae.name}_{CUSTOM_SAE_ID}_eval_results.json"
             path = result_path(run.output_dir, name, sae)
-            write_result(path, json.loads(written.read_text()), sae, _stamp(name, config, sae, saes, run), extra)
-            results[sae.name] = json.loads(path.read_text())
+            stamp = _stamp(name, config, sae, saes, run)
+            results[sae.name] = write_result(path, json.loads(written.read_text()), sae, stamp, extra)
         except Exception as error:
             logger.exception("%s of %s failed", name, sae.name)
             failures[f"{name} of {sae.name}"] = error

@@ -71,6 +71,12 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     return saes
 
 
+def parse_source(argument: str) -> Path | tuple[str, str]:
+    """A source as given on a command line: an existing folder, or RELEASE:SAE_ID."""
+    release, _, sae_id = argument.partition(":")
+    return (release, sae_id) if sae_id and not Path(argument).exists() else Path(argument)
+
+
 def seed_group(release: str) -> str:
     """The name without its seed: SAEs `topk_seed0` and `topk_seed1` are two seeds of one configuration, `topk`."""
     return re.sub(r"(?:^|[_\-/.])seed[_\-]?\d+", "", release)

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAE
+from torch import Tensor
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
-from sae_lens_sampled.saebench.core import Recording
 
 N_LATENTS = 8
 N_CONTEXTS = 3
@@ -14,57 +13,48 @@ REACH = 10
 """Tokens shown before and after."""
 MAX_DENSITY = 0.1
 """A latent that is active more often than this is rarely about one thing."""
-MAX_TOKENS = 50_000
 
 
-@torch.no_grad()
-def top_contexts(
-    recording: Recording, sae: SAE[Any], statistics: ActivationStatistics, tokenizer: Any
-) -> list[dict[str, Any]]:
-    """The latents that carry the largest activation mass without being dense, with the places they are most active.
+class TopActivations:
+    """Of every latent the largest activation in each of the `N_CONTEXTS` batches where it is largest."""
 
-    Searched in the first 50,000 tokens of the recording.
-    """
+    def __init__(self, d_sae: int, device: torch.device | str) -> None:
+        self.values = torch.zeros(N_CONTEXTS, d_sae, device=device)
+        self.places = torch.zeros(N_CONTEXTS, d_sae, dtype=torch.int64, device=device)
+        self.tokens: list[Tensor] = []
+
+    def update(self, tokens: Tensor, acts: Tensor) -> None:
+        """Add one batch of running text: `tokens`, shape (n,), and `acts`, shape (n, d_sae)."""
+        best = acts.amax(dim=0).to(self.values)
+        rising = (best > self.values[-1]).nonzero()[:, 0]  # few, after some batches: where the maximum is costs more
+        place = acts[:, rising].argmax(dim=0) + sum(map(len, self.tokens))
+        values = torch.cat([self.values[:, rising], best[None, rising]])
+        places = torch.cat([self.places[:, rising], place[None]])
+        self.values[:, rising], order = values.topk(N_CONTEXTS, dim=0)
+        self.places[:, rising] = places.gather(0, order)
+        self.tokens.append(tokens.cpu())
+
+
+def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenizer: Any) -> list[dict[str, Any]]:
+    """The latents that carry the largest activation mass without being dense, with the text where they are largest."""
     mass = statistics.mass.masked_fill(statistics.density > MAX_DENSITY, 0)
     latents = mass.topk(min(N_LATENTS, len(mass))).indices
-    latents = latents[mass[latents] > 0]
-    n_batches = len(recording.activations)
-    tokens = recording.tokens[-n_batches:]
-    n_used = max(1, min(n_batches, MAX_TOKENS // tokens[0].numel()))
-    batches = zip(tokens[:n_used], recording.activations, strict=False)
-    acts = torch.cat(
-        [
-            sae.encode(x.to(sae.device, sae.dtype))[..., latents].cpu() * ~recording.is_ignored(part).cpu()[..., None]
-            for part, x in batches
-        ]
-    ).float()
-    rows = torch.cat(tokens[:n_used]).cpu()
+    tokens = torch.cat(top.tokens).tolist()
     return [
         {
-            "latent": int(latent),
+            "latent": latent,
             "density": statistics.density[latent].item(),
             "mass_share": (statistics.mass[latent] / statistics.mass.sum()).item(),
-            "contexts": _contexts(acts[..., i], rows, tokenizer),
+            "contexts": [
+                {
+                    "activation": value,
+                    "before": tokenizer.decode(tokens[max(0, place - REACH) : place]),
+                    "token": tokenizer.decode(tokens[place : place + 1]),
+                    "after": tokenizer.decode(tokens[place + 1 : place + 1 + REACH]),
+                }
+                for value, place in zip(top.values[:, latent].tolist(), top.places[:, latent].tolist(), strict=True)
+                if value > 0
+            ],
         }
-        for i, latent in enumerate(latents)
+        for latent in latents[mass[latents] > 0].tolist()
     ]
-
-
-def _contexts(acts: torch.Tensor, rows: torch.Tensor, tokenizer: Any) -> list[dict[str, Any]]:
-    """The largest activations of one latent, one per row of text; `acts` and `rows` have shape (prompts, context)."""
-    best, position = acts.max(dim=1)
-    found = []
-    for row in best.topk(min(N_CONTEXTS, len(best))).indices.tolist():
-        if best[row] <= 0:
-            break
-        at = int(position[row])
-        ids = rows[row].tolist()
-        found.append(
-            {
-                "activation": best[row].item(),
-                "before": tokenizer.decode(ids[max(0, at - REACH) : at]),
-                "token": tokenizer.decode(ids[at]),
-                "after": tokenizer.decode(ids[at + 1 : at + 1 + REACH]),
-            }
-        )
-    return found

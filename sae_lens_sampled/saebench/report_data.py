@@ -1,0 +1,121 @@
+"""What the result files of an output folder say: one `SAEResults` per SAE, whichever evals it has.
+
+Reads SAEBench's own results as well; they lack what `run_evals` adds, which is then None.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae_lens_sampled.saebench.results import STAMP, load_result
+from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, seed_group
+
+EVAL_NAMES = {"absorption_first_letter": "absorption"}
+"""`eval_type_id` of a result where it is not the name of the eval."""
+ORDER = ("core", "sparse_probing", "absorption", "mmcs")
+
+
+@dataclass(frozen=True)
+class SAEResults:
+    """All results of one SAE."""
+
+    release: str
+    sae_id: str
+    results: dict[str, dict[str, Any]] = field(repr=False, compare=False)
+    """By eval."""
+
+    @property
+    def name(self) -> str:
+        """What result files and MMCS call it."""
+        return f"{self.release}_{self.sae_id}".replace("/", "_")
+
+    @property
+    def label(self) -> str:
+        """The name to show."""
+        return self.release if self.sae_id == CUSTOM_SAE_ID else f"{self.release} {self.sae_id}"
+
+    @property
+    def group(self) -> str:
+        """The label without its seed. SAEs of one release are several configurations, unless their ids are seeds."""
+        return " ".join(filter(None, map(seed_group, self.label.split(" ")))) or self.label
+
+    @property
+    def sae_class(self) -> str:
+        """The architecture it was trained as, as far as the results know it."""
+        found = (result.get("sae_cfg_dict") or {} for result in self.results.values())
+        return next((str(cfg["architecture"]) for cfg in found if cfg.get("architecture")), "unknown")
+
+    def get(self, *path: str) -> Any:
+        """What is at `path`, an eval and the keys in its result; None where any of them is missing."""
+        value: Any = self.results
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def number(self, *path: str) -> float | None:
+        """The finite number at `path`, or None."""
+        value = self.get(*path)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if is_number else None
+
+
+def read_results(output_dir: str | Path) -> list[SAEResults]:
+    """The SAEs of `<output_dir>/eval_results`, or of `output_dir` itself, in alphabetical order.
+
+    Raises:
+        ValueError: if there is no result.
+    """
+    folder = Path(output_dir)
+    folder = folder / "eval_results" if (folder / "eval_results").is_dir() else folder
+    found = [result for path in sorted(folder.rglob("*_eval_results.json")) if (result := load_result(path))]
+    by_sae: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in sorted(found, key=lambda result: result.get("datetime_epoch_millis", 0)):
+        sae = (str(result.get("sae_lens_release_id")), str(result.get("sae_lens_id")))
+        name = str(result.get("eval_type_id"))
+        by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = result
+    if not by_sae:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds no *_eval_results.json; pass the output_dir of a finished run_evals."
+        )
+    return [SAEResults(release, sae_id, results) for (release, sae_id), results in sorted(by_sae.items())]
+
+
+def evals_of(saes: Sequence[SAEResults]) -> list[str]:
+    """The evals that any of `saes` has, in the order in which they run."""
+    names = {name for sae in saes for name in sae.results}
+    return [name for name in ORDER if name in names] + sorted(names - set(ORDER))
+
+
+def notes(saes: Sequence[SAEResults]) -> list[str]:
+    """What readers must know before they compare the numbers, a sentence each."""
+    found = []
+    for name in evals_of(saes):
+        missing = [sae.label for sae in saes if name not in sae.results]
+        if missing:
+            found.append(f"{name} is missing for {_listed(missing)}.")
+        settings = {json.dumps(sae.get(name, "eval_config"), sort_keys=True) for sae in saes if name in sae.results}
+        if len(settings) > 1:
+            found.append(f"{name} was run with {len(settings)} different configurations, so SAEs may not compare.")
+    models = {model for sae in saes for model in _stamps(sae, "model")}
+    if len(models) > 1:
+        found.append(f"By their fingerprints the results are of {len(models)} different models, or versions of one.")
+    mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
+    if mixed:
+        found.append(f"The evals are of different weights for {_listed(mixed)}.")
+    path = ("mmcs", "eval_result_metrics", "partners", "partners_of_same_group")
+    alone = [sae.label for sae in saes if sae.get(*path) is False]
+    if alone:
+        found.append(f"MMCS is with SAEs of other configurations, for want of another seed, for {_listed(alone)}.")
+    return found
+
+
+def _stamps(sae: SAEResults, what: str) -> set[str]:
+    stamps = (sae.get(name, "sae_cfg_dict", STAMP, what) for name in sae.results)
+    return {stamp for stamp in stamps if stamp}
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,126 @@
+"""The numbers of the report: where each is in the results, which direction is better, and means over seeds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sae_lens_sampled.saebench.report_data import SAEResults
+
+CORE = ("core", "eval_result_metrics")
+OURS = ("core", "eval_result_unstructured")
+PROBING = ("sparse_probing", "eval_result_metrics", "sae")
+ABSORPTION = ("absorption", "eval_result_metrics", "mean")
+MMCS = ("mmcs", "eval_result_metrics")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column."""
+
+    name: str
+    path: tuple[str, ...]
+    better: Literal["higher", "lower"] | None
+    """None where neither is: it says under which conditions the others hold."""
+    digits: int
+    independent: bool = True
+    """False if a value of one seed is also one of another seed: then the seeds' spread is no error of their mean."""
+    complement: tuple[str, ...] = ()
+    """Where one minus the value is, if nothing is at `path`."""
+
+    def of(self, sae: SAEResults) -> float | None:
+        """The value of one SAE; None if it has none."""
+        value = sae.number(*self.path)
+        rest = sae.number(*self.complement)
+        return 1 - rest if value is None and rest is not None else value
+
+
+FVU = Metric("FVU", (*OURS, "exported", "fvu"), "lower", 4)
+L0 = Metric("L0", (*CORE, "sparsity", "l0"), None, 2)
+DEAD = Metric(
+    "Dead share", (*OURS, "exported", "dead_share"), "lower", 3, complement=(*CORE, "misc_metrics", "frac_alive")
+)
+TOP_1 = Metric("Top-1 accuracy", (*PROBING, "sae_top_1_test_accuracy"), "higher", 3)
+FRACTION = Metric("Mean absorption fraction", (*ABSORPTION, "mean_absorption_fraction_score"), "lower", 3)
+
+SECTIONS: dict[str, list[Metric]] = {
+    "Sparsity": [
+        L0,
+        Metric("L0 in training", (*OURS, "in_training", "l0"), None, 2),
+        DEAD,
+        Metric("Gini of firing counts", (*OURS, "exported", "gini"), None, 3),
+    ],
+    "Reconstruction": [
+        FVU,
+        Metric("FVU in training", (*OURS, "in_training", "fvu"), "lower", 4),
+        Metric("EV (SAEBench's formula, not R²)", (*CORE, "reconstruction_quality", "explained_variance"), "higher", 4),
+        Metric("Legacy EV, per token", (*CORE, "reconstruction_quality", "explained_variance_legacy"), "higher", 4),
+        Metric(
+            "CE loss score (loss recovered)", (*CORE, "model_performance_preservation", "ce_loss_score"), "higher", 4
+        ),
+        Metric("KL score", (*CORE, "model_behavior_preservation", "kl_div_score"), "higher", 4),
+    ],
+    "Sparse probing": [
+        TOP_1,
+        Metric("Top-2 accuracy", (*PROBING, "sae_top_2_test_accuracy"), "higher", 3),
+        Metric("Top-5 accuracy", (*PROBING, "sae_top_5_test_accuracy"), "higher", 3),
+        Metric("Accuracy with all latents", (*PROBING, "sae_test_accuracy"), "higher", 3),
+    ],
+    "Absorption": [
+        FRACTION,
+        Metric("Full absorption", (*ABSORPTION, "mean_full_absorption_score"), "lower", 3),
+    ],
+    "Similarity of seeds": [
+        Metric("MMCS of decoders", (*MMCS, "decoder", "mmcs"), "higher", 3, independent=False),
+        Metric("MMCS of encoders", (*MMCS, "encoder", "mmcs"), "higher", 3, independent=False),
+        Metric("MMCS of random directions", (*MMCS, "decoder", "baseline"), None, 3, independent=False),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over the seeds that have a value, and its standard error, std / sqrt(n) with ddof=1; None for one seed."""
+
+    mean: float
+    error: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """SAEs that differ in nothing but the seed."""
+
+    sae_class: str
+    name: str
+    saes: tuple[SAEResults, ...]
+
+    def estimate(self, metric: Metric) -> Estimate | None:
+        """Of the group's SAEs that have a value; None if none has."""
+        values = [value for sae in self.saes if (value := metric.of(sae)) is not None]
+        return estimate(values, metric.independent) if values else None
+
+
+def estimate(values: Sequence[float], independent: bool = True) -> Estimate:
+    """Mean and standard error of at least one value; no error if the values are not independent."""
+    n = len(values)
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 and independent else None
+    return Estimate(statistics.fmean(values), error, n)
+
+
+def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
+    """The groups of seeds; equal names of different classes are different groups."""
+    members: dict[tuple[str, str], list[SAEResults]] = {}
+    for sae in saes:
+        members.setdefault((sae.sae_class, sae.group), []).append(sae)
+    return [Group(sae_class, name, tuple(members[sae_class, name])) for sae_class, name in sorted(members)]
+
+
+def best_mean(metric: Metric, groups: Sequence[Group]) -> float | None:
+    """The best mean, rounded as it is shown; None if there is nothing to choose from."""
+    estimates = [found for group in groups if (found := group.estimate(metric)) is not None]
+    if metric.better is None or len(estimates) < 2:
+        return None
+    choose = max if metric.better == "higher" else min
+    return choose(round(found.mean, metric.digits) for found in estimates)

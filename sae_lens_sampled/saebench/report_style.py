@@ -1,0 +1,61 @@
+"""Colours, marks and axes that all figures share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from sae_lens_sampled.saebench.report_metrics import Group
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#444444")
+"""Okabe and Ito's, which the colour-blind can tell apart, with two more for its yellow and black."""
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
+GRID = "#e6e6e6"
+
+
+@dataclass(frozen=True)
+class Style:
+    """Of a group: its own colour, its class's symbol."""
+
+    colour: str
+    symbol: str
+
+
+def styles(groups: Sequence[Group]) -> dict[Group, Style]:
+    """By group; both start again when they run out."""
+    classes = sorted({group.sae_class for group in groups})
+    return {
+        group: Style(COLOURS[i % len(COLOURS)], SYMBOLS[classes.index(group.sae_class) % len(SYMBOLS)])
+        for i, group in enumerate(groups)
+    }
+
+
+def finish(plot: go.Figure, x_title: str, y_title: str, height: int = 430) -> go.Figure:
+    """Titles of the axes, grid, fonts and a legend above the plot; the width follows the page."""
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": "#999",
+        "showline": True,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": "#999",
+        "automargin": True,
+        "title": {"standoff": 12, "font": {"size": 13}},
+    }
+    plot.update_xaxes(**axis, title_text=x_title)
+    plot.update_yaxes(**axis, title_text=y_title)
+    plot.update_layout(
+        template="none",
+        height=height,
+        autosize=True,
+        margin={"l": 64, "r": 16, "t": 24, "b": 56},
+        font={"family": FONT, "size": 13, "color": "#222"},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
+        hoverlabel={"bgcolor": "white", "font": {"size": 12}},
+    )
+    return plot
