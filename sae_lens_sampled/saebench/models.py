@@ -23,6 +23,9 @@ BLOCK_OUTPUT = re.compile(
 )
 """What Hugging Face and TransformerLens' bridge call the residual stream after a block."""
 
+NOT_OF_THE_MODEL = ("device", "model_name", "tokenizer_name")
+"""Fields of TransformerLens' configuration that tell where a model lies, not what it does."""
+
 
 @dataclass(frozen=True)
 class EvalModel:
@@ -53,7 +56,7 @@ def load_model(model: str | Path, device: str = "cpu", dtype: torch.dtype = torc
             hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype)
         hooked.cfg.model_name = name
     vocabulary = sorted(hooked.tokenizer.get_vocab().items())  # type: ignore[union-attr]
-    config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key != "device"}
+    config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key not in NOT_OF_THE_MODEL}
     return EvalModel(name, hooked, fingerprint_tensors(dict(hooked.state_dict()), config, {"vocabulary": vocabulary}))
 
 

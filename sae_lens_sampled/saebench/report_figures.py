@@ -10,7 +10,10 @@ import plotly.graph_objects as go
 from sae_lens_sampled.saebench.report_data import SAEResults
 from sae_lens_sampled.saebench.report_latents import decile_figure, density_figure, mmcs_figure
 from sae_lens_sampled.saebench.report_metrics import FRACTION, FVU, L0, PROBING, TOP_1, Group, Metric
-from sae_lens_sampled.saebench.report_style import finish, styles
+from sae_lens_sampled.saebench.report_style import finish, is_wide, styles
+
+PER_SAE = ("densities", "deciles", "mmcs")
+"""Figures with a line or a row for every SAE."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Figure:
     title: str
     caption: str
     plot: go.Figure
+    is_wide: bool
+    """Whether it needs the whole width of the page."""
 
 
 def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]:
@@ -48,8 +53,8 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
         (
             "densities",
             "How often latents fire",
-            "Look for latents at the far right, which fire almost everywhere; a rare latent is not a bad one, and dead "
-            "ones (never active on the evaluation text) are in the legend only.",
+            "Look for latents at the far right, which fire almost everywhere; a rare latent is not a bad one, and the "
+            "legend alone counts the dead (never active on the evaluation text).",
             lambda: density_figure(saes, groups),
         ),
         (
@@ -67,9 +72,10 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
             lambda: mmcs_figure(saes),
         ),
     ]
+    wide = PER_SAE if is_wide(len(saes)) else ()
     plots = [(key, title, caption, make()) for key, title, caption, make in kinds]
     return [
-        Figure(key, title, caption + _chance(key, saes), plot)
+        Figure(key, title, caption + _chance(key, saes), plot, key in wide)
         for key, title, caption, plot in plots
         if plot is not None
     ]
@@ -90,8 +96,8 @@ def _pareto(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
     """One mark per SAE, and per group its mean with error bars."""
     plot, look = go.Figure(), styles(groups)
     for group in groups:
-        found = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
-        found = [(label, a, b) for label, a, b in found if a is not None and b is not None]
+        every = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
+        found = [one for one in every if None not in one]
         if not found:
             continue
         labels, xs, ys = zip(*found, strict=True)
@@ -103,15 +109,13 @@ def _pareto(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
             mode="markers",
             name=escape(group.name),
             legendgroup=group.name + group.sae_class,
-            marker=mark | {"size": 8 if several else 12, "opacity": 0.6 if several else 1},
+            marker=mark | {"size": 7 if several else 11, "opacity": 0.6 if several else 1},
             text=[escape(label) for label in labels],
             hovertemplate=f"%{{text}}<br>{x.name} %{{x:.{x.digits}f}}<br>{y.name} %{{y:.{y.digits}f}}<extra></extra>",
         )
         if several:
             _add_mean(plot, group, x, y, mark)
-    if not plot.data:
-        return None
-    return finish(plot, _axis_title(x), _axis_title(y))
+    return finish(plot, x.axis_title, y.axis_title) if plot.data else None
 
 
 def _add_mean(plot: go.Figure, group: Group, x: Metric, y: Metric, mark: dict[str, Any]) -> None:
@@ -125,7 +129,7 @@ def _add_mean(plot: go.Figure, group: Group, x: Metric, y: Metric, mark: dict[st
         error_x=bars[0],
         error_y=bars[1],
         mode="markers",
-        marker=mark | {"size": 14, "line": {"width": 1.5, "color": "white"}},
+        marker=mark | {"size": 11, "line": {"width": 1.5, "color": "white"}},
         legendgroup=group.name + group.sae_class,
         showlegend=False,
         hovertemplate=f"mean of {escape(group.name)}<br>%{{x:.{x.digits}f}}<br>%{{y:.{y.digits}f}}<extra></extra>",
@@ -143,8 +147,3 @@ def _with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.F
             showlegend=True,
         )
     return plot
-
-
-def _axis_title(metric: Metric) -> str:
-    directions = {"higher": " (higher is better)", "lower": " (lower is better)", None: ""}
-    return metric.name + directions[metric.better]

@@ -28,7 +28,8 @@ dd {{ margin: 0; overflow-wrap: anywhere; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13.5px; }}
 th, td {{ padding: 5px 9px; text-align: left; vertical-align: bottom; border-bottom: 1px solid #e4e4e4; }}
-td {{ white-space: nowrap; }}
+td {{ min-width: 100px; overflow-wrap: anywhere; vertical-align: baseline; }}
+td.number {{ min-width: 0; white-space: nowrap; }}
 th {{ border-bottom: 2px solid #999; font-weight: 600; max-width: 125px; }}
 tbody tr:hover {{ background: #f6f8fa; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
@@ -37,6 +38,7 @@ tbody tr:hover {{ background: #f6f8fa; }}
 .figures {{ display: grid; grid-template-columns: minmax(0, 1fr); gap: 28px 32px; }}
 @media (min-width: 960px) {{ .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }} }}
 figure {{ margin: 0; min-width: 0; }}
+.wide {{ grid-column: 1 / -1; }}
 summary {{ cursor: pointer; font-weight: 600; padding: 4px 0; }}
 .contexts {{ width: 100%; table-layout: fixed; font-size: 14px; }}
 .contexts td {{ white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; padding: 2px 0; border: 0; }}
@@ -91,8 +93,9 @@ def _figures(figures: Sequence[Figure]) -> str:
         plot = figure.plot.to_html(
             full_html=False, include_plotlyjs=i == 0, include_mathjax=False, div_id=f"plot-{figure.key}", config=config
         )
+        wide = ' class="wide"' if figure.is_wide else ""
         parts.append(
-            f'<figure id="{figure.key}">\n<h3>{escape(figure.title)}</h3>\n{plot}\n'
+            f'<figure id="{figure.key}"{wide}>\n<h3>{escape(figure.title)}</h3>\n{plot}\n'
             f"<figcaption>{escape(figure.caption)}</figcaption>\n</figure>"
         )
     return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"

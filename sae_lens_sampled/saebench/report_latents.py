@@ -11,7 +11,7 @@ from sae_lens_sampled.saebench.report_metrics import OURS, Group
 from sae_lens_sampled.saebench.report_style import DASHES, finish, styles
 
 BINS_PER_DECADE = 5
-MAX_NUMBERED = 12
+MAX_NUMBERED = 16
 """SAEs up to which the cells of the heat map have their numbers written in."""
 
 
@@ -37,7 +37,7 @@ def density_figure(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Fi
             hovertemplate="%{y:.1%} of latents from 10^%{x:.1f} on<extra></extra>",
         )
     plot.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish(plot, "log10 of the share of tokens that a latent is active on", "share of latents")
+    return finish(plot, "log10 of the share of tokens that a latent is active on", "share of latents", len(saes))
 
 
 def decile_figure(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
@@ -59,7 +59,8 @@ def decile_figure(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Fig
         return None
     plot.update_xaxes(dtick=1)
     plot.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish(plot, "tenth of the latents, from those that fire least often", "share of the summed activation")
+    title = "tenth of the latents, from those that fire least often"
+    return finish(plot, title, "share of the summed activation", len(saes))
 
 
 def mmcs_figure(saes: Sequence[SAEResults]) -> go.Figure | None:
@@ -93,7 +94,8 @@ def mmcs_figure(saes: Sequence[SAEResults]) -> go.Figure | None:
             ygap=2,
         )
     )
-    finish(plot, "found in the latents of", "latents of", height=max(430, 120 + 26 * len(shown)))
+    finish(plot, "found in the latents of", "latents of")
+    plot.update_layout(height=max(430, 26 * len(shown) + 8 * max(map(len, labels))))  # with labels on end
     plot.update_xaxes(showgrid=False, type="category", constrain="domain")
     plot.update_yaxes(showgrid=False, type="category", autorange="reversed")
     return plot

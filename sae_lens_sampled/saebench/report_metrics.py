@@ -29,6 +29,11 @@ class Metric:
     complement: tuple[str, ...] = ()
     """Where one minus the value is, if nothing is at `path`."""
 
+    @property
+    def axis_title(self) -> str:
+        """The name with its direction."""
+        return f"{self.name} ({self.better} is better)" if self.better else self.name
+
     def of(self, sae: SAEResults) -> float | None:
         """The value of one SAE; None if it has none."""
         value = sae.number(*self.path)

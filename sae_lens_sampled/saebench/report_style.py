@@ -13,6 +13,7 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 GRID = "#e6e6e6"
+MAX_NARROW = 6
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,15 @@ def styles(groups: Sequence[Group]) -> dict[Group, Style]:
     }
 
 
-def finish(plot: go.Figure, x_title: str, y_title: str, height: int = 430) -> go.Figure:
-    """Titles of the axes, grid, fonts and a legend above the plot; the width follows the page."""
+def is_wide(n_entries: int) -> bool:
+    """Whether a figure with this many SAEs takes the whole width of the page."""
+    return n_entries > MAX_NARROW
+
+
+def finish(plot: go.Figure, x_title: str, y_title: str, n_entries: int = 0) -> go.Figure:
+    """Titles of the axes, grid, fonts and a legend, above the plot or beside a wide one; the width follows the page."""
+    height = max(430, 110 + 21 * n_entries)
+    legend = {"x": 1.01, "y": 1} if is_wide(n_entries) else {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     axis = {
         "gridcolor": GRID,
         "linecolor": "#999",
@@ -55,7 +63,7 @@ def finish(plot: go.Figure, x_title: str, y_title: str, height: int = 430) -> go
         paper_bgcolor="white",
         plot_bgcolor="white",
         showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
+        legend=legend | {"font": {"size": 12}},
         hoverlabel={"bgcolor": "white", "font": {"size": 12}},
     )
     return plot

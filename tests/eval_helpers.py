@@ -1,0 +1,72 @@
+"""SAEs on the bundled language model, small runs of SAEBench, and SAEBench called by hand."""
+
+import itertools
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    SAETrainer,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from torch import Tensor
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY_LM = EXAMPLES / "tiny_lm"
+HOOK = "blocks.2.hook_resid_post"
+D_IN, D_SAE, K = 128, 160, 8
+KINDS = {
+    "sampled_topk": (SampledTopKTrainingSAEConfig, {"k": K, "pool_factor": 5, "pool_group_size": 16}),
+    "batchtopk": (BatchTopKTrainingSAEConfig, {"k": K}),
+    "topk": (TopKTrainingSAEConfig, {"k": K}),
+    "jumprelu": (JumpReLUTrainingSAEConfig, {"jumprelu_init_threshold": 4.0, "jumprelu_bandwidth": 1.0}),
+    "gated": (GatedTrainingSAEConfig, {"l1_coefficient": 1.0}),
+}
+SMALL = {
+    "core": {
+        "n_eval_reconstruction_batches": 2,
+        "n_eval_sparsity_variance_batches": 3,
+        "batch_size_prompts": 4,
+        "context_size": 48,
+    },
+    "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40, "context_length": 32, "k_values": [1, 2]},
+    "absorption": {"max_k_value": 2, "k_sparse_probe_num_epochs": 3, "min_feats_for_eval": 5, "min_GT_probe_f1": 0.3},
+    "mmcs": {},
+}
+ALL = list(SMALL)
+PROBING = EXAMPLES / "tiny_probing" / "sentence_polarity"
+
+
+def trained_sae(kind: str, seed: int, x: Tensor, n_steps: int = 60) -> TrainingSAE[Any]:
+    torch.manual_seed(seed)
+    config_class, fields = KINDS[kind]
+    metadata = SAEMetadata(model_name=str(TINY_LM), hook_name=HOOK, context_size=48, prepend_bos=False)
+    config = config_class(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **fields)
+    sae = get_sae_training_class(kind)[0](config)
+    order = torch.Generator().manual_seed(seed)
+    stream = (x[torch.randint(len(x), (256,), generator=order)] for _ in itertools.count())
+    trainer_config = SAETrainerConfig(
+        total_training_samples=n_steps * 256, train_batch_size_samples=256, lr=3e-3, lr_end=3e-4, dead_feature_window=100
+    )
+    return SAETrainer(trainer_config, sae, stream).fit()
+
+
+@contextmanager
+def official(path: Path):
+    """What a user has to do for SAEBench to take a folder: nothing of ours."""
+    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+    OFFICIAL_MODEL_NAMES.append(str(path))
+    try:
+        yield str(path)
+    finally:
+        OFFICIAL_MODEL_NAMES.remove(str(path))
