@@ -55,7 +55,11 @@ def trained_sae(kind: str, seed: int, x: Tensor, n_steps: int = 60) -> TrainingS
     order = torch.Generator().manual_seed(seed)
     stream = (x[torch.randint(len(x), (256,), generator=order)] for _ in itertools.count())
     trainer_config = SAETrainerConfig(
-        total_training_samples=n_steps * 256, train_batch_size_samples=256, lr=3e-3, lr_end=3e-4, dead_feature_window=100
+        total_training_samples=n_steps * 256,
+        train_batch_size_samples=256,
+        lr=3e-3,
+        lr_end=3e-4,
+        dead_feature_window=100,
     )
     return SAETrainer(trainer_config, sae, stream).fit()
 

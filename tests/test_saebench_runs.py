@@ -139,7 +139,9 @@ def test_sparse_probing_is_what_sae_bench_gives_by_hand(results, saes, name, tmp
     want = json.loads((tmp_path / f"{name}_custom_sae_eval_results.json").read_text())
     got = results["sparse_probing"][f"{name}_custom_sae"]
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
-    accuracies = [{k: v for k, v in one["eval_result_details"][0].items() if k != "dataset_name"} for one in (got, want)]
+    accuracies = [
+        {k: v for k, v in one["eval_result_details"][0].items() if k != "dataset_name"} for one in (got, want)
+    ]
     assert accuracies[0] == accuracies[1]
 
 
@@ -148,7 +150,7 @@ def test_absorption_is_what_sae_bench_gives_by_hand_on_the_same_probes(results, 
     [probes] = (output_dir / "artifacts").glob("tiny_lm_*/absorption/probes_*")
     fields = SMALL["absorption"] | {"precalc_k_sparse_probe_sae_acts": True, "eval_k_sparse_probe_batch_size": 512}
     random.seed(42)
-    np.random.seed(42)
+    np.random.seed(42)  # noqa: NPY002  as in SAEBench
     torch.manual_seed(42)
     model = load_model(TINY_LM).hooked
     config = absorption.AbsorptionEvalConfig(model_name="tiny_lm", llm_batch_size=32, **fields)
@@ -243,7 +245,7 @@ def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_
     again = run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)
     assert ran == []
     assert again == results
-    run_small(saes[2:3] + [("new", saes[0][1])], ["sparse_probing"], output_dir)
+    run_small([*saes[2:3], ("new", saes[0][1])], ["sparse_probing"], output_dir)
     assert ran == [("sparse_probing", "new_custom_sae")]
     ran.clear()
     run_small(saes[2:3], ["sparse_probing"], output_dir, force_rerun=True)
@@ -326,7 +328,7 @@ def test_the_callers_saes_random_state_and_gradients_stay_as_they_are(saes, tmp_
     sae = copy.deepcopy(saes[0][1])
     weights = {name: value.clone() for name, value in sae.state_dict().items()}
     config, torch_state, grad = sae.cfg.to_dict(), torch.get_rng_state(), torch.is_grad_enabled()
-    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     with torch.no_grad():
         run_small([("one", sae)], ["sparse_probing"], tmp_path)
         assert not torch.is_grad_enabled()
@@ -335,7 +337,7 @@ def test_the_callers_saes_random_state_and_gradients_stay_as_they_are(saes, tmp_
     assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
-    assert np.random.get_state()[1].tolist() == numpy_state
+    assert np.random.get_state()[1].tolist()  # noqa: NPY002 == numpy_state
 
 
 def test_an_sae_that_fails_is_named_with_the_reason_and_the_others_have_results(saes, tmp_path, monkeypatch):
@@ -343,7 +345,9 @@ def test_an_sae_that_fails_is_named_with_the_reason_and_the_others_have_results(
     broken.encode = mock.Mock(side_effect=ArithmeticError("this SAE cannot encode"))
     with pytest.raises(EvalError) as error:
         run_small([("good", saes[2][1]), ("broken", broken)], ["sparse_probing"], tmp_path)
-    assert str(error.value).startswith("1 of 2 results are missing:\nsparse_probing of broken_custom_sae: ArithmeticError: this SAE")
+    assert str(error.value).startswith(
+        "1 of 2 results are missing:\nsparse_probing of broken_custom_sae: ArithmeticError: this SAE"
+    )
     assert [file.name for file in tmp_path.glob("eval_results/*/*")] == ["good_custom_sae_eval_results.json"]
 
 

@@ -10,7 +10,16 @@ except ModuleNotFoundError as error:
     ) from error
 
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_dataset
+from sae_lens_sampled.saebench.report import write_report
 from sae_lens_sampled.saebench.runner import EvalError, run_evals
 from sae_lens_sampled.saebench.sources import load_saes, parse_source
 
-__all__ = ["EvalError", "ProbingDataset", "load_probing_dataset", "load_saes", "parse_source", "run_evals"]
+__all__ = [
+    "EvalError",
+    "ProbingDataset",
+    "load_probing_dataset",
+    "load_saes",
+    "parse_source",
+    "run_evals",
+    "write_report",
+]

@@ -283,7 +283,7 @@ def _prepare_mmcs(config: MmcsEvalConfig, saes: Sequence[EvalSAE], run: Run) -> 
         run.device,
         str(run.scratch / "mmcs"),
         densities=densities if len(densities) == len(names) else None,
-        groups={name: seed_group(sae.release) for name, sae in names.items()},
+        groups={name: seed_group(sae.name) for name, sae in names.items()},
     )
 
 

@@ -76,14 +76,15 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     """Write into the SAE's metadata what SAEBench reads there, in the terms of `model`.
 
     Raises:
-        ValueError: if the SAE's hook is not in the model, or the model is as wide as no SAE of this width.
+        ValueError: if the SAE's hook is not in the model, or the model's residual stream is of another width.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
     hook_name = transformer_lens_hook(metadata.hook_name)
     if hook_name not in model.hooked.hook_dict:
-        raise ValueError(f"SAE {sae.name!r} is of hook {metadata.hook_name!r}, which model {model.name!r} has not.")
+        where = f"SAE {sae.name!r} is of hook {metadata.hook_name!r}"
+        raise ValueError(f"{where}, which model {model.name!r} does not have.")
     if "hook_resid" in hook_name and sae.sae.cfg.d_in != model.hooked.cfg.d_model:
         raise ValueError(
             f"SAE {sae.name!r} has d_in={sae.sae.cfg.d_in}, but model {model.name!r} has "
@@ -113,7 +114,9 @@ def _official(folder: Path) -> Iterator[str]:
         parent.rmdir()
         parent = Path(tempfile.mkdtemp(prefix="model-"))
     path = parent / "model"
-    path.symlink_to(folder, target_is_directory=True)
+    path.mkdir()  # not a link itself: TransformerLens would follow it to the real name
+    for file in folder.iterdir():
+        (path / file.name).symlink_to(file)
     OFFICIAL_MODEL_NAMES.append(str(path))
     try:
         yield str(path)

@@ -47,7 +47,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Put SAEBench's `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
 
-    Returns what was written. Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled SAE is a "jumprelu".
+    Returns what was written. Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled
+    SAE is a "jumprelu".
     """
     result = dict(result)
     result["sae_lens_release_id"], result["sae_lens_id"] = sae.release, sae.sae_id

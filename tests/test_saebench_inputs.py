@@ -1,0 +1,314 @@
+"""What `run_evals` is given: models, hooks, labelled texts, the network."""
+
+import json
+import shutil
+import socket
+import time
+
+import datasets
+import pytest
+import torch
+
+pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+
+from eval_helpers import HOOK, PROBING, TINY_LM
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_lens_sampled.saebench import load_probing_dataset, load_saes, network, run_evals
+from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
+from sae_lens_sampled.saebench.network import check_network
+from sae_lens_sampled.saebench.probing_data import common_sizes
+from sae_lens_sampled.saebench.sources import parse_source, seed_group
+from sae_lens_sampled.saebench.top_contexts import TopActivations
+
+
+def an_sae(**fields):
+    metadata = SAEMetadata(**{"model_name": str(TINY_LM), "hook_name": HOOK, "prepend_bos": False} | fields)
+    sae = StandardSAE(StandardSAEConfig(d_in=128, d_sae=64, metadata=metadata))
+    torch.nn.init.normal_(sae.W_enc)
+    sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data.T, dim=1)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(TINY_LM)
+
+
+@pytest.fixture
+def rows():
+    return [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(200)]
+
+
+def run(saes, output_dir, evals=("core",), **fields):
+    defaults = {"model": TINY_LM, "text": TINY_LM / "text", "probing_datasets": [PROBING], "show_progress": False}
+    return run_evals(saes, evals, output_dir=output_dir, **defaults | fields)
+
+
+def test_a_model_has_the_same_fingerprint_wherever_it_lies_and_another_with_another_weight(model, tmp_path):
+    folder = tmp_path / "t5-llama-gemma" / "bert"  # names that TransformerLens takes for architectures
+    shutil.copytree(TINY_LM, folder, ignore=shutil.ignore_patterns("text"))
+    copy = load_model(folder)
+    assert copy.name == "bert"
+    assert copy.fingerprint == model.fingerprint
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(copy.hooked(tokens), model.hooked(tokens))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["gpt_neox.layers.0.mlp.dense_h_to_4h.bias"][3] += 0.25
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(folder).fingerprint != model.fingerprint
+
+
+def test_a_folder_without_config_or_tokenizer_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json; it must be in Hugging Face format\.$"):
+        load_model(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY_LM / name, tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer .*tokenizer\.save_pretrained\(folder\)\.$"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("gpt_neox.layers.3", "blocks.3.hook_resid_post"),
+        ("model.layers.11", "blocks.11.hook_resid_post"),
+        ("transformer.h.0", "blocks.0.hook_resid_post"),
+        ("blocks.2.hook_out", "blocks.2.hook_resid_post"),
+        ("blocks.3.hook_resid_pre", "blocks.2.hook_resid_post"),
+        ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_pre"),
+        ("blocks.2.hook_mlp_out", "blocks.2.hook_mlp_out"),
+    ],
+)
+def test_equal_places_have_one_name(name, want):
+    assert transformer_lens_hook(name) == want
+
+
+def test_the_sae_gets_what_sae_bench_reads(model):
+    [sae] = load_saes([("one", an_sae(hook_name="gpt_neox.layers.1", prepend_bos=None, model_name="elsewhere/lm"))])
+    attach(sae, model)
+    metadata = sae.sae.cfg.metadata
+    assert (metadata.hook_name, metadata.hook_layer) == ("blocks.1.hook_resid_post", 1)
+    assert (metadata.model_name, metadata.prepend_bos) == ("tiny_lm", False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hook_name": "blocks.9.hook_resid_post"},
+            r"SAE 'one_custom_sae' is of hook 'blocks\.9\.hook_resid_post', which model 'tiny_lm' does not have\.$",
+        ),
+        ({"hook_name": None}, r"has no hook_name in its metadata"),
+    ],
+)
+def test_an_sae_of_another_place_is_told_before_any_work(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run([("one", an_sae(**fields))], tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_sae_of_another_width_is_told(tmp_path):
+    sae = StandardSAE(StandardSAEConfig(d_in=96, d_sae=64, metadata=SAEMetadata(model_name="x", hook_name=HOOK)))
+    with pytest.raises(
+        ValueError, match=r"has d_in=96, but model 'tiny_lm' has d_model=128: it was trained on another"
+    ):
+        run([("one", sae)], tmp_path)
+
+
+def test_absorption_refuses_hooks_that_it_would_not_read(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is of hook 'blocks\.2\.hook_mlp_out', but absorption always reads blocks\.N"
+    ):
+        run([("one", an_sae(hook_name="blocks.2.hook_mlp_out"))], tmp_path, ["absorption"])
+
+
+def test_core_runs_on_hooks_inside_a_block_as_sae_bench_does(tmp_path):
+    import sae_bench.evals.core.main as core
+    from eval_helpers import SMALL, official
+
+    small = SMALL["core"] | {"n_eval_sparsity_variance_batches": 2}
+    saes = {hook: an_sae(hook_name=f"blocks.2.{hook}") for hook in ("hook_mlp_out", "attn.hook_z", "hook_attn_out")}
+    got = run(list(saes.items()), tmp_path / "ours", overrides={"core": small})["core"]
+    with official(TINY_LM):
+        core.multiple_evals(
+            list(saes.items()),
+            n_eval_reconstruction_batches=small["n_eval_reconstruction_batches"],
+            n_eval_sparsity_variance_batches=small["n_eval_sparsity_variance_batches"],
+            eval_batch_size_prompts=small["batch_size_prompts"],
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            exclude_special_tokens_from_reconstruction=True,
+            dataset=str(TINY_LM / "text"),
+            context_size=small["context_size"],
+            output_folder=str(tmp_path / "by_hand"),
+            device="cpu",
+        )
+    for hook in saes:
+        want = json.loads((tmp_path / "by_hand" / f"{hook}_custom_sae_eval_results.json").read_text())
+        assert got[f"{hook}_custom_sae"]["eval_result_metrics"] == want["eval_result_metrics"]
+
+
+def test_mmcs_refuses_one_sae_and_saes_of_different_hooks(tmp_path):
+    with pytest.raises(ValueError, match="mmcs compares SAEs, so it needs at least two; leave it out for one"):
+        run([("one", an_sae())], tmp_path, ["mmcs"])
+    with pytest.raises(ValueError, match="hook_name"):
+        run([("one", an_sae()), ("two", an_sae(hook_name="blocks.1.hook_resid_post"))], tmp_path, ["mmcs"])
+
+
+def test_unknown_evals_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"^evals=\['cor'\] and the keys of overrides must be of \['core', "):
+        run([("one", an_sae())], tmp_path, ["cor"])
+    with pytest.raises(ValueError, match=r"must be of \['core', 'sparse_probing', 'absorption', 'mmcs'\]\.$"):
+        run([("one", an_sae())], tmp_path, overrides={"scr": {}})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_files_of_all_kinds_are_read(kind, rows, tmp_path):
+    file = tmp_path / f"mine.{kind}"
+    data = datasets.Dataset.from_list(rows)
+    {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](str(file))
+    got = load_probing_dataset(file)
+    assert (got.name, got.classes, got.test) == ("mine", ["a", "b"], None)
+    assert got.train["a"] == [row["text"] for row in rows if row["label"] == "a"]
+
+
+def test_a_folder_and_a_dataset_dict_have_splits_and_other_columns_can_be_named(rows, tmp_path):
+    renamed = [{"review": row["text"], "stars": i % 2} for i, row in enumerate(rows)]
+    both = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(renamed[:120]), test=datasets.Dataset.from_list(renamed[120:])
+    )
+    got = load_probing_dataset(both, "reviews", text_column="review", label_column="stars")
+    assert (len(got.train["0"]), len(got.test["1"])) == (60, 40)
+    carried = load_probing_dataset(PROBING)
+    assert (carried.name, carried.classes) == ("sentence_polarity", ["negative", "positive"])
+    assert carried.test is not None
+
+
+def test_splits_are_balanced_random_and_disjoint(rows):
+    data = load_probing_dataset(datasets.Dataset.from_list(rows), "mine")
+    assert data.largest_sizes() == (160, 40)
+    train, test = data.split(160, 40, seed=1)
+    for label in "ab":
+        assert (len(train[label]), len(test[label])) == (80, 20)
+        assert sorted(train[label] + test[label]) == sorted(row["text"] for row in rows if row["label"] == label)
+    assert data.split(160, 40, seed=1) == (train, test)
+    assert data.split(160, 40, seed=2) != (train, test)
+    assert common_sizes([data], 4000, 20) == (160, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: [row | {"label": "a"} for row in rows],
+            r"^column 'label' of probing data set 'mine' has one class only, 'a'\.$",
+        ),
+        (
+            lambda rows: rows[:60],
+            r"^probing data set 'mine' has too few rows: class 'a' has 30 .*at least 20 per class .* and 20 for testing\.$",
+        ),
+        (
+            lambda rows: [{"words": row["text"]} for row in rows],
+            r"^probing data set 'mine' has no column 'text', only \['words'\]\.$",
+        ),
+    ],
+)
+def test_data_that_cannot_be_probed_is_told(change, message, rows):
+    with pytest.raises(ValueError, match=message):
+        load_probing_dataset(datasets.Dataset.from_list(change(rows)), "mine")
+
+
+def test_sizes_that_a_class_cannot_fill_are_told_with_what_is_needed(rows):
+    data = load_probing_dataset(datasets.Dataset.from_list(rows), "mine")
+    with pytest.raises(
+        ValueError, match=r"'mine' has 100 rows of class 'a', but 140 are needed; lower probe_train_set_size"
+    ):
+        data.split(200, 80, seed=0)
+
+
+def test_what_is_no_data_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"is no parquet, csv or jsonl file and no folder with train and test ones\.$"):
+        load_probing_dataset(tmp_path / "none.jsonl")
+
+
+def test_without_a_network_the_remedy_comes_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(network, "_is_reachable", lambda: False)
+    start = time.monotonic()
+    with pytest.raises(ConnectionError) as error:
+        run(
+            [("one", an_sae())],
+            tmp_path,
+            ["core", "sparse_probing"],
+            model="pythia-14m",
+            text=None,
+            probing_datasets=(),
+        )
+    assert time.monotonic() - start < 20
+    text = str(error.value)
+    assert text.startswith(
+        "model 'pythia-14m', text 'Skylion007/openwebtext', SAEBench's eight probing data sets must be"
+    )
+    assert "offline=True" in text
+    with pytest.raises(ConnectionError, match="but offline is set"):
+        run([("one", an_sae())], tmp_path, model="pythia-14m", offline=True)
+
+
+def test_a_host_that_refuses_is_not_reachable(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    assert not network._is_reachable()
+
+
+def test_folders_need_no_network(monkeypatch):
+    monkeypatch.setattr(network, "_is_reachable", lambda: pytest.fail("asked the Hub"))
+    assert check_network(str(TINY_LM), str(TINY_LM / "text"), default_probing_datasets=False, offline=False)
+
+
+def test_an_unknown_model_is_told():
+    with pytest.raises(ValueError, match=r"^model='my-lm' is neither a folder nor one of TransformerLens' official"):
+        check_network("my-lm", None, default_probing_datasets=False, offline=False)
+
+
+def test_offline_without_the_repository_is_told(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="clone the repository, or pass your own"):
+        network.carried(tmp_path / "tiny_lm")
+
+
+@pytest.mark.parametrize(
+    ("release", "group"),
+    [
+        ("topk_seed0", "topk"),
+        ("topk-seed-12", "topk"),
+        ("runs/seed_3/topk", "runs/topk"),
+        ("topk_seed1_layer2", "topk_layer2"),
+        ("seedless", "seedless"),
+        ("birdseed5", "birdseed5"),
+    ],
+)
+def test_seeds_are_told_by_the_name(release, group):
+    assert seed_group(release) == group
+
+
+def test_arguments_are_folders_or_pairs(tmp_path):
+    assert parse_source("me/repo:layer_6/a") == ("me/repo", "layer_6/a")
+    assert parse_source("folder") == type(tmp_path)("folder")
+    (tmp_path / "a:b").mkdir()
+    assert parse_source(str(tmp_path / "a:b")) == tmp_path / "a:b"
+
+
+def test_top_activations_are_those_of_sorting_the_maxima_of_all_batches():
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.rand(9, 30, 5, generator=generator)
+    top = TopActivations(5, "cpu")
+    for i, batch in enumerate(acts):
+        top.update(torch.arange(30 * i, 30 * i + 30), batch)
+    for latent in range(5):
+        column = acts[:, :, latent]
+        want = sorted(((column[i].max().item(), 30 * i + int(column[i].argmax())) for i in range(9)), reverse=True)[:3]
+        assert list(zip(top.values[:, latent].tolist(), top.places[:, latent].tolist(), strict=True)) == want
