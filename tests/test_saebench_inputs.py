@@ -209,7 +209,7 @@ def test_splits_are_balanced_random_and_disjoint(rows):
         ),
         (
             lambda rows: rows[:60],
-            r"^probing data set 'mine' has too few rows: class 'a' has 30 .*at least 20 per class .* and 20 for testing\.$",
+            r"^probing data set 'mine' has too few rows: class 'a' has 30 .*at least 20 per class .* 20 for testing\.$",
         ),
         (
             lambda rows: [{"words": row["text"]} for row in rows],

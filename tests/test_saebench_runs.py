@@ -337,7 +337,7 @@ def test_the_callers_saes_random_state_and_gradients_stay_as_they_are(saes, tmp_
     assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
-    assert np.random.get_state()[1].tolist()  # noqa: NPY002 == numpy_state
+    assert np.random.get_state()[1].tolist() == numpy_state  # noqa: NPY002
 
 
 def test_an_sae_that_fails_is_named_with_the_reason_and_the_others_have_results(saes, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """The language model that SAEs are evaluated on: an official name or a local folder, loaded once."""
 
+import io
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,15 @@ def load_model(model: str | Path, device: str = "cpu", dtype: torch.dtype = torc
         ValueError: if it is neither, or if the folder has no config or no tokenizer.
     """
     folder = Path(model)
-    if not folder.is_dir():
-        name = str(model)
-        hooked = HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype)
-    else:
-        name = folder.resolve().name
+    if folder.is_dir():
         _check_folder(folder)
-        with _official(folder.resolve()) as path:
-            hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype)
+    name = folder.resolve().name if folder.is_dir() else str(model)
+    with (
+        _official(folder.resolve()) if folder.is_dir() else nullcontext(name) as path,
+        redirect_stdout(io.StringIO()),  # that it is loaded, under a name that nobody gave it
+    ):
+        hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype)
+    if folder.is_dir():
         hooked.cfg.model_name = name
     vocabulary = sorted(hooked.tokenizer.get_vocab().items())  # type: ignore[union-attr]
     config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key not in NOT_OF_THE_MODEL}

@@ -1,0 +1,125 @@
+"""`sae-lens-sampled eval`, with the extra `eval` and without it; and the scripts in `eval/`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eval_helpers import D_IN, D_SAE
+from typer.testing import CliRunner
+
+from sae_lens_sampled.cli import _overrides, app
+from sae_lens_sampled.dictionary_similarity import random_baseline
+
+ROOT = Path(__file__).parent.parent
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sae_bench" or name.startswith("sae_bench."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def python(code, *arguments):
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_the_extra_the_package_works_and_the_command_says_how_to_install_it():
+    result = python(WITHOUT + "from sae_lens_sampled.cli import app; app(['eval', 'folder'])")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith(
+        "sae_lens_sampled.saebench needs SAEBench: pip install 'sae-lens-sampled[eval]' (see the README for machines "
+        "without a GPU)."
+    )
+    assert python(WITHOUT + "from sae_lens_sampled.cli import app; app(['info'])").returncode == 0
+
+
+def test_importing_the_package_never_imports_sae_bench():
+    code = "import sys, sae_lens_sampled, sae_lens_sampled.cli; print('sae_bench' in sys.modules)"
+    assert python(code).stdout.strip() == "False"
+
+
+def test_settings_are_fields_of_configurations():
+    assert _overrides(["core.context_size=64", "core.dataset=a=b", "sparse_probing.k_values=[1, 2]"]) == {
+        "core": {"context_size": 64, "dataset": "a=b"},
+        "sparse_probing": {"k_values": [1, 2]},
+    }
+
+
+@pytest.mark.parametrize("setting", ["core.context_size", "context_size=64"])
+def test_a_setting_of_another_form_is_told(setting):
+    result = CliRunner().invoke(app, ["eval", "folder", "--set", setting])
+    assert result.exit_code == 2
+    assert "is not of the form EVAL.FIELD=VALUE" in result.output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    import torch
+    from eval_helpers import trained_sae
+
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path_factory.mktemp("saes") / f"sampled_seed{seed}")
+        trained_sae("sampled_topk", seed, torch.randn(2000, 128), n_steps=3).save_model(folders[-1])
+    return [str(folder) for folder in folders]
+
+
+def test_offline_the_command_takes_what_the_repository_carries(folders, tmp_path):
+    arguments = ["eval", *folders, "--offline", "--evals", "core,sparse_probing,mmcs", "--output-dir", str(tmp_path)]
+    small = ["core.n_eval_reconstruction_batches=1", "core.n_eval_sparsity_variance_batches=1"]
+    small += ["sparse_probing.probe_train_set_size=80", "sparse_probing.probe_test_set_size=40"]
+    for setting in small:
+        arguments += ["--set", setting]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    files = sorted((tmp_path / "eval_results").rglob("*.json"))
+    assert len(files) == 6
+    [probing] = [json.loads(file.read_text()) for file in files if "sparse_probing/sampled_seed0" in str(file)]
+    assert [one["dataset_name"] for one in probing["eval_result_details"]] == [
+        "authors_results",
+        "sentence_polarity_results",
+        "subjectivity_results",
+    ]
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    report = subprocess.run(
+        [sys.executable, ROOT / "eval" / "report.py", tmp_path], capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "report.html") in report.stdout
+
+
+def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
+    arguments = ["eval", folders[0], "--offline", "--evals", "mmcs", "--output-dir", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == "mmcs compares SAEs, so it needs at least two; leave it out for one."
+
+
+def test_compare_seeds_prints_both_directions_of_every_pair(folders):
+    script = ROOT / "eval" / "compare_seeds.py"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", script, *folders, folders[0] + "/../sampled_seed0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "two of saes are called" in result.stderr
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", script, *folders], capture_output=True, text=True, check=True
+    )
+    head, _, forward, backward = result.stdout.strip().splitlines()
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    assert (columns[2], columns[8]) == ("decoder", "random")
+    for row, pair in ((forward, ("0", "1")), (backward, ("1", "0"))):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[:2] == [f"sampled_seed{seed}_custom_sae" for seed in pair]
+        assert cells[8] == f"{random_baseline(D_SAE, D_IN, absolute=False):.3f}"
+        assert 0 < float(cells[7]) <= float(cells[4]) < 1  # matched one to one at most as well as to the best
