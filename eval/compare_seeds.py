@@ -35,7 +35,7 @@ def main() -> None:
     saes = load_saes([parse_source(sae) for sae in args.saes], args.device)
     if len(saes) < 2:
         parser.error("comparing needs at least two SAEs.")
-    head = ["of", "in", "decoder", "encoder", "|decoder|", "> 0.7", "> 0.9", "matched", "random"]
+    head = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
     for row in [head, ["---"] * len(head), *rows(saes)]:
         print("| " + " | ".join(row) + " |")
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -46,3 +48,13 @@ def test_synthetic_example_reports_every_variant(tmp_path):
         "pool_factor 5, groups of 16",
         "pool_factor 5, perplexity",
     ]
+
+
+def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    output = run("evaluate.py", "--steps", "10", "--d-sae", "192", cwd=tmp_path)
+    assert "- Evals: core (4 SAEs), sparse_probing (4 SAEs), absorption (4 SAEs), mmcs (4 SAEs)" in output
+    for kind in ("batchtopk", "sampled_topk"):
+        assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table
+    assert (tmp_path / "evaluate_output" / "report.html").stat().st_size > 1_000_000
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]

@@ -101,9 +101,22 @@ def test_sae_bench_itself_reads_the_results(results, saes, output_dir):
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "gated", "topk"])
 def test_core_is_what_sae_bench_gives_by_hand(results, saes, name, tmp_path):
+    want = core_by_hand(saes, name, tmp_path, "float32")
+    got = results["core"][f"{name}_custom_sae"]
+    assert got["eval_result_metrics"] == want["eval_result_metrics"]
+    assert got["eval_result_details"] == want["eval_result_details"]
+
+
+def test_core_is_that_of_sae_bench_in_bfloat16_too(saes, tmp_path):
+    want = core_by_hand(saes, "sampled_seed0", tmp_path / "by_hand", "bfloat16")
+    [got] = run_small(saes[:1], ["core"], tmp_path / "ours", dtype="bfloat16")["core"].values()
+    assert got["eval_result_metrics"] == want["eval_result_metrics"]
+
+
+def core_by_hand(saes, name, folder, dtype):
     small = SMALL["core"]
     with official(TINY_LM):
-        [want] = core.multiple_evals(
+        core.multiple_evals(
             [(name, exported(saes, name))],
             n_eval_reconstruction_batches=small["n_eval_reconstruction_batches"],
             n_eval_sparsity_variance_batches=small["n_eval_sparsity_variance_batches"],
@@ -113,13 +126,11 @@ def test_core_is_what_sae_bench_gives_by_hand(results, saes, name, tmp_path):
             exclude_special_tokens_from_reconstruction=True,
             dataset=str(TINY_LM / "text"),
             context_size=small["context_size"],
-            output_folder=str(tmp_path),
+            output_folder=str(folder),
+            dtype=dtype,
             device="cpu",
         )
-    want = json.loads((tmp_path / f"{name}_custom_sae_eval_results.json").read_text())
-    got = results["core"][f"{name}_custom_sae"]
-    assert got["eval_result_metrics"] == want["eval_result_metrics"]
-    assert got["eval_result_details"] == want["eval_result_details"]
+    return json.loads((folder / f"{name}_custom_sae_eval_results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "jumprelu"])

@@ -105,6 +105,9 @@ def run_evals(
         llm = load_model(model, device, str_to_dtype(dtype))
         for sae in loaded:
             attach(sae, llm)
+            sae.sae.to(dtype=str_to_dtype(dtype))  # as SAEBench does, but before the recording
+            if sae.training_sae is not None:
+                sae.training_sae.to(dtype=str_to_dtype(dtype))
         run = Run(llm, scratch.parent.parent, scratch, device, dtype, seed, text, own_datasets)
         configs = {
             name: one.config(**(one.defaults(run) | dict((overrides or {}).get(name, {}))))
