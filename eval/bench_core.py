@@ -67,7 +67,7 @@ def by_hand(saes: dict[str, JumpReLUSAE], folder: Path, n_reconstruction: int, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-saes", type=int, default=8)
-    parser.add_argument("--d-sae", type=int, default=512)
+    parser.add_argument("--d-sae", type=int, default=256)
     parser.add_argument("--reconstruction-batches", type=int, default=4)
     parser.add_argument("--sparsity-batches", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
