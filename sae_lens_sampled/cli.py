@@ -105,7 +105,7 @@ def upload(
 
 @app.command("eval")
 def evaluate(
-    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or training checkpoints, or RELEASE:SAE_ID.")],
+    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")],
     evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
     model: Annotated[str | None, typer.Option(help="Official name or folder; default: the one trained on.")] = None,
     output_dir: Annotated[Path, typer.Option(help="For results and caches.")] = Path("sae_bench_results"),

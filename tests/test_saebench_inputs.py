@@ -19,6 +19,7 @@ from sae_lens_sampled.saebench import load_probing_dataset, load_saes, network, 
 from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
 from sae_lens_sampled.saebench.network import check_network
 from sae_lens_sampled.saebench.probing_data import common_sizes
+from sae_lens_sampled.saebench.results import write_result
 from sae_lens_sampled.saebench.sources import parse_source, seed_group
 from sae_lens_sampled.saebench.top_contexts import TopActivations
 
@@ -166,6 +167,66 @@ def test_unknown_evals_are_told(tmp_path):
         run([("one", an_sae())], tmp_path, overrides={"scr": {}})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"core": {"contextsize": 16}}, r"^overrides\['core'\] sets 'contextsize', which its configuration has not: "),
+        ({"core": {"llm_dtype": "bfloat16"}}, r"sets 'llm_dtype'; pass dtype=\.\.\. instead\.$"),
+        ({"core": {"dataset": "x"}}, r"sets 'dataset'; pass text=\.\.\. instead\.$"),
+        ({"mmcs": {"live_density": 0.1}}, r"^overrides has 'mmcs', which is not among evals=\['core'\]\.$"),
+    ],
+)
+def test_overrides_that_would_do_nothing_or_harm_are_told(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run([("one", an_sae())], tmp_path, overrides=overrides)
+
+
+def test_saes_of_different_models_need_the_model_named(tmp_path):
+    saes = [("one", an_sae()), ("two", an_sae(model_name="gpt2"))]
+    with pytest.raises(ValueError, match=r"do not name one model, .*'gpt2'.*; pass model=\.\.\.$"):
+        run(saes, tmp_path, model=None)
+
+
+def test_broken_weights_and_hooks_outside_the_blocks_are_told(tmp_path):
+    broken = an_sae()
+    broken.W_enc.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="SAE 'two_custom_sae' has weights that are not finite"):
+        run([("one", an_sae()), ("two", broken)], tmp_path)
+    with pytest.raises(ValueError, match="is of hook 'hook_embed'; SAEBench takes hooks inside a block"):
+        run([("one", an_sae(hook_name="hook_embed"))], tmp_path)
+
+
+def test_two_data_sets_of_one_name_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"two of probing_datasets have the same name, \['sentence_polarity', "):
+        run([("one", an_sae())], tmp_path, ["sparse_probing"], probing_datasets=[PROBING, PROBING])
+
+
+def test_numbers_that_json_does_not_have_become_none(tmp_path):
+    [sae] = load_saes([("one", an_sae())])
+    result = {"sae_cfg_dict": {}, "eval_result_metrics": {"a": {"b": float("inf"), "c": [1.5, float("nan")]}}}
+    write_result(tmp_path / "x.json", result, sae, {}, {"fvu": float("nan")})
+    text = (tmp_path / "x.json").read_text()
+    written = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert written["eval_result_metrics"] == {"a": {"b": None, "c": [1.5, None]}}
+    assert written["eval_result_unstructured"] == {"fvu": None}
+
+
+def test_a_temporary_folder_with_a_meaning_is_not_used(monkeypatch, tmp_path):
+    (tmp_path / "albert").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "albert"))
+    assert load_model(TINY_LM).hooked.cfg.d_model == 128
+
+
+def test_the_fingerprint_sees_the_vocabulary(model, tmp_path):
+    shutil.copytree(TINY_LM, tmp_path / "lm", ignore=shutil.ignore_patterns("text"))
+    tokenizer = json.loads((tmp_path / "lm" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "lm" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_model(tmp_path / "lm").fingerprint != model.fingerprint
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_files_of_all_kinds_are_read(kind, rows, tmp_path):
     file = tmp_path / f"mine.{kind}"
@@ -220,6 +281,26 @@ def test_splits_are_balanced_random_and_disjoint(rows):
 def test_data_that_cannot_be_probed_is_told(change, message, rows):
     with pytest.raises(ValueError, match=message):
         load_probing_dataset(datasets.Dataset.from_list(change(rows)), "mine")
+
+
+def test_splits_that_do_not_fit_are_told(rows):
+    def load(**splits):
+        return load_probing_dataset(
+            datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()}), "mine"
+        )
+
+    with pytest.raises(ValueError, match=r"has other classes in test, \['a'\], than in train\.$"):
+        load(train=rows[:100], test=[row for row in rows[100:] if row["label"] == "a"])
+    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]\.$"):
+        load(test=rows)
+    with pytest.raises(ValueError, match=r"has a row without text or label: None, 'a'\.$"):
+        load(train=[{"text": None, "label": "a"}, *rows])
+    both = load(train=rows[:100], test=rows[100:], unsupervised=rows)
+    test = both.split(100, 60, seed=3)[1]
+    assert set(test["a"]) < {row["text"] for row in rows[100:] if row["label"] == "a"}
+    assert test["a"] != [row["text"] for row in rows[100:] if row["label"] == "a"][:30]
+    with pytest.raises(ValueError, match=r"has 50 test rows of class 'a', but 60 are needed"):
+        both.split(100, 120, seed=3)
 
 
 def test_sizes_that_a_class_cannot_fill_are_told_with_what_is_needed(rows):
@@ -297,6 +378,7 @@ def test_seeds_are_told_by_the_name(release, group):
 
 def test_arguments_are_folders_or_pairs(tmp_path):
     assert parse_source("me/repo:layer_6/a") == ("me/repo", "layer_6/a")
+    assert parse_source(f"name={tmp_path}") == ("name", tmp_path)
     assert parse_source("folder") == type(tmp_path)("folder")
     (tmp_path / "a:b").mkdir()
     assert parse_source(str(tmp_path / "a:b")) == tmp_path / "a:b"

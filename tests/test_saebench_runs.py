@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import sae_bench
 import sae_bench.evals.absorption.main as absorption
 import sae_bench.evals.core.main as core
 import sae_bench.evals.sparse_probing.main as sparse_probing
-from eval_helpers import ALL, D_SAE, HOOK, KINDS, PROBING, SMALL, TINY_LM, official, trained_sae
+from eval_helpers import ALL, D_SAE, EXAMPLES, HOOK, KINDS, PROBING, SMALL, TINY_LM, official, trained_sae
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, graphing_utils
 from transformer_lens import HookedTransformer
 
@@ -113,7 +114,7 @@ def test_core_is_that_of_sae_bench_in_bfloat16_too(saes, tmp_path):
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
 
 
-def core_by_hand(saes, name, folder, dtype):
+def core_by_hand(saes, name, folder, dtype, text=TINY_LM / "text"):
     small = SMALL["core"]
     with official(TINY_LM):
         core.multiple_evals(
@@ -124,7 +125,7 @@ def core_by_hand(saes, name, folder, dtype):
             compute_featurewise_density_statistics=True,
             compute_featurewise_weight_based_metrics=True,
             exclude_special_tokens_from_reconstruction=True,
-            dataset=str(TINY_LM / "text"),
+            dataset=str(text),
             context_size=small["context_size"],
             output_folder=str(folder),
             dtype=dtype,
@@ -310,7 +311,7 @@ def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
     kept = {file: file.stat().st_mtime_ns for file in output.glob("eval_results/core/*.json")}
     got = run_small([Path(folder) for folder in folders], ["core", "sparse_probing"], output)
     assert all(file.stat().st_mtime_ns == before for file, before in kept.items())
-    assert not (output / "artifacts" / "unfinished").exists()
+    assert not list((output / "artifacts").glob("unfinished*"))
     for eval_name, by_name in got.items():
         for name, one in by_name.items():
             assert one["eval_result_metrics"] == results[eval_name][name]["eval_result_metrics"]
@@ -360,6 +361,66 @@ def test_an_sae_that_fails_is_named_with_the_reason_and_the_others_have_results(
         "1 of 2 results are missing:\nsparse_probing of broken_custom_sae: ArithmeticError: this SAE"
     )
     assert [file.name for file in tmp_path.glob("eval_results/*/*")] == ["good_custom_sae_eval_results.json"]
+
+
+def test_core_goes_on_without_an_sae_that_fails(saes, tmp_path):
+    broken = copy.deepcopy(exported(saes, "topk"))
+    broken.encode = mock.Mock(side_effect=ArithmeticError("this SAE cannot encode"))
+    with pytest.raises(EvalError) as error:
+        run_small([("broken", broken), ("good", saes[2][1])], ["core"], tmp_path / "both")
+    assert str(error.value).splitlines()[1:] == ["core of broken_custom_sae: ArithmeticError: this SAE cannot encode"]
+    [file] = tmp_path.glob("both/eval_results/core/*")
+    [alone] = run_small([("good", saes[2][1])], ["core"], tmp_path / "alone")["core"].values()
+    assert json.loads(file.read_text())["eval_result_metrics"] == alone["eval_result_metrics"]
+
+
+@pytest.mark.parametrize("eval_name", ["core", "sparse_probing"])
+def test_a_result_does_not_depend_on_the_other_saes_or_their_order(eval_name, saes, tmp_path):
+    """Four classes: the negatives are drawn, so the draws show."""
+    fields = {"probing_datasets": [EXAMPLES / "tiny_probing" / name for name in ("authors", "subjectivity")]}
+    pairs = [saes[2], saes[4]]
+    forward, backward, alone = (
+        run_small(some, [eval_name], tmp_path / str(i), **fields)[eval_name]
+        for i, some in enumerate((pairs, pairs[::-1], pairs[1:]))
+    )
+    for name, one in forward.items():
+        assert one["eval_result_metrics"] == backward[name]["eval_result_metrics"]
+    for name, one in alone.items():
+        assert one["eval_result_metrics"] == forward[name]["eval_result_metrics"]
+
+
+def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tmp_path):
+    text = tmp_path / "text"
+    shutil.copytree(TINY_LM / "text", text)
+    fields = {"text": text, "probing_datasets": [tmp_path / "mine"]}
+    shutil.copytree(PROBING, tmp_path / "mine")
+    evals = ["core", "sparse_probing"]
+    run_small(saes[2:3], evals, tmp_path / "out", **fields)
+    text.rename(tmp_path / "elsewhere")
+    run_small(saes[2:3], evals, tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
+    for changed, eval_name in (
+        (tmp_path / "elsewhere" / "train.jsonl", "core"),
+        (tmp_path / "mine" / "test.jsonl", evals[1]),
+    ):
+        changed.write_text("".join(changed.read_text().splitlines(keepends=True)[1:]))
+        with pytest.raises(ValueError, match="holds the result of another config"):
+            run_small(saes[2:3], [eval_name], tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
+
+
+def test_special_tokens_are_neither_replaced_nor_counted(saes, monkeypatch, tmp_path):
+    """Against SAEBench by hand, on a text of which a third are special tokens."""
+    lines = [json.dumps({"text": "<|endoftext|>".join(f"word {i} and {j}" for j in range(60))}) for i in range(30)]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.jsonl").write_text("\n".join(lines))
+    want = core_by_hand(saes, "sampled_seed0", tmp_path / "by_hand", "float32", tmp_path / "text")
+    [got] = run_small(saes[:1], ["core"], tmp_path / "ours", text=tmp_path / "text")["core"].values()
+    assert got["eval_result_metrics"] == want["eval_result_metrics"]
+    assert got["eval_result_unstructured"]["exported"]["n_tokens"] < 3 * 4 * 48
+    training, exported_score = (
+        got["eval_result_unstructured"]["in_training"]["ce_loss_score"],
+        got["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"],
+    )
+    assert training == pytest.approx(exported_score, abs=0.1)
 
 
 def test_what_core_swallows_is_raised(saes, tmp_path, monkeypatch):

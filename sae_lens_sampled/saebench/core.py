@@ -44,8 +44,11 @@ class Recording:
     """Of the sparsity part, shape (batches, prompts, context, d_in); on disk."""
     ignored: set[int | None]
     """Special tokens, which count nowhere."""
+    failures: dict[int, Exception]
+    """By the place of an SAE: why it cannot reconstruct. The others have their losses."""
 
 
+@torch.no_grad()
 def record(
     model: HookedTransformer,
     store: ActivationsStore,
@@ -57,11 +60,11 @@ def record(
     """Run the model over all batches that core would draw from `store`, in core's order."""
     tokenizer: Any = model.tokenizer
     ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
-    all_tokens, all_losses = [], []
+    all_tokens, all_losses, failures = [], [], {}
     for _ in range(config.n_eval_reconstruction_batches):
         tokens = store.get_batch_tokens(config.batch_size_prompts)
         excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
-        all_losses.append(reconstruction_losses(model, tokens, hook_name, reconstructions, excluded))
+        all_losses.append(reconstruction_losses(model, tokens, hook_name, reconstructions, excluded, failures))
         all_tokens.append(tokens)
     store.reset_input_dataset()
     n_batches, layer = config.n_eval_sparsity_variance_batches, int(hook_name.split(".")[1])
@@ -75,7 +78,7 @@ def record(
             activations = torch.from_file(str(file), shared=True, size=n_entries, dtype=x.dtype).view(shape)
         activations[i] = x
         all_tokens.append(tokens)
-    return Recording(all_tokens, all_losses, activations, ignored)
+    return Recording(all_tokens, all_losses, activations, ignored, failures)
 
 
 @torch.no_grad()
@@ -85,10 +88,12 @@ def reconstruction_losses(
     hook_name: str,
     reconstructions: Sequence[Reconstruct],
     excluded: set[int | None],
+    failures: dict[int, Exception],
 ) -> list[Losses]:
     """What core's `get_recons_loss` gives, once per SAE, with what does not depend on the SAE computed once.
 
-    Every operation is core's, in core's order, so the numbers are the same to the last bit.
+    Every operation is core's, in core's order, so the numbers are the same to the last bit. An SAE that raises is added
+    to `failures`, has no losses, and is not asked again.
     """
     kept: dict[str, Tensor] = {}
     logits, ce = model.run_with_hooks(
@@ -114,8 +119,15 @@ def reconstruction_losses(
 
     ablated_kl = kl_divergence(ablated_logits)
     losses = []
-    for reconstruct in reconstructions:
-        x_hat = torch.where(mask[..., None], reconstruct(kept["x"]).to(kept["x"].dtype), kept["x"])
+    for number, reconstruct in enumerate(reconstructions):
+        try:
+            x_hat = failures.get(number) or reconstruct(kept["x"])
+        except Exception as error:  # an SAE can fail in any way
+            failures[number] = x_hat = error
+        if isinstance(x_hat, Exception):
+            losses.append({})
+            continue
+        x_hat = torch.where(mask[..., None], x_hat.to(kept["x"].dtype), kept["x"])
         new_logits, new_ce = _continue_from(model, tokens, hook_name, x_hat)
         losses.append(
             {
@@ -233,7 +245,8 @@ def _activations(model: HookedTransformer, tokens: Tensor, hook_name: str, layer
 
 def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and losses with `x` at the hook: from the next block on where the hook is a block's output."""
-    if hook_name.endswith(".hook_resid_post"):
+    # With left padding the model makes its attention mask from the tokens, in a whole pass only.
+    if hook_name.endswith(".hook_resid_post") and model.tokenizer.padding_side != "left":  # type: ignore[union-attr]
         layer = int(hook_name.split(".")[1]) + 1
         return model(x, start_at_layer=layer, tokens=tokens, return_type="both", loss_per_token=True)
     return model.run_with_hooks(

@@ -43,11 +43,15 @@ class Run:
     """Deleted when the run ends, however it ends."""
     device: str
     dtype: str
+    d_sae: int
+    """Of the widest SAE."""
     seed: int
     text: str
     probing_datasets: list[ProbingDataset]
     recordings: dict[str, tuple[core.Recording, int]] = field(default_factory=dict)
     """By the name of an SAE: the recording it is in, and its place there."""
+    random_states: dict[tuple[str, str], patches.RandomState] = field(default_factory=dict)
+    """By data set and hook: where sparse probing's generators are after the probes on the model."""
 
     @property
     def llm_batch_size(self) -> int:
@@ -71,7 +75,7 @@ class Run:
 class Eval:
     """How one eval is configured and run."""
 
-    config: Callable[..., Any]
+    config: type[Any]
     """SAEBench's config class."""
     defaults: Callable[[Run], dict[str, Any]]
     """Fields that depend on the run; the user's own come after them."""
@@ -150,6 +154,8 @@ def _run_core(config: CoreEvalConfig, sae: EvalSAE, run: Run, folder: Path) -> U
             multiple_evals()
         return {}
     recording, number = run.recordings[sae.name]
+    if number in recording.failures:
+        raise recording.failures[number]
     statistics = ActivationStatistics(sae.sae.cfg.d_in, sae.sae.cfg.d_sae, run.device)
     top = TopActivations(sae.sae.cfg.d_sae, run.device)
 
@@ -164,7 +170,10 @@ def _run_core(config: CoreEvalConfig, sae: EvalSAE, run: Run, folder: Path) -> U
         "top_contexts": top_contexts(top, statistics, run.model.hooked.tokenizer),
     }
     if sae.training_sae is not None:
-        losses = core.mean_losses(*run.recordings[f"{sae.name} in training"])
+        recording, number = run.recordings[f"{sae.name} in training"]
+        if number in recording.failures:
+            raise recording.failures[number]
+        losses = core.mean_losses(recording, number)
         extra["in_training"] = core.statistics_in_training(recording, sae.training_sae).summary() | losses
     return extra
 
@@ -186,7 +195,10 @@ def _sparse_probing_defaults(run: Run) -> dict[str, Any]:
 
 def _run_sparse_probing(config: SparseProbingEvalConfig, sae: EvalSAE, run: Run, folder: Path) -> Unstructured:
     sizes = (config.probe_train_set_size, config.probe_test_set_size)
-    with patches.own_probing_datasets(run.probing_datasets, sizes):
+    with (
+        patches.own_probing_datasets(run.probing_datasets, sizes),
+        patches.same_draws_for_every_sae(run.random_states),
+    ):
         sparse_probing.run_eval(
             config,
             [(sae.name, sae.sae)],
@@ -206,7 +218,8 @@ def _absorption_defaults(run: Run) -> dict[str, Any]:
         "llm_batch_size": run.llm_batch_size,
         "llm_dtype": run.dtype,
         "eval_k_sparse_probe_batch_size": 512,  # with SAEBench's 24 a small model takes hours; no number depends on it
-        "precalc_k_sparse_probe_sae_acts": True,
+        # Several times faster; takes words x d_sae numbers of memory.
+        "precalc_k_sparse_probe_sae_acts": run.d_sae <= 16384,
     }
 
 

@@ -1,6 +1,7 @@
 """The language model that SAEs are evaluated on: an official name or a local folder, loaded once."""
 
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -84,6 +85,13 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
     hook_name = transformer_lens_hook(metadata.hook_name)
+    weights = sae.sae.state_dict()
+    if not all(value.isfinite().all() for name, value in weights.items() if name != "threshold"):
+        raise ValueError(f"SAE {sae.name!r} has weights that are not finite.")
+    if not re.match(r"blocks\.\d+\.", hook_name):
+        raise ValueError(
+            f"SAE {sae.name!r} is of hook {hook_name!r}; SAEBench takes hooks inside a block, blocks.N...."
+        )
     if hook_name not in model.hooked.hook_dict:
         where = f"SAE {sae.name!r} is of hook {metadata.hook_name!r}"
         raise ValueError(f"{where}, which model {model.name!r} does not have.")
@@ -108,13 +116,23 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _neutral_folder() -> Path:
+    """A new temporary folder in whose path TransformerLens reads no architecture."""
+    for place in [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home()), os.getcwd()]:
+        for _ in range(10):  # a random name may have a meaning too
+            if not os.access(place, os.W_OK):
+                break
+            folder = Path(tempfile.mkdtemp(prefix="model-", dir=place)).resolve()
+            if not any(part in str(folder).lower() for part in NAMES_WITH_A_MEANING):
+                return folder
+            folder.rmdir()
+    raise ValueError(f"TMPDIR={tempfile.gettempdir()!r} has a part that TransformerLens takes for an architecture.")
+
+
 @contextmanager
 def _official(folder: Path) -> Iterator[str]:
     """A path to `folder` that TransformerLens accepts for an official name and in which it reads no architecture."""
-    parent = Path(tempfile.mkdtemp(prefix="model-"))
-    while any(part in str(parent).removeprefix(tempfile.gettempdir()) for part in NAMES_WITH_A_MEANING):
-        parent.rmdir()
-        parent = Path(tempfile.mkdtemp(prefix="model-"))
+    parent = _neutral_folder()
     path = parent / "model"
     path.mkdir()  # not a link itself: TransformerLens would follow it to the real name
     for file in folder.iterdir():

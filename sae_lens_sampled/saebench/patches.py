@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import jaxtyping
@@ -17,6 +17,8 @@ import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.feature_absorption as feature_absorption
 import sae_bench.evals.absorption.main as absorption
 import sae_bench.evals.core.main as core
+import sae_bench.evals.sparse_probing.main as sparse_probing
+import sae_bench.sae_bench_utils.activation_collection as activation_collection
 import sae_bench.sae_bench_utils.dataset_info as dataset_info
 import sae_bench.sae_bench_utils.dataset_utils as dataset_utils
 import torch
@@ -25,6 +27,8 @@ from transformer_lens import HookedTransformer
 
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.probing_data import ProbingDataset
+
+RandomState: TypeAlias = tuple[Any, Any, Any]
 
 
 @contextmanager
@@ -144,6 +148,50 @@ def ordered_vocabulary() -> Iterator[None]:
         mock.patch.object(feature_absorption, "get_alpha_tokens", ordered),
     ):
         yield
+
+
+@contextmanager
+def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iterator[None]:
+    """Sparse probing seeds once per SAE, and the first SAE also draws for the probes on the language model, which the
+    others find in a cache: accuracies would depend on which other SAEs are evaluated, and in which order.
+
+    Here every data set starts from the seed, and its SAE part from where the model's part left off, kept in `states`.
+    """
+    run_dataset, encode = sparse_probing.run_eval_single_dataset, activation_collection.get_sae_meaned_activations
+    place, is_first = ("", ""), True
+
+    def dataset(name: str, config: Any, sae: Any, *args: Any) -> Any:
+        nonlocal place, is_first
+        place, is_first = (name, sae.cfg.hook_name), True
+        random.seed(config.random_seed)
+        torch.manual_seed(config.random_seed)
+        return run_dataset(name, config, sae, *args)
+
+    def meaned(*args: Any) -> Any:
+        nonlocal is_first
+        if is_first:  # of two calls, for training and for test texts, right after the model's part
+            set_random_state(states.setdefault(place, random_state()))
+            is_first = False
+        return encode(*args)
+
+    with (
+        mock.patch.object(sparse_probing, "run_eval_single_dataset", dataset),
+        mock.patch.object(activation_collection, "get_sae_meaned_activations", meaned),
+    ):
+        yield
+
+
+def random_state() -> RandomState:
+    """Of the three generators that SAEBench draws from."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def set_random_state(state: RandomState) -> None:
+    """Back to what `random_state` gave."""
+    python_state, numpy_state, torch_state = state
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    torch.set_rng_state(torch_state)
 
 
 @contextmanager

@@ -80,9 +80,11 @@ def load_probing_dataset(
     else:
         splits = dict(source) if isinstance(source, datasets.DatasetDict) else {"train": source}
         name = name or "dataset"
-    splits = {split if split == "train" else "test": rows for split, rows in splits.items()}
-    texts = {split: _by_class(name, rows, text_column, label_column) for split, rows in splits.items()}
-    train, test = texts["train"], texts.get("test")
+    if "train" not in splits:
+        raise ValueError(f"probing data set {name!r} has no split 'train', only {sorted(splits)}.")
+    held_out = splits.get("test", splits.get("validation"))
+    train = _by_class(name, splits["train"], text_column, label_column)
+    test = None if held_out is None else _by_class(name, held_out, text_column, label_column)
     if len(train) < 2:
         raise ValueError(f"column {label_column!r} of probing data set {name!r} has one class only, {min(train)!r}.")
     if test is not None and set(test) != set(train):
@@ -123,5 +125,7 @@ def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column:
             raise ValueError(f"probing data set {name!r} has no column {column!r}, only {rows.column_names}.")
     texts: Texts = {}
     for text, label in zip(rows[text_column], rows[label_column], strict=True):
+        if not isinstance(text, str) or label is None:
+            raise ValueError(f"probing data set {name!r} has a row without text or label: {text!r}, {label!r}.")
         texts.setdefault(str(label), []).append(text)
     return texts

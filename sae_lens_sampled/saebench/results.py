@@ -1,6 +1,7 @@
 """Result files: where they lie, whose they are, and how they get there whole."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,23 @@ def write_result(
     result = dict(result)
     result["sae_lens_release_id"], result["sae_lens_id"] = sae.release, sae.sae_id
     result["sae_cfg_dict"] = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
+    result = _finite(result)
     if extra:
-        result["eval_result_unstructured"] = (result.get("eval_result_unstructured") or {}) | extra
+        result["eval_result_unstructured"] = (result.get("eval_result_unstructured") or {}) | _finite(extra)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2))
+    unfinished.write_text(json.dumps(result, indent=2, allow_nan=False))
     os.replace(unfinished, path)
     return result
+
+
+def _finite(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _stamp(result: dict[str, Any]) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,16 +92,25 @@ def run_evals(
     unknown = [name for name in [*evals, *(overrides or {})] if name not in EVALS]
     if unknown or not evals:
         raise ValueError(f"evals={list(evals)} and the keys of overrides must be of {list(EVALS)}.")
+    overrides = overrides or {}
+    for name, fields in overrides.items():
+        _check_override(name, fields, evals)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_saes(saes, device)
+    with cache_only() if offline else nullcontext():
+        loaded = load_saes(saes, device)
     if offline:
         model = model or carried(CARRIED_MODEL)
         text = text or carried(CARRIED_TEXT)
         probing_datasets = probing_datasets or [carried(path) for path in CARRIED_PROBING_DATASETS]
-    model = str(model or loaded[0].sae.cfg.metadata.model_name)
+    model = str(model or _common_model(loaded))
     text = str(text or DEFAULT_TEXT)
     text = str(Path(text).resolve()) if Path(text).is_dir() else text
     own_datasets = [one if isinstance(one, ProbingDataset) else load_probing_dataset(one) for one in probing_datasets]
+    names = [dataset.name for dataset in own_datasets]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two of probing_datasets have the same name, {names}; load_probing_dataset(path, name) names one."
+        )
     default_datasets = "sparse_probing" in evals and not own_datasets
     reachable = check_network(model, text if "core" in evals else None, default_datasets, offline)
     with nullcontext() if reachable else cache_only(), _scratch_folder(output_dir) as scratch:
@@ -108,9 +120,10 @@ def run_evals(
             sae.sae.to(dtype=str_to_dtype(dtype))  # as SAEBench does, but before the recording
             if sae.training_sae is not None:
                 sae.training_sae.to(dtype=str_to_dtype(dtype))
-        run = Run(llm, scratch.parent.parent, scratch, device, dtype, seed, text, own_datasets)
+        d_sae = max(sae.sae.cfg.d_sae for sae in loaded)
+        run = Run(llm, scratch.parent.parent, scratch, device, dtype, d_sae, seed, text, own_datasets)
         configs = {
-            name: one.config(**(one.defaults(run) | dict((overrides or {}).get(name, {}))))
+            name: one.config(**(one.defaults(run) | dict(overrides.get(name, {}))))
             for name, one in EVALS.items()
             if name in evals
         }
@@ -181,6 +194,8 @@ def _run_one(
 def _stamp(name: str, config: Any, sae: EvalSAE, saes: list[EvalSAE], run: Run) -> dict[str, str]:
     """Fingerprints of all that a result depends on."""
     inputs: dict[str, Any] = {"config": asdict(config), "sae_bench": version("sae-bench")}
+    if name == "core" and Path(config.dataset).is_dir():
+        inputs["config"]["dataset"] = _fingerprint_files(Path(config.dataset))  # what it says, not where it lies
     if name == "sparse_probing":
         inputs["probing_datasets"] = [asdict(dataset) for dataset in run.probing_datasets]
     if EVALS[name].compares:
@@ -205,13 +220,53 @@ def _check_results(saes: list[EvalSAE], configs: dict[str, Any], run: Run) -> No
                 )
 
 
+def _check_override(name: str, fields: Mapping[str, Any], evals: Sequence[str]) -> None:
+    known = {field.name for field in dataclass_fields(EVALS[name].config)}
+    arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
+    for field in fields:
+        if field in arguments:
+            raise ValueError(f"overrides[{name!r}] sets {field!r}; pass {arguments[field]}=... instead.")
+        if field not in known:
+            raise ValueError(f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}.")
+    if name not in evals:
+        raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
+
+
+def _common_model(saes: list[EvalSAE]) -> str:
+    names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
+    if len(set(names.values())) > 1 or None in names.values():
+        raise ValueError(f"the metadata of the SAEs do not name one model, {names}; pass model=...")
+    return str(next(iter(names.values())))
+
+
+def _fingerprint_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def _scratch_folder(output_dir: str | Path) -> Iterator[Path]:
-    """An empty folder in the output folder, deleted at the end. One that a killed run left is deleted first."""
-    scratch = Path(output_dir).resolve() / "artifacts" / "unfinished"
+    """An empty folder in the output folder, deleted at the end. Those that killed runs left are deleted first."""
+    artifacts = Path(output_dir).resolve() / "artifacts"
+    for left in artifacts.glob("unfinished_*"):
+        if not _is_running(int(left.name.removeprefix("unfinished_"))):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = artifacts / f"unfinished_{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return pid != os.getpid()

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
@@ -66,15 +67,20 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
         if sae.name in [other.name for other in saes[:i]]:
             raise ValueError(
                 f"two of saes are called {sae.name!r}, so one's results would replace the other's; "
-                "pass (name, SAE or Path) pairs with different names."
+                "pass (name, SAE or Path) pairs with different names, on the command line NAME=FOLDER."
             )
     return saes
 
 
-def parse_source(argument: str) -> Path | tuple[str, str]:
-    """A source as given on a command line: an existing folder, or RELEASE:SAE_ID."""
+def parse_source(argument: str) -> Path | tuple[str, str | Path]:
+    """A source as given on a command line: an existing folder, NAME=FOLDER, or RELEASE:SAE_ID."""
+    if Path(argument).exists():
+        return Path(argument)
+    name, _, folder = argument.partition("=")
+    if folder:
+        return name, Path(folder)
     release, _, sae_id = argument.partition(":")
-    return (release, sae_id) if sae_id and not Path(argument).exists() else Path(argument)
+    return (release, sae_id) if sae_id else Path(argument)
 
 
 def seed_group(release: str) -> str:
@@ -94,7 +100,7 @@ def fingerprint_tensors(tensors: dict[str, Tensor], *configs: dict[str, Any]) ->
 
 def _load(source: SAESource, device: str) -> EvalSAE:
     if isinstance(source, EvalSAE):
-        return source
+        return copy.deepcopy(source)
     if isinstance(source, (str, Path)):
         return _from_folder(Path(source).resolve().name, Path(source), device)
     if not isinstance(source, tuple):
@@ -103,7 +109,12 @@ def _load(source: SAESource, device: str) -> EvalSAE:
     if isinstance(where, Path):
         return _from_folder(name, where, device)
     if isinstance(where, str):
-        return _describe(name, where, SAE.from_pretrained(name, where, device=device), None)
+        try:
+            return _describe(name, where, SAE.from_pretrained(name, where, device=device), None)
+        except LocalEntryNotFoundError as error:
+            raise ConnectionError(
+                f"SAE {where!r} of {name!r} must be downloaded, but the Hub cannot be asked."
+            ) from error
     return _from_object(name, where, device)
 
 
