@@ -34,6 +34,8 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
         pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
             training steps, so a resumed run repeats it.
+        aux_token_fraction (float): Share of the tokens, chosen anew in each step, that the auxiliary loss is averaged
+            over. Below 1 it is an unbiased estimate at that share of its cost.
         inference_threshold (Literal["per_latent", "global"]): Thresholds of the exported JumpReLU SAE. "per_latent":
             each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all,
             with which latents outside the pool fire too.
@@ -45,6 +47,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     pool_sampling: PoolSampling = "top"
     pool_group_size: int | None = None
     pool_seed: int = 0
+    aux_token_fraction: float = 1.0
     inference_threshold: InferenceThreshold = "per_latent"
 
     @override
@@ -55,6 +58,10 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool_fields(self)
+        _check(
+            0 < self.aux_token_fraction <= 1,
+            f"aux_token_fraction={self.aux_token_fraction} must be above 0 and at most 1.",
+        )
         _check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Score: TypeAlias = Callable[[Tensor, int], Tensor]
@@ -67,9 +67,7 @@ def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], pool_size: int)
     The paper's open question 1. A holds at most `LEVERAGE_ROWS` evenly strided rows of the batch, and
     $\lambda = \|A\|_F^2 / m$ for a pool of m latents, after Cohen, Musco and Musco (arXiv 1511.07263). In [0, 1).
     """
-    n_tokens = acts.shape[-2]
-    rows = torch.linspace(0, n_tokens - 1, min(n_tokens, LEVERAGE_ROWS), device=acts.device).round().long()
-    sketch = acts[..., rows, :]
+    sketch = acts[..., sketch_rows(acts.shape[-2], acts.device), :]
     gram = sketch @ sketch.mT
     ridge = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / pool_size
     # A batch in which nothing fires has a zero ridge; the smallest normal number keeps the system solvable.
@@ -77,6 +75,11 @@ def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], pool_size: int)
     identity = torch.eye(gram.shape[-1], dtype=acts.dtype, device=acts.device)
     factor = torch.linalg.cholesky(gram + ridge * identity)
     return torch.linalg.solve_triangular(factor, sketch, upper=False).square().sum(dim=-2)
+
+
+def sketch_rows(n_tokens: int, device: torch.device) -> Int[Tensor, " rows"]:
+    """The rows that `ridge_leverage` looks at: all, or `LEVERAGE_ROWS` evenly strided ones."""
+    return torch.linspace(0, n_tokens - 1, min(n_tokens, LEVERAGE_ROWS), device=device).round().long()
 
 
 def uniform(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
@@ -96,10 +99,16 @@ SCORES: dict[str, Score] = {
 }
 
 
-def register_score(name: str, score: Score) -> None:
+BY_COLUMNS = {"l2_norm", "squared_l2", "entropy", "perplexity", "frequency", "uniform"}
+"""Scores that judge each latent by its own activations: the fast training step hands them some latents at a time."""
+
+
+def register_score(name: str, score: Score, by_columns: bool = False) -> None:
     """Make `score` available as `SampledTopKTrainingSAEConfig(score=name)`.
 
-    The function must have this module's signature, `(acts, pool_size) -> scores`; its result is checked at every call.
+    With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
+    several times faster (`restricted.py`). The function must have this module's signature,
+    `(acts, pool_size) -> scores`; its result is checked at every call.
     A checkpoint stores only the name: register the score before loading one. Under proportional sampling a score is a
     weight, and what is below 0 counts as 0.
 
@@ -122,6 +131,8 @@ def register_score(name: str, score: Score) -> None:
         return scores
 
     SCORES[name] = checked
+    if by_columns:
+        BY_COLUMNS.add(name)
 
 
 def _shannon_entropy(acts: Tensor) -> Tensor:

@@ -51,11 +51,17 @@ def sampled_topk(
         draw: number of the random draw, if the pool is sampled.
     """
     n_candidates = pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
-    statistics = column_statistics(acts.detach(), cfg.score, n_candidates, cfg.pool_group_size)
+    pool = choose_pool(column_statistics(acts.detach(), cfg.score, n_candidates, cfg.pool_group_size), cfg, draw)
+    return keep_top_entries(acts, pool, int(cfg.k * len(acts)), cfg.pool_group_size), pool
+
+
+def choose_pool(
+    statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""]
+) -> Int[Tensor, "groups n_candidates"]:
+    """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
         statistics = perturb_scores(statistics, cfg.pool_seed, draw)
-    pool = candidate_pool(statistics, n_candidates)
-    return keep_top_entries(acts, pool, int(cfg.k * len(acts)), cfg.pool_group_size), pool
+    return candidate_pool(statistics, pool_size(cfg.k, cfg.pool_factor, cfg.d_sae))
 
 
 def pool_size(k: float, pool_factor: float, d_sae: int) -> int:
@@ -78,12 +84,11 @@ def column_statistics(
         group_size: tokens that share a pool; None for the whole batch.
     """
     acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
-    parts = [
-        ColumnStatistics(
-            SCORES[score](groups, n_candidates), torch.linalg.vector_norm(groups, dim=1), groups.amax(dim=1) > 0
-        )
-        for groups in _in_groups(acts, group_size)
-    ]
+    parts = []
+    for groups in _in_groups(acts, group_size):
+        norms = torch.linalg.vector_norm(groups, dim=1)
+        scores = norms if score == "l2_norm" else SCORES[score](groups, n_candidates)
+        parts.append(ColumnStatistics(scores, norms, groups.amax(dim=1) > 0))
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

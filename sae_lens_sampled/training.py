@@ -13,12 +13,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_sampled.auxiliary import dead_reconstruction, random_rows
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.rates import FORGET, RateMatcher
-from sae_lens_sampled.selection import pool_size, sampled_topk
+from sae_lens_sampled.restricted import ColumnScan, Kept, as_coo, candidates, decode, keep_top, scan_columns
+from sae_lens_sampled.scores import BY_COLUMNS
+from sae_lens_sampled.selection import choose_pool, gumbel_noise, pool_size, sampled_topk
+
+MAX_POOL_SHARE = 0.25
+"""With a larger share of the latents in the pool the dense step is as fast."""
+MIN_GROUP = 16
+"""With fewer tokens in a group its columns are gathered for too little work."""
 
 
 class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
@@ -72,13 +80,93 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         Raises:
             ValueError: if `sae_in` is empty, has another width or non-finite rows; nothing has been changed then.
         """
-        self._check_finite(step_input)
-        output = super().training_forward_pass(step_input)
-        self._record(output.feature_acts.detach().flatten(end_dim=-2), output.hidden_pre.detach().flatten(end_dim=-2))
+        n_dead = self._check_finite(step_input)
+        if self._restricts():
+            output = self._restricted_forward_pass(step_input, n_dead)
+        else:
+            output = super().training_forward_pass(step_input)
+            self._record_dense(output.feature_acts.detach(), output.hidden_pre.detach())
         output.metrics.update(
             {name: partial(statistic, self.pool_record) for name, statistic in POOL_STATISTICS.items()}
         )
         return output
+
+    def _restricts(self) -> bool:
+        """Whether a step can do with the pooled columns, and gains by it."""
+        group_size = self.cfg.pool_group_size
+        return (
+            self.n_candidates <= MAX_POOL_SHARE * self.cfg.d_sae
+            and (group_size is None or group_size >= MIN_GROUP)
+            and (self.cfg.score in BY_COLUMNS or (self.cfg.score == "ridge_leverage" and group_size is None))
+            and not any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+        )
+
+    def _restricted_forward_pass(self, step_input: TrainStepInput, n_dead: int) -> TrainStepOutput:
+        """The host's forward pass with the functions of `restricted.py` in place of its dense ones."""
+        cfg, sae_in, group_size = self.cfg, step_input.sae_in, self.cfg.pool_group_size
+        self._check_shape(sae_in)
+        processed = self.process_sae_in(sae_in)
+        x = processed.flatten(end_dim=-2)
+        norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+        encoder = (self.W_enc, self.b_enc, norms)
+        scan = scan_columns(x, *encoder, self.latent_threshold, cfg.score, self.n_candidates, group_size)
+        self._pool = choose_pool(scan.statistics, cfg, self.pool_record.n_steps)
+        acts = candidates(x, *encoder, self._pool, group_size)
+        kept = keep_top(acts, self._pool, int(cfg.k * len(x)), group_size)
+        sae_out = decode(kept.acts, self.W_dec, norms, self._pool, group_size) + self.b_dec
+        sae_out = self.run_time_activation_norm_fn_out(sae_out.view(*processed.shape[:-1], -1))
+        sae_out = self.reshape_fn_out(sae_out, self.d_head)
+        mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
+        auxiliary_loss = self._auxiliary_loss(x, step_input, sae_out, n_dead)
+        self.update_topk_threshold(kept.values)
+        self._record_kept(kept, scan, len(x))
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=sae_out,
+            feature_acts=as_coo(kept, torch.Size([*processed.shape[:-1], cfg.d_sae])),
+            hidden_pre=x.new_empty(0),  # nothing of the host reads it
+            loss=mse_loss + auxiliary_loss,
+            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": auxiliary_loss},
+            metrics={"topk_threshold": self.topk_threshold},
+        )
+
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        # SAELens' rule, which asks the device twice whether anything is positive, and does not take COO tensors.
+        smallest = torch.where(acts_topk > 0, acts_topk, torch.inf).amin().to(self.topk_threshold.dtype)
+        lr = self.cfg.topk_threshold_lr
+        moved = (1 - lr) * self.topk_threshold + lr * smallest
+        self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        if self.cfg.aux_token_fraction == 1 or step_input.dead_neuron_mask is None:
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        x = self.process_sae_in(step_input.sae_in).flatten(end_dim=-2)
+        n_dead = int(step_input.dead_neuron_mask.sum())
+        return {"auxiliary_reconstruction_loss": self._auxiliary_loss(x, step_input, sae_out, n_dead)}
+
+    def _auxiliary_loss(self, x: Tensor, step_input: TrainStepInput, sae_out: Tensor, n_dead: int) -> Tensor:
+        """SAELens' auxiliary loss from the dead columns alone; over all tokens, or over a random part of them."""
+        if n_dead == 0 or step_input.dead_neuron_mask is None:
+            return sae_out.new_tensor(0.0)
+        dead = torch.nonzero_static(step_input.dead_neuron_mask, size=n_dead)[:, 0]
+        residual = (step_input.sae_in - sae_out).detach().reshape(x.shape)
+        if self.cfg.aux_token_fraction < 1:
+            draw = self.pool_record.n_steps
+            noise = gumbel_noise(self.cfg.pool_seed + 1, draw, 1, len(x))[0]  # a stream of its own
+            rows = random_rows(noise, self.cfg.aux_token_fraction)
+            x, residual = x[rows], residual[rows]
+        norms = self.W_dec[dead].norm(dim=-1).detach() if self.cfg.rescale_acts_by_decoder_norm else None
+        width = step_input.sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
+        k_aux = min(width // 2, n_dead)
+        weights = (self.W_enc.index_select(1, dead), self.b_enc[dead], self.W_dec.index_select(0, dead))
+        squared_error = (dead_reconstruction(x, *weights, norms, k_aux) - residual).square()
+        scale = self.cfg.aux_loss_coefficient * min(n_dead / (width // 2), 1.0) * (width / x.shape[1])
+        return scale * squared_error.sum(dim=-1).mean()
 
     def select(self, x: Tensor, draw: int) -> Tensor:
         """Feature activations as training selects them from `x`, shape (..., d_sae); nothing is recorded.
@@ -163,17 +251,36 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
     @torch.no_grad()
-    def _record(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
-        """Update all that a step leaves behind besides gradients; both arguments have shape (tokens, d_sae)."""
-        kept = feature_acts > 0
-        counts, n_tokens = kept.sum(dim=0), len(kept)
-        self.pool_record.update(counts, torch.where(kept, feature_acts, torch.inf).amin(), self._pool)
-        fired = hidden_pre > self.latent_threshold
+    def _record_dense(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
+        """`_record` from the matrices of the dense path, of shape (..., d_sae)."""
+        acts, hidden_pre = feature_acts.flatten(end_dim=-2), hidden_pre.flatten(end_dim=-2)
+        kept, fired = acts > 0, hidden_pre > self.latent_threshold
+        scan = (fired.sum(dim=0), hidden_pre.amax(dim=0).relu())
+        smallest = torch.where(kept, acts, torch.inf).amin()
+        self._record(kept.sum(dim=0), (fired & kept).sum(dim=0), *scan, smallest, len(acts))
+
+    @torch.no_grad()
+    def _record_kept(self, kept: Kept, scan: ColumnScan, n_tokens: int) -> None:
+        """`_record` from what the restricted step knows."""
+        positive = kept.values > 0
+        hits = kept.values > self.latent_threshold[kept.latents]
+        counts, n_hits = (
+            torch.zeros_like(self.pool_record.selection_counts).scatter_add_(0, kept.latents, one.long())
+            for one in (positive, positive & hits)
+        )
+        smallest = torch.where(positive, kept.values, torch.inf).amin()
+        self._record(counts, n_hits, scan.n_fired, scan.peak, smallest, n_tokens)
+
+    def _record(
+        self, counts: Tensor, n_hits: Tensor, n_fired: Tensor, peak: Tensor, smallest: Tensor, n_tokens: int
+    ) -> None:
+        """Update all that a step leaves behind besides gradients; all but `smallest` have shape (d_sae,)."""
+        self.pool_record.update(counts, smallest, self._pool)
         self.rate_matcher.update(
-            firing_rate=fired.sum(dim=0) / n_tokens,
+            firing_rate=n_fired / n_tokens,
             selection_rate=counts / n_tokens,
-            hit_rate=(fired & kept).sum(dim=0) / n_tokens,
-            peak=hidden_pre.amax(dim=0).relu(),
+            hit_rate=n_hits / n_tokens,
+            peak=peak,
             recently_pooled=self.pool_record.pooled_within(FORGET),
             cutoff=self.pool_record.cutoff,
             n_tokens=n_tokens,
@@ -196,11 +303,16 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         if x.numel() == 0:
             raise ValueError(f"got an empty batch, of shape {tuple(x.shape)}; there is nothing to select from.")
 
-    def _check_finite(self, step_input: TrainStepInput) -> None:
-        n_bad = int((~step_input.sae_in.isfinite()).any(dim=-1).sum())
+    def _check_finite(self, step_input: TrainStepInput) -> int:
+        """Refuse rows that are not finite; the number of dead latents, read from the device together with theirs."""
+        bad_rows = ~step_input.sae_in.isfinite().all(dim=-1)
+        mask = step_input.dead_neuron_mask
+        dead = torch.zeros_like(self.pool_record.n_steps) if mask is None else mask.sum()
+        n_bad, n_dead = torch.stack([bad_rows.sum(), dead]).tolist()  # the only wait for the device in a step
         if n_bad:
             raise ValueError(
-                f"{n_bad} of {step_input.sae_in[..., 0].numel()} rows of sae_in are not finite at training step "
+                f"{n_bad} of {bad_rows.numel()} rows of sae_in are not finite at training step "
                 f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
                 "the language model (float16?) or exclude the tokens at fault."
             )
+        return n_dead

@@ -14,7 +14,7 @@ def test_record_matches_sets_kept_by_hand(fields):
     for step in range(5):
         output = sae.training_forward_pass(step_input(activations(20, seed=step), step=step))
         pool = set(sae.pool_record.pool.nonzero().flatten().tolist())
-        acts = output.feature_acts.tolist()
+        acts = output.feature_acts.to_dense().tolist()
         for row in acts:
             for latent, value in enumerate(row):
                 counts[latent] += value > 0
@@ -70,7 +70,7 @@ def test_recording_reads_nothing_back_from_the_device():
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
     sae._pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
-    sae._record(acts, acts)
+    sae._record_dense(acts, acts)
     assert sae.pool_record.selection_counts.is_meta
 
 
