@@ -149,7 +149,7 @@ def as_coo(kept: Kept, shape: torch.Size) -> Tensor:
 
 
 def chunk_width(x: Tensor) -> int:
-    """Columns whose pre-activations on all tokens of `x` are held at a time; at least 64."""
+    """Columns whose pre-activations on all rows of `x` are held at a time; at least 64."""
     budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
     return max(64, budget // (4 * len(x)))
 

@@ -26,7 +26,7 @@ LEVERAGE_ROWS = 256
 def l2_norm(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
     r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
     del pool_size
-    return torch.linalg.vector_norm(acts, dim=-2)
+    return acts.square().sum(dim=-2).sqrt()  # over a middle dimension vector_norm takes ten times as long on a CPU
 
 
 def squared_l2(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:

@@ -86,7 +86,7 @@ def column_statistics(
     acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
     parts = []
     for groups in _in_groups(acts, group_size):
-        norms = torch.linalg.vector_norm(groups, dim=1)
+        norms = SCORES["l2_norm"](groups, n_candidates)
         scores = norms if score == "l2_norm" else SCORES[score](groups, n_candidates)
         parts.append(ColumnStatistics(scores, norms, groups.amax(dim=1) > 0))
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -140,10 +140,18 @@ def keep_top_entries(
 
     With fewer candidate entries than `n_keep`, all of them stay. The gradient reaches kept entries only.
     """
+    n_keep = min(n_keep, len(acts) * pool.shape[1])
+    if 2 * pool.shape[1] > acts.shape[1]:
+        # Most columns are candidates: hiding the others costs less than gathering these.
+        others = torch.ones(len(pool), acts.shape[1], dtype=torch.bool, device=acts.device).scatter_(1, pool, False)
+        others = others.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
+        indices = acts.detach().masked_fill(others, 0).flatten().topk(n_keep, sorted=False).indices
+        values = acts.flatten().gather(0, indices).masked_fill(others.flatten().gather(0, indices), 0)
+        return torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
     # With a single pool the size of its group does not matter.
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
-    values, indices = candidates.flatten().topk(min(n_keep, candidates.numel()), sorted=False)
+    values, indices = candidates.flatten().topk(n_keep, sorted=False)
     kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
     return torch.zeros_like(acts).scatter(1, columns, kept)
 

@@ -19,12 +19,21 @@ from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.rates import FORGET, RateMatcher
-from sae_lens_sampled.restricted import ColumnScan, Kept, as_coo, candidates, decode, keep_top, scan_columns
+from sae_lens_sampled.restricted import (
+    ColumnScan,
+    Kept,
+    as_coo,
+    candidates,
+    chunk_width,
+    decode,
+    keep_top,
+    scan_columns,
+)
 from sae_lens_sampled.scores import BY_COLUMNS
 from sae_lens_sampled.selection import choose_pool, gumbel_noise, pool_size, sampled_topk
 
-MAX_POOL_SHARE = 0.25
-"""With a larger share of the latents in the pool the dense step is as fast."""
+MAX_SHARE = 0.2
+"""With pool groups and a larger share of the latents in each pool the dense step is as fast. One pool gains always."""
 MIN_GROUP = 16
 """With fewer tokens in a group its columns are gathered for too little work."""
 
@@ -95,8 +104,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         """Whether a step can do with the pooled columns, and gains by it."""
         group_size = self.cfg.pool_group_size
         return (
-            self.n_candidates <= MAX_POOL_SHARE * self.cfg.d_sae
-            and (group_size is None or group_size >= MIN_GROUP)
+            self.n_candidates < self.cfg.d_sae  # which is BatchTopK, bit for bit
+            and (group_size is None or (group_size >= MIN_GROUP and self.n_candidates <= MAX_SHARE * self.cfg.d_sae))
             and (self.cfg.score in BY_COLUMNS or (self.cfg.score == "ridge_leverage" and group_size is None))
             and not any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
         )
@@ -254,10 +263,17 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     def _record_dense(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
         """`_record` from the matrices of the dense path, of shape (..., d_sae)."""
         acts, hidden_pre = feature_acts.flatten(end_dim=-2), hidden_pre.flatten(end_dim=-2)
-        kept, fired = acts > 0, hidden_pre > self.latent_threshold
-        scan = (fired.sum(dim=0), hidden_pre.amax(dim=0).relu())
-        smallest = torch.where(kept, acts, torch.inf).amin()
-        self._record(kept.sum(dim=0), (fired & kept).sum(dim=0), *scan, smallest, len(acts))
+        sums, peaks, smallest = [], [], []
+        width = chunk_width(acts.T)  # of rows, here
+        for a, h in zip(acts.split(width), hidden_pre.split(width), strict=True):
+            kept, fired = a > 0, h > self.latent_threshold
+            sums.append(torch.stack([one.sum(dim=0, dtype=torch.int32) for one in (kept, fired & kept, fired)]))
+            peaks.append(h.amax(dim=0))
+            smallest.append(torch.where(kept, a, torch.inf).amin())
+        counts, n_hits, n_fired = torch.stack(sums).sum(dim=0)
+        self._record(
+            counts, n_hits, n_fired, torch.stack(peaks).amax(dim=0).relu(), torch.stack(smallest).amin(), len(acts)
+        )
 
     @torch.no_grad()
     def _record_kept(self, kept: Kept, scan: ColumnScan, n_tokens: int) -> None:

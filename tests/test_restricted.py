@@ -5,13 +5,12 @@ import copy
 import oracles
 import pytest
 import torch
-from helpers import D_IN, D_SAE, activations, gradients, step_input
+from helpers import D_IN, activations, gradients, step_input
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 
 import sae_lens_sampled.auxiliary
 import sae_lens_sampled.restricted
-import sae_lens_sampled.training
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.auxiliary import dead_reconstruction, random_rows
 from sae_lens_sampled.restricted import scan_columns
@@ -59,8 +58,8 @@ def both_paths(monkeypatch):
 
     def run(sae, function):
         results = []
-        for share, sparse in ((1.0, True), (0.0, False)):
-            monkeypatch.setattr(sae_lens_sampled.training, "MAX_POOL_SHARE", share)
+        for sparse in (True, False):
+            monkeypatch.setattr(SampledTopKTrainingSAE, "_restricts", lambda sae, answer=sparse: answer)
             one = copy.deepcopy(sae)
             output = function(one)
             assert output.feature_acts.is_sparse == sparse
@@ -166,7 +165,7 @@ def test_gradients_of_the_dead_reconstruction_are_those_of_differences(monkeypat
 
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"apply_b_dec_to_input": True}], ids=str)
 def test_gradients_of_a_step_are_those_of_differences(monkeypatch, fields):
-    monkeypatch.setattr(sae_lens_sampled.training, "MAX_POOL_SHARE", 1.0)
+    monkeypatch.setattr(SampledTopKTrainingSAE, "_restricts", lambda sae: True)
     sae = an_sae(dtype="float64", **fields)
     x = activations(40).double()
     names = ["W_enc", "b_enc", "W_dec", "b_dec"]
@@ -245,7 +244,9 @@ def test_the_path_is_chosen_by_what_it_can_do():
     assert an_sae(score="ridge_leverage")._restricts()
     assert not an_sae(score="ridge_leverage", pool_group_size=16)._restricts()
     assert not an_sae(pool_group_size=8)._restricts()
-    assert not an_sae(pool_factor=60)._restricts()
+    assert an_sae(pool_factor=60)._restricts()
+    assert not an_sae(pool_factor=60, pool_group_size=16)._restricts()
+    assert not an_sae(pool_factor=200 / 3)._restricts()
     sae = an_sae()
     handle = sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: tensor)
     assert not sae._restricts()
@@ -310,10 +311,3 @@ def test_the_fraction_is_checked():
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=rf"^aux_token_fraction={wrong} must be above 0 and at most 1\.$"):
             an_sae(aux_token_fraction=wrong)
-
-
-def test_helpers_sae_takes_the_dense_path_so_that_other_tests_cover_it():
-    from helpers import sampled_sae
-
-    assert not sampled_sae()._restricts()
-    assert D_SAE == 40
