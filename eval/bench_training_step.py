@@ -12,7 +12,6 @@ encoder weights. Writes `eval/results/bench_training_step.json` and `bench_train
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -41,7 +40,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "groups of 16": {"pool_group_size": 16},
     "sampled pool": {"pool_sampling": "proportional"},
 }
-OTHERS = ("dictionary_learning", "sparsify")
+DICTIONARY_LEARNING = "dictionary_learning BatchTopK"
 
 Case = dict[str, Any]
 
@@ -75,17 +74,57 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return x.to(case["device"]), dead.to(case["device"])
 
 
-def forward_backward(trainer: SAETrainer, x: torch.Tensor, dead: torch.Tensor) -> None:
-    given = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
-    with trainer.autocast_if_enabled:
-        loss = trainer.sae.training_forward_pass(given).loss
-    loss.backward()
-    trainer.optimizer.zero_grad()
+class InSAELens:
+    """A side in SAELens' trainer."""
+
+    def __init__(self, side: str, case: Case) -> None:
+        self.trainer = make_trainer(side, case)
+
+    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
+        given = TrainStepInput(
+            sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
+        )
+        with self.trainer.autocast_if_enabled:
+            loss = self.trainer.sae.training_forward_pass(given).loss
+        loss.backward()
+        self.trainer.optimizer.zero_grad()
+
+    def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:
+        self.trainer.n_forward_passes_since_fired.copy_(torch.where(dead, 10**6, 0))
+        self.trainer.step(x)
 
 
-def whole_step(trainer: SAETrainer, x: torch.Tensor, dead: torch.Tensor) -> None:
-    trainer.n_forward_passes_since_fired.copy_(torch.where(dead, 10**6, 0))
-    trainer.step(x)
+class InDictionaryLearning:
+    """BatchTopK in the trainer of dictionary_learning, where that is installed.
+
+    Without dead latents only: it counts them itself, and forgets those that fire before it looks.
+    """
+
+    def __init__(self, case: Case) -> None:
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+        sizes = {"activation_dim": case["d_in"], "dict_size": case["d_sae"], "k": case["k"]}
+        self.trainer = BatchTopKTrainer(10**9, **sizes, layer=0, lm_name="", lr=1e-6, device=case["device"])
+
+    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:  # noqa: ARG002
+        self.trainer.loss(x, step=2000).backward()
+        self.trainer.optimizer.zero_grad()
+
+    def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:  # noqa: ARG002
+        self.trainer.update(2000, x)
+
+
+def make_side(side: str, case: Case) -> "InSAELens | InDictionaryLearning":
+    return InDictionaryLearning(case) if side == DICTIONARY_LEARNING else InSAELens(side, case)
+
+
+def has_dictionary_learning() -> bool:
+    try:
+        import dictionary_learning.trainers.batch_top_k  # noqa: F401
+    except ImportError as error:
+        print(f"dictionary_learning is not compared: {error}.")
+        return False
+    return True
 
 
 def seconds(function: Callable[[], None], device: str) -> float:
@@ -99,15 +138,15 @@ def seconds(function: Callable[[], None], device: str) -> float:
 def measure(case: Case, sides: list[str], repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds by side; one after the other in every repeat, so that noise hits all alike."""
     x, dead = inputs(case)
-    trainers = {side: make_trainer(side, case) for side in sides}
+    trainers = {side: make_side(side, case) for side in sides}
     times: dict[str, dict[str, list[float]]] = {side: {"fwd+bwd": [], "step": []} for side in sides}
     product: list[float] = []
-    weights = next(iter(trainers.values())).sae.W_enc.detach()
+    weights = torch.randn(case["d_in"], case["d_sae"], device=case["device"])
     for repeat in range(repeats + 1):
         product.append(seconds(lambda: (x @ weights, None)[1], case["device"]))
         for side, trainer in trainers.items():
-            for kind, function in (("fwd+bwd", forward_backward), ("step", whole_step)):
-                took = seconds(lambda function=function, trainer=trainer: function(trainer, x, dead), case["device"])
+            for kind, function in (("fwd+bwd", trainer.forward_backward), ("step", trainer.step)):
+                took = seconds(lambda function=function: function(x, dead), case["device"])
                 if repeat:  # the first is for warming up
                     times[side][kind].append(took)
     medians = {
@@ -125,17 +164,17 @@ def peak_memory(side: str, case: Case) -> float:
 
 
 def print_own_memory(side: str, case: Case) -> None:
-    trainer, (x, dead) = make_trainer(side, case), inputs(case)
-    whole_step(trainer, x, dead)
+    trainer, (x, dead) = make_side(side, case), inputs(case)
+    trainer.step(x, dead)
     if case["device"].startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        whole_step(trainer, x, dead)
+        trainer.step(x, dead)
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew (Linux)
     before = _status("VmRSS")
-    whole_step(trainer, x, dead)
+    trainer.step(x, dead)
     print((_status("VmHWM") - before) / 1024)
 
 
@@ -202,6 +241,7 @@ def main() -> None:
     base = {name: getattr(args, name) for name in ("tokens", "d_in", "d_sae", "k", "pool_factor", "device", "autocast")}
     base["dead"] = 0.0
     sides = [*SIDES, *(["SAELens BatchTopK compiled"] if args.compiled else [])]
+    sides += [DICTIONARY_LEARNING] if has_dictionary_learning() else []
     widths = [d_sae for d_sae in (2048, 4096, 8192, 16384, 32768, 65536) if d_sae <= args.max_d_sae]
     factors = [1.5, 4, 16, 64, 128, args.d_sae / args.k]
     sweeps = {
@@ -213,9 +253,10 @@ def main() -> None:
     with tqdm(total=sum(map(len, sweeps.values())), desc="Cases") as progress:
         for name, cases in sweeps.items():
             for case in cases:
+                some = [side for side in sides if side != DICTIONARY_LEARNING or case["dead"] == 0]
                 with contextlib.redirect_stderr(open(os.devnull, "w")):
-                    memory = {side: peak_memory(side, case) for side in sides} if name == "dead" else {}
-                    rows[name].append({"case": case, "times": measure(case, sides, args.repeats), "memory": memory})
+                    memory = {side: peak_memory(side, case) for side in some} if name == "dead" else {}
+                    rows[name].append({"case": case, "times": measure(case, some, args.repeats), "memory": memory})
                 progress.update()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sae-lens", "sae-lens-sampled")}
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
@@ -226,9 +267,6 @@ def main() -> None:
     print(f"{machine}; {versions}; {args.tokens} tokens, d_in {args.d_in}, k {args.k}, medians of {args.repeats}.")
     for name, some in rows.items():
         print(f"\nOver {name}\n\n{table(some)}")
-    for name in OTHERS:
-        if importlib.util.find_spec(name) is None:
-            print(f"\n{name} is not installed, so it is not compared.")
 
 
 if __name__ == "__main__":
