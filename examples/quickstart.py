@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-trains on the small language model in `examples/tiny_lm`, offline, in about two minutes on two CPU cores. On a model and
+trains on the small language model in `examples/tiny_lm`, offline, in about a minute on two CPU cores. On a model and
 a data set from the Hugging Face Hub, with the paper's settings (needs a GPU; any setting can be overridden):
 
     python examples/quickstart.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \

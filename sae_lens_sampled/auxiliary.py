@@ -58,8 +58,9 @@ class _DeadReconstruction(torch.autograd.Function):
         db_enc = W_enc.new_zeros(W_enc.shape[1])
         device, dtype, enabled = ctx.autocast
         with torch.autocast(device, dtype, enabled):
-            for rows in torch.arange(len(x)).split(_row_chunk(x, W_enc)):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
+            step = _row_chunk(x, W_enc)
+            for start in range(0, len(x), step):
+                part = slice(start, start + step)
                 g, chosen = gradient[part], indices[part].long()
                 dW_dec += _spread(values[part], chosen, len(W_dec)).T @ g
                 dhidden_pre = _spread((g @ W_dec.T).gather(1, chosen), chosen, len(W_dec))

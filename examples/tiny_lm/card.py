@@ -15,7 +15,7 @@ tags: [gpt_neox, tiny, interpretability]
 # tiny_lm
 
 A small Pythia-style language model (GPT-NeoX, {parameters:,} parameters: {layers} layers, width {hidden_size}, {heads} heads,
-vocabulary {vocab_size:,}, contexts of {context} tokens in training) on English novels first published between 1849 and 1929, all in
+vocabulary {vocab_size:,}, contexts of {context} tokens in training) on English novels first published between 1839 and 1929, all in
 the public domain in the United States. It exists so that examples and tests of sparse autoencoders run on a real
 language model's residual stream without a network. It writes period prose badly and knows nothing else.
 
