@@ -57,6 +57,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         self._pool: Tensor | None = None
+        self._smallest = self.topk_threshold
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -143,8 +144,9 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
         # SAELens' rule, which asks the device twice whether anything is positive, and does not take COO tensors.
-        smallest = torch.where(acts_topk > 0, acts_topk, torch.inf).amin().to(self.topk_threshold.dtype)
-        lr = self.cfg.topk_threshold_lr
+        parts = acts_topk.flatten().split(2**20)  # of a matrix, what stays in the cache
+        self._smallest = torch.stack([torch.where(part > 0, part, torch.inf).amin() for part in parts]).amin()
+        smallest, lr = self._smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
 
@@ -263,17 +265,14 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     def _record_dense(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
         """`_record` from the matrices of the dense path, of shape (..., d_sae)."""
         acts, hidden_pre = feature_acts.flatten(end_dim=-2), hidden_pre.flatten(end_dim=-2)
-        sums, peaks, smallest = [], [], []
+        sums, peaks = [], []
         width = chunk_width(acts.T)  # of rows, here
         for a, h in zip(acts.split(width), hidden_pre.split(width), strict=True):
             kept, fired = a > 0, h > self.latent_threshold
             sums.append(torch.stack([one.sum(dim=0, dtype=torch.int32) for one in (kept, fired & kept, fired)]))
             peaks.append(h.amax(dim=0))
-            smallest.append(torch.where(kept, a, torch.inf).amin())
         counts, n_hits, n_fired = torch.stack(sums).sum(dim=0)
-        self._record(
-            counts, n_hits, n_fired, torch.stack(peaks).amax(dim=0).relu(), torch.stack(smallest).amin(), len(acts)
-        )
+        self._record(counts, n_hits, n_fired, torch.stack(peaks).amax(dim=0).relu(), len(acts))
 
     @torch.no_grad()
     def _record_kept(self, kept: Kept, scan: ColumnScan, n_tokens: int) -> None:
@@ -284,14 +283,11 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             torch.zeros_like(self.pool_record.selection_counts).scatter_add_(0, kept.latents, one.long())
             for one in (positive, positive & hits)
         )
-        smallest = torch.where(positive, kept.values, torch.inf).amin()
-        self._record(counts, n_hits, scan.n_fired, scan.peak, smallest, n_tokens)
+        self._record(counts, n_hits, scan.n_fired, scan.peak, n_tokens)
 
-    def _record(
-        self, counts: Tensor, n_hits: Tensor, n_fired: Tensor, peak: Tensor, smallest: Tensor, n_tokens: int
-    ) -> None:
-        """Update all that a step leaves behind besides gradients; all but `smallest` have shape (d_sae,)."""
-        self.pool_record.update(counts, smallest, self._pool)
+    def _record(self, counts: Tensor, n_hits: Tensor, n_fired: Tensor, peak: Tensor, n_tokens: int) -> None:
+        """Update all that a step leaves behind besides gradients; the tensors have shape (d_sae,)."""
+        self.pool_record.update(counts, self._smallest, self._pool)
         self.rate_matcher.update(
             firing_rate=n_fired / n_tokens,
             selection_rate=counts / n_tokens,

@@ -70,6 +70,7 @@ def test_recording_reads_nothing_back_from_the_device():
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
     sae._pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
+    sae.update_topk_threshold(acts)
     sae._record_dense(acts, acts)
     assert sae.pool_record.selection_counts.is_meta
 
