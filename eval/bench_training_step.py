@@ -243,7 +243,7 @@ def main() -> None:
     sides = [*SIDES, *(["SAELens BatchTopK compiled"] if args.compiled else [])]
     sides += [DICTIONARY_LEARNING] if has_dictionary_learning() else []
     widths = [d_sae for d_sae in (2048, 4096, 8192, 16384, 32768, 65536) if d_sae <= args.max_d_sae]
-    factors = [1.5, 4, 16, 64, 128, args.d_sae / args.k]
+    factors = [1.5, 4, 16, 64, 128, 200, args.d_sae / args.k]
     sweeps = {
         "dead": [base | {"dead": dead} for dead in (0.0, 0.3, 0.9)],
         "d_sae": [base | {"d_sae": d_sae} for d_sae in widths],

@@ -1,6 +1,7 @@
 """SAEs on the bundled language model, small runs of SAEBench, and SAEBench called by hand."""
 
 import itertools
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,26 @@ def official(path: Path):
         yield str(path)
     finally:
         OFFICIAL_MODEL_NAMES.remove(str(path))
+
+
+def core_by_hand(name: str, sae: Any, folder: Path, text: Path = TINY_LM / "text", dtype: str = "float32") -> Any:
+    """The result that SAEBench's core writes for an SAE whose metadata has the model's path for its name."""
+    import sae_bench.evals.core.main as core
+
+    small = SMALL["core"]
+    with official(TINY_LM):
+        core.multiple_evals(
+            [(name, sae)],
+            n_eval_reconstruction_batches=small["n_eval_reconstruction_batches"],
+            n_eval_sparsity_variance_batches=small["n_eval_sparsity_variance_batches"],
+            eval_batch_size_prompts=small["batch_size_prompts"],
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            exclude_special_tokens_from_reconstruction=True,
+            dataset=str(text),
+            context_size=small["context_size"],
+            output_folder=str(folder),
+            dtype=dtype,
+            device="cpu",
+        )
+    return json.loads((folder / f"{name}_custom_sae_eval_results.json").read_text())

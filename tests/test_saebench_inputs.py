@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-from eval_helpers import HOOK, PROBING, TINY_LM
+from eval_helpers import HOOK, PROBING, SMALL, TINY_LM, core_by_hand
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
@@ -128,28 +128,10 @@ def test_absorption_refuses_hooks_that_it_would_not_read(tmp_path):
 
 
 def test_core_runs_on_hooks_inside_a_block_as_sae_bench_does(tmp_path):
-    import sae_bench.evals.core.main as core
-    from eval_helpers import SMALL, official
-
-    small = SMALL["core"] | {"n_eval_sparsity_variance_batches": 2}
     saes = {hook: an_sae(hook_name=f"blocks.2.{hook}") for hook in ("hook_mlp_out", "attn.hook_z", "hook_attn_out")}
-    got = run(list(saes.items()), tmp_path / "ours", overrides={"core": small})["core"]
-    with official(TINY_LM):
-        core.multiple_evals(
-            list(saes.items()),
-            n_eval_reconstruction_batches=small["n_eval_reconstruction_batches"],
-            n_eval_sparsity_variance_batches=small["n_eval_sparsity_variance_batches"],
-            eval_batch_size_prompts=small["batch_size_prompts"],
-            compute_featurewise_density_statistics=True,
-            compute_featurewise_weight_based_metrics=True,
-            exclude_special_tokens_from_reconstruction=True,
-            dataset=str(TINY_LM / "text"),
-            context_size=small["context_size"],
-            output_folder=str(tmp_path / "by_hand"),
-            device="cpu",
-        )
-    for hook in saes:
-        want = json.loads((tmp_path / "by_hand" / f"{hook}_custom_sae_eval_results.json").read_text())
+    got = run(list(saes.items()), tmp_path / "ours", overrides={"core": SMALL["core"]})["core"]
+    for hook, sae in saes.items():
+        want = core_by_hand(hook, sae, tmp_path / "by_hand")
         assert got[f"{hook}_custom_sae"]["eval_result_metrics"] == want["eval_result_metrics"]
 
 

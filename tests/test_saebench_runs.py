@@ -23,7 +23,7 @@ import sae_bench
 import sae_bench.evals.absorption.main as absorption
 import sae_bench.evals.core.main as core
 import sae_bench.evals.sparse_probing.main as sparse_probing
-from eval_helpers import ALL, D_SAE, EXAMPLES, HOOK, KINDS, PROBING, SMALL, TINY_LM, official, trained_sae
+from eval_helpers import ALL, D_SAE, EXAMPLES, HOOK, KINDS, PROBING, SMALL, TINY_LM, core_by_hand, official, trained_sae
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, graphing_utils
 from transformer_lens import HookedTransformer
 
@@ -102,36 +102,16 @@ def test_sae_bench_itself_reads_the_results(results, saes, output_dir):
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "gated", "topk"])
 def test_core_is_what_sae_bench_gives_by_hand(results, saes, name, tmp_path):
-    want = core_by_hand(saes, name, tmp_path, "float32")
+    want = core_by_hand(name, exported(saes, name), tmp_path)
     got = results["core"][f"{name}_custom_sae"]
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
     assert got["eval_result_details"] == want["eval_result_details"]
 
 
 def test_core_is_that_of_sae_bench_in_bfloat16_too(saes, tmp_path):
-    want = core_by_hand(saes, "sampled_seed0", tmp_path / "by_hand", "bfloat16")
+    want = core_by_hand("one", exported(saes, "sampled_seed0"), tmp_path / "by_hand", dtype="bfloat16")
     [got] = run_small(saes[:1], ["core"], tmp_path / "ours", dtype="bfloat16")["core"].values()
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
-
-
-def core_by_hand(saes, name, folder, dtype, text=TINY_LM / "text"):
-    small = SMALL["core"]
-    with official(TINY_LM):
-        core.multiple_evals(
-            [(name, exported(saes, name))],
-            n_eval_reconstruction_batches=small["n_eval_reconstruction_batches"],
-            n_eval_sparsity_variance_batches=small["n_eval_sparsity_variance_batches"],
-            eval_batch_size_prompts=small["batch_size_prompts"],
-            compute_featurewise_density_statistics=True,
-            compute_featurewise_weight_based_metrics=True,
-            exclude_special_tokens_from_reconstruction=True,
-            dataset=str(text),
-            context_size=small["context_size"],
-            output_folder=str(folder),
-            dtype=dtype,
-            device="cpu",
-        )
-    return json.loads((folder / f"{name}_custom_sae_eval_results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "jumprelu"])
@@ -412,7 +392,7 @@ def test_special_tokens_are_neither_replaced_nor_counted(saes, monkeypatch, tmp_
     lines = [json.dumps({"text": "<|endoftext|>".join(f"word {i} and {j}" for j in range(60))}) for i in range(30)]
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.jsonl").write_text("\n".join(lines))
-    want = core_by_hand(saes, "sampled_seed0", tmp_path / "by_hand", "float32", tmp_path / "text")
+    want = core_by_hand("one", exported(saes, "sampled_seed0"), tmp_path / "by_hand", text=tmp_path / "text")
     [got] = run_small(saes[:1], ["core"], tmp_path / "ours", text=tmp_path / "text")["core"].values()
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
     assert got["eval_result_unstructured"]["exported"]["n_tokens"] < 3 * 4 * 48
