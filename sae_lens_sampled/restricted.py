@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.scores import SCORES, sketch_rows
-from sae_lens_sampled.selection import ColumnStatistics, column_statistics
+from sae_lens_sampled.selection import ColumnStatistics, column_statistics, top_entries
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Pre-activations that `scan_columns` holds at a time; other devices as "cuda". On a CPU what stays in the cache: at
@@ -112,7 +112,8 @@ def keep_top(
     group_size: int | None,
 ) -> Kept:
     """The `n_keep` largest candidates of the batch, or all if there are fewer."""
-    values, indices = acts.flatten().topk(min(n_keep, acts.numel()), sorted=False)
+    indices = top_entries(acts, min(n_keep, acts.numel()))
+    values = acts.flatten().gather(0, indices)
     kept = torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
     indices = indices.sort().values
     tokens = indices // acts.shape[1]

@@ -16,6 +16,10 @@ from sae_lens_sampled.scores import SCORES
 
 PoolSampling = Literal["top", "proportional"]
 
+PARTS = 8
+"""Row blocks whose largest entries are found apart, where few are kept of many: `topk` uses one core for a row, and is
+2.3 times as fast on 2 cores so (of 2048 x 8192 entries, 65,536)."""
+
 
 @runtime_checkable
 class PoolFields(Protocol):
@@ -100,13 +104,12 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
     """
     # A stable sort of all latents is slow, so: find the m-th value, take all above it, and let the next criterion
     # choose among its equals. How many are missing stays on the device.
-    scores = statistics.scores.masked_fill(~statistics.alive, -torch.inf)
-    missing = torch.full_like(scores[:, :1], n_candidates, dtype=torch.long)
-    above, equal, missing = _split_at_rank(scores, missing, n_candidates)
-    norms = statistics.norms.masked_fill(~equal, -torch.inf)
-    above_by_norm, equal, missing = _split_at_rank(norms, missing, n_candidates)
+    above, equal = _split_at_rank(statistics.scores.masked_fill(~statistics.alive, -torch.inf), n_candidates)
+    norms = statistics.norms.masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
+    above, equal = _split_at_rank(norms, n_candidates)
+    missing = n_candidates - above.sum(dim=1, keepdim=True)
     chosen_by_index = equal & (equal.cumsum(dim=1) <= missing)
-    return _mask_to_indices(above | above_by_norm | chosen_by_index, n_candidates)
+    return _mask_to_indices(above | chosen_by_index, n_candidates)
 
 
 def perturb_scores(statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""]) -> ColumnStatistics:
@@ -145,15 +148,28 @@ def keep_top_entries(
         # Most columns are candidates: hiding the others costs less than gathering these.
         others = torch.ones(len(pool), acts.shape[1], dtype=torch.bool, device=acts.device).scatter_(1, pool, False)
         others = others.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
-        indices = acts.detach().masked_fill(others, 0).flatten().topk(n_keep, sorted=False).indices
+        indices = top_entries(acts.detach().masked_fill(others, 0), n_keep)
         values = acts.flatten().gather(0, indices).masked_fill(others.flatten().gather(0, indices), 0)
         return torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
     # With a single pool the size of its group does not matter.
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
-    values, indices = candidates.flatten().topk(n_keep, sorted=False)
+    indices = top_entries(candidates, n_keep)
+    values = candidates.flatten().gather(0, indices)
     kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
     return torch.zeros_like(acts).scatter(1, columns, kept)
+
+
+@torch.no_grad()
+def top_entries(acts: Float[Tensor, "tokens columns"], n_keep: int) -> Int[Tensor, " n_keep"]:
+    """Indices into `acts.flatten()` of its `n_keep` largest entries, in no particular order."""
+    n_parts = math.gcd(len(acts), PARTS) if acts.numel() >= 4 * PARTS * n_keep else 1
+    parts = acts.reshape(n_parts, -1)
+    values, indices = parts.topk(n_keep, dim=1, sorted=False)
+    if n_parts == 1:
+        return indices[0]
+    starts = parts.shape[1] * torch.arange(n_parts, device=acts.device)[:, None]
+    return (starts + indices).flatten()[values.flatten().topk(n_keep, sorted=False).indices]
 
 
 def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
@@ -168,14 +184,10 @@ def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
         yield acts[n_whole:][None]
 
 
-def _split_at_rank(keys: Tensor, rank: Tensor, max_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: what lies above the `rank`-th largest key, what equals it, and how many of the equals are needed.
-
-    `keys` (rows, n); `rank` (rows, 1), each in 1..max_rank.
-    """
-    cutoff = keys.topk(max_rank, dim=1).values.gather(1, rank - 1)
-    above = keys > cutoff
-    return above, keys == cutoff, rank - above.sum(dim=1, keepdim=True)
+def _split_at_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Per row of a (rows, n) matrix: what lies above the `rank`-th largest key, and what equals it."""
+    cutoff = keys.topk(rank, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    return keys > cutoff, keys == cutoff
 
 
 def _mask_to_indices(mask: Tensor, n_true: int) -> Tensor:

@@ -311,3 +311,13 @@ def test_the_fraction_is_checked():
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=rf"^aux_token_fraction={wrong} must be above 0 and at most 1\.$"):
             an_sae(aux_token_fraction=wrong)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"pool_sampling": "proportional"}], ids=str)
+def test_only_the_host_read_and_the_coo_tensor_break_a_compiled_graph(fields):
+    sae, given = an_sae(**fields), step_input(activations(48, seed=5))
+    given.dead_neuron_mask = torch.arange(200) < 40
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(sae.training_forward_pass)(given).break_reasons
+    assert {reason.user_stack[-1].name for reason in breaks} == {"_check_finite", "as_coo"}
