@@ -11,6 +11,7 @@ encoder weights. Writes `eval/results/bench_training_step.json` and `bench_train
 
 import argparse
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -40,8 +41,6 @@ SIDES: dict[str, dict[str, Any]] = {
     "groups of 16": {"pool_group_size": 16},
     "sampled pool": {"pool_sampling": "proportional"},
 }
-DICTIONARY_LEARNING = "dictionary_learning BatchTopK"
-
 Case = dict[str, Any]
 
 
@@ -114,17 +113,47 @@ class InDictionaryLearning:
         self.trainer.update(2000, x)
 
 
-def make_side(side: str, case: Case) -> "InSAELens | InDictionaryLearning":
-    return InDictionaryLearning(case) if side == DICTIONARY_LEARNING else InSAELens(side, case)
+class InSparsify:
+    """TopK, the nearest that sparsify has, with the step of its trainer (Adam instead of its default optimiser)."""
+
+    def __init__(self, case: Case) -> None:
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        config = SparseCoderConfig(num_latents=case["d_sae"], k=case["k"])
+        self.coder = SparseCoder(case["d_in"], config, device=case["device"])
+        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=1e-6)
+
+    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
+        self._backward(x, dead)
+        self.optimizer.zero_grad()
+
+    def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:
+        self.coder.set_decoder_norm_to_unit_norm()
+        self._backward(x, dead)
+        torch.nn.utils.clip_grad_norm_(self.coder.parameters(), 1.0)
+        self.coder.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
+        output = self.coder(x, dead_mask=dead)
+        (output.fvu + output.auxk_loss / 32).backward()
 
 
-def has_dictionary_learning() -> bool:
+OTHERS = {"dictionary_learning BatchTopK": InDictionaryLearning, "sparsify TopK": InSparsify}
+
+
+def is_installed(side: str, case: Case) -> bool:
     try:
-        import dictionary_learning.trainers.batch_top_k  # noqa: F401
+        OTHERS[side](case)
     except ImportError as error:
-        print(f"dictionary_learning is not compared: {error}.")
+        print(f"{side} is not compared: {error}.")
         return False
     return True
+
+
+def make_side(side: str, case: Case) -> "InSAELens | InDictionaryLearning | InSparsify":
+    return OTHERS[side](case) if side in OTHERS else InSAELens(side, case)
 
 
 def seconds(function: Callable[[], None], device: str) -> float:
@@ -172,6 +201,7 @@ def print_own_memory(side: str, case: Case) -> None:
         trainer.step(x, dead)
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
+    ctypes.CDLL(None).malloc_trim(0)  # what the first step freed is given back, so that the second must ask for it
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew (Linux)
     before = _status("VmRSS")
     trainer.step(x, dead)
@@ -241,7 +271,7 @@ def main() -> None:
     base = {name: getattr(args, name) for name in ("tokens", "d_in", "d_sae", "k", "pool_factor", "device", "autocast")}
     base["dead"] = 0.0
     sides = [*SIDES, *(["SAELens BatchTopK compiled"] if args.compiled else [])]
-    sides += [DICTIONARY_LEARNING] if has_dictionary_learning() else []
+    others = [side for side in OTHERS if is_installed(side, base)]
     widths = [d_sae for d_sae in (2048, 4096, 8192, 16384, 32768, 65536) if d_sae <= args.max_d_sae]
     factors = [1.5, 4, 16, 64, 128, 200, args.d_sae / args.k]
     sweeps = {
@@ -253,7 +283,7 @@ def main() -> None:
     with tqdm(total=sum(map(len, sweeps.values())), desc="Cases") as progress:
         for name, cases in sweeps.items():
             for case in cases:
-                some = [side for side in sides if side != DICTIONARY_LEARNING or case["dead"] == 0]
+                some = [*sides, *(side for side in others if case == base)]  # beside ours at the main setting
                 with contextlib.redirect_stderr(open(os.devnull, "w")):
                     memory = {side: peak_memory(side, case) for side in some} if name == "dead" else {}
                     rows[name].append({"case": case, "times": measure(case, some, args.repeats), "memory": memory})

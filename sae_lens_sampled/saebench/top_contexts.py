@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
@@ -39,6 +40,13 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
     """The latents that carry the largest activation mass without being dense, with the text where they are largest."""
     mass = statistics.mass.masked_fill(statistics.density > MAX_DENSITY, 0)
     latents = mass.topk(min(N_LATENTS, len(mass))).indices
+    return contexts_of(latents[mass[latents] > 0], top, statistics, tokenizer)
+
+
+def contexts_of(
+    latents: Int[Tensor, " n"], top: TopActivations, statistics: ActivationStatistics, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Of each of `latents` its density, its share of the activation mass, and the text where it is largest."""
     tokens = torch.cat(top.tokens).tolist()
     return [
         {
@@ -56,5 +64,5 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
                 if value > 0
             ],
         }
-        for latent in latents[mass[latents] > 0].tolist()
+        for latent in latents.tolist()
     ]

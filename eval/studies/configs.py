@@ -1,0 +1,199 @@
+"""The settings of the studies: everything that their numbers depend on."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sae_lens.synthetic import (
+    HierarchyConfig,
+    LowRankCorrelationConfig,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY_LM = EXAMPLES / "tiny_lm"
+PROBING = tuple(str(EXAMPLES / "tiny_probing" / name) for name in ("authors", "sentence_polarity", "subjectivity"))
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Data with known features, of the kind of SynthSAEBench (arXiv 2602.14687) at a smaller scale."""
+
+    data: SyntheticModelConfig = field(
+        default_factory=lambda: SyntheticModelConfig(
+            num_features=512,
+            hidden_dim=96,
+            firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=1e-2),
+            hierarchy=HierarchyConfig(
+                total_root_nodes=16, branching_factor=4, max_depth=2, mutually_exclusive_portion=1.0
+            ),
+            correlation=LowRankCorrelationConfig(rank=8),
+            std_firing_magnitudes=0.5,
+            mean_firing_magnitudes=4.0,
+            seed=0,
+        )
+    )
+    d_sae: int = 256
+    k: int = 5
+    """As many as features fire on average, 5.2."""
+    batch_size: int = 512
+    steps: int = 1000
+    lr: float = 2e-3
+    dead_window: int = 100
+    eval_samples: int = 32_768
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study; `arms` in `plan.py` says which SAEs it trains."""
+
+    name: str
+    model: str
+    """A Hub name or a folder in Hugging Face format."""
+    model_parameters: int
+    """For the estimate of costs."""
+    dataset: str
+    """What the SAEs are trained and their thresholds calibrated on: a Hub name or a folder with a split `train`."""
+    held_out: str | None
+    """Data set that core is run on, a Hub name or a JSONL file; None for SAEBench's openwebtext."""
+    hook: str
+    d_in: int
+    d_sae: int
+    k: int
+    batch_size: int
+    steps: int
+    lr: float
+    dead_window: int
+    context_size: int
+    evals: dict[str, dict[str, Any]]
+    """Which of SAEBench's evals, with the fields of their configurations that are set."""
+    probing_datasets: tuple[str, ...] = ()
+    """Labelled sets for sparse probing; none for SAEBench's eight."""
+    synthetic: Synthetic = field(default_factory=Synthetic)
+    aux_loss_coefficient: float = 1 / 32
+    pool_factors: tuple[float, ...] = (1.5, 3, 5, 10, 20)
+    group_sizes: tuple[int, ...] = (16, 64, 256)
+    fixed_pool_factor: float = 5
+    scores: tuple[str, ...] = ("squared_l2", "entropy", "perplexity", "ridge_leverage", "uniform")
+    """Compared with `l2_norm` at the fixed pool factor."""
+    sampled_scores: tuple[str, ...] = ("squared_l2", "uniform")
+    """Those of them whose pools are drawn in proportion to the score."""
+    n_seeds: int = 3
+    n_stability_seeds: int = 5
+    calibration_tokens: int = 32_768
+    held_out_tokens: int = 32_768
+    """For thresholds, live latents and contexts; SAEBench's evals have their own numbers."""
+    saes_per_run: int = 6
+    """SAEs trained in one run of SAELens, from one pass of the language model: a unit of work."""
+    device: str = "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON has it; where and in which portions the study runs is not part of it."""
+        neutral = (
+            "name",
+            "model_parameters",
+            "device",
+            "saes_per_run",
+            "n_seeds",
+            "n_stability_seeds",
+            "pool_factors",
+            "group_sizes",
+        )
+        fields = {name: value for name, value in asdict(self).items() if name not in neutral}
+        # A clone in another folder is the same study.
+        carried = {name: str(fields[name]).removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
+        probing = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
+        synthetic = fields["synthetic"] | {"data": self.synthetic.data.to_dict()}
+        return fields | carried | {"probing_datasets": probing, "synthetic": synthetic}
+
+
+TINY = Study(
+    name="tiny",
+    model=str(TINY_LM),
+    model_parameters=1_840_000,
+    dataset=str(TINY_LM / "text"),
+    held_out=str(TINY_LM / "text" / "validation.jsonl"),
+    hook="blocks.2.hook_resid_post",
+    d_in=128,
+    d_sae=1024,
+    k=16,
+    batch_size=1024,
+    steps=1000,
+    lr=2e-3,
+    dead_window=200,
+    context_size=128,
+    evals={
+        "core": {"n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 20},
+        "sparse_probing": {},
+        # SAEBench wants 20 letters, which takes a model of two billion parameters.
+        "absorption": {"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
+    },
+    probing_datasets=PROBING,
+)
+"""The bundled language model: on two CPU cores, offline."""
+
+PYTHIA = Study(
+    name="pythia-160m",
+    model="EleutherAI/pythia-160m-deduped",
+    model_parameters=162_322_944,
+    dataset="monology/pile-uncopyrighted",
+    held_out=None,
+    hook="blocks.6.hook_resid_post",
+    d_in=768,
+    # The paper's summary does not give width and k; these are usual for this model.
+    d_sae=16_384,
+    k=64,
+    batch_size=4096,
+    steps=50_000,
+    lr=3e-4,
+    dead_window=1000,
+    context_size=128,
+    # A model of this size can read out about ten letters.
+    evals={"core": {}, "sparse_probing": {}, "absorption": {"min_feats_for_eval": 10}},
+    calibration_tokens=1_000_000,
+    held_out_tokens=131_072,
+    saes_per_run=12,
+    device="cuda",
+)
+"""The paper's model, layer, batch size, learning rate, steps and auxiliary coefficient; needs a GPU and a network."""
+
+STUDIES = {study.name: study for study in (TINY, PYTHIA)}
+
+
+def smoke(study: Study) -> Study:
+    """The same plan with the bundled model, a few steps and small evaluations: every stage, in minutes."""
+    return replace(
+        TINY,
+        name=f"{study.name}-smoke",
+        fixed_pool_factor=study.fixed_pool_factor,
+        sampled_scores=study.sampled_scores,
+        d_sae=160,
+        k=8,
+        batch_size=512,
+        steps=8,
+        dead_window=4,
+        pool_factors=study.pool_factors,
+        group_sizes=study.group_sizes,
+        scores=study.scores,
+        n_seeds=2,
+        n_stability_seeds=2,
+        calibration_tokens=2048,
+        held_out_tokens=2048,
+        evals={
+            "core": {
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 1,
+                "batch_size_prompts": 4,
+                "context_size": 48,
+            },
+            "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40, "context_length": 32},
+            "absorption": {
+                "max_k_value": 2,
+                "k_sparse_probe_num_epochs": 1,
+                "min_feats_for_eval": 5,
+                "min_GT_probe_f1": 0.3,
+            },
+        },
+        synthetic=replace(Synthetic(), d_sae=96, k=5, steps=8, eval_samples=1024),
+    )

@@ -1,0 +1,79 @@
+"""What a study would take: the plan with tokens, memory, disk and hours, before anything is run."""
+
+from collections.abc import Sequence
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.selection import pool_size
+from studies.configs import Study
+from studies.plan import Unit, arms, compared, runs, synthetic_units, units
+
+FLOPS = 2e13
+"""Sustained by one GPU in float32 products: a fifth of what data sheets say of TF32 on an A100. Yours will differ."""
+EVAL_MINUTES = 8
+"""Of SAEBench's core, sparse probing and absorption for one SAE on such a GPU: a guess that the first will correct."""
+DENSE_PRODUCTS, DENSE_COPIES = 5, 8
+"""Products of size tokens x d_in x d_sae in a BatchTopK step, and matrices (tokens, d_sae) alive at its peak."""
+
+
+def format_plan(study: Study) -> str:
+    """The whole plan as text."""
+    trained = [unit for run in runs(study) for unit in run]
+    tokens, samples = study.steps * study.batch_size, study.synthetic.steps * study.synthetic.batch_size
+    lines = [
+        f"Study {study.name}: {study.model}, {study.hook}, d_sae {study.d_sae}, k {study.k}, batch {study.batch_size}, "
+        f"lr {study.lr:g}, {study.steps:,} steps, auxiliary coefficient {study.aux_loss_coefficient:g}",
+        "",
+        f"{'arm':32}{'seeds':>6}  ",
+        *(f"{arm.name:32}{arm.n_seeds:>6}  {arm.label}" for arm in arms(study)),
+        "",
+        f"train      {len(trained)} SAEs in {len(runs(study))} runs of up to {study.saes_per_run}; "
+        f"{tokens:,} tokens a run, {tokens * len(runs(study)):,} through the language model, "
+        f"{tokens * len(trained):,} through SAEs",
+        f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
+        f"thresholds from {study.calibration_tokens:,} tokens",
+        f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
+        f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
+        "",
+        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
+        f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, and a few MiB of results",
+    ]
+    hours = training_flops(study) / FLOPS / 3600
+    eval_hours = len(units(study)) * EVAL_MINUTES / 60
+    if study.device == "cuda":
+        lines.append(
+            f"GPU hours  {hours:.0f} of training at {FLOPS / 1e12:.0f} TFLOP/s, and about {eval_hours:.0f} of "
+            f"SAEBench at {EVAL_MINUTES} minutes an SAE"
+        )
+    else:
+        lines.append(f"products   {training_flops(study):.2g} floating point operations of training")
+    return "\n".join(lines)
+
+
+def sae_parameters(study: Study) -> int:
+    return 2 * study.d_in * study.d_sae + study.d_in + study.d_sae
+
+
+def memory(study: Study, run: Sequence[Unit]) -> int:
+    """Bytes at the peak of a run: model, weights with gradients and Adam's moments, and one dense step."""
+    dense = DENSE_COPIES * study.batch_size * study.d_sae
+    return 4 * (study.model_parameters + 4 * len(run) * sae_parameters(study) + dense)
+
+
+def training_flops(study: Study) -> float:
+    """Floating point operations of all training runs: one pass of the model for each, and the SAEs' products."""
+    tokens = study.steps * study.batch_size
+    per_product = 2 * tokens * study.d_in * study.d_sae
+    products = sum(products_of(study, unit) for run in runs(study) for unit in run)
+    return 2 * study.model_parameters * tokens * len(runs(study)) + products * per_product
+
+
+def products_of(study: Study, unit: Unit) -> float:
+    """Products of size tokens x d_in x d_sae in a training step, without AuxK: it depends on what is dead."""
+    if unit.arm.config is not SampledTopKTrainingSAEConfig:
+        return DENSE_PRODUCTS
+    share = pool_size(study.k, unit.arm.fields["pool_factor"], study.d_sae) / study.d_sae
+    return min(1 + DENSE_PRODUCTS * share, DENSE_PRODUCTS)
+
+
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,163 @@
+"""The tables of the result page, as Markdown; all numbers are means over seeds with their standard errors."""
+
+from collections.abc import Iterable, Sequence
+
+from studies.plan import GROUPED, pool_name, score_name
+from studies.summary import Summary, shown
+
+ON_MODEL = {
+    "FVU": "fvu",
+    "FVU in training": "fvu_in_training",
+    "L0": "l0",
+    "loss recovered": "loss_recovered",
+    "dead": "dead",
+    "starved": "starved_share",
+}
+DOWNSTREAM = {
+    "FVU": "fvu",
+    "probing, top 1": "probing_1",
+    "top 2": "probing_2",
+    "top 5": "probing_5",
+    "absorption, fraction": "absorption_fraction",
+    "full": "absorption_full",
+}
+SYNTHETIC = {
+    "FVU": "fvu",
+    "FVU in training": "fvu_in_training",
+    "L0": "l0",
+    "MCC": "mcc",
+    "F1": "f1",
+    "uniqueness": "uniqueness",
+    "dead": "dead",
+}
+VARIANTS = {
+    "as trained": "per_latent",
+    "global": "global",
+    "per latent, equal L0": "per_latent_at_equal_l0",
+    "global, equal L0": "global_at_equal_l0",
+}
+
+
+def baselines() -> list[str]:
+    return ["batchtopk", "topk", "matryoshka"]
+
+
+def sweep(summary: Summary) -> list[str]:
+    """BatchTopK, and every pool factor with every group size."""
+    study = summary.study
+    pools = [pool_name(factor, size) for size in (None, *study.group_sizes) for factor in study.pool_factors]
+    return ["batchtopk", *pools, "pool_all"]
+
+
+def order_arms(summary: Summary) -> list[str]:
+    return [
+        "batchtopk",
+        "consecutive_batchtopk",
+        pool_name(summary.study.fixed_pool_factor, GROUPED),
+        "consecutive_groups",
+    ]
+
+
+def score_arms(summary: Summary) -> list[str]:
+    """BatchTopK, and every score with one pool and with groups."""
+    study = summary.study
+    return ["batchtopk"] + [
+        name
+        for size in (None, GROUPED)
+        for name in (pool_name(study.fixed_pool_factor, size), *(score_name(one, size) for one in study.scores))
+    ]
+
+
+def synthetic_arms(summary: Summary) -> list[str]:
+    return [name for name in summary.arms if name in summary.on_synthetic]
+
+
+def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str], synthetic: bool = False) -> str:
+    """A row for each arm."""
+    rows = [
+        [summary.label(arm), *(shown(summary.mean(arm, metric, synthetic), metric) for metric in columns.values())]
+        for arm in arms
+    ]
+    return markdown(["", *columns], rows)
+
+
+def threshold_table(summary: Summary) -> str:
+    """L0 and FVU on unseen text of exports that differ in the thresholds alone."""
+    header = ["", *(f"{name}: {metric}" for name in VARIANTS for metric in ("L0", "FVU"))]
+    rows = [
+        [
+            summary.label(arm),
+            *(shown(summary.mean(arm, f"{v}.{metric}"), metric) for v in VARIANTS.values() for metric in ("l0", "fvu")),
+        ]
+        for arm in sweep(summary)[1:]
+    ]
+    return markdown(header, rows)
+
+
+def global_arms(summary: Summary) -> list[str]:
+    """Every SAE that was also exported with a global threshold, and that export."""
+    derived = [arm for arm in summary.arms.values() if arm.exported_from is not None]
+    return [name for arm in derived for name in (str(arm.exported_from), arm.name)]
+
+
+def stability_table(summary: Summary) -> str:
+    """Pairs of seeds of one arm."""
+    columns = {
+        "MMCS": ("forward", "mmcs"),
+        "back": ("backward", "mmcs"),
+        "random directions": ("forward", "baseline"),
+        "matched": ("matched",),
+        "share above 0.7": ("forward", "share_above_0_7"),
+        "above 0.9": ("forward", "share_above_0_9"),
+        "overlap of pools": ("pool_overlap",),
+    }
+    names = [a for a, b in summary.comparisons if a == b]
+    rows = [
+        [
+            summary.label(name),
+            live(summary, name),
+            *(shown(summary.similarity(name, name, *p)) for p in columns.values()),
+        ]
+        for name in names
+    ]
+    return markdown(["", "live latents", *columns], rows)
+
+
+def live(summary: Summary, arm: str) -> str:
+    pairs = summary.comparisons[arm, arm]["pairs"]
+    counts = [n for pair in pairs for n in pair["n_live"]]
+    return f"{sum(counts) / len(counts):.0f}" if counts else "-"
+
+
+def partner_table(summary: Summary) -> str:
+    """Share of the live latents of the row's arm with a partner above 0.7 in another seed of the column's arm."""
+    names = score_arms(summary)
+    rows = [
+        [
+            f"{i}. {summary.label(a)}",
+            *(shown(summary.similarity(a, b, "forward", "share_above_0_7")) for b in names),
+        ]
+        for i, a in enumerate(names, start=1)
+    ]
+    return markdown(["", *(f"{i}" for i in range(1, len(names) + 1))], rows)
+
+
+def context_list(summary: Summary, a: str, b: str, n_contexts: int = 2) -> str:
+    """Latents of `b` without a partner in `a`, with the text where they are largest."""
+    found = summary.comparisons.get((a, b))
+    if found is None:
+        return ""
+    lines = []
+    for latent in found["unmatched"]:
+        texts = (
+            f"{one['before'][-40:]}**{one['token'].strip()}**{one['after'][:25]}"
+            for one in latent["contexts"][:n_contexts]
+        )
+        quoted = " / ".join(" ".join(text.replace("|", " ").split()) for text in texts)
+        lines.append(f"- latent {latent['latent']}, on {latent['density']:.1%} of tokens: {quoted}")
+    return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

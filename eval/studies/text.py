@@ -1,0 +1,53 @@
+"""Activations of the language model on running text, with the tokens they belong to."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from sae_lens import ActivationsStore
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+
+from sae_lens_sampled.saebench.runner import DEFAULT_TEXT
+from studies.plan import Unit, arms
+from studies.storage import Storage
+from studies.training import language_model, new_sae
+
+
+def held_out(storage: Storage) -> str:
+    """The text that core is run on: a Hub name or a folder. Core reads the split `train`, so a file becomes one."""
+    file = storage.study.held_out
+    if file is None or not Path(file).is_file():
+        return file or DEFAULT_TEXT
+    folder = storage.work / "held_out_text"
+    if not folder.exists():
+        with storage.new_folder(folder) as unfinished:
+            shutil.copy(file, unfinished / "train.jsonl")
+    return str(folder)
+
+
+@torch.no_grad()
+def text_activations(storage: Storage, dataset: str, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokens, shape (n_tokens,), and activations, shape (n_tokens, d_in), as the text has them, no special tokens."""
+    study = storage.study
+    model = language_model(study.model, study.device)
+    sae = new_sae(study, Unit(arms(study)[0], 0))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        dataset=dataset,
+        context_size=study.context_size,
+        store_batch_size_prompts=32,
+        device=study.device,
+    )
+    special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
+    tokens, parts, n_found = [], [], 0
+    while n_found < n_tokens:
+        batch = store.get_batch_tokens()
+        x = store.get_activations(batch).reshape(-1, study.d_in)
+        kept = ~torch.isin(batch.flatten(), special)
+        tokens.append(batch.flatten()[kept])
+        parts.append(x[kept])
+        n_found += len(tokens[-1])
+    return torch.cat(tokens)[:n_tokens], torch.cat(parts)[:n_tokens]

@@ -1,0 +1,135 @@
+"""The study in eval/: its plan, and that what it computes does not depend on when it was stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+EVAL = Path(__file__).parent.parent / "eval"
+sys.path.insert(0, str(EVAL))
+
+from studies.configs import PYTHIA, TINY, smoke  # noqa: E402
+from studies.costs import format_plan  # noqa: E402
+from studies.plan import Unit, arms, compared, runs, synthetic_units, units  # noqa: E402
+from studies.storage import Storage  # noqa: E402
+from studies.summary import Summary, shown  # noqa: E402
+from studies.training import train  # noqa: E402
+
+SMOKE = smoke(TINY)
+COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study.py"), "--config", "tiny", "--smoke", "--arms"]
+ARMS = ["batchtopk", "pool_5", "pool_5_global"]
+
+
+def storage(folder, study=SMOKE):
+    return Storage(study, folder / "results", folder / "work")
+
+
+def unit(name, seed=0, study=SMOKE):
+    return Unit({arm.name: arm for arm in arms(study)}[name], seed)
+
+
+@pytest.mark.parametrize("study", [TINY, PYTHIA, smoke(PYTHIA)], ids=lambda study: study.name)
+def test_every_export_has_an_sae_that_is_trained_once(study):
+    trained = [one.name for run in runs(study) for one in run]
+    assert len(trained) == len(set(trained))
+    assert {one.trained for one in units(study)} == set(trained)
+    assert len({one.name for one in units(study)}) == len(units(study))
+    assert all(len({(one.seed, one.arm.shuffled) for one in run}) == 1 for run in runs(study))
+
+
+def test_the_smoke_run_has_the_plan_of_the_study_it_stands_for():
+    def plan(study):
+        return [(arm.name, arm.config, arm.fields.get("score")) for arm in arms(study)]
+
+    assert plan(smoke(PYTHIA)) == plan(PYTHIA)
+    assert [(a.name, b.name) for a, b in compared(smoke(PYTHIA))] == [(a.name, b.name) for a, b in compared(PYTHIA)]
+
+
+def test_the_dry_run_says_what_it_would_take():
+    text = format_plan(PYTHIA)
+    trained = sum(len(run) for run in runs(PYTHIA))
+    assert f"{trained} SAEs in {len(runs(PYTHIA))} runs" in text
+    assert f"{len(units(PYTHIA))} exports" in text
+    assert f"{len(synthetic_units(PYTHIA))} SAEs of 512,000 samples" in text
+    assert f"{50_000 * 4096 * trained:,} through SAEs" in text
+    assert all(f"\n{arm.name} " in text for arm in arms(PYTHIA))
+    assert "GPU hours" in text
+
+
+def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
+    together, alone = storage(tmp_path / "together"), storage(tmp_path / "alone")
+    train(together, [unit("batchtopk"), unit("pool_5"), unit("pool_all")])
+    train(alone, [unit("pool_5")])
+    weights = [(one.sae(unit("pool_5")) / "sae_weights.safetensors").read_bytes() for one in (together, alone)]
+    assert weights[0] == weights[1]
+
+
+def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
+    from sae_lens_sampled import load_checkpoint
+
+    one = storage(tmp_path)
+    train(one, [unit("batchtopk"), unit("topk"), unit("pool_all")])
+    saes = [load_checkpoint(one.sae(unit(name))) for name in ("batchtopk", "pool_all", "topk")]
+    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=0, atol=0)
+    assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    one, other = storage(tmp_path), storage(tmp_path, replace(SMOKE, lr=1e-4))
+    one.save(one.on_model(unit("topk")), {"metrics": {}})
+    assert one.is_done(one.on_model(unit("topk")))
+    with pytest.raises(ValueError, match="other settings; move the folder away"):
+        other.is_done(one.on_model(unit("topk")))
+    more = storage(tmp_path, replace(SMOKE, n_seeds=7, device="cuda"))  # another portion of the same study
+    assert more.is_done(one.on_model(unit("topk")))
+
+
+def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
+    one = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
+    for name, values in {"batchtopk": [0.1, 0.2, 0.6], "pool_5": [0.2, 0.4]}.items():
+        for seed, value in enumerate(values):
+            result = {"metrics": {"fvu": value}, "pools": {"starved_share": 0.25}, "thresholds": {"global": {"l0": 8}}}
+            one.save(one.on_model(unit(name, seed)), result)
+    summary = Summary(one)
+    assert shown(summary.mean("batchtopk", "fvu"), "fvu") == "0.300 ± 0.153"  # std 0.2646 over the root of 3
+    assert shown(summary.difference("pool_5", "batchtopk", "fvu"), "fvu", signed=True) == "+0.150 ± 0.050"
+    assert shown(summary.mean("pool_5", "starved_share")) == "0.250 ± 0.000"
+    assert shown(summary.mean("pool_5", "global.l0"), "global.l0") == "8.0 ± 0.0"
+    assert shown(summary.mean("topk", "fvu")) == "-"
+
+
+def results_of(folder):
+    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+
+
+def run_study(folder, kill_at=None):
+    """To the end, or until a number of results and SAEs are there."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder.parent / "log").open("a") as log:
+        process = subprocess.Popen([*COMMAND, *ARMS, "--work-dir", str(folder)], stdout=log, stderr=log, env=env)
+        while process.poll() is None:
+            count = len(list(folder.rglob("results/*/*.json"))) + len(list(folder.glob("saes/*")))
+            if kill_at is not None and count >= kill_at:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+    assert (process.returncode == 0) == (kill_at is None), (folder.parent / "log").read_text()[-2000:]
+
+
+def test_a_study_that_was_killed_ends_with_the_same_results(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_study(whole)
+    for kill_at in (3, 9):
+        run_study(killed, kill_at)
+    run_study(killed)
+    want, got = results_of(whole / "results"), results_of(killed / "results")
+    assert want == got
+    kinds = {Path(name).parent.name for name in want}
+    assert kinds == {"language_model", "synthetic", "dictionaries"}
+    assert (whole / "results" / "RESULTS.md").read_text() != "" and (whole / "results" / "similarity.png").exists()
