@@ -30,6 +30,8 @@ from studies.synthetic import run_synthetic
 from studies.training import train
 
 EVAL = Path(__file__).parent
+EXPORTS_TOGETHER = 12
+"""More are faster; `run_evals` keeps what it has finished of them if it is killed."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,14 +65,15 @@ def run_train(storage: Storage, wanted: Callable[[Arm], bool]) -> None:
 
 
 def run_evaluate(storage: Storage, wanted: Callable[[Arm], bool]) -> None:
-    """Evaluate exports, those of a training run together."""
-    exports: dict[str, list[Unit]] = {}
+    """Evaluate the exports that have no result; those of a seed share passes of the language model."""
+    exports: dict[int, list[Unit]] = {}
     for unit in units(storage.study):
-        exports.setdefault(unit.trained, []).append(unit)
-    for run in progress("Evaluating", runs(storage.study)):
-        some = [unit for trained in run for unit in exports[trained.name] if wanted(unit.arm)]
-        if missing := [unit for unit in some if not storage.is_done(storage.on_model(unit))]:
-            evaluate(storage, missing)
+        if wanted(unit.arm) and not storage.is_done(storage.on_model(unit)):
+            exports.setdefault(unit.seed, []).append(unit)
+    n = EXPORTS_TOGETHER
+    parts = [some[start : start + n] for some in exports.values() for start in range(0, len(some), n)]
+    for part in progress("Evaluating", parts):
+        evaluate(storage, part)
 
 
 def run_all_synthetic(storage: Storage, wanted: Callable[[Arm], bool]) -> None:

@@ -89,24 +89,27 @@ class Study:
     device: str = "cpu"
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on, as JSON has it; where and in which portions the study runs is not part of it."""
-        neutral = (
-            "name",
-            "model_parameters",
-            "device",
-            "saes_per_run",
-            "n_seeds",
-            "n_stability_seeds",
-            "pool_factors",
-            "group_sizes",
-        )
-        fields = {name: value for name, value in asdict(self).items() if name not in neutral}
+        """What results on the language model depend on, as JSON has it; not where and in which portions it runs."""
+        fields = {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
         # A clone in another folder is the same study.
         carried = {name: str(fields[name]).removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
-        probing = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
-        synthetic = fields["synthetic"] | {"data": self.synthetic.data.to_dict()}
-        return fields | carried | {"probing_datasets": probing, "synthetic": synthetic}
+        return (
+            fields
+            | carried
+            | {"probing_datasets": [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]}
+        )
 
+    def synthetic_settings(self) -> dict[str, Any]:
+        """What results on synthetic data depend on."""
+        shared = {"aux_loss_coefficient": self.aux_loss_coefficient, "fixed_pool_factor": self.fixed_pool_factor}
+        return asdict(self.synthetic) | {"data": self.synthetic.data.to_dict()} | shared
+
+
+NEUTRAL = (
+    *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
+    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores", "sampled_scores"),
+)
+"""Fields of `Study` that add or leave out results, but change none."""
 
 TINY = Study(
     name="tiny",

@@ -13,7 +13,7 @@ from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.saebench import run_evals
 from sae_lens_sampled.saebench.sources import SAESource
 from studies.configs import Study
-from studies.plan import Unit
+from studies.plan import Unit, sweep
 from studies.storage import Storage
 from studies.text import held_out, text_activations
 
@@ -86,9 +86,9 @@ def density(core: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_variants(storage: Storage, unit: Unit, calibration: list[Tensor], unseen: Tensor) -> dict[str, Any]:
-    """L0 and FVU of exports that differ in the thresholds alone; empty for other architectures."""
+    """L0 and FVU of exports that differ in the thresholds alone; empty for arms that are not of the sweep."""
     sae = load_checkpoint(storage.sae(unit), device=storage.study.device)
-    if not isinstance(sae, SampledTopKTrainingSAE) or unit.arm.exported_from is not None:
+    if not isinstance(sae, SampledTopKTrainingSAE) or unit.arm not in sweep(storage.study):
         return {}
     variants: dict[str, SAE[Any]] = {"per_latent": to_jumprelu(sae)}
     sae.cfg.inference_threshold = "global"

@@ -147,6 +147,13 @@ def runs(study: Study) -> list[list[Unit]]:
     return [seeds[key][start : start + n] for key in sorted(seeds) for start in range(0, len(seeds[key]), n)]
 
 
+def sweep(study: Study) -> list[Arm]:
+    """Every pool factor with every group size, then the pool of all latents."""
+    names = [pool_name(factor, size) for size in (None, *study.group_sizes) for factor in study.pool_factors]
+    found = {arm.name: arm for arm in arms(study)}
+    return [found[name] for name in [*names, "pool_all"]]
+
+
 def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     """The pairs of arms whose dictionaries are compared, each with itself too."""
     fixed = study.fixed_pool_factor

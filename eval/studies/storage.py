@@ -13,6 +13,8 @@ from typing import Any
 from studies.configs import Study
 from studies.plan import Arm, Unit
 
+SYNTHETIC = "synthetic"
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -32,7 +34,7 @@ class Storage:
         return self.results / "language_model" / f"{unit.name}.json"
 
     def on_synthetic(self, unit: Unit) -> Path:
-        return self.results / "synthetic" / f"{unit.name}.json"
+        return self.results / SYNTHETIC / f"{unit.name}.json"
 
     def comparison(self, a: Arm, b: Arm) -> Path:
         return self.results / "dictionaries" / f"{a.name}--{b.name}.json"
@@ -55,7 +57,7 @@ class Storage:
             ValueError: if it is of other settings.
         """
         found = json.loads(path.read_text())
-        if found.pop("settings") != self._settings():
+        if found.pop("settings") != self._settings(path):
             raise ValueError(
                 f"{path} is a result of this study with other settings; move the folder away, or name another one "
                 "with --results-dir."
@@ -66,7 +68,7 @@ class Storage:
         """Write a result; a run that is killed leaves the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"settings": self._settings()} | rounded(result), indent=1) + "\n")
+        unfinished.write_text(json.dumps({"settings": self._settings(path)} | rounded(result), indent=1) + "\n")
         os.replace(unfinished, path)
 
     @contextmanager
@@ -78,9 +80,10 @@ class Storage:
         yield unfinished
         os.replace(unfinished, path)
 
-    def _settings(self) -> str:
-        text = json.dumps(self.study.settings(), sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _settings(self, path: Path) -> str:
+        synthetic = path.parent.name == SYNTHETIC
+        settings = self.study.synthetic_settings() if synthetic else self.study.settings()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def rounded(value: Any) -> Any:

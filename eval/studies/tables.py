@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from studies import plan
 from studies.plan import GROUPED, pool_name, score_name
 from studies.summary import Summary, shown
 
@@ -43,10 +44,7 @@ def baselines() -> list[str]:
 
 
 def sweep(summary: Summary) -> list[str]:
-    """BatchTopK, and every pool factor with every group size."""
-    study = summary.study
-    pools = [pool_name(factor, size) for size in (None, *study.group_sizes) for factor in study.pool_factors]
-    return ["batchtopk", *pools, "pool_all"]
+    return [arm.name for arm in plan.sweep(summary.study)]
 
 
 def order_arms(summary: Summary) -> list[str]:
@@ -89,7 +87,7 @@ def threshold_table(summary: Summary) -> str:
             summary.label(arm),
             *(shown(summary.mean(arm, f"{v}.{metric}"), metric) for v in VARIANTS.values() for metric in ("l0", "fvu")),
         ]
-        for arm in sweep(summary)[1:]
+        for arm in sweep(summary)
     ]
     return markdown(header, rows)
 
