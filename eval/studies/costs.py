@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.selection import pool_size
 from studies.configs import Study
-from studies.plan import Unit, arms, compared, runs, synthetic_units, units
+from studies.plan import Unit, arms, compared, runs, synthetic_units, units, width
 
 FLOPS = 2e13
 """Sustained by one GPU in float32 products: a fifth of what data sheets say of TF32 on an A100. Yours will differ."""
@@ -68,9 +68,9 @@ def training_flops(study: Study) -> float:
 
 
 def products_of(study: Study, unit: Unit) -> float:
-    """Products of size tokens x d_in x d_sae in a training step, without AuxK: it depends on what is dead."""
+    """Products of tokens x d_in x the study's d_sae in a training step, without AuxK: it depends on what is dead."""
     if unit.arm.config is not SampledTopKTrainingSAEConfig:
-        return DENSE_PRODUCTS
+        return DENSE_PRODUCTS * width(unit.arm, study.k, study.d_sae) / study.d_sae
     share = pool_size(study.k, unit.arm.fields["pool_factor"], study.d_sae) / study.d_sae
     return min(1 + DENSE_PRODUCTS * share, DENSE_PRODUCTS)
 

@@ -5,12 +5,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
 from sae_lens_sampled.activation_statistics import ActivationStatistics
-from sae_lens_sampled.dictionary_similarity import dictionary_similarity, max_cosines
+from sae_lens_sampled.dictionary_similarity import OneWay, dictionary_similarity, max_cosines
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from studies.plan import Arm, Unit
@@ -21,8 +22,6 @@ from studies.training import language_model
 PARTNER = 0.7
 """Decoder cosine from which on a latent counts as found again."""
 N_UNMATCHED = 4
-POOL_MEMORY = 100
-"""Steps at the end of training whose pools count."""
 BATCH = 4096
 
 
@@ -44,26 +43,26 @@ class Dictionaries:
 
 
 class Dictionary:
-    """The live latents of one export."""
+    """The decoder of one export, and which of its rows fire."""
 
     @torch.no_grad()
     def __init__(self, storage: Storage, unit: Unit, tokens: Tensor, x: Tensor) -> None:
         study = storage.study
         [loaded] = load_saes([(unit.name, storage.sae(unit))], study.device)
         sae = loaded.sae
-        self.statistics = ActivationStatistics(study.d_in, study.d_sae, study.device)
-        self.top = TopActivations(study.d_sae, study.device)
+        self.statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, study.device)
+        self.top = TopActivations(sae.cfg.d_sae, study.device)
         for some, part in zip(tokens.split(BATCH), x.split(BATCH), strict=True):
             acts = sae.encode(part)
             self.statistics.update(part, acts, sae.decode(acts))
             self.top.update(some, acts)
         self.live = self.statistics.counts.nonzero()[:, 0]
-        self.rows = sae.W_dec[self.live]
+        self.all_rows, self.rows = sae.W_dec, sae.W_dec[self.live]
         self.tokenizer = language_model(study.model, study.device).tokenizer
         trained = load_checkpoint(storage.sae(unit), device=study.device)
-        self.pooled = torch.ones_like(self.live, dtype=torch.bool)
+        self.pool_rows = self.rows
         if isinstance(trained, SampledTopKTrainingSAE):
-            self.pooled = trained.pool_record.pooled_within(POOL_MEMORY)[self.live]
+            self.pool_rows = self.all_rows[trained.pool_record.pool]
 
 
 def compare(storage: Storage, found: Dictionaries, a: Arm, b: Arm) -> None:
@@ -76,17 +75,32 @@ def compare(storage: Storage, found: Dictionaries, a: Arm, b: Arm) -> None:
 
 
 def compare_pair(a: Dictionary, b: Dictionary) -> dict[str, Any]:
-    """MMCS and matched mean |cosine| over live latents, and how far the latest pools are the same latents."""
+    """MMCS and matched mean |cosine| over live latents, MMCS over all latents, and the overlap of the latest pools."""
     similarity = dictionary_similarity(a.rows, b.rows)
-    rows, columns = linear_sum_assignment(_cosines(a.rows, b.rows).numpy(), maximize=True)
-    in_a, in_b = a.pooled.cpu()[rows], b.pooled.cpu()[columns]
+    of_all = max_cosines(a.all_rows, b.all_rows)
     return {
-        "forward": similarity.forward._asdict(),
-        "backward": similarity.backward._asdict(),
+        "forward": one_way(similarity.forward, of_all.a),
+        "backward": one_way(similarity.backward, of_all.b),
         "matched": similarity.matched,
         "n_live": [len(a.rows), len(b.rows)],
-        "pool_overlap": ((in_a & in_b).sum() / (in_a | in_b).sum().clamp(min=1)).item(),
+        "pool_overlap": overlap(a.pool_rows, b.pool_rows),
     }
+
+
+def one_way(similarity: OneWay, cosines_of_all: Tensor) -> dict[str, float]:
+    return similarity._asdict() | {"mmcs_of_all": cosines_of_all.mean().item()}
+
+
+def overlap(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> float:
+    """Jaccard similarity of two sets of latents, in [0, 1].
+
+    Two latents are the same if their cosine is above `PARTNER`, and one is the same as one other at most: of all ways
+    to pair them the one with most pairs counts.
+    """
+    unit_a, unit_b = (torch.nn.functional.normalize(rows, dim=1) for rows in (a, b))
+    same = (unit_a @ unit_b.T > PARTNER).cpu().numpy()
+    n_pairs = int(same[linear_sum_assignment(same, maximize=True)].sum())
+    return n_pairs / (len(a) + len(b) - n_pairs)
 
 
 def unmatched_contexts(a: Dictionary, b: Dictionary) -> list[dict[str, Any]]:
@@ -104,8 +118,3 @@ def _pairs(a: Arm, b: Arm) -> Iterator[tuple[Unit, Unit]]:
         for j in range(shared):
             if i < j or (i > j and a != b):
                 yield Unit(a, i), Unit(b, j)
-
-
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    unit_a, unit_b = (torch.nn.functional.normalize(rows.float(), dim=1) for rows in (a, b))
-    return (unit_a @ unit_b.T).abs().cpu()

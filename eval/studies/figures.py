@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from studies.plan import GROUPED, pool_name
 from studies.summary import Summary
-from studies.tables import baselines, score_arms
+from studies.tables import baselines, controls, score_arms
 
 COLOURS = {None: "#0072b2", 16: "#d55e00", 64: "#009e73", 256: "#cc79a7"}
 MARKS = {"batchtopk": ("k", "s"), "topk": ("0.45", "v"), "matryoshka": ("#e69f00", "D")}
@@ -52,7 +52,7 @@ def draw_pareto(summary: Summary, file: Path) -> None:
         axes.set(xlabel=METRICS["fvu"], ylabel=METRICS[metric], xscale="log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (0.08, 0.2, 0.3, 0.5) else "")
-    panels[0].legend(fontsize=8, frameon=False)
+    panels[1].legend(fontsize=8, frameon=False, loc="lower left")
     _save(figure, file)
 
 
@@ -60,29 +60,8 @@ def draw_pool_factor(summary: Summary, file: Path) -> None:
     """Each metric against the pool factor."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
     for axes, (metric, title) in zip(panels.flat, METRICS.items(), strict=True):
-        for size in (None, *summary.study.group_sizes):
-            found = [(f, summary.mean(pool_name(f, size), metric)) for f in summary.study.pool_factors]
-            found = [(f, e) for f, e in found if e]
-            label = "one pool" if size is None else f"groups of {size}"
-            axes.errorbar(
-                [f for f, _ in found],
-                [e.mean for _, e in found],
-                [e.error or 0 for _, e in found],
-                color=COLOURS.get(size, "0.3"),
-                marker="o",
-                ms=4,
-                capsize=2,
-                label=label,
-            )
-        for name in baselines():
-            if estimate := summary.mean(name, metric):
-                axes.axhline(estimate.mean, color=MARKS[name][0], ls="--", lw=1, label=summary.label(name))
-                if estimate.error:
-                    low, high = estimate.mean - estimate.error, estimate.mean + estimate.error
-                    axes.axhspan(low, high, color=MARKS[name][0], alpha=0.12, lw=0)
-        axes.set(ylabel=title, xscale="log")
-        axes.set_xticks(summary.study.pool_factors, [f"{factor:g}" for factor in summary.study.pool_factors])
-        axes.minorticks_off()
+        _plot_over_pool_factors(axes, summary, metric)
+        axes.set(ylabel=title)
     for axes in panels[1]:
         axes.set_xlabel("pool factor")
     panels[0, 0].legend(fontsize=8, frameon=False)
@@ -114,7 +93,7 @@ def draw_densities(summary: Summary, file: Path) -> None:
 
 def draw_similarity(summary: Summary, file: Path) -> None:
     """MMCS of live latents between seeds, above what random directions give: arms with themselves on the diagonal."""
-    names = ["batchtopk", "topk", "matryoshka", *score_arms(summary)[1:]]
+    names = [*baselines(), *controls(), *score_arms(summary)[1:]]
     values = np.full((len(names), len(names)), np.nan)
     for i, a in enumerate(names):
         for j, b in enumerate(names):
@@ -134,29 +113,12 @@ def draw_similarity(summary: Summary, file: Path) -> None:
 
 
 def draw_synthetic(summary: Summary, file: Path) -> None:
-    """Where the true features are known: FVU and F1 against the pool factor."""
+    """Where the true features are known: FVU, MCC and F1 against the pool factor."""
     panels_of = {"fvu": "FVU (lower is better)", "mcc": "MCC (higher is better)", "f1": "F1 (higher is better)"}
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axes, (metric, title) in zip(panels, panels_of.items(), strict=True):
-        for size in (None, *summary.study.group_sizes):
-            found = [(f, summary.mean(pool_name(f, size), metric, synthetic=True)) for f in summary.study.pool_factors]
-            found = [(f, e) for f, e in found if e]
-            axes.errorbar(
-                [f for f, _ in found],
-                [e.mean for _, e in found],
-                [e.error or 0 for _, e in found],
-                color=COLOURS.get(size, "0.3"),
-                marker="o",
-                ms=4,
-                capsize=2,
-                label="one pool" if size is None else f"groups of {size}",
-            )
-        for name in baselines():
-            if estimate := summary.mean(name, metric, synthetic=True):
-                axes.axhline(estimate.mean, color=MARKS[name][0], ls="--", lw=1, label=summary.label(name))
-        axes.set(xlabel="pool factor", ylabel=title, xscale="log")
-        axes.set_xticks(summary.study.pool_factors, [f"{factor:g}" for factor in summary.study.pool_factors])
-        axes.minorticks_off()
+        _plot_over_pool_factors(axes, summary, metric, synthetic=True)
+        axes.set(xlabel="pool factor", ylabel=title)
     panels[0].legend(fontsize=8, frameon=False)
     _save(figure, file)
 
@@ -168,6 +130,32 @@ FIGURES = {
     "similarity": draw_similarity,
     "synthetic": draw_synthetic,
 }
+
+
+def _plot_over_pool_factors(axes: Axes, summary: Summary, metric: str, synthetic: bool = False) -> None:
+    """A line for each group size; the baselines as horizontal ones, with bands of their errors."""
+    factors = summary.study.pool_factors
+    for size in (None, *summary.study.group_sizes):
+        found = [(factor, summary.mean(pool_name(factor, size), metric, synthetic)) for factor in factors]
+        found = [(factor, estimate) for factor, estimate in found if estimate]
+        axes.errorbar(
+            [factor for factor, _ in found],
+            [estimate.mean for _, estimate in found],
+            [estimate.error or 0 for _, estimate in found],
+            color=COLOURS.get(size, "0.3"),
+            marker="o",
+            ms=4,
+            capsize=2,
+            label="one pool" if size is None else f"groups of {size}",
+        )
+    for name in baselines():
+        if estimate := summary.mean(name, metric, synthetic):
+            colour, error = MARKS[name][0], estimate.error or 0
+            axes.axhline(estimate.mean, color=colour, ls="--", lw=1, label=summary.label(name))
+            axes.axhspan(estimate.mean - error, estimate.mean + error, color=colour, alpha=0.12, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+    axes.minorticks_off()
 
 
 def _save(figure: plt.Figure, file: Path, spines: bool = False) -> None:

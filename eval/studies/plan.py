@@ -9,10 +9,13 @@ from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEC
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.selection import pool_size
 from studies.configs import Study
 
 GROUPED = 16
 """Group size of the arms that are about something else."""
+NARROW = (3, 5)
+"""Pool factors at which a BatchTopK SAE of the pool's size is the control: what comes of having few latents alone."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Arm:
     """Of `config`, besides those that all arms share."""
     shuffled: bool = True
     """Whether a batch has tokens from everywhere; else tokens of one text follow each other in it."""
+    width_over_k: float | None = None
+    """d_sae over k, if it is not that of the study: with this pool factor a single frozen pool is as wide."""
     exported_from: str | None = None
     """The arm whose SAEs these are, if only the thresholds differ: a global one at the L0 that was trained."""
 
@@ -64,6 +69,9 @@ def arms(study: Study) -> list[Arm]:
             {"matryoshka_widths": [study.d_sae // 16, study.d_sae // 4, study.d_sae]},
         ),
     ]
+    for factor in NARROW:
+        label = f"BatchTopK as wide as pool {factor:g}"
+        found.append(Arm(narrow_name(factor), label, BatchTopKTrainingSAEConfig, n, width_over_k=factor))
     for factor in study.pool_factors:
         for size in (None, *study.group_sizes):
             stable = factor == fixed and size in (None, GROUPED)
@@ -99,14 +107,23 @@ def pool_label(factor: float, size: int | None) -> str:
     return f"pool {factor:g}, " + ("one pool" if size is None else f"groups of {size}")
 
 
+def narrow_name(factor: float) -> str:
+    return f"narrow_{factor:g}"
+
+
 def score_name(score: str, size: int | None) -> str:
     return score + ("" if size is None else f"_groups_{size}")
+
+
+def width(arm: Arm, k: float, d_sae: int) -> int:
+    """Number of the arm's latents, where the other arms have `d_sae`."""
+    return d_sae if arm.width_over_k is None else pool_size(k, arm.width_over_k, d_sae)
 
 
 def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
     """The arm's config on the language model."""
     seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    shared = {"d_in": study.d_in, "d_sae": study.d_sae, "device": study.device}
+    shared = {"d_in": study.d_in, "d_sae": width(arm, study.k, study.d_sae), "device": study.device}
     return arm.config(**shared, k=study.k, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **arm.fields)
 
 
@@ -118,7 +135,8 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
     if arm.name == "pool_all":
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
     seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    shared = {"d_in": synthetic.data.hidden_dim, "d_sae": synthetic.d_sae, "k": synthetic.k, "device": study.device}
+    d_sae = width(arm, synthetic.k, synthetic.d_sae)
+    shared = {"d_in": synthetic.data.hidden_dim, "d_sae": d_sae, "k": synthetic.k, "device": study.device}
     return arm.config(**shared, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **fields)
 
 
@@ -157,7 +175,8 @@ def sweep(study: Study) -> list[Arm]:
 def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     """The pairs of arms whose dictionaries are compared, each with itself too."""
     fixed = study.fixed_pool_factor
-    names = ["batchtopk", "topk", "matryoshka", *(pool_name(fixed, size) for size in (None, GROUPED))]
+    names = ["batchtopk", "topk", "matryoshka", *(narrow_name(factor) for factor in NARROW)]
+    names += [pool_name(fixed, size) for size in (None, GROUPED)]
     names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
     found = {arm.name: arm for arm in arms(study)}
     return combinations_with_replacement([found[name] for name in names], 2)

@@ -1,5 +1,7 @@
 """The results of a study, read back: means over seeds with their standard errors."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +9,13 @@ from sae_lens_sampled.saebench.report_metrics import Estimate, estimate
 from studies.plan import Arm, arms, compared, synthetic_units, units
 from studies.storage import Storage
 
-FORMATS = {"l0": ".1f", "l0_in_training": ".1f", "absorption_letters": ".0f", "pool_size": ".0f"}
+FORMATS = {
+    "l0": ".1f",
+    "l0_in_training": ".1f",
+    "absorption_letters": ".0f",
+    "pool_size": ".0f",
+    "share_above_0_7": ".2f",
+}
 """Of the metrics that are not shown with three decimals."""
 
 
@@ -48,22 +56,37 @@ class Summary:
         return estimate(both) if both else None
 
     def similarity(self, a: str, b: str, *path: str) -> Estimate | None:
-        """Of two arms, over pairs of seeds; the error is left out where pairs share SAEs."""
+        """Of two arms, over pairs of seeds."""
         found = self.comparisons.get((a, b)) or self.comparisons.get((b, a))
         if found is None or not found["pairs"]:
             return None
         swap = (a, b) not in self.comparisons
         keys = [{"forward": "backward", "backward": "forward"}.get(key, key) if swap else key for key in path]
-        values = []
+        values = {}
         for pair in found["pairs"]:
             value: Any = pair
             for key in keys:
                 value = value[key]
-            values.append(value)
-        return estimate(values, independent=False)
+            values[tuple(pair["seeds"])] = value
+        return estimate_over_pairs(values)
 
     def label(self, arm: str | Arm) -> str:
         return self.arms[arm].label if isinstance(arm, str) else arm.label
+
+
+def estimate_over_pairs(values: dict[tuple[int, int], float]) -> Estimate:
+    """Mean over pairs of seeds, with its jackknife error; no error below three seeds.
+
+    Pairs share SAEs, so that their spread says too little. The jackknife leaves out a seed with all of its pairs (for
+    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance").
+    """
+    mean = statistics.fmean(values.values())
+    seeds = {seed for pair in values for seed in pair}
+    if len(seeds) < 3:
+        return Estimate(mean, None, len(values))
+    without = [statistics.fmean(value for pair, value in values.items() if seed not in pair) for seed in seeds]
+    squares = sum((one - statistics.fmean(without)) ** 2 for one in without)
+    return Estimate(mean, math.sqrt((len(seeds) - 1) / len(seeds) * squares), len(values))
 
 
 def shown(found: Estimate | None, metric: str = "", signed: bool = False) -> str:

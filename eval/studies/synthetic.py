@@ -64,7 +64,7 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
         "precision": export.classification.precision,
         "recall": export.classification.recall,
         "uniqueness": export.uniqueness,
-        "dead": export.dead_latents / synthetic.d_sae,
+        "dead": export.dead_latents / exported.sae.cfg.d_sae,
     }
     pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}
     storage.save(

@@ -43,6 +43,10 @@ def baselines() -> list[str]:
     return ["batchtopk", "topk", "matryoshka"]
 
 
+def controls() -> list[str]:
+    return [plan.narrow_name(factor) for factor in plan.NARROW]
+
+
 def sweep(summary: Summary) -> list[str]:
     return [arm.name for arm in plan.sweep(summary.study)]
 
@@ -104,9 +108,9 @@ def stability_table(summary: Summary) -> str:
         "MMCS": ("forward", "mmcs"),
         "back": ("backward", "mmcs"),
         "random directions": ("forward", "baseline"),
+        "of all latents": ("forward", "mmcs_of_all"),
         "matched": ("matched",),
         "share above 0.7": ("forward", "share_above_0_7"),
-        "above 0.9": ("forward", "share_above_0_9"),
         "overlap of pools": ("pool_overlap",),
     }
     names = [a for a, b in summary.comparisons if a == b]
@@ -133,7 +137,7 @@ def partner_table(summary: Summary) -> str:
     rows = [
         [
             f"{i}. {summary.label(a)}",
-            *(shown(summary.similarity(a, b, "forward", "share_above_0_7")) for b in names),
+            *(shown(summary.similarity(a, b, "forward", "share_above_0_7"), "share_above_0_7") for b in names),
         ]
         for i, a in enumerate(names, start=1)
     ]
@@ -141,19 +145,19 @@ def partner_table(summary: Summary) -> str:
 
 
 def context_list(summary: Summary, a: str, b: str, n_contexts: int = 2) -> str:
-    """Latents of `b` without a partner in `a`, with the text where they are largest."""
-    found = summary.comparisons.get((a, b))
-    if found is None:
-        return ""
-    lines = []
-    for latent in found["unmatched"]:
-        texts = (
-            f"{one['before'][-40:]}**{one['token'].strip()}**{one['after'][:25]}"
-            for one in latent["contexts"][:n_contexts]
-        )
-        quoted = " / ".join(" ".join(text.replace("|", " ").split()) for text in texts)
-        lines.append(f"- latent {latent['latent']}, on {latent['density']:.1%} of tokens: {quoted}")
-    return "\n".join(lines)
+    """Latents of `b` without a partner in another seed of `a`, with the text where they are largest."""
+    found = summary.comparisons.get((a, b), {"unmatched": []})
+    return "\n".join(
+        f"- latent {latent['latent']}, on {latent['density']:.1%} of tokens: "
+        + " / ".join(f"`{_one_line(one)}`" for one in latent["contexts"][:n_contexts])
+        for latent in found["unmatched"]
+    )
+
+
+def _one_line(context: dict[str, str], n_before: int = 40, n_after: int = 20) -> str:
+    """The token in brackets, in its text; a line break is a return sign."""
+    text = f"{context['before'][-n_before:]}[{context['token']}]{context['after'][:n_after]}"
+    return " ".join(text.replace("\n", "⏎").replace("`", "'").split())
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
