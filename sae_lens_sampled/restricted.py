@@ -6,18 +6,32 @@ columns at a time, without gradients, while the chunk is in the cache (`scan_col
 tokens x d_in x d_sae in a BatchTopK step one remains.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.scores import SCORES, sketch_rows
-from sae_lens_sampled.selection import ColumnStatistics, column_statistics, top_entries
+from sae_lens_sampled.selection import (
+    ColumnStatistics,
+    PoolFields,
+    choose_pool,
+    column_statistics,
+    pool_size,
+    top_entries,
+)
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Pre-activations that `scan_columns` holds at a time; other devices as "cuda". On a CPU what stays in the cache: at
 2048 tokens chunks of 256 to 1024 latents take the same time, 2048 a fifth more."""
+
+
+@runtime_checkable
+class RestrictedFields(PoolFields, Protocol):
+    """The config fields that the restricted pass depends on."""
+
+    rescale_acts_by_decoder_norm: bool
 
 
 class ColumnScan(NamedTuple):
@@ -39,6 +53,44 @@ class Kept(NamedTuple):
     """The kept ones, by token and then by latent; some are 0 if there were too few positive ones. No gradient."""
     tokens: Int[Tensor, " n_keep"]
     latents: Int[Tensor, " n_keep"]
+
+
+class Restricted(NamedTuple):
+    """One forward pass on the pooled columns."""
+
+    reconstruction: Float[Tensor, "tokens d_in"]
+    """Without the decoder's bias; carries the gradient."""
+    pool: Int[Tensor, "groups n_candidates"]
+    kept: Kept
+    scan: ColumnScan
+
+
+def reconstruct(
+    x: Float[Tensor, "tokens d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    threshold: Float[Tensor, " d_sae"],
+    cfg: RestrictedFields,
+    draw: Int[Tensor, ""],
+) -> Restricted:
+    """Scan all columns, choose the pool, and encode, select and decode with the pooled columns.
+
+    Args:
+        x: the encoder's inputs.
+        W_enc: encoder weights.
+        b_enc: encoder bias.
+        W_dec: decoder weights.
+        threshold: the latents' thresholds, in units of the (rescaled) pre-activations.
+        cfg: how to choose the pool, and whether decoder norms rescale the pre-activations.
+        draw: number of the random draw, if the pool is sampled.
+    """
+    norms = W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+    group_size, n_candidates = cfg.pool_group_size, pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
+    scan = scan_columns(x, W_enc, b_enc, norms, threshold, cfg.score, n_candidates, group_size)
+    pool = choose_pool(scan.statistics, cfg, draw)
+    kept = keep_top(candidates(x, W_enc, b_enc, norms, pool, group_size), pool, int(cfg.k * len(x)), group_size)
+    return Restricted(decode(kept.acts, W_dec, norms, pool, group_size), pool, kept, scan)
 
 
 @torch.no_grad()

@@ -19,18 +19,10 @@ from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.rates import FORGET, RateMatcher
-from sae_lens_sampled.restricted import (
-    ColumnScan,
-    Kept,
-    as_coo,
-    candidates,
-    chunk_width,
-    decode,
-    keep_top,
-    scan_columns,
-)
+from sae_lens_sampled.restricted import as_coo, reconstruct
 from sae_lens_sampled.scores import BY_COLUMNS
-from sae_lens_sampled.selection import choose_pool, gumbel_noise, pool_size, sampled_topk
+from sae_lens_sampled.selection import gumbel_noise, pool_size, sampled_topk
+from sae_lens_sampled.step_counts import StepCounts, count_dense, count_restricted
 
 MAX_SHARE = 0.2
 """With pool groups and a larger share of the latents in each pool the dense step is as fast. One pool gains always."""
@@ -95,7 +87,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             output = self._restricted_forward_pass(step_input, n_dead)
         else:
             output = super().training_forward_pass(step_input)
-            self._record_dense(output.feature_acts.detach(), output.hidden_pre.detach())
+            acts, hidden_pre = (one.detach().flatten(end_dim=-2) for one in (output.feature_acts, output.hidden_pre))
+            self._record(count_dense(acts, hidden_pre, self.latent_threshold), len(acts))
         output.metrics.update(
             {name: partial(statistic, self.pool_record) for name, statistic in POOL_STATISTICS.items()}
         )
@@ -112,28 +105,24 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         )
 
     def _restricted_forward_pass(self, step_input: TrainStepInput, n_dead: int) -> TrainStepOutput:
-        """The host's forward pass with the functions of `restricted.py` in place of its dense ones."""
-        cfg, sae_in, group_size = self.cfg, step_input.sae_in, self.cfg.pool_group_size
+        """The host's forward pass with `restricted.reconstruct` in place of its dense encoder and decoder."""
+        sae_in = step_input.sae_in
         self._check_shape(sae_in)
         processed = self.process_sae_in(sae_in)
         x = processed.flatten(end_dim=-2)
-        norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
-        encoder = (self.W_enc, self.b_enc, norms)
-        scan = scan_columns(x, *encoder, self.latent_threshold, cfg.score, self.n_candidates, group_size)
-        self._pool = choose_pool(scan.statistics, cfg, self.pool_record.n_steps)
-        acts = candidates(x, *encoder, self._pool, group_size)
-        kept = keep_top(acts, self._pool, int(cfg.k * len(x)), group_size)
-        sae_out = decode(kept.acts, self.W_dec, norms, self._pool, group_size) + self.b_dec
+        weights = (self.W_enc, self.b_enc, self.W_dec)
+        found = reconstruct(x, *weights, self.latent_threshold, self.cfg, self.pool_record.n_steps)
+        self._pool, sae_out = found.pool, found.reconstruction + self.b_dec
         sae_out = self.run_time_activation_norm_fn_out(sae_out.view(*processed.shape[:-1], -1))
         sae_out = self.reshape_fn_out(sae_out, self.d_head)
         mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
         auxiliary_loss = self._auxiliary_loss(x, step_input, sae_out, n_dead)
-        self.update_topk_threshold(kept.values)
-        self._record_kept(kept, scan, len(x))
+        self.update_topk_threshold(found.kept.values)
+        self._record(count_restricted(found, self.latent_threshold), len(x))
         return TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
-            feature_acts=as_coo(kept, torch.Size([*processed.shape[:-1], cfg.d_sae])),
+            feature_acts=as_coo(found.kept, torch.Size([*processed.shape[:-1], self.cfg.d_sae])),
             hidden_pre=x.new_empty(0),  # nothing of the host reads it
             loss=mse_loss + auxiliary_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": auxiliary_loss},
@@ -261,38 +250,14 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         kept, pool = sampled_topk(hidden_pre.relu().reshape(-1, self.cfg.d_sae), self.cfg, draw)
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
-    @torch.no_grad()
-    def _record_dense(self, feature_acts: Tensor, hidden_pre: Tensor) -> None:
-        """`_record` from the matrices of the dense path, of shape (..., d_sae)."""
-        acts, hidden_pre = feature_acts.flatten(end_dim=-2), hidden_pre.flatten(end_dim=-2)
-        sums, peaks = [], []
-        width = chunk_width(acts.T)  # of rows, here
-        for a, h in zip(acts.split(width), hidden_pre.split(width), strict=True):
-            kept, fired = a > 0, h > self.latent_threshold
-            sums.append(torch.stack([one.sum(dim=0, dtype=torch.int32) for one in (kept, fired & kept, fired)]))
-            peaks.append(h.amax(dim=0))
-        counts, n_hits, n_fired = torch.stack(sums).sum(dim=0)
-        self._record(counts, n_hits, n_fired, torch.stack(peaks).amax(dim=0).relu(), len(acts))
-
-    @torch.no_grad()
-    def _record_kept(self, kept: Kept, scan: ColumnScan, n_tokens: int) -> None:
-        """`_record` from what the restricted step knows."""
-        positive = kept.values > 0
-        hits = kept.values > self.latent_threshold[kept.latents]
-        counts, n_hits = (
-            torch.zeros_like(self.pool_record.selection_counts).scatter_add_(0, kept.latents, one.long())
-            for one in (positive, positive & hits)
-        )
-        self._record(counts, n_hits, scan.n_fired, scan.peak, n_tokens)
-
-    def _record(self, counts: Tensor, n_hits: Tensor, n_fired: Tensor, peak: Tensor, n_tokens: int) -> None:
-        """Update all that a step leaves behind besides gradients; the tensors have shape (d_sae,)."""
-        self.pool_record.update(counts, self._smallest, self._pool)
+    def _record(self, counts: StepCounts, n_tokens: int) -> None:
+        """Update all that a step leaves behind besides gradients."""
+        self.pool_record.update(counts.n_selected, self._smallest, self._pool)
         self.rate_matcher.update(
-            firing_rate=n_fired / n_tokens,
-            selection_rate=counts / n_tokens,
-            hit_rate=n_hits / n_tokens,
-            peak=peak,
+            firing_rate=counts.n_fired / n_tokens,
+            selection_rate=counts.n_selected / n_tokens,
+            hit_rate=counts.n_hits / n_tokens,
+            peak=counts.peak,
             recently_pooled=self.pool_record.pooled_within(FORGET),
             cutoff=self.pool_record.cutoff,
             n_tokens=n_tokens,

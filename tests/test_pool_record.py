@@ -5,6 +5,7 @@ from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled.metrics import gini
 from sae_lens_sampled.selection import sampled_topk
+from sae_lens_sampled.step_counts import count_dense
 
 
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}, {"pool_factor": 99}])
@@ -71,7 +72,7 @@ def test_recording_reads_nothing_back_from_the_device():
     acts = torch.zeros(8, D_SAE, device="meta")
     sae._pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
     sae.update_topk_threshold(acts)
-    sae._record_dense(acts, acts)
+    sae._record(count_dense(acts, acts, sae.latent_threshold), len(acts))
     assert sae.pool_record.selection_counts.is_meta
 
 
