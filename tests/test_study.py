@@ -17,11 +17,22 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 EVAL = Path(__file__).parent.parent / "eval"
 sys.path.insert(0, str(EVAL))
 
+from sae_lens_sampled.selection import pool_size  # noqa: E402
 from studies.configs import PYTHIA, TINY, smoke  # noqa: E402
 from studies.costs import format_plan  # noqa: E402
-from studies.plan import Unit, arms, compared, runs, synthetic_units, units  # noqa: E402
+from studies.dictionaries import overlap  # noqa: E402
+from studies.plan import (  # noqa: E402
+    Unit,
+    arms,
+    compared,
+    runs,
+    sae_config,
+    synthetic_config,
+    synthetic_units,
+    units,
+)
 from studies.storage import Storage  # noqa: E402
-from studies.summary import Summary, shown  # noqa: E402
+from studies.summary import Summary, estimate_over_pairs, shown  # noqa: E402
 from studies.training import train  # noqa: E402
 
 SMOKE = smoke(TINY)
@@ -105,6 +116,31 @@ def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
     assert shown(summary.mean("pool_5", "starved_share")) == "0.250 ± 0.000"
     assert shown(summary.mean("pool_5", "global.l0"), "global.l0") == "8.0 ± 0.0"
     assert shown(summary.mean("topk", "fvu")) == "-"
+
+
+def test_the_error_over_pairs_leaves_out_a_seed_with_all_its_pairs():
+    # Without seed 0, 1 and 2 the means are 0.6, 0.2 and 0.1: squares 0.09 + 0.01 + 0.04, times 2/3, the root is 0.3055.
+    found = estimate_over_pairs({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
+    assert (found.mean, found.error, found.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)
+    assert estimate_over_pairs({(0, 1): 0.1, (1, 0): 0.3}).error is None
+
+
+def test_the_overlap_of_two_sets_pairs_as_many_as_it_can():
+    a = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 1]])
+    b = torch.tensor([[2.0, 0, 0], [3, -0.3, 0]])
+    # Both of b are near the first of a; only the first of b is near the second of a too: two pairs, of 3 + 2 - 2.
+    assert overlap(a, b) == overlap(b, a) == pytest.approx(2 / 3)
+    assert overlap(a, a) == 1
+    assert overlap(a[:1], -a[:1]) == 0
+
+
+def test_the_control_of_a_frozen_pool_is_batchtopk_of_its_size():
+    by_name = {arm.name: arm for arm in arms(TINY)}
+    for factor in (3, 5):
+        sampled = sae_config(TINY, by_name[f"pool_{factor}"], 0)
+        narrow = sae_config(TINY, by_name[f"narrow_{factor}"], 0)
+        assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", pool_size(16, sampled.pool_factor, 1024))
+        assert synthetic_config(TINY, by_name[f"narrow_{factor}"], 0).d_sae == 5 * factor
 
 
 def results_of(folder):
