@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,22 +151,25 @@ def results_of(folder):
 def run_study(folder, kill_at=None):
     """To the end, or until a number of results and SAEs are there."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (folder.parent / "log").open("a") as log:
+    file = folder.with_suffix(".log")
+    with file.open("a") as log:
         process = subprocess.Popen([*COMMAND, *ARMS, "--work-dir", str(folder)], stdout=log, stderr=log, env=env)
         while process.poll() is None:
             count = len(list(folder.rglob("results/*/*.json"))) + len(list(folder.glob("saes/*")))
             if kill_at is not None and count >= kill_at:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.02)
-    assert (process.returncode == 0) == (kill_at is None), (folder.parent / "log").read_text()[-2000:]
+    assert (process.returncode == 0) == (kill_at is None), file.read_text()[-2000:]
 
 
 def test_a_study_that_was_killed_ends_with_the_same_results(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_study(whole)
-    for kill_at in (3, 9):
-        run_study(killed, kill_at)
-    run_study(killed)
+    with ThreadPoolExecutor() as beside:
+        undisturbed = beside.submit(run_study, whole)
+        for kill_at in (3, 9):
+            run_study(killed, kill_at)
+        run_study(killed)
+        undisturbed.result()
     want, got = results_of(whole / "results"), results_of(killed / "results")
     assert want == got
     kinds = {Path(name).parent.name for name in want}
