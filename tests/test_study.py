@@ -1,11 +1,12 @@
 """The study in eval/: its plan, and that what it computes does not depend on when it was stopped."""
 
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from studies.training import train  # noqa: E402
 SMOKE = smoke(TINY)
 COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study.py"), "--config", "tiny", "--smoke", "--arms"]
 ARMS = ["batchtopk", "pool_5", "pool_5_global"]
+N_KILLS = int(os.environ.get("STUDY_KILLS", "2"))
+"""`STUDY_KILLS=10 pytest tests/test_study.py -k killed` takes some minutes."""
 
 
 def storage(folder, study=SMOKE):
@@ -148,28 +151,31 @@ def results_of(folder):
     return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
 
 
-def run_study(folder, kill_at=None):
-    """To the end, or until a number of results and SAEs are there."""
+def run_study(folder, kill_after=math.inf):
+    """To the end, or until it is killed after so many seconds; whether it came to the end."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     file = folder.with_suffix(".log")
     with file.open("a") as log:
         process = subprocess.Popen([*COMMAND, *ARMS, "--work-dir", str(folder)], stdout=log, stderr=log, env=env)
-        while process.poll() is None:
-            count = len(list(folder.rglob("results/*/*.json"))) + len(list(folder.glob("saes/*")))
-            if kill_at is not None and count >= kill_at:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.02)
-    assert (process.returncode == 0) == (kill_at is None), file.read_text()[-2000:]
+        try:
+            process.wait(None if kill_after == math.inf else kill_after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert process.returncode in (0, -signal.SIGKILL), file.read_text()[-2000:]
+    return process.returncode == 0
 
 
 def test_a_study_that_was_killed_ends_with_the_same_results(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    moments = random.Random(0)
     with ThreadPoolExecutor() as beside:
         undisturbed = beside.submit(run_study, whole)
-        for kill_at in (3, 9):
-            run_study(killed, kill_at)
-        run_study(killed)
-        undisturbed.result()
+        for _ in range(N_KILLS):
+            # From before anything is there (imports take some seconds) to some way into it.
+            run_study(killed, kill_after=moments.uniform(5, 20))
+        assert run_study(killed)
+        assert undisturbed.result()
     want, got = results_of(whole / "results"), results_of(killed / "results")
     assert want == got
     kinds = {Path(name).parent.name for name in want}
