@@ -19,10 +19,12 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 EVAL = Path(__file__).parent.parent / "eval"
 sys.path.insert(0, str(EVAL))
 
+from sae_lens_sampled import load_checkpoint  # noqa: E402
 from sae_lens_sampled.selection import pool_size  # noqa: E402
 from studies.configs import PYTHIA, TINY, smoke  # noqa: E402
 from studies.costs import format_plan  # noqa: E402
 from studies.dictionaries import overlap  # noqa: E402
+from studies.evaluation import batches_of_training, halves, in_training  # noqa: E402
 from studies.plan import (  # noqa: E402
     Unit,
     arms,
@@ -89,8 +91,6 @@ def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
 
 
 def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
-    from sae_lens_sampled import load_checkpoint
-
     one = storage(tmp_path)
     train(one, [unit("batchtopk"), unit("topk"), unit("pool_all")])
     saes = [load_checkpoint(one.sae(unit(name))) for name in ("batchtopk", "pool_all", "topk")]
@@ -129,6 +129,13 @@ def test_the_error_over_pairs_leaves_out_a_seed_with_all_its_pairs():
     assert estimate_over_pairs({(0, 1): 0.1, (1, 0): 0.3}).error is None
 
 
+def test_dictionaries_too_large_to_be_matched_leave_a_dash(tmp_path):
+    one = storage(tmp_path)
+    arm = unit("topk").arm
+    one.save(one.comparison(arm, arm), {"pairs": [{"matched": None, "seeds": [0, 1]}]})
+    assert shown(Summary(one).similarity("topk", "topk", "matched")) == "-"
+
+
 def test_the_overlap_of_two_sets_pairs_as_many_as_it_can():
     a = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 1]])
     b = torch.tensor([[2.0, 0, 0], [3, -0.3, 0]])
@@ -145,6 +152,34 @@ def test_the_control_of_a_frozen_pool_is_batchtopk_of_its_size():
         narrow = sae_config(TINY, by_name[f"narrow_{factor}"], 0)
         assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", pool_size(16, sampled.pool_factor, 1024))
         assert synthetic_config(TINY, by_name[f"narrow_{factor}"], 0).d_sae == 5 * factor
+
+
+def test_sampled_pools_are_drawn_for_every_batch_that_is_judged(tmp_path):
+    one = storage(tmp_path)
+    some = [unit("batchtopk"), unit("uniform_groups_16")]
+    train(one, some)
+    x = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
+    dense, sampled = (in_training(one, each, x) for each in some)
+    assert dense["l0_in_training"] == 8
+    sae = load_checkpoint(one.sae(some[1]))
+    parts = batches_of_training(SMOKE, some[1].arm, x)
+    assert sorted(torch.cat(parts).sum(dim=1).tolist()) == sorted(x.sum(dim=1).tolist())
+    residuals = [part - sae.decode(sae.select(part, draw=i)) for i, part in enumerate(parts)]
+    fvu = sum(r.square().sum() for r in residuals) / (x - x.mean(dim=0)).square().sum()
+    assert sampled["fvu_in_training"] == pytest.approx(fvu.item(), rel=1e-4)
+
+
+def test_the_halves_of_a_text_take_turns():
+    first, second = halves(torch.arange(20), n_tokens=4)
+    assert (first.tolist(), second.tolist()) == (
+        [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19],
+        [4, 5, 6, 7, 12, 13, 14, 15],
+    )
+
+
+def test_saes_of_other_settings_are_not_taken_for_these(tmp_path):
+    assert storage(tmp_path).sae(unit("topk")) != storage(tmp_path, replace(SMOKE, lr=1e-4)).sae(unit("topk"))
+    assert storage(tmp_path).sae(unit("topk")) == storage(tmp_path, replace(SMOKE, n_seeds=9)).sae(unit("topk"))
 
 
 def results_of(folder):

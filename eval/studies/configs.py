@@ -54,7 +54,7 @@ class Study:
     model_parameters: int
     """For the estimate of costs."""
     dataset: str
-    """What the SAEs are trained and their thresholds calibrated on: a Hub name or a folder with a split `train`."""
+    """What the SAEs are trained on: a Hub name or a folder with a split `train`."""
     held_out: str | None
     """Data set that core is run on, a Hub name or a JSONL file; None for SAEBench's openwebtext."""
     hook: str
@@ -81,9 +81,12 @@ class Study:
     """Those of them whose pools are drawn in proportion to the score."""
     n_seeds: int = 3
     n_stability_seeds: int = 5
-    calibration_tokens: int = 32_768
-    held_out_tokens: int = 32_768
-    """For thresholds, live latents and contexts; SAEBench's evals have their own numbers."""
+    mixed_prompts: int = 16
+    """Prompts whose tokens the activation store mixes, besides those that it has just read (SAELens'
+    `n_batches_in_buffer`, which counts prompts)."""
+    held_out_tokens: int = 65_536
+    """For live latents and contexts; thresholds at equal L0 are set on one half and measured on the other. SAEBench's
+    evals have numbers of their own."""
     saes_per_run: int = 6
     """SAEs trained in one run of SAELens, from one pass of the language model: a unit of work."""
     device: str = "cpu"
@@ -101,13 +104,14 @@ class Study:
 
     def synthetic_settings(self) -> dict[str, Any]:
         """What results on synthetic data depend on."""
-        shared = {"aux_loss_coefficient": self.aux_loss_coefficient, "fixed_pool_factor": self.fixed_pool_factor}
-        return asdict(self.synthetic) | {"data": self.synthetic.data.to_dict()} | shared
+        shared = ("aux_loss_coefficient", "fixed_pool_factor", "sampled_scores")
+        own = asdict(self.synthetic) | {"data": self.synthetic.data.to_dict()}
+        return own | {name: getattr(self, name) for name in shared}
 
 
 NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
-    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores", "sampled_scores"),
+    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores"),
 )
 """Fields of `Study` that add or leave out results, but change none."""
 
@@ -154,8 +158,8 @@ PYTHIA = Study(
     context_size=128,
     # A model of this size can read out about ten letters.
     evals={"core": {}, "sparse_probing": {}, "absorption": {"min_feats_for_eval": 10}},
-    calibration_tokens=1_000_000,
-    held_out_tokens=131_072,
+    mixed_prompts=4096,
+    held_out_tokens=262_144,
     saes_per_run=12,
     device="cuda",
 )
@@ -181,8 +185,7 @@ def smoke(study: Study) -> Study:
         scores=study.scores,
         n_seeds=2,
         n_stability_seeds=2,
-        calibration_tokens=2048,
-        held_out_tokens=2048,
+        held_out_tokens=4096,
         evals={
             "core": {
                 "n_eval_reconstruction_batches": 1,

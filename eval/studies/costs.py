@@ -7,12 +7,16 @@ from sae_lens_sampled.selection import pool_size
 from studies.configs import Study
 from studies.plan import Unit, arms, compared, runs, synthetic_units, units, width
 
-FLOPS = 2e13
-"""Sustained by one GPU in float32 products: a fifth of what data sheets say of TF32 on an A100. Yours will differ."""
+FLOPS = 1.2e13
+"""Sustained by one GPU in float32 products: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
 EVAL_MINUTES = 8
 """Of SAEBench's core, sparse probing and absorption for one SAE on such a GPU: a guess that the first will correct."""
 DENSE_PRODUCTS, DENSE_COPIES = 5, 8
 """Products of size tokens x d_in x d_sae in a BatchTopK step, and matrices (tokens, d_sae) alive at its peak."""
+KEPT_OUTPUTS = 2
+"""Such matrices that SAELens' trainer of several SAEs holds of each dense one until the next step."""
+PROBING_PROMPTS = 36 * 2500
+"""Of SAEBench's eight labelled sets, 128 tokens each; their activations are on disk while it runs."""
 
 
 def format_plan(study: Study) -> str:
@@ -30,12 +34,13 @@ def format_plan(study: Study) -> str:
         f"{tokens:,} tokens a run, {tokens * len(runs(study)):,} through the language model, "
         f"{tokens * len(trained):,} through SAEs",
         f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
-        f"thresholds from {study.calibration_tokens:,} tokens",
+        f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
         f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
         f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
         "",
         f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
-        f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, and a few MiB of results",
+        f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, "
+        f"{gib(probing_scratch(study))} while probing, and a few MiB of results",
     ]
     hours = training_flops(study) / FLOPS / 3600
     eval_hours = len(units(study)) * EVAL_MINUTES / 60
@@ -54,9 +59,20 @@ def sae_parameters(study: Study) -> int:
 
 
 def memory(study: Study, run: Sequence[Unit]) -> int:
-    """Bytes at the peak of a run: model, weights with gradients and Adam's moments, and one dense step."""
-    dense = DENSE_COPIES * study.batch_size * study.d_sae
-    return 4 * (study.model_parameters + 4 * len(run) * sae_parameters(study) + dense)
+    """Bytes at the peak of a training run, which takes more than the other stages.
+
+    The model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense SAEs, and
+    one dense step.
+    """
+    mixed = 2 * study.mixed_prompts * study.context_size * study.d_in
+    n_dense = sum(unit.arm.config is not SampledTopKTrainingSAEConfig for unit in run)
+    dense = (DENSE_COPIES + KEPT_OUTPUTS * n_dense) * study.batch_size * study.d_sae
+    return 4 * (study.model_parameters + mixed + 4 * len(run) * sae_parameters(study) + dense)
+
+
+def probing_scratch(study: Study) -> int:
+    """Bytes on disk while SAEBench's own labelled sets are probed; small ones of one's own do not count."""
+    return 0 if study.probing_datasets else PROBING_PROMPTS * 128 * 4 * study.d_in
 
 
 def training_flops(study: Study) -> float:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
@@ -16,7 +17,7 @@ from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from studies.plan import Arm, Unit
 from studies.storage import Storage
-from studies.text import held_out, text_activations
+from studies.text import text_activations
 from studies.training import language_model
 
 PARTNER = 0.7
@@ -39,7 +40,7 @@ class Dictionaries:
 
     @cached_property
     def _text(self) -> tuple[Tensor, Tensor]:
-        return text_activations(self.storage, held_out(self.storage), self.storage.study.held_out_tokens)
+        return text_activations(self.storage)
 
 
 class Dictionary:
@@ -98,8 +99,8 @@ def overlap(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> float
     to pair them the one with most pairs counts.
     """
     unit_a, unit_b = (torch.nn.functional.normalize(rows, dim=1) for rows in (a, b))
-    same = (unit_a @ unit_b.T > PARTNER).cpu().numpy()
-    n_pairs = int(same[linear_sum_assignment(same, maximize=True)].sum())
+    same = csr_matrix((unit_a @ unit_b.T > PARTNER).cpu().numpy())
+    n_pairs = int((maximum_bipartite_matching(same) >= 0).sum())
     return n_pairs / (len(a) + len(b) - n_pairs)
 
 

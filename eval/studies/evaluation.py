@@ -13,7 +13,7 @@ from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.saebench import run_evals
 from sae_lens_sampled.saebench.sources import SAESource
 from studies.configs import Study
-from studies.plan import Unit, sweep
+from studies.plan import Arm, Unit, sweep
 from studies.storage import Storage
 from studies.text import held_out, text_activations
 
@@ -24,16 +24,13 @@ DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 def evaluate(storage: Storage, units: Sequence[Unit]) -> None:
     """Run SAEBench on the exports of `units`, and keep what the report needs."""
     study = storage.study
-    _, x = text_activations(storage, study.dataset, study.calibration_tokens)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    calibration = list(x[order].split(study.batch_size))
-    _, unseen = text_activations(storage, held_out(storage), study.held_out_tokens)
+    calibration, unseen = halves(text_activations(storage)[1])
     thresholds = {unit.name: export_variants(storage, unit, calibration, unseen) for unit in units}
     results = run_evals(
         [_source(storage, unit, calibration) for unit in units],
         list(study.evals),
         study.model,
-        storage.work / "sae_bench",
+        storage.cache / "sae_bench",
         text=held_out(storage),
         probing_datasets=study.probing_datasets,
         overrides=study.evals,
@@ -42,7 +39,8 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> None:
     )
     for unit in units:
         found = {name: one[f"{unit.name}_custom_sae"] for name, one in results.items()}
-        result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics(found)}
+        of_training = in_training(storage, unit, unseen)
+        result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics(found) | of_training}
         result |= density(found["core"]) | {"thresholds": thresholds[unit.name], "pools": pools(storage, unit)}
         storage.save(storage.on_model(unit), result)
 
@@ -57,8 +55,6 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "dead": ours["exported"]["dead_share"],
         "gini": ours["exported"]["gini"],
     }
-    if "in_training" in ours:
-        found |= {"fvu_in_training": ours["in_training"]["fvu"], "l0_in_training": ours["in_training"]["l0"]}
     if "sparse_probing" in results:
         probing = results["sparse_probing"]["eval_result_metrics"]["sae"]
         found |= {f"probing_{k}": probing[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)}
@@ -85,7 +81,32 @@ def density(core: dict[str, Any]) -> dict[str, Any]:
     return {"density_edges": DENSITY_EDGES, "density_counts": counts.long().tolist()}
 
 
-def export_variants(storage: Storage, unit: Unit, calibration: list[Tensor], unseen: Tensor) -> dict[str, Any]:
+def halves(x: Tensor, n_tokens: int = 1024) -> tuple[Tensor, Tensor]:
+    """Two parts of a text that run through all of it: stretches of `n_tokens` tokens in turns."""
+    stretches = x.split(n_tokens)
+    return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
+
+
+def batches_of_training(study: Study, arm: Arm, x: Tensor) -> list[Tensor]:
+    """Batches as the arm was trained on: of shuffled tokens, or of consecutive ones."""
+    if arm.shuffled:
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)]
+    return list(x.split(study.batch_size))
+
+
+@torch.no_grad()
+def in_training(storage: Storage, unit: Unit, unseen: Tensor) -> dict[str, float]:
+    """L0 and FVU of the selection of training; a sampled pool is drawn anew for every batch."""
+    sae = load_checkpoint(storage.sae(unit), device=storage.study.device)
+    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, unseen.device)
+    for i, batch in enumerate(batches_of_training(storage.study, unit.arm, unseen)):
+        acts = sae.select(batch, draw=i) if isinstance(sae, SampledTopKTrainingSAE) else sae.encode(batch)
+        statistics.update(batch, acts, sae.decode(acts))
+    summary = statistics.summary()
+    return {"l0_in_training": summary["l0"], "fvu_in_training": summary["fvu"]}
+
+
+def export_variants(storage: Storage, unit: Unit, calibration: Tensor, unseen: Tensor) -> dict[str, Any]:
     """L0 and FVU of exports that differ in the thresholds alone; empty for arms that are not of the sweep."""
     sae = load_checkpoint(storage.sae(unit), device=storage.study.device)
     if not isinstance(sae, SampledTopKTrainingSAE) or unit.arm not in sweep(storage.study):
@@ -95,7 +116,7 @@ def export_variants(storage: Storage, unit: Unit, calibration: list[Tensor], uns
     variants["global"] = to_jumprelu(sae)
     sae.cfg.inference_threshold = "per_latent"
     for mode in ("per_latent", "global"):
-        variants[f"{mode}_at_equal_l0"] = _calibrated(sae, calibration, mode, storage.study)
+        variants[f"{mode}_at_equal_l0"] = _calibrated(sae, unit.arm, calibration, mode, storage.study)
     return {name: l0_and_fvu(one, unseen) for name, one in variants.items()}
 
 
@@ -115,12 +136,13 @@ def pools(storage: Storage, unit: Unit) -> dict[str, float]:
     return sae.pool_statistics() if isinstance(sae, SampledTopKTrainingSAE) else {}
 
 
-def _source(storage: Storage, unit: Unit, calibration: list[Tensor]) -> SAESource:
+def _source(storage: Storage, unit: Unit, calibration: Tensor) -> SAESource:
     if unit.arm.exported_from is None:
         return unit.name, storage.sae(unit)
     sae = load_checkpoint(storage.sae(unit), device=storage.study.device)
-    return unit.name, _calibrated(sae, calibration, "global", storage.study)
+    return unit.name, _calibrated(sae, unit.arm, calibration, "global", storage.study)
 
 
-def _calibrated(sae: SampledTopKTrainingSAE, batches: list[Tensor], mode: str, study: Study) -> SAE[Any]:
+def _calibrated(sae: SampledTopKTrainingSAE, arm: Arm, x: Tensor, mode: str, study: Study) -> SAE[Any]:
+    batches = batches_of_training(study, arm, x)
     return calibrate_thresholds(sae, batches, mode, target_l0=study.k, show_progress=False)[0]

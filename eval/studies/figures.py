@@ -12,6 +12,7 @@ from studies.tables import baselines, controls, score_arms
 
 COLOURS = {None: "#0072b2", 16: "#d55e00", 64: "#009e73", 256: "#cc79a7"}
 MARKS = {"batchtopk": ("k", "s"), "topk": ("0.45", "v"), "matryoshka": ("#e69f00", "D")}
+MARKS |= {"narrow_3": ("#56b4e9", "P"), "narrow_5": ("#56b4e9", "X")}
 METRICS = {
     "fvu": "FVU (lower is better)",
     "probing_1": "top-1 probing accuracy (higher is better)",
@@ -42,7 +43,7 @@ def draw_pareto(summary: Summary, file: Path) -> None:
                 capsize=2,
                 label=label,
             )
-        for name in baselines():
+        for name in (*baselines(), *controls()):
             x, y = summary.mean(name, "fvu"), summary.mean(name, metric)
             if x and y:
                 colour, marker = MARKS[name]
@@ -92,7 +93,7 @@ def draw_densities(summary: Summary, file: Path) -> None:
 
 
 def draw_similarity(summary: Summary, file: Path) -> None:
-    """MMCS of live latents between seeds, above what random directions give: arms with themselves on the diagonal."""
+    """MMCS of live latents between seeds: arms with themselves on the diagonal."""
     names = [*baselines(), *controls(), *score_arms(summary)[1:]]
     values = np.full((len(names), len(names)), np.nan)
     for i, a in enumerate(names):

@@ -29,7 +29,7 @@ class Arm:
     fields: dict[str, Any] = field(default_factory=dict)
     """Of `config`, besides those that all arms share."""
     shuffled: bool = True
-    """Whether a batch has tokens from everywhere; else tokens of one text follow each other in it."""
+    """Whether a batch has shuffled tokens, of some dozens of prompts; else tokens of one text follow each other."""
     width_over_k: float | None = None
     """d_sae over k, if it is not that of the study: with this pool factor a single frozen pool is as wide."""
     exported_from: str | None = None

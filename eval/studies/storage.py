@@ -26,8 +26,13 @@ class Storage:
     work: Path
     """SAEs, SAEBench's own files, caches."""
 
+    @property
+    def cache(self) -> Path:
+        """For what depends on the settings: a study with others has a folder of its own."""
+        return self.work / self._hash(self.study.settings())
+
     def sae(self, unit: Unit) -> Path:
-        return self.work / "saes" / unit.trained
+        return self.cache / "saes" / unit.trained
 
     def on_model(self, unit: Unit) -> Path:
         """Result on the language model."""
@@ -82,7 +87,10 @@ class Storage:
 
     def _settings(self, path: Path) -> str:
         synthetic = path.parent.name == SYNTHETIC
-        settings = self.study.synthetic_settings() if synthetic else self.study.settings()
+        return self._hash(self.study.synthetic_settings() if synthetic else self.study.settings())
+
+    @staticmethod
+    def _hash(settings: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -68,6 +68,8 @@ class Summary:
             for key in keys:
                 value = value[key]
             values[tuple(pair["seeds"])] = value
+        if None in values.values():  # dictionaries too large to be matched one to one
+            return None
         return estimate_over_pairs(values)
 
     def label(self, arm: str | Arm) -> str:

@@ -19,7 +19,7 @@ def held_out(storage: Storage) -> str:
     file = storage.study.held_out
     if file is None or not Path(file).is_file():
         return file or DEFAULT_TEXT
-    folder = storage.work / "held_out_text"
+    folder = storage.cache / "held_out_text"
     if not folder.exists():
         with storage.new_folder(folder) as unfinished:
             shutil.copy(file, unfinished / "train.jsonl")
@@ -27,16 +27,17 @@ def held_out(storage: Storage) -> str:
 
 
 @torch.no_grad()
-def text_activations(storage: Storage, dataset: str, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Tokens, shape (n_tokens,), and activations, shape (n_tokens, d_in), as the text has them, no special tokens."""
+def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
+    """Of held-out text: tokens, shape (n_tokens,), and activations, shape (n_tokens, d_in), without special tokens."""
     study = storage.study
+    n_tokens = study.held_out_tokens
     model = language_model(study.model, study.device)
     sae = new_sae(study, Unit(arms(study)[0], 0))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
     store = ActivationsStore.from_sae(
         model,
         sae,
-        dataset=dataset,
+        dataset=held_out(storage),
         context_size=study.context_size,
         store_batch_size_prompts=32,
         device=study.device,

@@ -29,7 +29,7 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     runner.activations_store.shuffle_input_dataset(seed=seed, buffer_size=1000)
     torch.manual_seed(seed)  # mixes the activations
     for name, sae in runner.run().items():
-        with storage.new_folder(storage.work / "saes" / name) as folder:
+        with storage.new_folder(storage.cache / "saes" / name) as folder:
             sae.save_model(folder)
 
 
@@ -43,7 +43,7 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
         training_tokens=study.steps * study.batch_size,
         train_batch_size_tokens=study.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=16 if study.batch_size < 4096 else 64,
+        n_batches_in_buffer=study.mixed_prompts,
         activations_mixing_fraction=0.5 if shuffled else 0.0,
         exclude_special_tokens=True,
         lr=study.lr,
