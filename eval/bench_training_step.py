@@ -6,7 +6,8 @@
 Ratios and medians are what counts; absolute times depend on the machine and on what else runs there. `fwd+bwd` is loss
 and gradients; `step` is SAELens' whole trainer step, with clipping and Adam; `memory` is what a step takes above
 parameters and optimiser, at its peak, in a fresh process. `product` is the floor: the bare product of inputs and
-encoder weights. Writes `eval/results/bench_training_step.json` and `bench_training_step.png`.
+encoder weights. Writes `eval/results/bench_training_step.json` and `bench_training_step.png`; with a device other than
+the CPU in the name.
 """
 
 import argparse
@@ -171,7 +172,8 @@ def measure(case: Case, sides: list[str], repeats: int) -> dict[str, dict[str, f
     product: list[float] = []
     weights = torch.randn(case["d_in"], case["d_sae"], device=case["device"])
     for repeat in range(repeats + 1):
-        product.append(seconds(lambda: (x @ weights, None)[1], case["device"]))
+        with torch.autocast(case["device"].split(":")[0], torch.bfloat16, enabled=case["autocast"]):
+            product.append(seconds(lambda: (x @ weights, None)[1], case["device"]))
         for side, trainer in trainers.items():
             for kind, function in (("fwd+bwd", trainer.forward_backward), ("step", trainer.step)):
                 took = seconds(lambda function=function: function(x, dead), case["device"])
@@ -291,7 +293,8 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sae-lens", "sae-lens-sampled")}
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "bench_training_step.json"
+    name = "bench_training_step" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
+    file = RESULTS / f"{name}.json"
     file.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
     draw(rows["d_sae"], file.with_suffix(".png"))
     print(f"{machine}; {versions}; {args.tokens} tokens, d_in {args.d_in}, k {args.k}, medians of {args.repeats}.")

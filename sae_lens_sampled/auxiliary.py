@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-ROW_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+ROW_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 """Pre-activations of dead latents that are held at a time."""
 
 

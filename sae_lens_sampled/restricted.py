@@ -12,17 +12,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_sampled.scores import SCORES, sketch_rows
+from sae_lens_sampled.scores import sketch_rows
 from sae_lens_sampled.selection import (
     ColumnStatistics,
     PoolFields,
     choose_pool,
     column_statistics,
     pool_size,
+    score_of,
     top_entries,
 )
 
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 """Pre-activations that `scan_columns` holds at a time; other devices as "cuda". On a CPU what stays in the cache: at
 2048 tokens chunks of 256 to 1024 latents take the same time, 2048 a fifth more."""
 
@@ -89,7 +90,8 @@ def reconstruct(
     group_size, n_candidates = cfg.pool_group_size, pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
     scan = scan_columns(x, W_enc, b_enc, norms, threshold, cfg.score, n_candidates, group_size)
     pool = choose_pool(scan.statistics, cfg, draw)
-    kept = keep_top(candidates(x, W_enc, b_enc, norms, pool, group_size), pool, int(cfg.k * len(x)), group_size)
+    acts = candidates(x, W_enc, b_enc, norms, pool, group_size)
+    kept = keep_top(acts, pool, int(cfg.k * len(x)), group_size)
     return Restricted(decode(kept.acts, W_dec, norms, pool, group_size), pool, kept, scan)
 
 
@@ -131,8 +133,7 @@ def scan_columns(
     if by_sketch:  # needs all columns at once, but of a few rows only
         sketch = x[sketch_rows(len(x), x.device)]
         acts = _rescale((sketch @ W_enc + b_enc).T, norms, slice(None)).relu_().T
-        scores = SCORES[score](acts[None].to(torch.promote_types(acts.dtype, torch.float32)), n_candidates)
-        statistics = statistics._replace(scores=scores)
+        statistics = statistics._replace(scores=score_of(acts[None], score, n_candidates))
     return ColumnScan(statistics, torch.cat(n_fired), torch.cat(peak))
 
 
@@ -194,7 +195,10 @@ def decode(
 
 def as_coo(kept: Kept, shape: torch.Size) -> Tensor:
     """The kept activations as a coalesced COO tensor of the given shape (..., d_sae), without gradient."""
-    leading = torch.unravel_index(kept.tokens, shape[:-1])
+    leading, rest = [], kept.tokens  # torch.unravel_index would copy the shape to the device, and wait for it
+    for size in reversed(shape[:-1]):
+        leading.insert(0, rest % size)
+        rest = rest // size
     # Their order is that of a coalesced tensor already: by token, and the pool of a token is in ascending order.
     return torch.sparse_coo_tensor(
         torch.stack([*leading, kept.latents]), kept.values, shape, is_coalesced=True, check_invariants=False

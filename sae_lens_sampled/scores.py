@@ -73,7 +73,7 @@ def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], pool_size: int)
     # A batch in which nothing fires has a zero ridge; the smallest normal number keeps the system solvable.
     ridge = ridge.clamp(min=torch.finfo(acts.dtype).tiny)[..., None, None]
     identity = torch.eye(gram.shape[-1], dtype=acts.dtype, device=acts.device)
-    factor = torch.linalg.cholesky(gram + ridge * identity)
+    factor = torch.linalg.cholesky_ex(gram + ridge * identity).L  # without its check, which waits for the device
     return torch.linalg.solve_triangular(factor, sketch, upper=False).square().sum(dim=-2)
 
 

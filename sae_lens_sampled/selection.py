@@ -87,13 +87,21 @@ def column_statistics(
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
     """
-    acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
     parts = []
     for groups in _in_groups(acts, group_size):
-        norms = SCORES["l2_norm"](groups, n_candidates)
-        scores = norms if score == "l2_norm" else SCORES[score](groups, n_candidates)
+        norms = score_of(groups, "l2_norm", n_candidates)
+        scores = norms if score == "l2_norm" else score_of(groups, score, n_candidates)
         parts.append(ColumnStatistics(scores, norms, groups.amax(dim=1) > 0))
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def score_of(
+    acts: Float[Tensor, "groups tokens latents"], score: str, n_candidates: int
+) -> Float[Tensor, "groups latents"]:
+    """One score of every latent in every group, in float32 at least, under autocast too."""
+    with torch.autocast(acts.device.type, enabled=False):
+        return SCORES[score](acts.to(torch.promote_types(acts.dtype, torch.float32)), n_candidates)
 
 
 @torch.no_grad()
@@ -104,8 +112,10 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
     """
     # A stable sort of all latents is slow, so: find the m-th value, take all above it, and let the next criterion
     # choose among its equals. How many are missing stays on the device.
-    above, equal = _split_at_rank(statistics.scores.masked_fill(~statistics.alive, -torch.inf), n_candidates)
-    norms = statistics.norms.masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
+    # NaN, of broken weights, is in no order: it ranks last, so that the loss becomes NaN and no index is made up.
+    scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
+    above, equal = _split_at_rank(scores, n_candidates)
+    norms = statistics.norms.nan_to_num(0, torch.inf).masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
     above, equal = _split_at_rank(norms, n_candidates)
     missing = n_candidates - above.sum(dim=1, keepdim=True)
     chosen_by_index = equal & (equal.cumsum(dim=1) <= missing)

@@ -93,10 +93,53 @@ def test_three_steps_leave_everything_as_the_dense_path_does(both_paths, fields,
     assert_equal_steps(*both_paths(an_sae(**fields), steps))
 
 
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"k": 0.01}], ids=str)
+def test_too_few_positive_entries_are_counted_as_on_the_dense_path(both_paths, fields):
+    sae = an_sae(**fields)
+    sae.b_enc.data -= 6  # at most half of what may be kept
+    mine, theirs = both_paths(sae, lambda one: step(one, activations(70, seed=3)))
+    assert_equal_steps(mine, theirs)
+    n_kept = int((mine[1].feature_acts.to_dense() > 0).sum())
+    assert n_kept < max(1, sae.cfg.k * 70)
+
+
+def test_feature_acts_are_coalesced_as_they_say():
+    indices = step(an_sae(), activations(7, 10)).feature_acts.indices()
+    flat = (indices[0] * 10 + indices[1]) * 200 + indices[2]
+    assert (flat.diff() > 0).all()
+
+
+def test_silent_latents_have_a_peak_of_zero(both_paths):
+    sae = an_sae()
+    sae.b_enc.data[7] = -1e3
+    for one, _ in both_paths(sae, lambda one: step(one, activations(70, seed=3))):
+        assert one.rate_matcher.peak[7] == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"score": "ridge_leverage"}], ids=str)
+def test_broken_weights_end_in_a_loss_that_is_nan(fields):
+    sae = an_sae(**fields)
+    sae.W_enc.data.fill_(torch.nan)
+    assert step(sae, activations(70)).loss.isnan()
+
+
 @pytest.mark.parametrize("shape", [(70,), (7, 10), (2, 5, 7)], ids=str)
 def test_leading_dimensions_stay(both_paths, shape):
     sae = an_sae(pool_group_size=16)
     assert_equal_steps(*both_paths(sae, lambda one: step(one, activations(*shape, seed=3))))
+
+
+def test_heads_are_merged_as_saelens_merges_them(both_paths):
+    sae = an_sae()
+    sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+
+    def heads(one):
+        one.turn_on_forward_pass_hook_z_reshaping()
+        return step(one, activations(70, seed=3).view(70, 3, D_IN // 3), 30)
+
+    mine, theirs = both_paths(sae, heads)
+    assert mine[1].sae_out.shape == (70, 3, D_IN // 3)
+    assert_equal_steps(mine, theirs)
 
 
 def test_double_precision(both_paths):
@@ -231,7 +274,7 @@ def test_no_tensor_of_all_tokens_and_latents_is_alive_in_a_step(monkeypatch):
                     largest = max(largest, one.numel())
             return result
 
-    for fields in ({}, {"pool_group_size": 16}):
+    for fields in ({}, {"pool_group_size": 16}, {"score": "ridge_leverage"}):
         sae = an_sae(d_sae=200, **fields)
         x = activations(800)
         with Watch():
@@ -246,6 +289,8 @@ def test_the_path_is_chosen_by_what_it_can_do():
     assert not an_sae(pool_group_size=8)._restricts()
     assert an_sae(pool_factor=60)._restricts()
     assert not an_sae(pool_factor=60, pool_group_size=16)._restricts()
+    assert not an_sae(pool_factor=10, pool_group_size=16)._restricts()  # 30 of 200 latents, above 0.12
+    assert an_sae(pool_factor=10, pool_group_size=21)._restricts()
     assert not an_sae(pool_factor=200 / 3)._restricts()
     sae = an_sae()
     handle = sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: tensor)
@@ -253,6 +298,8 @@ def test_the_path_is_chosen_by_what_it_can_do():
     del handle
     sae.reset_hooks()
     assert sae._restricts()
+    sae.hook_sae_acts_pre.add_hook(lambda gradient, hook: None, dir="bwd")
+    assert not sae._restricts()
 
 
 def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sae_lens_sampled.scores import SCORES
 from sae_lens_sampled.selection import (
     candidate_pool,
     column_statistics,
@@ -182,3 +183,12 @@ def test_top_entries_are_those_of_a_sort(n_tokens, n_keep):
     indices = top_entries(acts, n_keep)
     assert len(indices.unique()) == n_keep
     torch.testing.assert_close(acts.flatten()[indices].sort().values, acts.flatten().sort().values[-n_keep:])
+
+
+@pytest.mark.parametrize("score", sorted(SCORES.keys() - {"uniform"}))
+def test_scores_are_not_rounded_to_bfloat16_by_autocast(score):
+    acts = torch.rand(20, 9, generator=torch.Generator().manual_seed(0))
+    want = column_statistics(acts, score, 4, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = column_statistics(acts, score, 4, None)
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-6, atol=0)
