@@ -6,6 +6,7 @@ group with a pool of its own, the last one possibly shorter. The cutoff is batch
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -100,7 +101,9 @@ def score_of(
     acts: Float[Tensor, "groups tokens latents"], score: str, n_candidates: int
 ) -> Float[Tensor, "groups latents"]:
     """One score of every latent in every group, in float32 at least, under autocast too."""
-    with torch.autocast(acts.device.type, enabled=False):
+    device = acts.device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    with torch.autocast(device, enabled=False) if available else nullcontext():
         return SCORES[score](acts.to(torch.promote_types(acts.dtype, torch.float32)), n_candidates)
 
 
