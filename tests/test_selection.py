@@ -7,6 +7,7 @@ from hypothesis.extra import numpy as hnp
 
 from sae_lens_sampled.scores import SCORES
 from sae_lens_sampled.selection import (
+    ColumnStatistics,
     candidate_pool,
     column_statistics,
     gumbel_noise,
@@ -192,3 +193,11 @@ def test_scores_are_not_rounded_to_bfloat16_by_autocast(score):
     with torch.autocast("cpu", torch.bfloat16):
         got = column_statistics(acts, score, 4, None)
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-6, atol=0)
+
+
+def test_a_score_that_is_nan_ranks_last():
+    scores = torch.tensor([[3.0, torch.nan, 5.0, 4.0, torch.nan, 1.0]])
+    alive = torch.ones(1, 6, dtype=torch.bool)
+    for n_candidates, want in ((2, [2, 3]), (4, [0, 2, 3, 5])):
+        assert candidate_pool(ColumnStatistics(scores, scores, alive), n_candidates)[0].tolist() == want
+    assert candidate_pool(ColumnStatistics(scores, scores, alive), 5)[0].unique().numel() == 5
