@@ -11,8 +11,13 @@ from studies.summary import Summary
 from studies.tables import baselines, controls, score_arms
 
 COLOURS = {None: "#0072b2", 16: "#d55e00", 64: "#009e73", 256: "#cc79a7"}
-MARKS = {"batchtopk": ("k", "s"), "topk": ("0.45", "v"), "matryoshka": ("#e69f00", "D")}
-MARKS |= {"narrow_3": ("#56b4e9", "P"), "narrow_5": ("#56b4e9", "X")}
+MARKS = {
+    "batchtopk": ("k", "s"),
+    "topk": ("0.45", "v"),
+    "matryoshka": ("#e69f00", "D"),
+    "narrow_3": ("#56b4e9", "P"),
+    "narrow_5": ("#56b4e9", "X"),
+}
 METRICS = {
     "fvu": "FVU (lower is better)",
     "probing_1": "top-1 probing accuracy (higher is better)",
