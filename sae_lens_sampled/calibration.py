@@ -52,7 +52,7 @@ def calibrate_thresholds(
     """Set the thresholds of the exported SAE by quantiles over given activations.
 
     Each batch passed is one selection batch: pass batches of the size used in training. A latent's target rate is the
-    share of tokens on which it is selected, weighted by its precision as in training (`rates.py`): of its largest
+    share of tokens on which it is selected, weighted by its precision as in training (`thresholds.py`): of its largest
     activations, as many as it is selected, the share that is selected. Equal precisions change nothing, as with a pool
     of all latents. Memory: the kept inputs, (tokens, d_in), and one chunk of columns.
 

@@ -8,6 +8,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
+from sae_lens_sampled.kept_entries import Step
 from sae_lens_sampled.scores import SCORES
 from sae_lens_sampled.selection import PoolFields, PoolSampling
 
@@ -15,39 +16,29 @@ InferenceThreshold = Literal["per_latent", "global"]
 
 
 @dataclass
-class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     """
     Configuration class for training a SampledTopKTrainingSAE (Sampled-SAE, arXiv 2508.21324).
 
     BatchTopK restricted to a candidate pool: each batch first scores every latent, keeps the best
     `k * pool_factor` as candidates, and runs BatchTopK among these. Fields that BatchTopK has too are
-    documented there; `aux_loss_coefficient` defaults to the paper's 1/32.
+    documented there, those of the pool with PoolFields; `aux_loss_coefficient` defaults to the paper's 1/32.
 
     Args:
-        pool_factor (float): Candidate pool size over k, at least 1 (the paper's l). From d_sae / k on every latent is
-            a candidate, which is BatchTopK.
-        score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
-            ridge_leverage, uniform, or a name given to register_score.
-        pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
-            without replacement, with probability proportional to the score.
-        pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
-            the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
-        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
-            training steps, so a resumed run repeats it.
-        aux_token_fraction (float): Share of the tokens, chosen anew in each step, that the auxiliary loss is averaged
-            over. Below 1 it is an unbiased estimate at that share of its cost.
+        step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
+            its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
+            equal up to rounding. "auto" takes what is faster on this device at these sizes.
+        use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
+            SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
+            the gradient.
         inference_threshold (Literal["per_latent", "global"]): Thresholds of the exported JumpReLU SAE. "per_latent":
             each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all,
             with which latents outside the pool fire too.
     """
 
     aux_loss_coefficient: float = 1 / 32
-    pool_factor: float = 5.0
-    score: str = "l2_norm"
-    pool_sampling: PoolSampling = "top"
-    pool_group_size: int | None = None
-    pool_seed: int = 0
-    aux_token_fraction: float = 1.0
+    use_sparse_activations: bool = True
+    step: Step = "auto"
     inference_threshold: InferenceThreshold = "per_latent"
 
     @override
@@ -58,10 +49,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool_fields(self)
-        _check(
-            0 < self.aux_token_fraction <= 1,
-            f"aux_token_fraction={self.aux_token_fraction} must be above 0 and at most 1.",
-        )
+        _check(self.step in get_args(Step), f"step={self.step!r} must be one of {', '.join(get_args(Step))}.")
         _check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",
@@ -75,7 +63,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
 
 
 @dataclass
-class SampledTopKSAEConfig(TopKSAEConfig):
+class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
     """
     Configuration class for a SampledTopKSAE, which selects over its batch at inference as in training.
 
@@ -84,11 +72,6 @@ class SampledTopKSAEConfig(TopKSAEConfig):
 
     k: float = 100  # type: ignore[assignment]
     rescale_acts_by_decoder_norm: bool = True
-    pool_factor: float = 5.0
-    score: str = "l2_norm"
-    pool_sampling: PoolSampling = "top"
-    pool_group_size: int | None = None
-    pool_seed: int = 0
 
     @override
     @classmethod

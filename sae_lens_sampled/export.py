@@ -1,11 +1,18 @@
 """From a training SAE to the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
 from sae_lens import logger
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
+
+from sae_lens_sampled.thresholds import FORGET
+
+if TYPE_CHECKING:
+    from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 
 @torch.no_grad()
@@ -32,6 +39,16 @@ def to_jumprelu(
     if not sae.cfg.rescale_acts_by_decoder_norm:
         exported.fold_W_dec_norm()
     return _prune(exported) if prune else exported
+
+
+def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:
+    """What training has learnt, by the rule of `inference_threshold`, in units of `hidden_pre`."""
+    n_steps = sae.pool_record.n_steps
+    if sae.cfg.inference_threshold == "per_latent":
+        return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(FORGET))
+    # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
+    correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps.clamp(min=1)
+    return (sae.topk_threshold / correction).expand(sae.cfg.d_sae)
 
 
 def _build(cfg: JumpReLUSAEConfig, state_dict: dict[str, Tensor]) -> JumpReLUSAE:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_sampled.config import SampledTopKSAEConfig
-from sae_lens_sampled.selection import pool_size, sampled_topk
+from sae_lens_sampled.selection import sampled_topk
 
 
 class SampledTopKSAE(TopKSAE):
@@ -30,7 +30,7 @@ class SampledTopKSAE(TopKSAE):
 
     @override
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        if pool_size(self.cfg.k, self.cfg.pool_factor, self.cfg.d_sae) == self.cfg.d_sae:
+        if self.cfg.n_candidates == self.cfg.d_sae:
             return BatchTopK(self.cfg.k)
         return self._sampled_topk
 

@@ -107,7 +107,7 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
     """Make `score` available as `SampledTopKTrainingSAEConfig(score=name)`.
 
     With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
-    several times faster (`restricted.py`). The function must have this module's signature,
+    several times faster (`column_scan.py`). The function must have this module's signature,
     `(acts, pool_size) -> scores`; its result is checked at every call.
     A checkpoint stores only the name: register the score before loading one. Under proportional sampling a score is a
     weight, and what is below 0 counts as 0.

@@ -7,7 +7,8 @@ group with a pool of its own, the last one possibly shorter. The cutoff is batch
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,22 +18,39 @@ from sae_lens_sampled.scores import SCORES
 
 PoolSampling = Literal["top", "proportional"]
 
-PARTS = 8
-"""Row blocks whose largest entries are found apart, where few are kept of many: `topk` uses one core for a row, and is
-2.3 times as fast on 2 cores so (of 2048 x 8192 entries, 65,536)."""
 
+@dataclass(kw_only=True)
+class PoolFields:
+    """
+    The config fields that the selection depends on, mixed into the host's configs, which have `k` and `d_sae`.
 
-@runtime_checkable
-class PoolFields(Protocol):
-    """The config fields that the selection depends on, as training and inference config both have them."""
+    Args:
+        pool_factor (float): Candidate pool size over k, at least 1 (the paper's l). From d_sae / k on every latent is
+            a candidate, which is BatchTopK.
+        score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
+            ridge_leverage, uniform, or a name given to register_score.
+        pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
+            without replacement, with probability proportional to the score.
+        pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
+            the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
+        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
+            training steps, so a resumed run repeats it.
+    """
 
-    k: float
-    d_sae: int
-    pool_factor: float
-    score: str
-    pool_sampling: PoolSampling
-    pool_group_size: int | None
-    pool_seed: int
+    pool_factor: float = 5.0
+    score: str = "l2_norm"
+    pool_sampling: PoolSampling = "top"
+    pool_group_size: int | None = None
+    pool_seed: int = 0
+
+    if TYPE_CHECKING:
+        k: float
+        d_sae: int
+
+    @property
+    def n_candidates(self) -> int:
+        """Size m of the pool."""
+        return count_candidates(self.k, self.pool_factor, self.d_sae)
 
 
 class ColumnStatistics(NamedTuple):
@@ -55,8 +73,8 @@ def sampled_topk(
         cfg: how to choose the pool.
         draw: number of the random draw, if the pool is sampled.
     """
-    n_candidates = pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
-    pool = choose_pool(column_statistics(acts.detach(), cfg.score, n_candidates, cfg.pool_group_size), cfg, draw)
+    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size)
+    pool = choose_pool(statistics, cfg, draw)
     return keep_top_entries(acts, pool, int(cfg.k * len(acts)), cfg.pool_group_size), pool
 
 
@@ -66,11 +84,11 @@ def choose_pool(
     """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
         statistics = perturb_scores(statistics, cfg.pool_seed, draw)
-    return candidate_pool(statistics, pool_size(cfg.k, cfg.pool_factor, cfg.d_sae))
+    return candidate_pool(statistics, cfg.n_candidates)
 
 
-def pool_size(k: float, pool_factor: float, d_sae: int) -> int:
-    """Number m of candidates: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
+def count_candidates(k: float, pool_factor: float, d_sae: int) -> int:
+    """Size m of the pool: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
     if pool_factor >= d_sae / k:
         return d_sae
     return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
@@ -92,7 +110,7 @@ def column_statistics(
     for groups in _in_groups(acts, group_size):
         norms = score_of(groups, "l2_norm", n_candidates)
         scores = norms if score == "l2_norm" else score_of(groups, score, n_candidates)
-        parts.append(ColumnStatistics(scores, norms, groups.amax(dim=1) > 0))
+        parts.append(ColumnStatistics(scores, norms, groups.sum(dim=1) > 0))
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -156,33 +174,12 @@ def keep_top_entries(
 
     With fewer candidate entries than `n_keep`, all of them stay. The gradient reaches kept entries only.
     """
-    n_keep = min(n_keep, len(acts) * pool.shape[1])
-    if 2 * pool.shape[1] > acts.shape[1]:
-        # Most columns are candidates: hiding the others costs less than gathering these.
-        others = torch.ones(len(pool), acts.shape[1], dtype=torch.bool, device=acts.device).scatter_(1, pool, False)
-        others = others.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
-        indices = top_entries(acts.detach().masked_fill(others, 0), n_keep)
-        values = acts.flatten().gather(0, indices).masked_fill(others.flatten().gather(0, indices), 0)
-        return torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
-    # With a single pool the size of its group does not matter.
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
-    indices = top_entries(candidates, n_keep)
+    indices = candidates.detach().flatten().topk(min(n_keep, candidates.numel()), sorted=False).indices
     values = candidates.flatten().gather(0, indices)
     kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
     return torch.zeros_like(acts).scatter(1, columns, kept)
-
-
-@torch.no_grad()
-def top_entries(acts: Float[Tensor, "tokens columns"], n_keep: int) -> Int[Tensor, " n_keep"]:
-    """Indices into `acts.flatten()` of its `n_keep` largest entries, in no particular order."""
-    n_parts = math.gcd(len(acts), PARTS) if acts.numel() >= 4 * PARTS * n_keep else 1
-    parts = acts.reshape(n_parts, -1)
-    values, indices = parts.topk(n_keep, dim=1, sorted=False)
-    if n_parts == 1:
-        return indices[0]
-    starts = parts.shape[1] * torch.arange(n_parts, device=acts.device)[:, None]
-    return (starts + indices).flatten()[values.flatten().topk(n_keep, sorted=False).indices]
 
 
 def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """The training SAE: the thin shell between the pure functions of this package and SAELens."""
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -7,29 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import logger
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_sampled.auxiliary import dead_reconstruction, random_rows
+from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
-from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.export import learnt_thresholds, to_jumprelu
+from sae_lens_sampled.input_checks import check_finite, check_shape
+from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
-from sae_lens_sampled.rates import FORGET, RateMatcher
-from sae_lens_sampled.restricted import as_coo, reconstruct
-from sae_lens_sampled.scores import BY_COLUMNS
-from sae_lens_sampled.selection import gumbel_noise, pool_size, sampled_topk
-from sae_lens_sampled.step_counts import StepCounts, count_dense, count_restricted
+from sae_lens_sampled.selection import sampled_topk
+from sae_lens_sampled.sparse_codes import Weights, as_coo
+from sae_lens_sampled.thresholds import FORGET, RateMatcher, StepCounts, count_dense
 
-MAX_SHARE_PER_TOKEN = 0.0075
-"""Share of the latents in a group's pool, over the tokens of a group, from which on the dense step is as fast: 0.12 in
-groups of 16. Each group gathers columns of its own; at d_in 768 a share of 0.10 gained a sixth, 0.195 lost a third. One
-pool gains always."""
-MIN_GROUP = 16
-"""With fewer tokens in a group its columns are gathered for too little work."""
+STEP_METHODS = ("encode", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
+"""Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
 
 
 class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
@@ -47,11 +45,12 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     def __init__(self, cfg: SampledTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self.n_candidates = pool_size(cfg.k, cfg.pool_factor, cfg.d_sae)
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
-        self._pool: Tensor | None = None
-        self._smallest = self.topk_threshold
+        # What extraction has cost so far; it matters for speed alone, so it is not saved.
+        self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
+        self._pool: Tensor | None = None  # the host's forward pass has no place for it
+        self._path: str | None = None
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -60,20 +59,12 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """Feature activations, shape (..., d_sae). A sampled pool is always the first draw, so this is deterministic.
-
-        Raises:
-            ValueError: if `x` is empty or its last dimension is not `d_in`.
-        """
+        """Feature activations, shape (..., d_sae); deterministic, since a sampled pool is always the first draw."""
         return self.select(x, draw=0)
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature activations and pre-activations as in this training step, both of shape (..., d_sae).
-
-        Raises:
-            ValueError: if `x` is empty or its last dimension is not `d_in`.
-        """
+        """Feature activations and pre-activations as in this training step, both of shape (..., d_sae)."""
         feature_acts, hidden_pre, self._pool = self._encode(x, self.pool_record.n_steps)
         return feature_acts, hidden_pre
 
@@ -84,96 +75,70 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         Raises:
             ValueError: if `sae_in` is empty, has another width or non-finite rows; nothing has been changed then.
         """
-        n_dead = self._check_finite(step_input)
-        if self._restricts():
-            output = self._restricted_forward_pass(step_input, n_dead)
-        else:
-            output = super().training_forward_pass(step_input)
-            both = (output.feature_acts, output.hidden_pre)
-            acts, hidden_pre = (one.detach().reshape(-1, self.cfg.d_sae) for one in both)
-            self._record(count_dense(acts, hidden_pre, self.latent_threshold), len(acts))
-        output.metrics.update(
-            {name: partial(statistic, self.pool_record) for name, statistic in POOL_STATISTICS.items()}
-        )
+        n_dead = check_finite(step_input)
+        output = self._kept_forward_pass(step_input, n_dead)
+        if output is None:
+            # Past BatchTopK's own version, which would look for the smallest kept entry once more.
+            output = super(BatchTopKTrainingSAE, self).training_forward_pass(step_input)
+            acts, hidden_pre = (
+                a.detach().reshape(-1, self.cfg.d_sae) for a in (output.feature_acts, output.hidden_pre)
+            )
+            self._record(count_dense(acts, hidden_pre, self.latent_threshold), self._pool, len(acts))
+        output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
+        output.metrics.update({name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()})
         return output
 
-    def _restricts(self) -> bool:
-        """Whether a step can do with the pooled columns, and gains by it."""
-        group_size = self.cfg.pool_group_size
-        max_share = min(MAX_SHARE_PER_TOKEN * (group_size or 0), 0.5)
-        return (
-            self.n_candidates < self.cfg.d_sae  # which is BatchTopK, bit for bit
-            and (group_size is None or (group_size >= MIN_GROUP and self.n_candidates <= max_share * self.cfg.d_sae))
-            and (self.cfg.score in BY_COLUMNS or (self.cfg.score == "ridge_leverage" and group_size is None))
-            and not any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+    def _choose_path(self, sae_in: Tensor) -> StepPath:
+        own_step = any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(SampledTopKTrainingSAE, name)
+            for name in STEP_METHODS
         )
+        hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+        n_tokens = math.prod(sae_in.shape) // self.cfg.d_in
+        path = choose_path(self.cfg, "dense" if own_step or hooked else self.cfg.step, n_tokens, sae_in.device)
+        if path != self._path:
+            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {sae_in.device} take the path {path!r}")
+            self._path = path
+        return path
 
-    def _restricted_forward_pass(self, step_input: TrainStepInput, n_dead: int) -> TrainStepOutput:
-        """The host's forward pass with `restricted.reconstruct` in place of its dense encoder and decoder."""
-        sae_in = step_input.sae_in
-        self._check_shape(sae_in)
+    @torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
+    def _kept_forward_pass(self, step_input: TrainStepInput, n_dead: int) -> TrainStepOutput | None:
+        """The host's forward pass with `kept_step` in its place; None if this step is for the dense path."""
+        sae_in, cfg = step_input.sae_in, self.cfg
+        if (path := self._choose_path(sae_in)) == "dense":
+            return None
+        check_shape(self, sae_in)
         processed = self.process_sae_in(sae_in)
-        x = processed.reshape(-1, self.cfg.d_in)
-        weights = (self.W_enc, self.b_enc, self.W_dec)
-        found = reconstruct(x, *weights, self.latent_threshold, self.cfg, self.pool_record.n_steps)
-        self._pool, sae_out = found.pool, found.reconstruction + self.b_dec
-        sae_out = self.run_time_activation_norm_fn_out(sae_out.view(*processed.shape[:-1], -1))
+        x = processed.reshape(-1, cfg.d_in)
+        norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+        input_bias = self.b_dec if cfg.apply_b_dec_to_input and not sae_in.requires_grad else None
+        weights = Weights(self.W_enc, self.b_enc, self.W_dec, norms, input_bias)
+        dead = dead_latents(step_input.dead_neuron_mask, n_dead)
+        width = sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
+        k_aux = min(width // 2, n_dead)
+        step = kept_step(x, weights, self.latent_threshold, cfg, path, self.pool_record, dead, k_aux)
+        if step is None:
+            self.scan_record["dense_steps"] += 1
+            return None
+        self.scan_record["second_scans"] += step.n_scans - 1
+        self.scan_record["extracted_per_kept"] = step.n_extracted / max(len(step.kept.values), 1)
+        sae_out = self.run_time_activation_norm_fn_out((step.reconstruction + self.b_dec).view_as(processed))
         sae_out = self.reshape_fn_out(sae_out, self.d_head)
-        mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
-        auxiliary_loss = self._auxiliary_loss(x, step_input, sae_out, n_dead)
-        self.update_topk_threshold(found.kept.values)
-        self._record(count_restricted(found, self.latent_threshold), len(x))
+        losses = {"mse_loss": self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()}
+        residual = (sae_in - sae_out).detach().reshape(x.shape)
+        losses["auxiliary_reconstruction_loss"] = auxiliary_loss(
+            step.dead_reconstruction, residual, n_dead, width, cfg.aux_loss_coefficient
+        )
+        self._record(step.counts, step.pool, len(x))
+        feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
         return TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
-            feature_acts=as_coo(found.kept, torch.Size([*processed.shape[:-1], self.cfg.d_sae])),
+            feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
             hidden_pre=x.new_empty(0),  # nothing of the host reads it
-            loss=mse_loss + auxiliary_loss,
-            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": auxiliary_loss},
-            metrics={"topk_threshold": self.topk_threshold},
+            loss=losses["mse_loss"] + losses["auxiliary_reconstruction_loss"],
+            losses=losses,
         )
-
-    @override
-    @torch.no_grad()
-    def update_topk_threshold(self, acts_topk: Tensor) -> None:
-        # SAELens' rule, which asks the device twice whether anything is positive, and does not take COO tensors.
-        if acts_topk.numel() == 0:  # k times the tokens is below 1
-            self._smallest = torch.full_like(self._smallest, torch.inf)
-            return
-        parts = acts_topk.flatten().split(2**20)  # of a matrix, what stays in the cache
-        self._smallest = torch.stack([torch.where(part > 0, part, torch.inf).amin() for part in parts]).amin()
-        smallest, lr = self._smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
-        moved = (1 - lr) * self.topk_threshold + lr * smallest
-        self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
-
-    @override
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        if self.cfg.aux_token_fraction == 1 or step_input.dead_neuron_mask is None:
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        x = self.process_sae_in(step_input.sae_in).reshape(-1, self.cfg.d_in)
-        n_dead = int(step_input.dead_neuron_mask.sum())
-        return {"auxiliary_reconstruction_loss": self._auxiliary_loss(x, step_input, sae_out, n_dead)}
-
-    def _auxiliary_loss(self, x: Tensor, step_input: TrainStepInput, sae_out: Tensor, n_dead: int) -> Tensor:
-        """SAELens' auxiliary loss from the dead columns alone; over all tokens, or over a random part of them."""
-        if n_dead == 0 or step_input.dead_neuron_mask is None:
-            return sae_out.new_zeros(())
-        dead = torch.nonzero_static(step_input.dead_neuron_mask, size=n_dead)[:, 0]
-        residual = (step_input.sae_in - sae_out).detach().reshape(x.shape)
-        if self.cfg.aux_token_fraction < 1:
-            draw = self.pool_record.n_steps
-            noise = gumbel_noise(self.cfg.pool_seed + 1, draw, 1, len(x))[0]  # a stream of its own
-            rows = random_rows(noise, self.cfg.aux_token_fraction)
-            x, residual = x[rows], residual[rows]
-        norms = self.W_dec[dead].norm(dim=-1).detach() if self.cfg.rescale_acts_by_decoder_norm else None
-        width = step_input.sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
-        k_aux = min(width // 2, n_dead)
-        weights = (self.W_enc.index_select(1, dead), self.b_enc[dead], self.W_dec.index_select(0, dead))
-        squared_error = (dead_reconstruction(x, *weights, norms, k_aux) - residual).square()
-        scale = self.cfg.aux_loss_coefficient * min(n_dead / (width // 2), 1.0) * (width / x.shape[1])
-        return scale * squared_error.sum(dim=-1).mean()
 
     def select(self, x: Tensor, draw: int) -> Tensor:
         """Feature activations as training selects them from `x`, shape (..., d_sae); nothing is recorded.
@@ -186,7 +151,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     def pool_statistics(self) -> dict[str, float]:
         """The pools so far, in numbers; the same that are logged in training. See the README's table."""
-        return {name: statistic(self.pool_record).item() for name, statistic in POOL_STATISTICS.items()}
+        of_pools = {name: statistic(self.pool_record).item() for name, statistic in POOL_STATISTICS.items()}
+        return of_pools | self.scan_record
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -204,7 +170,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         super(BatchTopKTrainingSAE, self).process_state_dict_for_saving_inference(state_dict)
         for name, _ in self.named_buffers():
             del state_dict[name]
-        state_dict["threshold"] = self._inference_threshold().to(self.b_enc.dtype)
+        state_dict["threshold"] = learnt_thresholds(self).to(self.b_enc.dtype)
 
     @override
     def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
@@ -248,8 +214,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     def _encode(self, x: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Feature activations, pre-activations and pool; `draw` numbers the random draw of a sampled pool."""
-        self._check_shape(x)
-        if self.n_candidates == self.cfg.d_sae:
+        check_shape(self, x)
+        if self.cfg.n_candidates == self.cfg.d_sae:
             return *super().encode_with_hidden_pre(x), None
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -257,46 +223,14 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         kept, pool = sampled_topk(hidden_pre.relu().reshape(-1, self.cfg.d_sae), self.cfg, draw)
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
-    def _record(self, counts: StepCounts, n_tokens: int) -> None:
+    @torch.no_grad()
+    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int) -> None:
         """Update all that a step leaves behind besides gradients."""
-        self.pool_record.update(counts.n_selected, self._smallest, self._pool)
-        self.rate_matcher.update(
-            firing_rate=counts.n_fired / n_tokens,
-            selection_rate=counts.n_selected / n_tokens,
-            hit_rate=counts.n_hits / n_tokens,
-            peak=counts.peak,
-            recently_pooled=self.pool_record.pooled_within(FORGET),
-            cutoff=self.pool_record.cutoff,
-            n_tokens=n_tokens,
-            n_steps=self.pool_record.n_steps - 1,
-        )
+        smallest, lr = counts.smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
+        moved = (1 - lr) * self.topk_threshold + lr * smallest  # SAELens' rule, without waiting for the device
+        self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
+        self.pool_record.update(counts.n_selected, counts.smallest, pool)
+        recently_pooled = self.pool_record.pooled_within(FORGET)
+        n_before = self.pool_record.n_steps - 1
+        self.rate_matcher.update(counts, recently_pooled, self.pool_record.cutoff, n_tokens, n_before)
         self._pool = None
-
-    def _inference_threshold(self) -> Tensor:
-        """Per latent, shape (d_sae,), in units of `hidden_pre`."""
-        n_steps = self.pool_record.n_steps
-        if self.cfg.inference_threshold == "per_latent":
-            return self.rate_matcher.export(n_steps, self.pool_record.pooled_within(FORGET))
-        # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
-        correction = 1 - (1 - self.cfg.topk_threshold_lr) ** n_steps.clamp(min=1)
-        return (self.topk_threshold / correction).expand(self.cfg.d_sae)
-
-    def _check_shape(self, x: Tensor) -> None:
-        if x.shape[-1:] != (self.cfg.d_in,) and not self.hook_z_reshaping_mode:
-            raise ValueError(f"activations of shape {tuple(x.shape)} do not end in d_in={self.cfg.d_in}.")
-        if x.numel() == 0:
-            raise ValueError(f"got an empty batch, of shape {tuple(x.shape)}; there is nothing to select from.")
-
-    def _check_finite(self, step_input: TrainStepInput) -> int:
-        """Refuse rows that are not finite; the number of dead latents, read from the device together with theirs."""
-        bad_rows = ~step_input.sae_in.isfinite().all(dim=-1)
-        mask = step_input.dead_neuron_mask
-        dead = torch.zeros_like(self.pool_record.n_steps) if mask is None else mask.sum()
-        n_bad, n_dead = torch.stack([bad_rows.sum(), dead]).tolist()  # the only wait for the device in a step
-        if n_bad:
-            raise ValueError(
-                f"{n_bad} of {bad_rows.numel()} rows of sae_in are not finite at training step "
-                f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
-                "the language model (float16?) or exclude the tokens at fault."
-            )
-        return n_dead

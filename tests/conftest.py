@@ -14,9 +14,9 @@ PURE = (
     "dictionary_similarity",
     "metrics",
     "pool_record",
-    "rates",
     "scores",
     "selection",
+    "thresholds",
 )
 jaxtyping.install_import_hook(
     [f"sae_lens_sampled.{module}" for module in PURE],

@@ -106,3 +106,10 @@ def precision_weighted_counts(columns: Matrix, kept: Matrix) -> list[int]:
     for i in order[: sum(counts) - sum(result)]:
         result[i] += 1
     return result
+
+
+def kept_places(acts: Matrix, pools: list[set[int]], n_keep: int, group_size: int | None) -> list[tuple[int, int]]:
+    """(token, latent) of the positive ones among the `n_keep` largest pooled entries; of equals the lowest first."""
+    step = group_size or len(acts)
+    ranked = [(-row[latent], token, latent) for token, row in enumerate(acts) for latent in pools[token // step]]
+    return sorted((token, latent) for value, token, latent in sorted(ranked)[:n_keep] if value < 0)

@@ -2,10 +2,11 @@ import oracles
 import pytest
 import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
+from sae_lens.training.sae_trainer import _unwrap_item
 
 from sae_lens_sampled.metrics import gini
 from sae_lens_sampled.selection import sampled_topk
-from sae_lens_sampled.step_counts import count_dense
+from sae_lens_sampled.thresholds import count_dense
 
 
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}, {"pool_factor": 99}])
@@ -33,11 +34,14 @@ def test_record_matches_sets_kept_by_hand(fields):
                 "starved_share": 1 - len(ever) / D_SAE,
                 "selection_gini": oracles.gini(counts),
                 "cutoff": cutoff,
+                "second_scans": 0,
+                "dense_steps": 0,
+                "extracted_per_kept": 0,
             }
         )
         assert output.metrics.keys() == {"topk_threshold", *sae.pool_statistics()}
-        logged = {name: output.metrics[name]() for name in sae.pool_statistics()}
-        assert {name: value.item() for name, value in logged.items()} == sae.pool_statistics()
+        logged = {name: _unwrap_item(output.metrics[name]) for name in sae.pool_statistics()}
+        assert logged == sae.pool_statistics()
     assert sae.pool_record.n_steps == 5
 
 
@@ -70,9 +74,8 @@ def test_recording_reads_nothing_back_from_the_device():
     """On the meta device every read of a value raises."""
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
-    sae._pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
-    sae.update_topk_threshold(acts)
-    sae._record(count_dense(acts, acts, sae.latent_threshold), len(acts))
+    pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
+    sae._record(count_dense(acts, acts, sae.latent_threshold), pool, len(acts))
     assert sae.pool_record.selection_counts.is_meta
 
 

@@ -109,7 +109,7 @@ def test_registered_score_chooses_the_pool(registered):
     output = sae.training_forward_pass(step_input(activations(50)))
     sums = output.hidden_pre.relu().sum(dim=0)
     alive = sums > 0
-    worst = sums.masked_fill(~alive, torch.inf).topk(sae.n_candidates, largest=False).indices
+    worst = sums.masked_fill(~alive, torch.inf).topk(sae.cfg.n_candidates, largest=False).indices
     assert sorted(worst.tolist()) == sae.pool_record.pool.nonzero().flatten().tolist()
 
 

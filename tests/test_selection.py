@@ -10,11 +10,10 @@ from sae_lens_sampled.selection import (
     ColumnStatistics,
     candidate_pool,
     column_statistics,
+    count_candidates,
     gumbel_noise,
     keep_top_entries,
     perturb_scores,
-    pool_size,
-    top_entries,
 )
 
 
@@ -92,7 +91,7 @@ def test_selection_matches_plain_loops_on_random_values(shape, seed, k, share, s
     ],
 )
 def test_pool_size(k, pool_factor, d_sae, size):
-    assert pool_size(k, pool_factor, d_sae) == size
+    assert count_candidates(k, pool_factor, d_sae) == size
 
 
 def test_equal_scores_go_to_the_larger_norm_then_to_the_lower_index():
@@ -174,16 +173,6 @@ def test_l2_norm_and_squared_l2_choose_the_same_pool_unless_it_is_sampled():
     assert not torch.equal(
         select(acts, 1, 9, "l2_norm", 7, draw=(0, 0))[0], select(acts, 1, 9, "squared_l2", 7, draw=(0, 0))[0]
     )
-
-
-@pytest.mark.parametrize("n_tokens", [48, 50, 51])  # whose blocks are 8, 2, and 1
-@pytest.mark.parametrize("n_keep", [1, 7, 60])
-def test_top_entries_are_those_of_a_sort(n_tokens, n_keep):
-    acts = torch.rand(n_tokens, 61, generator=torch.Generator().manual_seed(0))
-    acts[3] += 0.5  # so that most of them lie in one block
-    indices = top_entries(acts, n_keep)
-    assert len(indices.unique()) == n_keep
-    torch.testing.assert_close(acts.flatten()[indices].sort().values, acts.flatten().sort().values[-n_keep:])
 
 
 @pytest.mark.parametrize("score", sorted(SCORES.keys() - {"uniform"}))

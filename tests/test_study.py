@@ -20,7 +20,7 @@ EVAL = Path(__file__).parent.parent / "eval"
 sys.path.insert(0, str(EVAL))
 
 from sae_lens_sampled import load_checkpoint  # noqa: E402
-from sae_lens_sampled.selection import pool_size  # noqa: E402
+from sae_lens_sampled.selection import count_candidates  # noqa: E402
 from studies.configs import PYTHIA, TINY, smoke  # noqa: E402
 from studies.costs import format_plan  # noqa: E402
 from studies.dictionaries import overlap  # noqa: E402
@@ -150,7 +150,7 @@ def test_the_control_of_a_frozen_pool_is_batchtopk_of_its_size():
     for factor in (3, 5):
         sampled = sae_config(TINY, by_name[f"pool_{factor}"], 0)
         narrow = sae_config(TINY, by_name[f"narrow_{factor}"], 0)
-        assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", pool_size(16, sampled.pool_factor, 1024))
+        assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", count_candidates(16, sampled.pool_factor, 1024))
         assert synthetic_config(TINY, by_name[f"narrow_{factor}"], 0).d_sae == 5 * factor
 
 

@@ -8,6 +8,9 @@ VARIANTS = [
     {},
     {"pool_group_size": 8},
     {"pool_group_size": 1},
+    {"pool_group_size": 8, "step": "kept"},
+    {"pool_factor": 100, "step": "kept"},
+    {"pool_sampling": "proportional", "step": "kept"},
     {"score": "entropy"},
     {"score": "perplexity", "pool_factor": 1},
     {"score": "ridge_leverage", "pool_group_size": 20},
@@ -109,10 +112,12 @@ def test_sampled_pool_is_drawn_anew_each_step_but_not_by_encode():
 def test_groups_are_runs_of_consecutive_tokens():
     sae, batch = sampled_sae(pool_group_size=8), activations(20)
     acts = sae.encode_with_hidden_pre(batch)[1].relu().detach()
-    pool = candidate_pool(column_statistics(acts, "l2_norm", sae.n_candidates, 8), sae.n_candidates)
+    pool = candidate_pool(column_statistics(acts, "l2_norm", sae.cfg.n_candidates, 8), sae.cfg.n_candidates)
     kept = sae.encode(batch) > 0
     for group, rows in enumerate((slice(0, 8), slice(8, 16), slice(16, 20))):
-        alone = candidate_pool(column_statistics(acts[rows], "l2_norm", sae.n_candidates, None), sae.n_candidates)
+        alone = candidate_pool(
+            column_statistics(acts[rows], "l2_norm", sae.cfg.n_candidates, None), sae.cfg.n_candidates
+        )
         assert torch.equal(pool[group], alone[0])
         assert set(kept[rows].any(dim=0).nonzero().flatten().tolist()) <= set(alone[0].tolist())
 
@@ -209,7 +214,11 @@ def test_autocast_scores_in_float32_and_keeps_the_buffers():
 
 
 @pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8, "pool_sampling": "proportional"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pool_group_size": 8, "pool_sampling": "proportional"}, {"pool_group_size": 8, "step": "kept"}],
+    ids=str,
+)
 def test_compiled_step_equals_the_plain_one(fields):
     plain, compiled = sampled_sae(**fields), sampled_sae(**fields)
     step = torch.compile(compiled.training_forward_pass)

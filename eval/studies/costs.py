@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.selection import pool_size
+from sae_lens_sampled.selection import count_candidates
 from studies.configs import Study
 from studies.plan import Unit, arms, compared, runs, synthetic_units, units, width
 
@@ -87,7 +87,7 @@ def products_of(study: Study, unit: Unit) -> float:
     """Products of tokens x d_in x the study's d_sae in a training step, without AuxK: it depends on what is dead."""
     if unit.arm.config is not SampledTopKTrainingSAEConfig:
         return DENSE_PRODUCTS * width(unit.arm, study.k, study.d_sae) / study.d_sae
-    share = pool_size(study.k, unit.arm.fields["pool_factor"], study.d_sae) / study.d_sae
+    share = count_candidates(study.k, unit.arm.fields["pool_factor"], study.d_sae) / study.d_sae
     return min(1 + DENSE_PRODUCTS * share, DENSE_PRODUCTS)
 
 

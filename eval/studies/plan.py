@@ -9,7 +9,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEC
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.selection import pool_size
+from sae_lens_sampled.selection import count_candidates
 from studies.configs import Study
 
 GROUPED = 16
@@ -117,7 +117,7 @@ def score_name(score: str, size: int | None) -> str:
 
 def width(arm: Arm, k: float, d_sae: int) -> int:
     """Number of the arm's latents, where the other arms have `d_sae`."""
-    return d_sae if arm.width_over_k is None else pool_size(k, arm.width_over_k, d_sae)
+    return d_sae if arm.width_over_k is None else count_candidates(k, arm.width_over_k, d_sae)
 
 
 def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:

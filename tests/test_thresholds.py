@@ -3,7 +3,16 @@ import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.rates import FORGET, GAIN_STEP, MEMORY, NEVER, PRECISION_MEMORY, STEP, RateMatcher
+from sae_lens_sampled.thresholds import (
+    FORGET,
+    GAIN_STEP,
+    MEMORY,
+    NEVER,
+    PRECISION_MEMORY,
+    STEP,
+    RateMatcher,
+    StepCounts,
+)
 
 
 def oracle_step(latents, gain, new, recent, cutoff, n_tokens, n_steps):
@@ -36,7 +45,9 @@ def test_update_matches_the_rule_written_out_for_each_latent():
     for n_steps in range(6):
         f, r, peak = torch.rand(5) ** 3 * (torch.rand(5) > 0.3), torch.rand(5) ** 6, torch.rand(5) * 10
         h = torch.minimum(f, r) * torch.rand(5)
-        matcher.update(f, r, h, peak, recent, torch.tensor(0.7), 50, torch.tensor(n_steps))
+        cutoff = torch.tensor(0.7)
+        counts = StepCounts(50 * r, 50 * f, 50 * h, peak, cutoff)
+        matcher.update(counts, recent, cutoff, 50, torch.tensor(n_steps))
         new = [dict(zip(("f", "r", "h", "peak"), row, strict=True)) for row in torch.stack([f, r, h, peak], 1).tolist()]
         gain = oracle_step(latents, gain, new, recent.tolist(), 0.7, 50, n_steps)
         names = {
@@ -61,9 +72,9 @@ def test_latents_that_fire_where_they_are_not_selected_give_their_share_to_other
         z = torch.rand(400, 2, generator=generator)
         selected = torch.stack([z[:, 0] > 0.7, torch.rand(400, generator=generator) > 0.7], dim=1)
         fired = z > matcher.threshold
-        counts = [a.float().mean(dim=0) for a in (fired, selected, fired & selected)]
-        matcher.update(*counts, z.amax(dim=0), pooled, torch.tensor(0.7), 400, torch.tensor(n_steps))
-        rates.append(counts[0])
+        cutoff, sums = torch.tensor(0.7), (mask.sum(dim=0) for mask in (selected, fired, fired & selected))
+        matcher.update(StepCounts(*sums, z.amax(dim=0), cutoff), pooled, cutoff, 400, torch.tensor(n_steps))
+        rates.append(fired.float().mean(dim=0))
     faithful, random = torch.stack(rates[-200:]).mean(dim=0).tolist()
     assert faithful + random == pytest.approx(0.6, rel=0.03)
     assert faithful > 0.4

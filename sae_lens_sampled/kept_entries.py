@@ -1,0 +1,198 @@
+"""The training step on the kept entries: the numbers of the dense path without its (tokens, d_sae) matrices.
+
+BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
+be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
+of k entries a token (`sparse_codes.py`). Of the five products of size tokens x d_in x d_sae in a BatchTopK step one
+remains, for any pool, that of all latents included.
+
+One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
+once more, with gradient: they hold all that can be kept.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_sampled.auxiliary import by_entries, dead_reconstruction
+from sae_lens_sampled.column_scan import Extracted, scan_columns
+from sae_lens_sampled.pool_record import PoolRecord
+from sae_lens_sampled.scores import BY_COLUMNS
+from sae_lens_sampled.selection import PoolFields, choose_pool, sampled_topk
+from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode, has_kernels
+from sae_lens_sampled.thresholds import StepCounts, count_kept
+
+Step = Literal["auto", "kept", "dense"]
+StepPath = Literal["columns", "kept", "dense"]
+
+MAX_COLUMNS_SHARE = 0.125
+"""Share of the latents up to which the columns of one pool are computed."""
+MAX_DENSITY = 0.1
+"""Share of all entries that are kept, up to which sparse products are faster than dense ones."""
+MIN_ENTRIES = 2**18
+"""Size of the (tokens, d_sae) matrix up to which the dense path is as fast."""
+BOUND_OVER_CUTOFF = 0.8
+"""Bound of the extraction over the last batch's cutoff: about twice as many entries as are kept exceed it, and from one
+batch to the next the cutoff hardly ever falls below it."""
+MAX_EXTRACTED_SHARE = 0.25
+"""Share of all entries above the bound, from which on it counts as too low: that many cost as much as a second scan."""
+SAMPLE_ROWS = 128
+"""Tokens from which the cutoff is estimated where the last batch's does not serve."""
+
+
+class KeptStep(NamedTuple):
+    """One forward pass."""
+
+    reconstruction: Float[Tensor, "tokens d_in"]
+    """Without the decoder's bias; carries the gradient."""
+    dead_reconstruction: Float[Tensor, "tokens d_in"] | None
+    """From the dead latents alone, for AuxK; carries the gradient. None if there are none."""
+    kept: Entries
+    """The kept activations, ascending by token and then by latent; they carry the gradient. With the columns of one
+    pool some are 0 if too few are positive."""
+    pool: Int[Tensor, "groups n_candidates"] | None
+    """None if every latent is a candidate."""
+    counts: StepCounts
+    n_extracted: int
+    """Entries above the bound, in all scans."""
+    n_scans: int
+
+
+def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
+    """How to do a step: by the "columns" of one small pool, by "kept" entries, or "dense"; "auto" takes the fastest."""
+    n_candidates, d_sae, one_pool = cfg.n_candidates, cfg.d_sae, cfg.pool_group_size is None
+    by_columns = cfg.score in BY_COLUMNS or (cfg.score == "ridge_leverage" and one_pool)
+    if step == "dense" or not (by_columns or n_candidates == d_sae):
+        return "dense"
+    if one_pool and n_candidates <= MAX_COLUMNS_SHARE * d_sae:
+        return "columns"
+    pays = device.type == "cpu" and cfg.k <= MAX_DENSITY * d_sae and n_tokens * d_sae > MIN_ENTRIES
+    return "kept" if has_kernels(device) and (pays or step == "kept") else "dense"
+
+
+def kept_step(
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    threshold: Float[Tensor, " d_sae"],
+    cfg: PoolFields,
+    path: StepPath,
+    record: PoolRecord,
+    dead: Int[Tensor, " n_dead"],
+    k_aux: int,
+) -> KeptStep | None:
+    """Scan all columns, choose the pool and what is kept in it, and reconstruct; None if that is for the dense path.
+
+    Args:
+        x: the encoder's inputs.
+        weights: of all latents.
+        threshold: the latents' thresholds, in units of the (rescaled) pre-activations.
+        cfg: how to choose the pool.
+        path: "columns" or "kept".
+        record: of the steps before; it has the number of the draw, if the pool is sampled, and the last cutoff.
+        dead: indices of the dead latents, ascending, of which each token keeps `k_aux` entries.
+        k_aux: at most as many as the dead.
+    """
+    n_keep, n_extracted, n_scans, bound = int(cfg.k * len(x)), 0, 1, None
+    if path == "kept":
+        known = record.cutoff > 0
+        bound = BOUND_OVER_CUTOFF * (record.cutoff if known else estimate_cutoff(x, weights, cfg, record.n_steps))
+    passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
+    scan = scan_columns(x, weights, threshold, cfg, passed_on, bound, int(MAX_EXTRACTED_SHARE * len(x) * cfg.d_sae))
+    pool = None if scan.statistics is None else choose_pool(scan.statistics, cfg, record.n_steps)
+    if bound is None:
+        assert pool is not None
+        kept, reconstruction = keep_columns(x, weights, pool[0], n_keep)
+    else:
+        candidates, n_extracted, n_scans = find_candidates(
+            x, weights, threshold, cfg, record, pool, n_keep, bound, scan.extracted
+        )
+        if candidates is None:
+            return None
+        kept, reconstruction = encode_and_decode(x, weights, keep_largest(candidates, n_keep))
+    of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
+    counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, threshold)
+    return KeptStep(reconstruction, of_dead, kept, pool, counts, n_extracted, n_scans)
+
+
+@torch.no_grad()
+def find_candidates(
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    threshold: Float[Tensor, " d_sae"],
+    cfg: PoolFields,
+    record: PoolRecord,
+    pool: Int[Tensor, "groups n_candidates"] | None,
+    n_keep: int,
+    bound: Float[Tensor, ""],
+    extracted: Extracted | None,
+) -> tuple[Entries | None, int, int]:
+    """Entries in the pools, by latent and then by token, with the `n_keep` largest or all positive ones among them.
+
+    Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
+    a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
+    they are too many for a sparse matrix. Also how many were extracted, in how many scans.
+    """
+    candidates, n_extracted, n_scans, member = None, 0, 1, None
+    n_tokens, group_size = len(x), cfg.pool_group_size or len(x)
+    if pool is not None:
+        member = torch.zeros(len(pool), cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
+    if extracted is not None:
+        candidates, n_extracted = extracted.inside(member, group_size), extracted.n_entries
+        if len(candidates.values) >= n_keep or bound == 0:
+            return candidates, n_extracted, n_scans
+    estimate = BOUND_OVER_CUTOFF * estimate_cutoff(x, weights, cfg, record.n_steps)
+    for next_bound in (estimate, torch.zeros_like(estimate)):
+        if candidates is not None and next_bound >= bound:
+            continue  # would find no more
+        max_extracted = int(MAX_EXTRACTED_SHARE * n_tokens * cfg.d_sae)
+        extracted = scan_columns(x, weights, threshold, cfg, None, next_bound, max_extracted, member).extracted
+        n_scans += 1
+        if extracted is None:
+            return None, n_extracted, n_scans
+        candidates, n_extracted = extracted.inside(None, group_size), n_extracted + extracted.n_entries
+        if len(candidates.values) >= n_keep:
+            break
+    return candidates, n_extracted, n_scans
+
+
+@torch.no_grad()
+def estimate_cutoff(
+    x: Float[Tensor, "tokens d_in"], weights: Weights, cfg: PoolFields, draw: Int[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """The cutoff of the first `SAMPLE_ROWS` tokens, selected from as if they were the batch; 0 if they keep nothing."""
+    kept, _ = sampled_topk(weights.hidden_pre(x[:SAMPLE_ROWS]).relu(), cfg, draw)
+    smallest = torch.where(kept > 0, kept, torch.inf).amin()
+    return torch.where(smallest.isfinite(), smallest, 0.0)
+
+
+@torch.no_grad()
+def keep_largest(candidates: Entries, n_keep: int) -> Entries:
+    """The `n_keep` largest candidates, or all if there are fewer, ascending by token and then by latent.
+
+    Among equals at the cutoff the lowest (token, latent) stay, so that nothing depends on bounds and chunks. NaN comes
+    first, as in `torch.topk`.
+    """
+    rank = candidates.values.nan_to_num(nan=torch.inf)
+    n_keep = min(n_keep, len(rank))
+    cutoff = rank.topk(n_keep, sorted=False).values.amin() if n_keep else torch.inf
+    near = (rank >= cutoff).nonzero()[:, 0]
+    near = near[candidates.tokens[near].argsort(stable=True)]  # candidates come by latent
+    above, equal = rank[near] > cutoff, rank[near] == cutoff
+    return candidates.at(near[above | (equal & (equal.cumsum(dim=0) <= n_keep - above.sum()))])
+
+
+def keep_columns(
+    x: Float[Tensor, "tokens d_in"], weights: Weights, pool: Int[Tensor, " n_candidates"], n_keep: int
+) -> tuple[Entries, Float[Tensor, "tokens d_in"]]:
+    """What is kept of the pooled columns and the reconstruction from it, by dense products, with gradient."""
+    part = weights.of(pool)
+    hidden_pre = x @ part.W_enc + part.b_enc
+    acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
+    indices = acts.flatten().topk(min(n_keep, acts.numel()), sorted=False).indices.sort().values
+    is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
+    codes = torch.where(is_kept & ~(acts <= 0), hidden_pre, 0)  # NaN, of broken weights, is not below
+    tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
+    values = codes.flatten().gather(0, indices)
+    values = values if part.norms is None else values * part.norms[columns]
+    return Entries(values, tokens, pool[columns]), codes @ part.W_dec
