@@ -224,6 +224,7 @@ def page(rows: list[Setting]) -> str:
     top = [row for row in rows if row.get("pool_sampling", "top") == "top"]
     l2_norm = [row for row in top if row["data"] == "tiny_lm" and row["score"] == "l2_norm"]
     by_groups = sorted(l2_norm, key=lambda row: (row.get("pool_group_size") or 0, row["pool_factor"]))
+    misses = [row for row in top if abs(gaps(row)[0]) > 0.03 or gaps(row)[1] > 0.02]
     same = ("data", "pool", "score", "L0 gap", "FVU gap", "FVU best")
     return render(
         Path(__file__).parent / "templates" / "EXPORT.md",
@@ -232,10 +233,7 @@ def page(rows: list[Setting]) -> str:
         batch=BATCH,
         steps=STEPS,
         l2_norm_table=table(by_groups, leave_out=same),
-        misses_table=table(
-            [row for row in top if abs(gaps(row)[0]) > 0.03 or gaps(row)[1] > 0.02],
-            leave_out=["L0 global", "FVU global"],
-        ),
+        misses_table=table(misses, leave_out=["L0 global", "FVU global"]),
         all_table=table(rows),
         top=summary(top),
         proportional=summary([row for row in rows if row.get("pool_sampling") == "proportional"]),
@@ -259,12 +257,8 @@ def train_missing(wanted: list[Setting], n_processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few of the SAEs; prints them, and leaves the page alone"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="render the page from the results that are there, no more"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few of the SAEs, printed; the page stays")
+    parser.add_argument("--report", action="store_true", help="only render the page again")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)

@@ -19,5 +19,5 @@ def render(template: Path, **values: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without padding, so that a changed number changes one line."""
+    """A Markdown table without padding: where a number changes, its line alone does."""
     return tabulate(rows, header, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
