@@ -1,10 +1,14 @@
 import random
+import sys
 from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, which are no packages
 
 # Shapes and types are checked at run time in the modules of pure functions; int passes for float, as in Python. Not by
 # jaxtyping's pytest option, which takes a single module if the checker has arguments.
@@ -42,4 +46,6 @@ def unchecked_types():
 @pytest.fixture(scope="session")
 def tiny_lm() -> Path:
     """The bundled language model, in Hugging Face format, with `text/` beside it."""
-    return Path(__file__).parent.parent / "examples" / "tiny_lm"
+    from bundled import TINY_LM
+
+    return TINY_LM

@@ -25,8 +25,8 @@ def test_model_is_small_and_predicts_held_out_text_better_than_ngrams(tiny_lm):
 
 
 def test_enough_first_letters_are_readable_for_absorption(tiny_lm):
-    found = json.loads((tiny_lm / "first_letters.json").read_text())
-    readable = {layer: sum(f1 > 0.6 for f1 in letters.values()) for layer, letters in found.items()}
+    letters_by_layer = json.loads((tiny_lm / "first_letters.json").read_text())
+    readable = {layer: sum(f1 > 0.6 for f1 in letters.values()) for layer, letters in letters_by_layer.items()}
     assert readable["layer_2"] >= 10, readable
 
 
@@ -39,7 +39,7 @@ def test_model_answers_the_first_letter_prompt(tiny_lm):
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " P"
 
 
-def test_carried_text_was_held_out_from_training(tiny_lm):
+def test_bundled_text_was_held_out_from_training(tiny_lm):
     report = json.loads((tiny_lm / "training.json").read_text())
     for split in ("train", "validation"):
         lines = (tiny_lm / "text" / f"{split}.jsonl").read_text().splitlines()

@@ -102,7 +102,8 @@ class Study:
     n_seeds: int = 3
     """SAEs trained per arm."""
     n_stability_seeds: int = 5
-    """SAEs trained of BatchTopK and of the fixed pool factor, with one pool and in groups of 16."""
+    """SAEs trained per arm where seeds are compared: BatchTopK, and the fixed pool factor with one pool and in groups
+    of 16."""
     mixed_prompts: int = 16
     """Prompts whose tokens the activation store mixes, besides those that it has just read (SAELens'
     `n_batches_in_buffer`, which counts prompts)."""

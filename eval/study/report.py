@@ -13,16 +13,25 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(storage: Storage, eval_folder: Path) -> Path:
-    """Pictures beside the results; the page in `eval/RESULTS.md` for the tiny study, else beside the results too.
-
-    Text that interprets numbers is in the template of that study; the others get tables and pictures alone.
-    """
+    """Draw the pictures, beside the results, and write the page."""
     summary = Summary(storage)
     storage.results.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         draw(summary, storage.results / f"{name}.png")
-    has_text = (TEMPLATES / f"{storage.study.name}.md").exists()
-    page = (eval_folder if storage.study.name == "tiny" else storage.results) / "RESULTS.md"
+    page = page_file(storage, eval_folder)
+    page.write_text(render_page(storage, eval_folder))
+    return page
+
+
+def page_file(storage: Storage, eval_folder: Path) -> Path:
+    """`eval/RESULTS.md` for the tiny study, else beside the results."""
+    return (eval_folder if storage.study.name == "tiny" else storage.results) / "RESULTS.md"
+
+
+def render_page(storage: Storage, eval_folder: Path) -> str:
+    """The page. Text that interprets numbers is in the template of its study; others get tables and pictures alone."""
+    summary = Summary(storage)
+    own_template = TEMPLATES / f"{storage.study.name}.md"
 
     def number(arm: str, metric: str, synthetic: bool = False) -> str:
         return shown(summary.mean(arm, metric, synthetic), metric)
@@ -30,19 +39,16 @@ def write_report(storage: Storage, eval_folder: Path) -> Path:
     def difference(arm: str, other: str, metric: str, synthetic: bool = False) -> str:
         return shown(summary.difference(arm, other, metric, synthetic), metric, signed=True)
 
-    def similar(a: str, b: str, *path: str) -> str:
-        return shown(summary.similarity(a, b, *path))
+    def similar(arm: str, other: str, *path: str) -> str:
+        return shown(summary.similarity(arm, other, *path))
 
-    page.write_text(
-        render(
-            TEMPLATES / (f"{storage.study.name}.md" if has_text else "tables.md"),
-            study=storage.study,
-            summary=summary,
-            tables=tables,
-            number=number,
-            difference=difference,
-            similar=similar,
-            pictures=Path(os.path.relpath(storage.results, page.parent)).as_posix(),
-        )
+    return render(
+        own_template if own_template.exists() else TEMPLATES / "tables.md",
+        study=storage.study,
+        summary=summary,
+        tables=tables,
+        number=number,
+        difference=difference,
+        similar=similar,
+        pictures=Path(os.path.relpath(storage.results, page_file(storage, eval_folder).parent)).as_posix(),
     )
-    return page
