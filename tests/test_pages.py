@@ -1,4 +1,4 @@
-"""The page of the export's numbers: it says what is in the results, and counts right."""
+"""The pages under eval/: the index names every script; the export's page says what is in the results."""
 
 import json
 
@@ -12,6 +12,14 @@ GLOBAL = {"global_L0": 30.0, "global_FVU": 0.1}
 
 def row(l0, fvu, **fields):
     return TRAINED | GLOBAL | {"per_latent_L0": l0, "per_latent_FVU": fvu} | fields
+
+
+def test_the_index_names_every_script_and_every_page():
+    eval_folder = check_export.EVAL
+    index = (eval_folder / "README.md").read_text()
+    files = [*eval_folder.glob("*.py"), *eval_folder.glob("*.md"), eval_folder / "study" / "run.py"]
+    missing = [file for file in files if f"({file.relative_to(eval_folder)})" not in index and file.name != "README.md"]
+    assert not missing
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
