@@ -319,7 +319,7 @@ def main() -> None:
             others = [side for side in OTHERS if section == "small" and not case["dead"] and is_installed(side, case)]
             with contextlib.redirect_stderr(open(os.devnull, "w")):
                 row = measure(case, [*sides, *others], args.repeats)
-                if section in ("large", "small") and not case["trained"]:
+                if not case["trained"] and (section == "large" or (section == "small" and not case["dead"])):
                     row["memory_mib"] = {side: peak_memory(side, case) for side in [*sides, *others]}
             rows.append(row)
             tqdm.write(json.dumps({side: round(ms) for side, ms in row["step_ms"].items()}))

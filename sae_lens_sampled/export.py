@@ -1,6 +1,7 @@
 """From a training SAE to the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,14 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS
 
 if TYPE_CHECKING:
     from sae_lens_sampled.training import SampledTopKTrainingSAE
+
+METRIC_TOKENS = 256
+"""Tokens of a batch on which the export is looked at while training."""
 
 
 @torch.no_grad()
@@ -77,6 +82,30 @@ def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:
     # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
     correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
     return (sae.topk_threshold / correction).expand(sae.cfg.d_sae)
+
+
+def export_metrics(sae: "SampledTopKTrainingSAE", sae_in: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """L0 and FVU that the exported SAE has on some of a batch; functions, so that they cost nothing unless logged.
+
+    Args:
+        sae: the SAE in training.
+        sae_in: the batch, shape (..., d_in), of which the first `METRIC_TOKENS` are looked at.
+    """
+
+    @torch.no_grad()
+    def acts_and_inputs() -> tuple[Tensor, Tensor]:
+        x = sae_in.reshape(-1, *sae_in.shape[sae_in.ndim - (2 if sae.hook_z_reshaping_mode else 1) :])[:METRIC_TOKENS]
+        hidden_pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+        if sae.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * sae.W_dec.norm(dim=-1)
+        return torch.where(hidden_pre > learnt_thresholds(sae), hidden_pre, 0), x
+
+    @torch.no_grad()
+    def fvu() -> Tensor:
+        acts, x = acts_and_inputs()
+        return fraction_of_variance_unexplained(x.flatten(1), sae.decode(acts).flatten(1))
+
+    return {"export_l0": lambda: (acts_and_inputs()[0] > 0).sum(dim=-1).float().mean(), "export_fvu": fvu}
 
 
 def _build(cfg: JumpReLUSAEConfig, state_dict: dict[str, Tensor]) -> JumpReLUSAE:

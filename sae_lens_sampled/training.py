@@ -18,7 +18,7 @@ from typing_extensions import override
 from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
-from sae_lens_sampled.export import learnt_thresholds, to_jumprelu
+from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
 from sae_lens_sampled.input_checks import check_architecture, check_finite, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
@@ -49,8 +49,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         # What extraction has cost so far; it matters for speed alone, so it is not saved.
         self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
-        self._pool: Tensor | None = None  # the host's forward pass has no place for it
-        self._path: str | None = None
+        self._pool, self._path = None, ""  # of the latest step; the host's forward pass has no place for the pool
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -87,7 +86,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             self._pool = None
         check_loss(output.loss, step_input)
         output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
-        output.metrics.update({name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()})
+        of_pools = {name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()}
+        output.metrics.update(of_pools | export_metrics(self, step_input.sae_in))
         return output
 
     def _choose_path(self, sae_in: Tensor) -> StepPath:
@@ -108,15 +108,14 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         if (path := self._choose_path(sae_in)) == "dense":
             return None
         check_shape(self, sae_in)
-        processed = self.process_sae_in(sae_in)
-        x = processed.reshape(-1, cfg.d_in)
+        x = (processed := self.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
         norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
         input_bias = self.b_dec if cfg.apply_b_dec_to_input and not sae_in.requires_grad else None
         weights = Weights(self.W_enc, self.b_enc, self.W_dec, norms, input_bias)
         dead = dead_latents(step_input.dead_neuron_mask, n_dead)
         width = sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
-        k_aux = min(width // 2, n_dead)
-        step = kept_step(x, weights, self.latent_threshold, cfg, path, self.pool_record, dead, k_aux)
+        thresholds, k_aux = self.latent_threshold, min(width // 2, n_dead)
+        step = kept_step(x, weights, thresholds, cfg, path, self.pool_record, dead, k_aux)
         if step is None:
             self.scan_record["dense_steps"] += 1
             return None

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, train
+from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, step_input, train
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 LOAD_AND_ENCODE = """
 import sys, torch
@@ -263,3 +264,16 @@ def test_an_sae_that_took_no_step_says_so_and_fires(inference_threshold):
     sae.topk_threshold.fill_(0.5)  # set, not learnt: no mean whose start has to be corrected
     with pytest.warns(UserWarning, match="all are 0.5"):
         assert to_jumprelu(sae).threshold.tolist() == [0.5] * D_SAE
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("inference_threshold", ["per_latent", "global"])
+def test_training_logs_l0_and_fvu_of_the_export(rescale, inference_threshold):
+    sae = sampled_sae(rescale_acts_by_decoder_norm=rescale, inference_threshold=inference_threshold, pool_group_size=8)
+    train(sae, 20)
+    batch = activations(40)
+    metrics = sae.training_forward_pass(step_input(batch)).metrics
+    exported = to_jumprelu(sae)
+    torch.testing.assert_close(metrics["export_l0"](), (exported.encode(batch) > 0).sum(dim=1).float().mean())
+    fvu = fraction_of_variance_unexplained(batch, exported(batch).detach())
+    torch.testing.assert_close(metrics["export_fvu"](), fvu)

@@ -5,24 +5,22 @@ import copy
 import oracles
 import pytest
 import torch
-from helpers import D_IN, activations, gradients, step_input
+from helpers import D_IN, activations, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
+from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 
 import sae_lens_sampled.chunks
 import sae_lens_sampled.column_scan
 import sae_lens_sampled.kept_entries
-from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.column_scan import scan_columns
-from sae_lens_sampled.kept_entries import choose_path, find_candidates, keep_largest
+from sae_lens_sampled.kept_entries import find_candidates, keep_largest
 from sae_lens_sampled.pool_record import PoolRecord
-from sae_lens_sampled.scores import BY_COLUMNS, SCORES
 from sae_lens_sampled.selection import PoolFields, column_statistics
 from sae_lens_sampled.sparse_codes import Weights
 
-ALL = {"pool_factor": 200 / 3}
 POOLS = [
     {},
     {"k": 2.6},
@@ -37,23 +35,9 @@ POOLS = [
     ALL,
     {"pool_factor": 80, "k": 2.6, "rescale_acts_by_decoder_norm": False},
 ]
+
+
 some_pools = pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL], ids=str)
-
-
-def an_sae(**fields):
-    given = {"d_in": D_IN, "d_sae": 200, "k": 3, "pool_factor": 5, "step": "kept", **fields}
-    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**given))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in sae.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.02)
-    return sae
-
-
-def step(sae, x, n_dead=0, number=0):
-    given = step_input(x, step=number)
-    given.dead_neuron_mask = torch.zeros(200, dtype=torch.bool)
-    given.dead_neuron_mask[60 : 60 + n_dead] = True
-    return sae.training_forward_pass(given)
 
 
 @pytest.fixture(params=["columns", "entries"])
@@ -63,31 +47,6 @@ def way(request, monkeypatch):
         monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_COLUMNS_SHARE", 0)
         monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_EXTRACTED_SHARE", 0.8)
     return request.param
-
-
-def on_both_paths(sae, function):
-    """The SAE and what `function` returned, with the step on the kept entries and with the dense one."""
-    results = []
-    for path in ("kept", "dense"):
-        copied = copy.deepcopy(sae)
-        copied.cfg.step = path
-        output = function(copied)
-        assert output.feature_acts.is_sparse == (path == "kept")
-        results.append((copied, output))
-    return results
-
-
-def assert_equal_steps(kept, dense, **tolerance):
-    (mine, got), (theirs, want) = kept, dense
-    assert got.feature_acts.shape == want.feature_acts.shape
-    torch.testing.assert_close(got.feature_acts.to_dense(), want.feature_acts, **tolerance)
-    torch.testing.assert_close(got.sae_out, want.sae_out, **tolerance)
-    torch.testing.assert_close(got.losses, want.losses, **tolerance)
-    mine_gradients, their_gradients = gradients(mine, got), gradients(theirs, want)
-    for name, gradient in mine_gradients.items():
-        torch.testing.assert_close(gradient, their_gradients[name], msg=name, **tolerance)
-    for name, buffer in mine.named_buffers():
-        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], msg=name)
 
 
 @pytest.mark.usefixtures("way")
@@ -314,30 +273,6 @@ def assert_close_in_bfloat16(kept, dense):
     assert mine.latent_threshold.dtype == torch.float32
 
 
-@pytest.mark.parametrize("n_bytes", [1, 64 * 70 * 4, 100 * 70 * 4, 2**30])
-@pytest.mark.parametrize("group_size", [None, 16])
-@pytest.mark.parametrize("score", sorted(BY_COLUMNS))
-def test_the_scan_sees_what_the_whole_matrix_shows_whatever_the_chunk(monkeypatch, score, group_size, n_bytes):
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", n_bytes)
-    sampling = "proportional" if score == "uniform" else "top"
-    sae, x = an_sae(score=score, pool_group_size=group_size, pool_sampling=sampling), activations(70)
-    norms, threshold, dead = sae.W_dec.norm(dim=1), torch.linspace(0, 3, 200), torch.tensor([3, 63, 64, 65, 199])
-    weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, norms)
-    scan = scan_columns(x, weights, threshold, sae.cfg, dead, torch.tensor(2.0), 10**6)
-    hidden_pre = ((x @ sae.W_enc + sae.b_enc) * norms).detach()
-    want = column_statistics(hidden_pre.relu(), score, 15, group_size)
-    for got, statistic in zip(scan.statistics, want, strict=True):
-        torch.testing.assert_close(got, statistic)
-    near = ((hidden_pre - threshold).abs() < 1e-5).sum(dim=0)
-    assert ((scan.n_fired - (hidden_pre > threshold).sum(dim=0)).abs() <= near).all()
-    torch.testing.assert_close(scan.peak, hidden_pre.amax(dim=0).relu())
-    torch.testing.assert_close(scan.dead_pre, hidden_pre[:, dead].T)
-    values, tokens, latents = scan.extracted.inside(None, 70)
-    torch.testing.assert_close(values, hidden_pre[tokens, latents])
-    assert ((latents * 70 + tokens).diff() > 0).all()
-    assert abs(len(values) - (hidden_pre > 2).sum()) <= ((hidden_pre - 2).abs() < 1e-5).sum()
-
-
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL, {"apply_b_dec_to_input": False}], ids=str)
 def test_gradients_of_a_step_are_those_of_differences(fields):
@@ -363,141 +298,6 @@ def test_gradients_of_a_step_are_those_of_differences(fields):
         assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-4), name
 
 
-@pytest.mark.parametrize("fields", [{"pool_group_size": 16, "pool_factor": 20}, ALL], ids=str)
-def test_a_bound_too_high_or_too_low_costs_a_scan_and_changes_nothing(fields):
-    sae, x = an_sae(**fields), activations(70)
-    want = step(copy.deepcopy(sae), x).feature_acts
-    for cutoff, n_scans in ((1e9, 1), (want.values().min().item(), 0), (1e-9, 1)):
-        copied = copy.deepcopy(sae)
-        copied.pool_record.cutoff.fill_(cutoff)
-        assert torch.equal(step(copied, x).feature_acts.to_dense(), want.to_dense())
-        statistics = copied.pool_statistics()
-        assert (statistics["second_scans"], statistics["dense_steps"]) == (n_scans, 0), cutoff
-        assert 1 < statistics["extracted_per_kept"] < 0.25 * 70 * 200 / 210 + 1
-
-
-def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
-    sae, x = an_sae(**ALL), activations(70)
-    want = step(copy.deepcopy(sae), x).feature_acts
-    monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_EXTRACTED_SHARE", 0.001)
-    got = step(sae, x).feature_acts
-    assert not got.is_sparse
-    torch.testing.assert_close(got, want.to_dense())
-    assert sae.pool_statistics()["dense_steps"] == 1
-
-
-def test_no_tensor_of_all_tokens_and_latents_is_alive_in_a_step(monkeypatch):
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
-    monkeypatch.setattr(sae_lens_sampled.column_scan, "DEAD_BYTES", 0)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for leaf in torch.utils._pytree.tree_leaves(result):
-                if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
-                    largest = max(largest, leaf.numel())
-            return result
-
-    for fields in ({}, {"pool_group_size": 16, "pool_factor": 20}, {"score": "ridge_leverage"}, ALL):
-        sae, x = an_sae(**fields), activations(800)
-        step(sae, x)  # the first step estimates its bound from some rows, here a large part of all
-        with Watch():
-            step(sae, x, 90).loss.backward()
-        assert 200 * D_IN <= largest < 800 * 200 / 2, fields
-        assert sae.pool_statistics()["second_scans"] == 0
-
-
-@pytest.mark.parametrize("room", [0, 2**20])
-def test_the_dead_are_the_same_whether_the_scan_passes_them_on_or_not(monkeypatch, room):
-    monkeypatch.setattr(sae_lens_sampled.column_scan, "DEAD_BYTES", room)
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
-    assert_equal_steps(*on_both_paths(an_sae(**ALL), lambda sae: step(sae, activations(70), 100)))
-
-
-def test_the_path_is_chosen_by_what_it_can_do_and_by_sizes(monkeypatch):
-    def path(step="auto", n_tokens=4096, device="cpu", k=8, d_sae=4096, **fields):
-        cfg = PoolFields(**{"pool_factor": 5, **fields})
-        cfg.k, cfg.d_sae = k, d_sae
-        return choose_path(cfg, step, n_tokens, torch.device(device))
-
-    grouped, everything = {"pool_group_size": 16}, {"pool_factor": 512.0}
-    assert path() == path(score="ridge_leverage") == path(pool_sampling="proportional") == "columns"
-    assert path(**grouped) == path(**everything) == path(pool_factor=100) == "kept"
-    assert path(score="ridge_leverage", **grouped) == "dense"
-    assert path("kept", score="ridge_leverage", **grouped) == "dense"
-    assert path(score="ridge_leverage", **everything) == "kept"  # nothing is scored
-    assert path("dense") == path("dense", **everything) == "dense"
-    assert path(n_tokens=16, **everything) == path(k=1024, **grouped) == "dense"
-    assert path("kept", n_tokens=16, **everything) == "kept"
-    assert path(device="cuda") == path(device="mps") == "columns"
-    assert path(device="cuda", **grouped) == path(device="cuda", **everything) == "dense"
-    assert path("kept", device="cuda", **grouped) == "kept"
-    assert path("kept", device="mps", **grouped) == "dense"
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert path() == "columns"
-    assert path(**grouped) == path("kept", **grouped) == "dense"
-
-
-def test_without_kernels_one_pool_takes_dense_products_of_its_columns(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    monkeypatch.setattr(torch.autograd.Function, "apply", None)
-    assert_equal_steps(*on_both_paths(an_sae(), lambda sae: step(sae, activations(70), 100)))
-
-
-def test_hooks_and_methods_of_ones_own_take_the_dense_path():
-    sae = an_sae()
-    sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: tensor)
-    assert not step(sae, activations(70)).feature_acts.is_sparse
-    sae.reset_hooks()
-    assert step(sae, activations(70)).feature_acts.is_sparse
-    sae.hook_sae_acts_pre.add_hook(lambda gradient, hook: None, dir="bwd")
-    assert not step(sae, activations(70)).feature_acts.is_sparse
-
-    class Own(SampledTopKTrainingSAE):
-        def decode(self, feature_acts):
-            return 0 * super().decode(feature_acts)
-
-    own = Own(an_sae().cfg)
-    assert (step(own, activations(70)).sae_out == 0).all()
-    sae = an_sae()
-    sae.calculate_aux_loss = lambda **_: {"mine": torch.tensor(7.0)}
-    assert step(sae, activations(70)).losses["mine"] == 7
-
-
-def test_the_path_is_said_once(caplog):
-    sae = an_sae(step="auto")
-    with caplog.at_level("INFO", logger="sae_lens"):
-        for _ in range(2):
-            step(sae, activations(70))
-    [line] = [record.message for record in caplog.records if "path" in record.message]
-    assert line == "sampled_topk: training steps of 70 tokens on cpu take the path 'columns'"
-
-
-def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
-    monkeypatch.setattr("sae_lens_sampled.scores.SCORES", SCORES)
-    seen = []
-
-    def largest(acts, n_candidates):
-        seen.append(acts.shape[-1])
-        return acts.amax(dim=-2)
-
-    try:
-        register_score("largest", largest)
-        register_score("largest_by_columns", largest, by_columns=True)
-        for name, width in (("largest", 200), ("largest_by_columns", 64)):
-            monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
-            seen.clear()
-            output = step(an_sae(score=name), activations(70))
-            assert max(seen) == width
-            assert output.feature_acts.is_sparse == (name == "largest_by_columns")
-    finally:
-        for name in ("largest", "largest_by_columns"):
-            SCORES.pop(name, None)
-            BY_COLUMNS.discard(name)
-
-
 @pytest.mark.usefixtures("way")
 @some_pools
 def test_saelens_trainer_counts_the_same_firings_on_both_paths(fields):
@@ -516,18 +316,3 @@ def test_saelens_trainer_counts_the_same_firings_on_both_paths(fields):
     torch.testing.assert_close(trainers[0].act_freq_scores, trainers[1].act_freq_scores)
     assert torch.equal(trainers[0].n_forward_passes_since_fired, trainers[1].n_forward_passes_since_fired)
     torch.testing.assert_close(mine.W_dec, theirs.W_dec, rtol=1e-3, atol=1e-4)
-
-
-def test_an_unknown_step_is_refused():
-    with pytest.raises(ValueError, match=r"^step='fast' must be one of auto, kept, dense\.$"):
-        an_sae(step="fast")
-
-
-@pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"pool_sampling": "proportional"}, ALL], ids=str)
-def test_compiling_traces_up_to_the_host_read_and_leaves_the_kept_entries_as_they_are(fields):
-    sae, given = an_sae(**fields), step_input(activations(48, seed=5))
-    given.dead_neuron_mask = torch.arange(200) < 40
-    torch._dynamo.reset()
-    breaks = torch._dynamo.explain(sae.training_forward_pass)(given).break_reasons
-    assert [reason.user_stack[-1].name for reason in breaks] == ["check_finite"]

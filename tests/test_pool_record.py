@@ -39,7 +39,7 @@ def test_record_matches_sets_kept_by_hand(fields):
                 "extracted_per_kept": 0,
             }
         )
-        assert output.metrics.keys() == {"topk_threshold", *sae.pool_statistics()}
+        assert output.metrics.keys() == {"topk_threshold", "export_l0", "export_fvu", *sae.pool_statistics()}
         logged = {name: _unwrap_item(output.metrics[name]) for name in sae.pool_statistics()}
         assert logged == sae.pool_statistics()
     assert sae.pool_record.n_steps == 5

@@ -117,6 +117,8 @@ def test_results_of_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(lr\); move the folder away"):
         other.append({"arm": "topk", "seed": 1, "metrics": {}})
     assert mine.file.read_bytes() == before
+    with pytest.raises(ValueError, match=r"other settings \(lr\); move the folder away"):
+        storage(tmp_path, replace(SMOKE, lr=1e-4)).comparisons.load()  # no line yet: said before it is worked out
     more = storage(tmp_path, replace(SMOKE, n_seeds=7, device="cuda"))  # another portion of the same study
     assert list(more.evaluations.load()) == [("topk", 0)]
     assert storage(tmp_path, replace(SMOKE, lr=1e-4)).synthetic.load() == {}  # of which the rate is no setting

@@ -37,13 +37,11 @@ class ResultTable:
         """Results, by the values of the key fields.
 
         Raises:
-            ValueError: if they are of other settings.
+            ValueError: if the folder is of other settings.
         """
-        if not self.file.exists():
-            return {}
-        lines, _, _ = self.file.read_bytes().rpartition(b"\n")
+        lines, _, _ = (self.file.read_bytes() if self.file.exists() else b"").rpartition(b"\n")
         results = [json.loads(line) for line in lines.splitlines()]
-        if results:
+        if results or self._settings_file.exists():  # refused before the work, not when its result is added
             self._check_settings()
         return {tuple(result[field] for field in self.key_fields): result for result in results}
 
