@@ -18,7 +18,7 @@ MATCH_MAX_LATENTS = 8192
 
 
 class MaxCosines(NamedTuple):
-    """Of each row of a dictionary, the largest cosine with any row of the other one."""
+    """Largest cosine of each row of a dictionary with any row of the other one."""
 
     a: Float[Tensor, " n_a"]
     a_absolute: Float[Tensor, " n_a"]

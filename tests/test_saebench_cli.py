@@ -72,7 +72,7 @@ def folders(tmp_path_factory):
     return [str(folder) for folder in folders]
 
 
-def test_offline_the_command_takes_what_the_repository_carries(folders, tmp_path):
+def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     arguments = ["eval", *folders, "--offline", "--evals", "core,sparse_probing,mmcs", "--output-dir", str(tmp_path)]
     small = ["core.n_eval_reconstruction_batches=1", "core.n_eval_sparsity_variance_batches=1"]
     small += ["sparse_probing.probe_train_set_size=80", "sparse_probing.probe_test_set_size=40"]

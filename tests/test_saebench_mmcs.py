@@ -10,18 +10,18 @@ import pytest
 
 pytest.importorskip("sae_bench")
 
+import sae_lens_sampled.saebench.mmcs.main
 import torch
 from helpers import D_IN, D_SAE, sampled_sae
 from pydantic import TypeAdapter
 from sae_bench.sae_bench_utils.graphing_utils import find_eval_results_files
 from sae_lens import SAE
-
-import sae_lens_sampled.saebench.mmcs.main
-from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.dictionary_similarity import dictionary_similarity, random_baseline
 from sae_lens_sampled.saebench.mmcs.eval_config import MmcsEvalConfig
 from sae_lens_sampled.saebench.mmcs.eval_output import EVAL_TYPE_ID_MMCS, MmcsEvalOutput
 from sae_lens_sampled.saebench.mmcs.main import check_alike, main, run_eval
+
+from sae_lens_sampled import to_jumprelu
+from sae_lens_sampled.dictionary_similarity import dictionary_similarity, random_baseline
 
 NAMES = ["a_custom_sae", "b_custom_sae", "c_custom_sae"]
 

@@ -39,7 +39,7 @@ def test_model_answers_the_first_letter_prompt(tiny_lm):
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " P"
 
 
-def test_carried_text_was_held_out_from_training(tiny_lm):
+def test_bundled_text_was_held_out_from_training(tiny_lm):
     report = json.loads((tiny_lm / "training.json").read_text())
     for split in ("train", "validation"):
         lines = (tiny_lm / "text" / f"{split}.jsonl").read_text().splitlines()

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from sae_lens_sampled.saebench.report_metrics import Estimate, estimate
+from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from studies.plan import Arm, arms, compared, synthetic_units, units
 from studies.storage import Storage
 
