@@ -1,4 +1,4 @@
-"""What the repository brings along to work without a network: a language model, its text, labelled texts."""
+"""Data that the repository brings along to work without a network: a language model, its text, labelled texts."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=sae_lens_samp
 
 @contextmanager
 def _told(*errors: type[Exception]) -> Iterator[None]:
-    """What goes wrong as its message alone, and the exit status 1."""
+    """Turns errors into their message alone and the exit status 1."""
     try:
         yield
     except errors as error:

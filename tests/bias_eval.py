@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sae_lens_sampled.saebench.evals import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE
@@ -17,7 +17,7 @@ class BiasConfig:
 class Bias(Eval):
     name = "bias"
     config_class = BiasConfig
-    calls: list[str] = []
+    calls: ClassVar[list[str]] = []
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:
         self.calls.append("inputs")

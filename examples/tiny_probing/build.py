@@ -101,7 +101,7 @@ def passages(novel: str) -> Iterator[str]:
 
 
 def second_half(novel: str) -> str:
-    """Behind the passages that the bundled language model's folder carries of the held-out novels."""
+    """Behind the passages of the held-out novels that are bundled with the language model."""
     return novel[len(novel) // 2 :]
 
 

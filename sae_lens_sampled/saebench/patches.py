@@ -33,7 +33,7 @@ RandomState: TypeAlias = tuple[Any, Any, Any]
 
 @contextmanager
 def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Iterator[None]:
-    """What is prevented whatever the eval."""
+    """Patches that every eval needs."""
     with ExitStack() as stack:
         for patch in (
             quiet(log),
@@ -187,7 +187,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Back to what `random_state` gave."""
+    """Set the three generators to what `random_state` gave."""
     python_state, numpy_state, torch_state = state
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002

@@ -20,7 +20,7 @@ class ProbingDataset:
     name: str
     train: Texts
     test: Texts | None
-    """None where the data has one split only: then `split` draws both from `train`, without overlap."""
+    """Texts for testing; None where the data has one split: then `split` draws both from `train`, without overlap."""
 
     @property
     def classes(self) -> list[str]:

@@ -34,7 +34,7 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recording:
-    """What the model does on the evaluation text; the same for all SAEs of one hook."""
+    """Tokens, losses and activations of the model on the evaluation text; the same for all SAEs of one hook."""
 
     tokens: list[Tensor]
     """Every batch, first those of the reconstruction part, then those of the sparsity part."""
@@ -92,7 +92,7 @@ def reconstruction_losses(
     excluded: set[int | None],
     failures: dict[int, Exception],
 ) -> list[Losses]:
-    """What core's `get_recons_loss` gives, once per SAE, with what does not depend on the SAE computed once.
+    """Losses as core's `get_recons_loss` gives them, once per SAE, with what does not depend on the SAE computed once.
 
     Every operation is core's, in core's order, so the numbers are the same to the last bit. An SAE that raises is added
     to `failures`, has no losses, and is not asked again.

@@ -21,7 +21,7 @@ from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.normalisation import check_folded
 
 CUSTOM_SAE_ID = "custom_sae"
-"""What SAEBench calls an SAE that is not from the Hub."""
+"""SAEBench's id for an SAE that is not from the Hub."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvalSAE:
     sae: SAE[Any]
     """The SAE for inference, with unit-norm decoder rows where its architecture allows that without changing it."""
     training_sae: TrainingSAE[Any] | None
-    """What it was exported from, where that was given."""
+    """The SAE that it was exported from, where that was given."""
     sae_class: str
     """The architecture it was trained as, as far as that is known: shown in plots."""
     fingerprint: str

@@ -68,7 +68,7 @@ class Eval:
         """Refuse SAEs that cannot be evaluated, before any work."""
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """What a result depends on besides its SAE, the model and the configuration; asked for once.
+        """Data that a result depends on besides its SAE, the model and the configuration; asked for once.
 
         An entry "config" stands in for the configuration.
         """
@@ -87,5 +87,5 @@ class Eval:
         return self.setup.scratch / "results" / self.name
 
     def written(self, sae: EvalSAE) -> dict[str, Any]:
-        """What SAEBench wrote into `folder` for an SAE that it got as `(sae.name, sae.sae)`."""
+        """Result that SAEBench wrote into `folder` for an SAE that it got as `(sae.name, sae.sae)`."""
         return json.loads((self.folder / f"{sae.name}_{CUSTOM_SAE_ID}_eval_results.json").read_text())

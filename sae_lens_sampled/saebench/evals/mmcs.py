@@ -51,7 +51,7 @@ def _number(title: str, description: str, shown: bool = False) -> Any:
 
 @dataclass
 class MmcsMetrics(BaseMetrics):
-    """What the rows of one dictionary find in another, as `dictionary_similarity.OneWay`; None where none was asked."""
+    """Similarity of one dictionary's rows to another, as `dictionary_similarity.OneWay`; None where none was asked."""
 
     mmcs: float | None = _number("MMCS", "Mean over rows of the largest cosine with a row of the other", shown=True)
     mmcs_absolute: float | None = _number("Absolute MMCS", "As MMCS, of the largest absolute cosine")
@@ -84,7 +84,7 @@ CATEGORIES = tuple(field.name for field in fields(Similarities))
 
 @dataclass
 class MmcsPartnerMetrics(BaseMetrics):
-    """What the means are over."""
+    """Partners that the means are over."""
 
     n_partners: int = Field(title="Number of Partners", description="SAEs that the means are over")
     partners_of_same_group: bool = Field(

@@ -1,4 +1,4 @@
-"""What was evaluated, and what readers must know before they compare the numbers."""
+"""Facts about the evaluation, and what readers must know before they compare the numbers."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from sae_lens_sampled.saebench.results import STAMP
 
 
 def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
-    """What was evaluated on what and when, by name; only what the results say."""
+    """Model, hook, data and dates by name; only what the results say."""
     evals = evals_of(saes)
     counts = {name: sum(name in sae.results for sae in saes) for name in evals}
     models = {model for name in evals for model in _distinct(saes, name, "eval_config", "model_name")}
@@ -35,7 +35,7 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
 
 
 def notes(saes: Sequence[SAEResults]) -> list[str]:
-    """What makes numbers incomparable, a sentence each."""
+    """Reasons why numbers may not compare, a sentence each."""
     remarks = []
     for name in evals_of(saes):
         missing = [sae.label for sae in saes if name not in sae.results]

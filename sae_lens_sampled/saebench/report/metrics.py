@@ -22,12 +22,12 @@ class Metric:
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """None where neither is: it says under which conditions the others hold."""
+    """The better direction; None for a condition under which the others hold."""
     digits: int
     independent: bool = True
-    """False if a value of one seed is also one of another seed: then the seeds' spread is no error of their mean."""
+    """Whether seeds have values of their own; else their spread is not an error of their mean."""
     complement: tuple[str, ...] = ()
-    """Where one minus the value is, if nothing is at `path`."""
+    """Place of one minus the value, if nothing is at `path`."""
 
     @property
     def axis_title(self) -> str:

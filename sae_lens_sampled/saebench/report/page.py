@@ -44,7 +44,7 @@ def write_report(output_dir: str | Path) -> Path:
 
 
 def one_line(text: str) -> str:
-    """The text with its line breaks and tabs as signs."""
+    """Text with its line breaks and tabs as signs."""
     for space, sign in (("\r\n", "⏎"), ("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
         text = text.replace(space, sign)
     return text

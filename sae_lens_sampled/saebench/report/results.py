@@ -1,4 +1,4 @@
-"""What the result files of an output folder say: one `SAEResults` per SAE, whichever evals it has.
+"""Result files of an output folder, read into one `SAEResults` per SAE, whichever evals it has.
 
 Reads SAEBench's own results as well; they lack what `run_evals` adds, which is then None.
 """
@@ -28,7 +28,7 @@ class SAEResults:
 
     @property
     def name(self) -> str:
-        """What result files and MMCS call it."""
+        """Name in result files and in MMCS."""
         return f"{self.release}_{self.sae_id}".replace("/", "_")
 
     @property
@@ -48,7 +48,7 @@ class SAEResults:
         return next((str(cfg["architecture"]) for cfg in configs if cfg.get("architecture")), "unknown")
 
     def get(self, *path: str) -> Any:
-        """What is at `path`, an eval and the keys in its result; None where any of them is missing."""
+        """Value at `path`, an eval and the keys in its result; None where any of them is missing."""
         value: Any = self.results
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None

@@ -12,9 +12,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 PLAIN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-"""What plotly would read as tags and entities, and what it shows as these signs."""
+"""Signs that plotly would read as tags and entities, and the entities that it shows as these signs."""
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
-"""As in `page.css`."""
+"""The page's font, as in `page.css`."""
 GRID = "#e6e6e6"
 MAX_NARROW = 6
 

@@ -11,7 +11,7 @@ from sae_lens_sampled.saebench.report.results import SAEResults
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓", None: ""}
 MISSING = "-"
 MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "\n": " "})
-"""What has a meaning in Markdown's tables, and what it becomes."""
+"""Signs with a meaning in Markdown's tables, and what they become."""
 CAPTIONS = {
     "Sparsity": "L0 and Gini have no better direction; compare the other metrics only at about the same L0.",
     "Reconstruction": "Of the exported SAE, and with the selection of training where the training SAE was given.",
