@@ -10,10 +10,12 @@ counted, nor is saving.
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,7 +31,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 
 TINY_LM = Path(__file__).parent.parent / "examples" / "tiny_lm"
-SIDES = {"SAELens BatchTopK": None, "one pool": {}, "groups of 16": {"pool_group_size": 16}}
+RESULTS = Path(__file__).parent / "results"
+SIDES: dict[str, dict[str, Any] | None] = {
+    "SAELens BatchTopK": None,
+    "all latents": {"pool_factor": 1e9},
+    "groups of 16, factor 10": {"pool_factor": 10, "pool_group_size": 16},
+    "one pool, factor 5": {"pool_factor": 5},
+}
 
 
 def tokens_per_second(side: str, args: argparse.Namespace, model: TransformerBridge) -> float:
@@ -38,7 +46,7 @@ def tokens_per_second(side: str, args: argparse.Namespace, model: TransformerBri
     sae = (
         BatchTopKTrainingSAEConfig(**shared, device=args.device)
         if fields is None
-        else SampledTopKTrainingSAEConfig(**shared, pool_factor=args.pool_factor, device=args.device, **fields)
+        else SampledTopKTrainingSAEConfig(**shared, device=args.device, **fields)
     )
     cfg = LanguageModelSAERunnerConfig(
         sae=sae,
@@ -80,17 +88,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     for name, value in {"d_sae": 8192, "k": 32, "batch_size": 2048, "steps": 40, "repeats": 3}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--pool-factor", type=float, default=4)
     args = parser.parse_args()
     model = TransformerBridge.boot_transformers(args.model, device=args.device)
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(args.repeats):
         for side, values in rates.items():
             values.append(tokens_per_second(side, args, model))
-    base = statistics.median(rates["SAELens BatchTopK"])
-    for side, values in rates.items():
-        median = statistics.median(values)
-        print(f"{side:18} {median:10,.0f} tokens/s   {median / base:.2f}x")
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    name = "bench_end_to_end" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
+    settings = {field: value for field, value in vars(args).items() if isinstance(value, int)}
+    results = {"settings": settings, "tokens_per_second": medians}
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    for side, median in medians.items():
+        print(f"{side:24} {median:10,.0f} tokens/s   {median / medians['SAELens BatchTopK']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What a training step costs: Sampled-SAE beside SAELens' BatchTopK, interleaved in one run, medians of repeats.
+"""What a training step costs: Sampled-SAE beside SAELens' BatchTopK and Matryoshka, interleaved in one run.
 
-    python eval/bench_training_step.py                  # the tables and the picture of the README, about 10 minutes
-    python eval/bench_training_step.py --device cuda --tokens 4096 --d-in 768 --d-sae 65536 --k 64 --autocast
+    python eval/bench_training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
+    python eval/bench_training_step.py --device cuda    # the same on a GPU, with every path forced once
+    python eval/bench_training_step.py --quick          # one small case, to see that it runs
 
-Ratios and medians are what counts; absolute times depend on the machine and on what else runs there. `fwd+bwd` is loss
-and gradients; `step` is SAELens' whole trainer step, with clipping and Adam; `memory` is what a step takes above
-parameters and optimiser, at its peak, in a fresh process. `product` is the floor: the bare product of inputs and
-encoder weights. Writes `eval/results/bench_training_step.json` and `bench_training_step.png`; with a device other than
-the CPU in the name.
+A step is SAELens' whole trainer step, with clipping and Adam; its time is the median of repeats, in which the sides
+take turns, so that whatever else runs on the machine hits all alike. Ratios are what counts. `memory_mib` is what a
+step takes above parameters and optimiser at its peak, in a process of its own. `product` is the bare product of inputs
+and encoder weights, the floor. Steps are timed at initialisation on Gaussian inputs, and after 200 steps of training on
+activations of the bundled language model (residual stream of block 2, width 128, turned into d_in dimensions by a fixed
+random rotation), with the bound that runs along.
 """
 
 import argparse
@@ -20,77 +22,128 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from sae_lens import BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainingSAEConfig
 from tqdm import tqdm
 
-from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, kept_entries
 
 RESULTS = Path(__file__).parent / "results"
-SIDES: dict[str, dict[str, Any]] = {
-    "SAELens BatchTopK": {},
-    "one pool": {"pool_sampling": "top"},
-    "groups of 16": {"pool_group_size": 16},
-    "sampled pool": {"pool_sampling": "proportional"},
+BASE = "SAELens BatchTopK"
+SIZES = {
+    "large": {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64},
+    "small": {"tokens": 2048, "d_in": 256, "d_sae": 8192, "k": 32},
 }
+TRAINING_STEPS = 200
 Case = dict[str, Any]
 
 
-def make_trainer(side: str, case: Case) -> SAETrainer:
-    torch.manual_seed(0)
+def side_config(side: str, case: Case) -> TrainingSAEConfig:
+    """The config of a side, by its name: SAELens' own, or pools such as "groups of 16, factor 10 (dense)"."""
     shared = {name: case[name] for name in ("d_in", "d_sae", "k", "device")} | {"aux_loss_coefficient": 1 / 32}
-    if side.startswith("SAELens"):
-        config = BatchTopKTrainingSAEConfig(**shared)
-    else:
-        config = SampledTopKTrainingSAEConfig(**shared, **{"pool_factor": case["pool_factor"], **SIDES[side]})
-    sae = get_sae_training_class(config.architecture())[0](config)
-    if side.endswith("compiled"):
-        sae.training_forward_pass = torch.compile(sae.training_forward_pass)  # as SAELens' compile_sae does
-    trainer_config = SAETrainerConfig(
-        total_training_samples=10**9,
-        train_batch_size_samples=case["tokens"],
-        lr=1e-6,
-        lr_end=1e-6,
-        device=case["device"],
-        autocast=case["autocast"],
-    )
-    return SAETrainer(trainer_config, sae, iter(()))
-
-
-def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch, and which latents are dead."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(case["tokens"], case["d_in"], generator=generator)
-    dead = torch.rand(case["d_sae"], generator=generator).argsort() < round(case["dead"] * case["d_sae"])
-    return x.to(case["device"]), dead.to(case["device"])
+    if side.startswith(BASE):
+        return BatchTopKTrainingSAEConfig(**shared)
+    if side == "SAELens Matryoshka":
+        widths = [case["d_sae"] // 64, case["d_sae"] // 16, case["d_sae"] // 4, case["d_sae"]]
+        return MatryoshkaBatchTopKTrainingSAEConfig(**shared, matryoshka_widths=widths)
+    pools, _, step = side.rstrip(")").partition(" (")
+    kind, _, factor = pools.partition(", factor ")
+    fields: dict[str, Any] = {"pool_factor": float(factor) if factor else case["d_sae"] / case["k"]}
+    if kind.startswith("groups of "):
+        fields["pool_group_size"] = int(kind.removeprefix("groups of "))
+    elif kind == "sampled pool":
+        fields["pool_sampling"] = "proportional"
+    step = {"": "auto", "entries": "kept", "columns": "kept"}.get(step, step)
+    return SampledTopKTrainingSAEConfig(**shared, **fields, step=step)
 
 
 class InSAELens:
     """A side in SAELens' trainer."""
 
     def __init__(self, side: str, case: Case) -> None:
-        self.trainer = make_trainer(side, case)
-
-    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
-        given = TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
-        )
-        with self.trainer.autocast_if_enabled:
-            loss = self.trainer.sae.training_forward_pass(given).loss
-        loss.backward()
-        self.trainer.optimizer.zero_grad()
+        torch.manual_seed(0)
+        config = side_config(side, case)
+        self.sae = get_sae_training_class(config.architecture())[0](config)
+        if case["trained"]:
+            pools = "all latents" if side.startswith("SAELens") else side.partition(" (")[0]
+            untrained = case | {"trained": False, "dead": 0.0, "autocast": False}
+            self.sae.load_state_dict(trained_weights(pools, json.dumps(untrained)), strict=False)
+        if side.endswith("compiled"):
+            self.sae.training_forward_pass = torch.compile(self.sae.training_forward_pass)  # as SAELens' compile_sae
+        self.trainer = make_trainer(self.sae, case, lr=1e-6)
+        # Which of its two ways one pool goes is not for users to choose.
+        self.columns_share = {"entries": 0.0, "columns": 1.0}.get(side.rstrip(")").rpartition("(")[2])
 
     def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:
         self.trainer.n_forward_passes_since_fired.copy_(torch.where(dead, 10**6, 0))
+        share = kept_entries.MAX_COLUMNS_SHARE
+        kept_entries.MAX_COLUMNS_SHARE = share if self.columns_share is None else self.columns_share
         self.trainer.step(x)
+        kept_entries.MAX_COLUMNS_SHARE = share
+
+
+def make_trainer(sae: Any, case: Case, lr: float) -> SAETrainer:
+    config = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=case["tokens"],
+        lr=lr,
+        lr_end=lr,
+        device=case["device"],
+        autocast=case["autocast"],
+    )
+    return SAETrainer(config, sae, iter(()))
+
+
+@cache
+def trained_weights(side: str, case_json: str) -> dict[str, torch.Tensor]:
+    """Weights and buffers after some steps on real activations; SAELens' sides start from those of all latents."""
+    case = json.loads(case_json)
+    torch.manual_seed(0)
+    sae = SampledTopKTrainingSAE(side_config(side, case))
+    trainer = make_trainer(sae, case, lr=1e-3)
+    batches = real_batches(case)
+    for _ in tqdm(range(case["training_steps"]), desc=f"Training {side}", leave=False):
+        trainer.step(next(batches))
+    return sae.state_dict()
+
+
+def real_batches(case: Case) -> Iterator[torch.Tensor]:
+    """Endless batches of the bundled model's activations, in d_in dimensions."""
+    activations = language_model_activations()
+    generator = torch.Generator().manual_seed(2)
+    rotation = torch.linalg.qr(torch.randn(case["d_in"], activations.shape[1], generator=generator)).Q.T
+    while True:
+        for rows in torch.randperm(len(activations), generator=generator).split(case["tokens"]):
+            if len(rows) == case["tokens"]:
+                yield (activations[rows] @ rotation).to(case["device"])
+
+
+@cache
+def language_model_activations() -> torch.Tensor:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import check_export
+
+    return check_export.language_model_activations("train")[:100_000]
+
+
+def gaussian_batches(case: Case) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(case["tokens"], case["d_in"], generator=generator).to(case["device"])
+
+
+def dead_latents(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    dead = torch.rand(case["d_sae"], generator=generator).argsort() < round(case["dead"] * case["d_sae"])
+    return dead.to(case["device"])
 
 
 class InDictionaryLearning:
@@ -104,10 +157,6 @@ class InDictionaryLearning:
 
         sizes = {"activation_dim": case["d_in"], "dict_size": case["d_sae"], "k": case["k"]}
         self.trainer = BatchTopKTrainer(10**9, **sizes, layer=0, lm_name="", lr=1e-6, device=case["device"])
-
-    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:  # noqa: ARG002
-        self.trainer.loss(x, step=2000).backward()
-        self.trainer.optimizer.zero_grad()
 
     def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:  # noqa: ARG002
         self.trainer.update(2000, x)
@@ -123,24 +172,21 @@ class InSparsify:
         self.coder = SparseCoder(case["d_in"], config, device=case["device"])
         self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=1e-6)
 
-    def forward_backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
-        self._backward(x, dead)
-        self.optimizer.zero_grad()
-
     def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:
         self.coder.set_decoder_norm_to_unit_norm()
-        self._backward(x, dead)
+        output = self.coder(x, dead_mask=dead)
+        (output.fvu + output.auxk_loss / 32).backward()
         torch.nn.utils.clip_grad_norm_(self.coder.parameters(), 1.0)
         self.coder.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _backward(self, x: torch.Tensor, dead: torch.Tensor) -> None:
-        output = self.coder(x, dead_mask=dead)
-        (output.fvu + output.auxk_loss / 32).backward()
-
 
 OTHERS = {"dictionary_learning BatchTopK": InDictionaryLearning, "sparsify TopK": InSparsify}
+
+
+def make_side(side: str, case: Case) -> "InSAELens | InDictionaryLearning | InSparsify":
+    return OTHERS[side](case) if side in OTHERS else InSAELens(side, case)
 
 
 def is_installed(side: str, case: Case) -> bool:
@@ -152,11 +198,7 @@ def is_installed(side: str, case: Case) -> bool:
     return True
 
 
-def make_side(side: str, case: Case) -> "InSAELens | InDictionaryLearning | InSparsify":
-    return OTHERS[side](case) if side in OTHERS else InSAELens(side, case)
-
-
-def seconds(function: Callable[[], None], device: str) -> float:
+def seconds(function: Callable[[], Any], device: str) -> float:
     start = time.perf_counter()
     function()
     if device.startswith("cuda"):
@@ -164,26 +206,26 @@ def seconds(function: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, sides: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds by side; one after the other in every repeat, so that noise hits all alike."""
-    x, dead = inputs(case)
-    trainers = {side: make_side(side, case) for side in sides}
-    times: dict[str, dict[str, list[float]]] = {side: {"fwd+bwd": [], "step": []} for side in sides}
-    product: list[float] = []
+def measure(case: Case, sides: list[str], repeats: int) -> dict[str, Any]:
+    """Median milliseconds of a step by side, and what extraction cost; one side after the other in every repeat."""
+    batches = real_batches(case) if case["trained"] else gaussian_batches(case)
+    dead, made = dead_latents(case), {side: make_side(side, case) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in (*sides, "product")}
     weights = torch.randn(case["d_in"], case["d_sae"], device=case["device"])
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
+        x = next(batches)
         with torch.autocast(case["device"].split(":")[0], torch.bfloat16, enabled=case["autocast"]):
-            product.append(seconds(lambda: (x @ weights, None)[1], case["device"]))
-        for side, trainer in trainers.items():
-            for kind, function in (("fwd+bwd", trainer.forward_backward), ("step", trainer.step)):
-                took = seconds(lambda function=function: function(x, dead), case["device"])
-                if repeat:  # the first is for warming up
-                    times[side][kind].append(took)
-    medians = {
-        side: {kind: 1000 * statistics.median(values) for kind, values in kinds.items()}
-        for side, kinds in times.items()
+            times["product"].append(seconds(lambda x=x: x @ weights, case["device"]))
+        for side, runner in made.items():
+            times[side].append(seconds(lambda runner=runner, x=x: runner.step(x, dead), case["device"]))
+    medians = {side: 1000 * statistics.median(values[1:]) for side, values in times.items()}  # the first warms up
+    records = {side: getattr(getattr(runner, "sae", None), "scan_record", None) for side, runner in made.items()}
+    paths = {side: getattr(getattr(runner, "sae", None), "_path", None) for side, runner in made.items()}
+    return {
+        "case": case,
+        "step_ms": medians,
+        "scans": {side: record | {"path": paths[side]} for side, record in records.items() if record is not None},
     }
-    return medians | {"product": {"fwd+bwd": 1000 * statistics.median(product[1:]), "step": float("nan")}}
 
 
 def peak_memory(side: str, case: Case) -> float:
@@ -195,18 +237,19 @@ def peak_memory(side: str, case: Case) -> float:
 
 
 def print_own_memory(side: str, case: Case) -> None:
-    trainer, (x, dead) = make_side(side, case), inputs(case)
+    runner, batches, dead = make_side(side, case), gaussian_batches(case), dead_latents(case)
     for _ in range(3):  # the optimiser's moments, and whatever is loaded when it is first used
-        trainer.step(x, dead)
+        runner.step(next(batches), dead)
+    x = next(batches)
     if case["device"].startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        trainer.step(x, dead)
+        runner.step(x, dead)
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew (Linux)
     before = _status("VmRSS")
-    trainer.step(x, dead)
+    runner.step(x, dead)
     print((_status("VmHWM") - before) / 1024)
 
 
@@ -215,91 +258,74 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| d_sae | pool factor | dead | side | fwd+bwd ms | speed-up | step ms | speed-up | tokens/s | memory MiB |"
-    ]
-    lines.append("|" + "---|" * 10)
-    for row in rows:
-        case, base = row["case"], row["times"]["SAELens BatchTopK"]
-        for side, one in row["times"].items():
-            memory = row["memory"].get(side)
-            step = "" if side == "product" else f"{one['step']:.0f}"
-            faster = "" if side == "product" else f"{base['step'] / one['step']:.2f}x"
-            rate = "" if side == "product" else f"{case['tokens'] / one['step'] * 1000:,.0f}"
-            lines.append(
-                f"| {case['d_sae']} | {case['pool_factor']:g} | {case['dead']:.0%} | {side} | {one['fwd+bwd']:.0f} | "
-                f"{base['fwd+bwd'] / one['fwd+bwd']:.2f}x | {step} | {faster} | {rate} | "
-                f"{'' if memory is None else f'{memory:.0f}'} |"
-            )
-    return "\n".join(lines)
-
-
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Cost of forward and backward against d_sae, both axes logarithmic."""
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for side in rows[0]["times"]:
-        style = {"color": "0.6", "linestyle": "--"} if side == "product" else {"marker": "o"}
-        label = "bare encoder product" if side == "product" else side
-        values = [row["times"][side]["fwd+bwd"] for row in rows]
-        axes.plot([row["case"]["d_sae"] for row in rows], values, label=label, **style)
-    axes.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="forward and backward, ms")
-    ticks = [row["case"]["d_sae"] for row in rows]
-    axes.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+def plan(device: str, quick: bool) -> dict[str, list[tuple[Case, list[str]]]]:
+    """What is measured: sections of cases with their sides. `choose_path` goes by the sections named crossing_*."""
+    base = {"device": device, "autocast": False, "trained": False, "dead": 0.0, "training_steps": TRAINING_STEPS}
+    forced = " (kept)" if device.startswith("cuda") else ""  # "auto" runs most pools dense there
+    groups, one, every = f"groups of 16, factor 10{forced}", "one pool, factor 5", f"all latents{forced}"
+    sides = [BASE, "SAELens Matryoshka", every, groups, one]
+    if quick:
+        tiny = base | {"tokens": 256, "d_in": 128, "d_sae": 2048, "k": 8, "training_steps": 5}
+        return {"large": [(tiny | {"trained": trained}, sides) for trained in (False, True)]}
+    large, small = base | SIZES["large"], base | SIZES["small"]
+    earlier = ["groups of 16, factor 4" + forced, "one pool, factor 4", "sampled pool, factor 4"]
+    dead = (0.0, 0.25, 0.9)
+    fast = [BASE, every, groups, one]
+    ways = ("columns", "entries", "dense")
+    return {
+        "large": [(large | {"dead": d, "trained": t}, sides if d == 0 else fast) for t in (False, True) for d in dead],
+        "small": [(small | {"dead": d, "trained": t}, [*sides, *earlier]) for t in (False, True) for d in dead],
+        "autocast": [(small | {"autocast": True, "dead": d}, fast) for d in dead],
+        "d_sae": [(small | {"d_sae": n}, [BASE, every, groups, one]) for n in (2048, 4096, 8192, 16_384, 32_768)],
+        "crossing_density": [
+            (small | {"d_sae": 4096, "k": k}, ["all latents (kept)", "all latents (dense)"])
+            for k in (16, 64, 256, 512, 1024)
+        ],
+        "crossing_size": [
+            (small | {"d_in": 64, "d_sae": n, "k": 8, "tokens": 512}, ["all latents (kept)", "all latents (dense)"])
+            for n in (128, 256, 512, 1024, 2048)
+        ],
+        "crossing_columns": [
+            (small, [f"one pool, factor {factor} ({way})" for way in ways]) for factor in (4, 16, 32, 64, 128, 200)
+        ],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"tokens": 2048, "d_in": 256, "d_sae": 8192, "k": 32}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--pool-factor", type=float, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16")
-    parser.add_argument(
-        "--compiled", action="store_true", help="SAELens' compile_sae beside it; compiling takes minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--sections", help="some of large,small,autocast,...; the others stay as they are")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-d-sae", type=int, default=65536, help="where the sweep over d_sae ends")
+    parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         print_own_memory(args.memory_of, json.loads(args.case))
         return
-    base = {name: getattr(args, name) for name in ("tokens", "d_in", "d_sae", "k", "pool_factor", "device", "autocast")}
-    base["dead"] = 0.0
-    sides = [*SIDES, *(["SAELens BatchTopK compiled"] if args.compiled else [])]
-    others = [side for side in OTHERS if is_installed(side, base)]
-    widths = [d_sae for d_sae in (2048, 4096, 8192, 16384, 32768, 65536) if d_sae <= args.max_d_sae]
-    factors = [1.5, 4, 16, 64, 128, 200, args.d_sae / args.k]
-    sweeps = {
-        "dead": [base | {"dead": dead} for dead in (0.0, 0.3, 0.9)],
-        "d_sae": [base | {"d_sae": d_sae} for d_sae in widths],
-        "pool_factor": [base | {"pool_factor": factor} for factor in factors],
-    }
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in sweeps}
-    with tqdm(total=sum(map(len, sweeps.values())), desc="Cases") as progress:
-        for name, cases in sweeps.items():
-            for case in cases:
-                some = [*sides, *(side for side in others if case == base)]  # beside ours at the main setting
-                with contextlib.redirect_stderr(open(os.devnull, "w")):
-                    memory = {side: peak_memory(side, case) for side in some} if name == "dead" else {}
-                    rows[name].append({"case": case, "times": measure(case, some, args.repeats), "memory": memory})
-                progress.update()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "sae-lens", "sae-lens-sampled")}
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
-    RESULTS.mkdir(exist_ok=True)
     name = "bench_training_step" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
-    file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
-    draw(rows["d_sae"], file.with_suffix(".png"))
-    print(f"{machine}; {versions}; {args.tokens} tokens, d_in {args.d_in}, k {args.k}, medians of {args.repeats}.")
-    for name, some in rows.items():
-        print(f"\nOver {name}\n\n{table(some)}")
+    file = args.out or RESULTS / f"{name}.json"
+    sections = plan(args.device, args.quick)
+    wanted = args.sections.split(",") if args.sections else list(sections)
+    results = json.loads(file.read_text()) if file.exists() and args.sections else {}
+    packages, processor = ("torch", "sae-lens", "sae-lens-sampled"), platform.processor() or platform.machine()
+    results["versions"] = {package: importlib.metadata.version(package) for package in packages}
+    results["machine"] = f"{processor}, {torch.get_num_threads()} threads, {args.device}"
+    results["repeats"] = args.repeats
+    for section in wanted:
+        rows = []
+        for case, sides in tqdm(sections[section], desc=section):
+            others = [side for side in OTHERS if section == "small" and not case["dead"] and is_installed(side, case)]
+            with contextlib.redirect_stderr(open(os.devnull, "w")):
+                row = measure(case, [*sides, *others], args.repeats)
+                if section in ("large", "small") and not case["trained"]:
+                    row["memory_mib"] = {side: peak_memory(side, case) for side in [*sides, *others]}
+            rows.append(row)
+            tqdm.write(json.dumps({side: round(ms) for side, ms in row["step_ms"].items()}))
+        results.setdefault("sections", {})[section] = rows
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

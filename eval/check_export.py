@@ -2,11 +2,12 @@
 
     python eval/check_export.py                     # everything: 122 SAEs, about half an hour on two CPU cores
     python eval/check_export.py --quick             # a few of them, in two minutes
+    python eval/check_export.py --report            # eval/EXPORT.md from the results that are there
 
 Trains each SAE in SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
 on held-out data the selection of training (every batch of 512 tokens has its own pool and cutoff) with the default
-export (per-latent thresholds) and with BatchTopK's global threshold. Writes `eval/results/check_export.json`; rows that
-are there already are not computed again.
+export (per-latent thresholds) and with BatchTopK's global threshold. Writes `eval/results/check_export.json` and, from
+it, `eval/EXPORT.md`; rows that are there already are not computed again.
 
 Where a pool depends on the batch more than on the token, no thresholds can repeat it. To show that it is so and not the
 rule that sets them, thresholds are then searched by gradient descent for the lowest FVU at the L0 of training
@@ -19,7 +20,8 @@ import io
 import itertools
 import json
 import multiprocessing
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,17 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from pages import markdown_table, render
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
-ROOT = Path(__file__).parent.parent
-TINY_LM = ROOT / "examples" / "tiny_lm"
-RESULTS = ROOT / "eval" / "results" / "check_export.json"
+EVAL = Path(__file__).parent
+sys.path.append(str(EVAL.parent / "examples"))
+
+from bundled import TINY_LM  # noqa: E402
+
+RESULTS = EVAL / "results" / "check_export.json"
+PAGE = EVAL / "EXPORT.md"
 D_SAE, K, BATCH, STEPS, N_HELD_OUT = 512, 12, 512, 800, 80
 POOL_FACTORS = (1, 1.5, 3, 5, 10)
 SCORES = ("l2_norm", "entropy", "perplexity")
@@ -44,7 +51,7 @@ Setting = dict[str, Any]
 
 
 def settings(data: str, quick: bool) -> list[Setting]:
-    """All combinations; a pool of all latents is one and the same for all of them."""
+    """All combinations of pools, and the pool of all latents, for which they are one and the same."""
     all_latents = {"data": data, "pool_factor": D_SAE / K, "score": "l2_norm"}
     kinds = itertools.product(("top", "proportional"), (None, 16), SCORES, (1, 5) if quick else POOL_FACTORS)
     rows = [
@@ -76,7 +83,7 @@ def language_model_activations(split: str) -> Tensor:
 
 
 def batches(data: str, split: str) -> Iterator[Tensor]:
-    """Endless batches; the same for every SAE."""
+    """Batches without end; the same for every SAE."""
     if data == "synthetic":
         model = SyntheticModel(SyntheticModelConfig(num_features=512, hidden_dim=64, seed=0))
         torch.manual_seed(0 if split == "train" else 1)
@@ -170,56 +177,100 @@ def l0(acts: Tensor) -> float:
     return (acts > 0).sum(dim=1).double().mean().item()
 
 
-def report(rows: list[Setting]) -> str:
-    lines = [
-        "| data | pool | groups | score | pool factor | L0 train | L0 export | L0 global | FVU train | FVU export | "
-        "FVU global | L0 gap | FVU gap | FVU best |",
-        "|" + "---|" * 14,
-    ]
-    for row in rows:
-        l0_gap, fvu_gap = gaps(row)
-        best = f"{row['best_FVU']:.4f}" if "best_FVU" in row else "-"
-        lines.append(
-            f"| {row['data']} | {row.get('pool_sampling', 'all')} | {row.get('pool_group_size') or 'none'} | "
-            f"{row['score']} | {row['pool_factor']:.3g} | {row['L0']:.2f} | {row['per_latent_L0']:.2f} | "
-            f"{row['global_L0']:.1f} | {row['FVU']:.4f} | {row['per_latent_FVU']:.4f} | {row['global_FVU']:.4f} | "
-            f"{l0_gap:+.1%} | {fvu_gap:+.1%} | {best} |"
-        )
-    return "\n".join(lines)
-
-
 def gaps(row: Setting) -> tuple[float, float]:
     """Relative difference of the default export to training: L0 and FVU."""
     return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+COLUMNS: dict[str, Callable[[Setting], str]] = {
+    "data": lambda row: row["data"],
+    "pool": lambda row: row.get("pool_sampling", "all latents"),
+    "groups of": lambda row: str(row.get("pool_group_size") or "-"),
+    "score": lambda row: row["score"],
+    "pool factor": lambda row: f"{row['pool_factor']:.3g}",
+    "L0 train": lambda row: f"{row['L0']:.2f}",
+    "L0 export": lambda row: f"{row['per_latent_L0']:.2f}",
+    "L0 global": lambda row: f"{row['global_L0']:.1f}",
+    "FVU train": lambda row: f"{row['FVU']:.3f}",
+    "FVU export": lambda row: f"{row['per_latent_FVU']:.3f}",
+    "FVU global": lambda row: f"{row['global_FVU']:.3f}",
+    "L0 gap": lambda row: f"{gaps(row)[0]:+.1%}",
+    "FVU gap": lambda row: f"{gaps(row)[1]:+.1%}",
+    "FVU best": lambda row: f"{row['best_FVU']:.3f}" if "best_FVU" in row else "-",
+}
+
+
+def table(rows: list[Setting], leave_out: Collection[str] = ()) -> str:
+    """Rows as Markdown."""
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in leave_out}
+    return markdown_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def summary(rows: list[Setting]) -> dict[str, Any]:
+    """How far the exports of `rows` are from training."""
+    l0_gaps, fvu_gaps = zip(*map(gaps, rows), strict=True)
+    return {
+        "n": len(rows),
+        "n_l0_within": {f"{most:.0%}": sum(abs(gap) <= most for gap in l0_gaps) for most in (0.03, 0.05)},
+        "n_fvu_within": {"2%": sum(gap <= 0.02 for gap in fvu_gaps)},
+        "largest_l0_gap": f"{max(map(abs, l0_gaps)):.0%}",
+        "lowest_fvu_gap": f"{-min(fvu_gaps):.0%} lower",
+        "largest_fvu_ratio": f"{1 + max(fvu_gaps):.0f}",
+    }
+
+
+def page(rows: list[Setting]) -> str:
+    """EXPORT.md."""
+    top = [row for row in rows if row.get("pool_sampling", "top") == "top"]
+    l2_norm = [row for row in top if row["data"] == "tiny_lm" and row["score"] == "l2_norm"]
+    by_groups = sorted(l2_norm, key=lambda row: (row.get("pool_group_size") or 0, row["pool_factor"]))
+    misses = [row for row in top if abs(gaps(row)[0]) > 0.03 or gaps(row)[1] > 0.02]
+    same = ("data", "pool", "score", "L0 gap", "FVU gap", "FVU best")
+    return render(
+        Path(__file__).parent / "templates" / "EXPORT.md",
+        d_sae=D_SAE,
+        k=K,
+        batch=BATCH,
+        steps=STEPS,
+        l2_norm_table=table(by_groups, leave_out=same),
+        misses_table=table(misses, leave_out=["L0 global", "FVU global"]),
+        all_table=table(rows),
+        top=summary(top),
+        proportional=summary([row for row in rows if row.get("pool_sampling") == "proportional"]),
+        n_rows=len(rows),
+    )
+
+
+def train_missing(wanted: list[Setting], n_processes: int) -> None:
+    """Add to the results the rows of `wanted` that they lack."""
     RESULTS.parent.mkdir(exist_ok=True)
     for split in ("train", "validation"):
         if not cache_file(split).exists():
             torch.save(language_model_activations(split), cache_file(split))
-    wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     missing = [setting for setting in wanted if not any(setting.items() <= row.items() for row in rows)]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(n_processes) as pool:
         for row in tqdm(pool.imap_unordered(train_and_compare, missing), total=len(missing), desc="SAEs"):
             rows.append(row)
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    rows = [row for setting in wanted for row in rows if setting.items() <= row.items()]
-    print(report(rows))
-    for sampling in ("top", "proportional"):
-        chosen = [gaps(row) for row in rows if row.get("pool_sampling", "top") == sampling]
-        l0_gaps, fvu_gaps = [abs(l0_gap) for l0_gap, _ in chosen], [fvu_gap for _, fvu_gap in chosen]
-        print(
-            f"\n{sampling}: {len(chosen)} SAEs; L0 of the export at most {max(l0_gaps):.1%} from training, within 3% "
-            f"for {sum(gap <= 0.03 for gap in l0_gaps)} and 5% for {sum(gap <= 0.05 for gap in l0_gaps)}; "
-            f"FVU {min(fvu_gaps):+.1%} to {max(fvu_gaps):+.1%}, at most 2% worse for "
-            f"{sum(gap <= 0.02 for gap in fvu_gaps)}."
-        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few of the SAEs, printed; the page stays")
+    parser.add_argument("--report", action="store_true", help="only render the page again")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)
+    if not args.report:
+        train_missing(wanted, args.processes)
+    results = json.loads(RESULTS.read_text())
+    rows = [row for setting in wanted for row in results if setting.items() <= row.items()]
+    if args.quick:
+        print(table(rows))
+    else:
+        PAGE.write_text(page(rows))
+        print(f"Page: {PAGE}")
 
 
 if __name__ == "__main__":

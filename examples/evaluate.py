@@ -22,11 +22,10 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainingSAE
 from transformer_lens.model_bridge import TransformerBridge
 
+from bundled import HELD_OUT_TEXT, PROBING_DATASETS, TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.saebench import run_evals, write_report
 
-EXAMPLES = Path(__file__).parent
-TINY_LM = EXAMPLES / "tiny_lm"
 HOOK = "blocks.2.hook_resid_post"
 OVERRIDES = {
     "core": {"n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 20},
@@ -68,7 +67,7 @@ def train(seed: int, args: argparse.Namespace, model: TransformerBridge) -> dict
 def held_out_text(folder: Path) -> Path:
     """The validation split as a data set of its own: core reads the split `train`, which these SAEs were trained on."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TINY_LM / "text" / "validation.jsonl", folder / "train.jsonl")
+    shutil.copy(HELD_OUT_TEXT, folder / "train.jsonl")
     return folder
 
 
@@ -90,9 +89,7 @@ def main() -> None:
         TINY_LM,
         args.output_dir,
         text=held_out_text(args.output_dir / "text"),
-        probing_datasets=[
-            EXAMPLES / "tiny_probing" / name for name in ("authors", "sentence_polarity", "subjectivity")
-        ],
+        probing_datasets=PROBING_DATASETS,
         overrides=OVERRIDES,
     )
     report = write_report(args.output_dir)

@@ -13,6 +13,7 @@ from pathlib import Path
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from bundled import TINY_LM
 from sae_lens_sampled import (
     SampledTopKTrainingSAEConfig,
     calibrate_thresholds,
@@ -21,7 +22,6 @@ from sae_lens_sampled import (
     upload_to_hub,
 )
 
-TINY_LM = Path(__file__).parent / "tiny_lm"
 BATCH = 1024
 
 

@@ -35,10 +35,10 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from bundled import TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
-TINY_LM = Path(__file__).parent / "tiny_lm"
 TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}
 # The paper's summary does not give width and k; these are usual for Pythia-160M.
 PAPER = {"d_sae": 16384, "k": 64, "batch_size": 4096, "steps": 50_000, "lr": 3e-4, "dead_window": 1000}
@@ -126,10 +126,10 @@ def held_out_activations(args: argparse.Namespace, model: TransformerBridge, sae
 def evaluate(sae: TrainingSAE, batches: list[Tensor]) -> tuple[dict[str, float], Tensor]:
     """FVU and L0 of the selection of training, batch by batch, and of the exported SAE; and its firing rates."""
     x, row = torch.cat(batches), {}
-    for suffix, one in (("", sae), (" export", to_jumprelu(sae))):
-        acts = [one.encode(batch) for batch in batches]
+    for suffix, variant in (("", sae), (" export", to_jumprelu(sae))):
+        acts = [variant.encode(batch) for batch in batches]
         density = torch.cat(acts).gt(0).double().mean(dim=0)
-        x_hat = torch.cat([one.decode(part) for part in acts])
+        x_hat = torch.cat([variant.decode(part) for part in acts])
         row |= {f"FVU{suffix}": fraction_of_variance_unexplained(x, x_hat).item(), f"L0{suffix}": density.sum().item()}
     row["dead"] = (density == 0).double().mean().item()
     if hasattr(sae, "pool_statistics"):

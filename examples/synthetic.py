@@ -73,11 +73,11 @@ def main() -> None:
             logger=LoggingConfig(log_to_wandb=False),
         )
         result = SyntheticSAERunner(cfg, override_synthetic_model=data).run()
-        found = result.final_eval
+        scores = result.final_eval
         starved = result.sae.pool_statistics()["starved_share"] if hasattr(result.sae, "pool_statistics") else 0.0
         print(
-            f"{name:30}{1 - found.explained_variance:8.3f}{found.mcc:8.3f}{found.classification.f1_score:8.3f}"
-            f"{found.uniqueness:8.3f}{found.dead_latents:8d}{starved:8.0%}"
+            f"{name:30}{1 - scores.explained_variance:8.3f}{scores.mcc:8.3f}{scores.classification.f1_score:8.3f}"
+            f"{scores.uniqueness:8.3f}{scores.dead_latents:8d}{starved:8.0%}"
         )
 
 

@@ -9,14 +9,11 @@ is not the same quantity everywhere: give a BatchTopK baseline the same coeffici
 """
 
 import argparse
-from pathlib import Path
 
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-
-TINY_LM = Path(__file__).parent / "tiny_lm"
 
 
 def runner_config(output_dir: str, log_to_wandb: bool) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
@@ -43,6 +40,8 @@ def runner_config(output_dir: str, log_to_wandb: bool) -> LanguageModelSAERunner
 
 def smoke_config(output_dir: str) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
     """The same run with everything that makes it long made small."""
+    from bundled import TINY_LM  # here: whoever copies this script needs no other file
+
     cfg = runner_config(output_dir, log_to_wandb=False)
     cfg.sae = SampledTopKTrainingSAEConfig(d_in=128, d_sae=512, k=16, pool_factor=5, aux_loss_coefficient=1 / 32)
     cfg.model_name, cfg.dataset_path, cfg.hook_name = str(TINY_LM), str(TINY_LM / "text"), "blocks.2.hook_resid_post"

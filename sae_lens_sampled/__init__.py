@@ -14,6 +14,7 @@ from sae_lens_sampled.hub import HubError, upload_to_hub
 from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.scores import SCORES, register_score
 from sae_lens_sampled.training import SampledTopKTrainingSAE
+from sae_lens_sampled.warm_start import from_batchtopk
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "SampledTopKTrainingSAE",
     "SampledTopKTrainingSAEConfig",
     "calibrate_thresholds",
+    "from_batchtopk",
     "load_checkpoint",
     "register_score",
     "to_jumprelu",

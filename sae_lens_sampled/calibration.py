@@ -11,7 +11,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.export import check_weights, to_jumprelu
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 MIN_TOKENS = 256
@@ -66,9 +66,15 @@ def calibrate_thresholds(
         show_progress: whether to show progress bars.
 
     Raises:
-        ValueError: if there are no activations, fewer than 256 tokens, another width, non-finite rows, or if
-            `target_l0` is not positive or cannot be reached.
+        ValueError: if `sae` is of another kind or has weights that are not finite; if there are fewer than 256 tokens,
+            of another width or not finite; if `target_l0` is not positive or cannot be reached.
     """
+    if not isinstance(sae, SampledTopKTrainingSAE):
+        raise ValueError(  # noqa: TRY004  like every other refusal
+            f"a {type(sae).__name__} cannot be calibrated, because its batches select in another way; "
+            "sae_lens_sampled.from_batchtopk makes a sampled_topk SAE of a BatchTopK, TopK or Matryoshka training SAE."
+        )
+    check_weights(sae)
     if mode not in ("per_latent", "global"):
         raise ValueError(f"mode={mode!r} must be 'per_latent' or 'global'.")
     if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:

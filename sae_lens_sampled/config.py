@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal, get_args
 
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
@@ -13,6 +14,16 @@ from sae_lens_sampled.scores import SCORES
 from sae_lens_sampled.selection import PoolFields, PoolSampling
 
 InferenceThreshold = Literal["per_latent", "global"]
+
+
+FIELD_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("k", (int, float), "a number"),
+    ("pool_factor", (int, float), "a number"),
+    ("score", (str,), "the name of a score"),
+    ("pool_group_size", (int, NoneType), "a whole number of tokens, or None for one pool per batch"),
+    ("pool_seed", (int,), "a whole number"),
+)
+"""What the fields must be; dataclasses do not check it, and most would be found out in the middle of a run."""
 
 
 @dataclass
@@ -94,6 +105,16 @@ def check_pool_fields(cfg: PoolFields) -> None:
     Raises:
         ValueError: naming the field, its value, the reason and the way out.
     """
+    for name in ("pool_group_size", "pool_seed"):
+        value = getattr(cfg, name)
+        if isinstance(value, float) and value.is_integer():
+            setattr(cfg, name, int(value))  # 16.0, as JSON and spreadsheets write it, is 16
+    for name, types, what in FIELD_TYPES:
+        value = getattr(cfg, name)
+        _check(
+            isinstance(value, types) and not isinstance(value, bool),
+            f"{name}={value!r} is a {type(value).__name__}; it must be {what}.",
+        )
     _check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
     _check(
         math.isfinite(cfg.pool_factor) and cfg.pool_factor >= 1,

@@ -1,5 +1,6 @@
 """From a training SAE to the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
-from sae_lens_sampled.thresholds import FORGET
+from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS
 
 if TYPE_CHECKING:
     from sae_lens_sampled.training import SampledTopKTrainingSAE
@@ -27,13 +28,15 @@ def to_jumprelu(
         prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original index of each latent.
 
     Raises:
-        ValueError: if `thresholds` has another shape, or negative or NaN entries; if pruning would leave nothing.
+        ValueError: if weights are not finite; if `thresholds` (or those learnt) are NaN or negative, or have another
+            shape; if pruning would leave nothing.
     """
+    check_weights(sae)
     # Cloned: the state dict shares memory with the live weights, and folding works in place.
     state_dict = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state_dict)
-    if thresholds is not None:
-        state_dict["threshold"] = _checked(thresholds, sae.cfg.d_sae).to(state_dict["threshold"])
+    learnt = state_dict["threshold"]
+    state_dict["threshold"] = _checked(learnt if thresholds is None else thresholds, sae.cfg.d_sae).to(learnt)
     cfg = JumpReLUSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     exported = _build(cfg, state_dict)
     if not sae.cfg.rescale_acts_by_decoder_norm:
@@ -41,13 +44,38 @@ def to_jumprelu(
     return _prune(exported) if prune else exported
 
 
+def check_weights(sae: TrainingSAE) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ValueError: with their number by parameter.
+    """
+    bad = {name: int((~weights.isfinite()).sum()) for name, weights in sae.named_parameters()}
+    counts = [f"{n:,} of {sae.get_parameter(name).numel():,} entries of {name}" for name, n in bad.items() if n]
+    if counts:
+        raise ValueError(
+            f"{', '.join(counts)} are not finite, so this SAE is of no use: its training has diverged. Take an earlier "
+            "checkpoint, or train with a lower learning rate."
+        )
+
+
 def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:
-    """What training has learnt, by the rule of `inference_threshold`, in units of `hidden_pre`."""
+    """What training has learnt, by the rule of `inference_threshold`, in units of `hidden_pre`.
+
+    Before the first step BatchTopK's threshold, as it is: 0, or what was set.
+    """
     n_steps = sae.pool_record.n_steps
+    if n_steps == 0:
+        warnings.warn(
+            "this SAE has taken no training step (of training_forward_pass), so it has learnt no thresholds; all are "
+            f"{sae.topk_threshold.item():g}. calibrate_thresholds(sae, activations) sets them from data.",
+            stacklevel=4,
+        )
+        return sae.topk_threshold.expand(sae.cfg.d_sae)
     if sae.cfg.inference_threshold == "per_latent":
-        return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(FORGET))
+        return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(SILENT_AFTER_STEPS))
     # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
-    correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps.clamp(min=1)
+    correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
     return (sae.topk_threshold / correction).expand(sae.cfg.d_sae)
 
 

@@ -1,11 +1,12 @@
 """The inference architecture `sampled_topk`: the selection of training, batch by batch, without a training SAE."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
@@ -57,6 +58,11 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
         ValueError: if the folder holds no readable checkpoint, or the normalisation it needs is missing.
     """
     folder = Path(folder)
+    if is_export(folder):
+        raise ValueError(
+            f"{str(folder)!r} holds an SAE that was exported for inference, not a training checkpoint; "
+            "sae_lens.SAE.load_from_disk(folder) loads it."
+        )
     try:
         sae = TrainingSAE.load_from_disk(folder, device=device)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
@@ -64,6 +70,15 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         _fold_normalisation(sae, folder)
     return sae
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder's config lacks the fields that only training has."""
+    try:
+        cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # that it is unreadable is for the loader to say
+    return "decoder_init_norm" not in cfg  # every training config of SAELens has it, and no other
 
 
 def _fold_normalisation(sae: TrainingSAE, folder: Path) -> None:

@@ -1,8 +1,15 @@
-"""What activations must be before anything is computed from them; errors say how many are at fault, and where."""
+"""What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
+
+import json
+from pathlib import Path
 
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
+
+LOSS_CHECK_STEPS = 100
+"""Steps between two looks at the loss, where nothing else makes the host wait for it."""
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:
@@ -34,3 +41,36 @@ def check_finite(step_input: TrainStepInput) -> int:
             "the language model (float16?) or exclude the tokens at fault."
         )
     return n_dead
+
+
+def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
+    """Refuse to go on with a loss that is not finite, at steps that log and at every `LOSS_CHECK_STEPS`-th.
+
+    Raises:
+        ValueError: with the step.
+    """
+    n_steps = step_input.n_training_steps + 1
+    if (step_input.is_logging_step or n_steps % LOSS_CHECK_STEPS == 0) and not loss.isfinite():
+        raise ValueError(
+            f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged, and the "
+            "weights are of no use from here on. Lower the learning rate, and go on from an earlier checkpoint."
+        )
+
+
+def check_architecture(sae: TrainingSAE, folder: str | Path) -> None:
+    """Refuse the checkpoint of another architecture; a config that cannot be read is left to the loader.
+
+    Raises:
+        ValueError: with both architectures, and how to start from such a checkpoint.
+    """
+    try:
+        cfg = json.loads((Path(folder) / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    theirs, ours = cfg.get("architecture"), sae.cfg.architecture()
+    if theirs != ours:
+        raise ValueError(
+            f"{str(folder)!r} holds a {theirs!r} SAE, which cannot be resumed as {ours!r}; an SAE exported for "
+            "inference cannot be trained further, and from a TopK, BatchTopK or Matryoshka training checkpoint "
+            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run."
+        )

@@ -19,12 +19,12 @@ from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import learnt_thresholds, to_jumprelu
-from sae_lens_sampled.input_checks import check_finite, check_shape
+from sae_lens_sampled.input_checks import check_architecture, check_finite, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.selection import sampled_topk
 from sae_lens_sampled.sparse_codes import Weights, as_coo
-from sae_lens_sampled.thresholds import FORGET, RateMatcher, StepCounts, count_dense
+from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS, RateMatcher, StepCounts, count_dense
 
 STEP_METHODS = ("encode", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
 """Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
@@ -35,8 +35,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     For activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ of B tokens (times the decoder norms, if these rescale):
     score every latent over the batch, keep the best `k * pool_factor` as candidates, keep the `int(k * B)` largest
-    entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK, bit for
-    bit: the same code runs.
+    entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK; with
+    `step="dense"` bit for bit, since the same code runs.
 
     Like BatchTopK, `encode` selects over all rows that it is given, so a token's code depends on its batch.
     """
@@ -73,26 +73,26 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         """One forward pass, which also updates the threshold and the pool record.
 
         Raises:
-            ValueError: if `sae_in` is empty, has another width or non-finite rows; nothing has been changed then.
+            ValueError: if `sae_in` is empty, has another width or non-finite rows, before anything is changed; if the
+                loss is not finite at a step that logs.
         """
         n_dead = check_finite(step_input)
         output = self._kept_forward_pass(step_input, n_dead)
         if output is None:
             # Past BatchTopK's own version, which would look for the smallest kept entry once more.
             output = super(BatchTopKTrainingSAE, self).training_forward_pass(step_input)
-            acts, hidden_pre = (
-                a.detach().reshape(-1, self.cfg.d_sae) for a in (output.feature_acts, output.hidden_pre)
-            )
+            matrices = (output.feature_acts, output.hidden_pre)
+            acts, hidden_pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in matrices)
             self._record(count_dense(acts, hidden_pre, self.latent_threshold), self._pool, len(acts))
+            self._pool = None
+        check_loss(output.loss, step_input)
         output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
         output.metrics.update({name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()})
         return output
 
     def _choose_path(self, sae_in: Tensor) -> StepPath:
-        own_step = any(
-            getattr(getattr(self, name), "__func__", None) is not getattr(SampledTopKTrainingSAE, name)
-            for name in STEP_METHODS
-        )
+        ours = SampledTopKTrainingSAE
+        own_step = any(getattr(getattr(self, m), "__func__", None) is not getattr(ours, m) for m in STEP_METHODS)
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
         n_tokens = math.prod(sae_in.shape) // self.cfg.d_in
         path = choose_path(self.cfg, "dense" if own_step or hooked else self.cfg.step, n_tokens, sae_in.device)
@@ -126,9 +126,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         sae_out = self.reshape_fn_out(sae_out, self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()}
         residual = (sae_in - sae_out).detach().reshape(x.shape)
-        losses["auxiliary_reconstruction_loss"] = auxiliary_loss(
-            step.dead_reconstruction, residual, n_dead, width, cfg.aux_loss_coefficient
-        )
+        auxiliary = auxiliary_loss(step.dead_reconstruction, residual, n_dead, width, cfg.aux_loss_coefficient)
+        losses["auxiliary_reconstruction_loss"] = auxiliary
         self._record(step.counts, step.pool, len(x))
         feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
         return TrainStepOutput(
@@ -136,16 +135,14 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             sae_out=sae_out,
             feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
             hidden_pre=x.new_empty(0),  # nothing of the host reads it
-            loss=losses["mse_loss"] + losses["auxiliary_reconstruction_loss"],
+            loss=losses["mse_loss"] + auxiliary,
             losses=losses,
         )
 
     def select(self, x: Tensor, draw: int) -> Tensor:
-        """Feature activations as training selects them from `x`, shape (..., d_sae); nothing is recorded.
+        """Feature activations, shape (..., d_sae), as training selects them from `x`, all of it one batch.
 
-        Args:
-            x: activations, all of them one batch.
-            draw: number of the random draw of a sampled pool; `encode` always takes draw 0.
+        Nothing is recorded. `draw` is the number of the random draw of a sampled pool; `encode` always takes draw 0.
         """
         return self._encode(x, torch.full_like(self.pool_record.n_steps, draw))[0]
 
@@ -195,11 +192,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """Weights and all buffers of a training checkpoint, into this SAE.
-
-        Raises:
-            ValueError: if the file is missing, truncated, or of another architecture or size.
-        """
+        """Weights and buffers of a checkpoint; ValueError if it is missing, truncated, or of another kind or size."""
+        check_architecture(self, checkpoint_path)
         try:
             super().load_weights_from_checkpoint(checkpoint_path)
         except (SafetensorError, FileNotFoundError) as error:
@@ -229,8 +223,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         smallest, lr = counts.smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest  # SAELens' rule, without waiting for the device
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
-        self.pool_record.update(counts.n_selected, counts.smallest, pool)
-        recently_pooled = self.pool_record.pooled_within(FORGET)
-        n_before = self.pool_record.n_steps - 1
-        self.rate_matcher.update(counts, recently_pooled, self.pool_record.cutoff, n_tokens, n_before)
-        self._pool = None
+        record = self.pool_record
+        record.update(counts.n_selected, counts.smallest, pool)
+        self.rate_matcher.update(
+            counts, record.pooled_within(SILENT_AFTER_STEPS), record.cutoff, n_tokens, record.n_steps - 1
+        )

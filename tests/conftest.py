@@ -1,5 +1,6 @@
 import json
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, which are no packages
 
 # Shapes and types are checked at run time in the modules of pure functions; int passes for float, as in Python. Not by
 # jaxtyping's pytest option, which takes a single module if the checker has arguments.
@@ -44,9 +48,9 @@ def unchecked_types():
 @pytest.fixture(scope="session")
 def tiny_lm() -> Path:
     """The bundled language model, in Hugging Face format, with `text/` beside it."""
-    from sae_lens_sampled.bundled import BUNDLED_MODEL
+    from bundled import TINY_LM
 
-    return BUNDLED_MODEL
+    return TINY_LM
 
 
 @pytest.fixture

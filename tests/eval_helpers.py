@@ -19,10 +19,9 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from torch import Tensor
 
+from bundled import EXAMPLES, TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.bundled import BUNDLED_MODEL, EXAMPLES
 
-TINY_LM = BUNDLED_MODEL
 HOOK = "blocks.2.hook_resid_post"
 D_IN, D_SAE, K = 128, 160, 8
 KINDS = {

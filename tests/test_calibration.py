@@ -1,7 +1,7 @@
 import oracles
 import pytest
 import torch
-from helpers import D_IN, D_SAE, activations, sampled_sae, train
+from helpers import D_IN, D_SAE, activations, batchtopk_sae, sampled_sae, train
 
 import sae_lens_sampled.calibration
 from sae_lens_sampled import calibrate_thresholds, to_jumprelu
@@ -177,3 +177,9 @@ def test_l0_on_held_out_tokens_is_that_of_the_selection_after_a_million_tokens(f
     held_out = activations(100, 2000, seed=2)
     selected = torch.stack([(sae.select(batch, draw=i) > 0).sum() for i, batch in enumerate(held_out)]).sum()
     assert (exported.encode(held_out) > 0).sum() / selected == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_sae_of_another_kind_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"^a BatchTopKTrainingSAE cannot be calibrated.*from_batchtopk"):
+        calibrate_thresholds(batchtopk_sae(), activations(300))

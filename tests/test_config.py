@@ -23,6 +23,13 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"pool_sampling": "random"}, "pool_sampling='random' must be one of top, proportional."),
         ({"pool_group_size": 0}, "pool_group_size=0 must be at least 1 token, or None for one pool per batch."),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' does not work with SAELens'"),
+        ({"pool_group_size": 16.5}, "pool_group_size=16.5 is a float; it must be a whole number of tokens, or None"),
+        ({"pool_group_size": "16"}, "pool_group_size='16' is a str; it must be a whole number of tokens"),
+        ({"pool_group_size": True}, "pool_group_size=True is a bool; it must be a whole number of tokens"),
+        ({"pool_factor": "four"}, "pool_factor='four' is a str; it must be a number."),
+        ({"k": "8"}, "k='8' is a str; it must be a number."),
+        ({"pool_seed": 0.5}, "pool_seed=0.5 is a float; it must be a whole number."),
+        ({"score": None}, "score=None is a NoneType; it must be the name of a score."),
     ],
 )
 def test_impossible_field_is_refused(fields, message):
@@ -70,3 +77,9 @@ def test_nothing_the_user_gave_is_edited():
     given = {"k": 2.5, "pool_factor": 99.0, "pool_group_size": 3, "d_sae": 30}
     cfg = config(**given)
     assert {name: getattr(cfg, name) for name in given} == given
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    cfg = config(pool_group_size=16.0, pool_seed=3.0)
+    assert (cfg.pool_group_size, cfg.pool_seed) == (16, 3)
+    assert isinstance(cfg.pool_group_size, int)

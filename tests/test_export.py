@@ -10,7 +10,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, load_checkpoint, to_jumprelu
+from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
 
 LOAD_AND_ENCODE = """
 import sys, torch
@@ -227,3 +227,39 @@ def test_folder_without_a_checkpoint_is_told_in_one_sentence(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("parameter", ["W_enc", "b_dec"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_exported(parameter, bad, tmp_path):
+    sae = sampled_sae()
+    train(sae, 2)
+    weights = getattr(sae, parameter)
+    weights.data.flatten()[:3] = bad
+    message = rf"^3 of {weights.numel()} entries of {parameter} are not finite, so this SAE is of no use"
+    with pytest.raises(ValueError, match=message):
+        to_jumprelu(sae)
+    with pytest.raises(ValueError, match=message):
+        sae.save_inference_model(tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    with pytest.raises(ValueError, match=message):
+        calibrate_thresholds(sae, activations(300), show_progress=False)
+
+
+def test_learnt_thresholds_that_are_nan_are_not_exported():
+    sae = sampled_sae()
+    train(sae, 2)
+    sae.rate_matcher.threshold.fill_(torch.nan)
+    with pytest.raises(ValueError, match=rf"^\d+ of {D_SAE} thresholds are negative or NaN"):
+        to_jumprelu(sae)
+
+
+@pytest.mark.parametrize("inference_threshold", ["per_latent", "global"])
+def test_an_sae_that_took_no_step_says_so_and_fires(inference_threshold):
+    sae = sampled_sae(inference_threshold=inference_threshold)
+    with pytest.warns(UserWarning, match="has taken no training step.*all are 0.*calibrate_thresholds"):
+        exported = to_jumprelu(sae)
+    assert (exported.encode(activations(30)) > 0).any()
+    sae.topk_threshold.fill_(0.5)  # set, not learnt: no mean whose start has to be corrected
+    with pytest.warns(UserWarning, match="all are 0.5"):
+        assert to_jumprelu(sae).threshold.tolist() == [0.5] * D_SAE

@@ -22,6 +22,7 @@ import sae_bench
 import sae_bench.evals.core.main as core
 from eval_helpers import (
     ALL,
+    EXAMPLES,
     GIVEN,
     PROBING,
     SMALL,
@@ -77,7 +78,7 @@ from pathlib import Path
 from unittest import mock
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.saebench import run_evals
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders_of_helpers!r}
 from eval_helpers import PROBING, SMALL, TINY_LM
 run_evals([Path(path) for path in {folders!r}], ["core", "sparse_probing"], TINY_LM, {output!r}, text=TINY_LM / "text",
           probing_datasets=[PROBING], overrides={{name: SMALL[name] for name in ("core", "sparse_probing")}})
@@ -90,7 +91,9 @@ def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
         sae.save_model(tmp_path / name)
         folders.append(str(tmp_path / name))
     output = tmp_path / "out"
-    script = KILLED.format(tests=str(Path(__file__).parent), folders=folders, output=str(output))
+    script = KILLED.format(
+        folders_of_helpers=[str(Path(__file__).parent), str(EXAMPLES)], folders=folders, output=str(output)
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(output.glob("eval_results/core/*.json")) and process.poll() is None:
         time.sleep(0.02)

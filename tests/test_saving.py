@@ -8,7 +8,7 @@ from sae_lens import SAE, JumpReLUSAE
 from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file
 
-from sae_lens_sampled import SampledTopKTrainingSAE
+from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
 
 
 def trained(**fields):
@@ -148,6 +148,11 @@ def test_missing_checkpoint_is_told_in_one_sentence(tmp_path):
 def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
     batchtopk_sae().save_model(tmp_path)
     with pytest.raises(
+        ValueError, match=r"holds a 'batchtopk' SAE, which cannot be resumed as 'sampled_topk'; .*from_b"
+    ):
+        trained().load_weights_from_checkpoint(tmp_path)
+    (tmp_path / "cfg.json").unlink()
+    with pytest.raises(
         ValueError, match=r"not a checkpoint of such a sampled_topk SAE: 'topk_threshold' is of 1 bytes"
     ):
         trained().load_weights_from_checkpoint(tmp_path)
@@ -162,7 +167,7 @@ def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
 def test_exported_sae_as_a_checkpoint_is_told_in_one_sentence(tmp_path):
     sae = trained()
     sae.save_inference_model(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"'topk_threshold' is missing.*exported for inference cannot be trained further"
-    ):
+    with pytest.raises(ValueError, match=r"holds a 'jumprelu' SAE.*exported for inference cannot be trained further"):
         sae.load_weights_from_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"exported for inference, not a training checkpoint; sae_lens\.SAE\.load"):
+        load_checkpoint(tmp_path)

@@ -1,13 +1,13 @@
 """The study in eval/: its plan, and that what it computes does not depend on when it was stopped."""
 
-import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +16,14 @@ import torch
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-EVAL = Path(__file__).parent.parent / "eval"
-sys.path.insert(0, str(EVAL))
+import pandas as pd
 
-from sae_lens_sampled import load_checkpoint  # noqa: E402
-from sae_lens_sampled.selection import count_candidates  # noqa: E402
-from studies.configs import PYTHIA, TINY, smoke  # noqa: E402
-from studies.costs import format_plan  # noqa: E402
-from studies.dictionaries import overlap  # noqa: E402
-from studies.evaluation import batches_of_training, halves, in_training  # noqa: E402
-from studies.plan import (  # noqa: E402
+from sae_lens_sampled import load_checkpoint
+from study.configs import PYTHIA, TINY, smoke
+from study.costs import format_plan, products_of
+from study.dictionaries import overlap
+from study.evaluation import batches_of_training, halves, in_training
+from study.plan import (
     Unit,
     arms,
     compared,
@@ -35,12 +33,14 @@ from studies.plan import (  # noqa: E402
     synthetic_units,
     units,
 )
-from studies.storage import Storage  # noqa: E402
-from studies.summary import Summary, estimate_over_pairs, shown  # noqa: E402
-from studies.training import train  # noqa: E402
+from study.report import render_page
+from study.storage import Storage
+from study.summary import Summary, estimate_over_pairs, shown
+from study.training import train
 
+EVAL = Path(__file__).parent.parent / "eval"
 SMOKE = smoke(TINY)
-COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study.py"), "--config", "tiny", "--smoke", "--arms"]
+COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study" / "run.py"), "--config", "tiny", "--smoke", "--arms"]
 ARMS = ["batchtopk", "pool_5", "pool_5_global"]
 N_KILLS = int(os.environ.get("STUDY_KILLS", "2"))
 """`STUDY_KILLS=10 pytest tests/test_study.py -k killed` takes some minutes."""
@@ -50,17 +50,17 @@ def storage(folder, study=SMOKE):
     return Storage(study, folder / "results", folder / "work")
 
 
-def unit(name, seed=0, study=SMOKE):
+def unit_of(name, seed=0, study=SMOKE):
     return Unit({arm.name: arm for arm in arms(study)}[name], seed)
 
 
 @pytest.mark.parametrize("study", [TINY, PYTHIA, smoke(PYTHIA)], ids=lambda study: study.name)
 def test_every_export_has_an_sae_that_is_trained_once(study):
-    trained = [one.name for run in runs(study) for one in run]
+    trained = [unit.name for run in runs(study) for unit in run]
     assert len(trained) == len(set(trained))
-    assert {one.trained for one in units(study)} == set(trained)
-    assert len({one.name for one in units(study)}) == len(units(study))
-    assert all(len({(one.seed, one.arm.shuffled) for one in run}) == 1 for run in runs(study))
+    assert {unit.trained for unit in units(study)} == set(trained)
+    assert len({unit.name for unit in units(study)}) == len(units(study))
+    assert all(len({(unit.seed, unit.arm.shuffled) for unit in run}) == 1 for run in runs(study))
 
 
 def test_the_smoke_run_has_the_plan_of_the_study_it_stands_for():
@@ -82,39 +82,96 @@ def test_the_dry_run_says_what_it_would_take():
     assert "GPU hours" in text
 
 
+def test_costs_count_the_products_of_the_way_a_step_takes():
+    def products(study, name):
+        return products_of(study, unit_of(name, study=study))
+
+    assert products(PYTHIA, "batchtopk") == products(PYTHIA, "pool_5_groups_16") == 5  # dense on a GPU
+    assert products(PYTHIA, "pool_5") == pytest.approx(1 + 5 * 320 / 16_384)
+    assert products(PYTHIA, "narrow_5") == pytest.approx(5 * 320 / 16_384)
+
+
 def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
     together, alone = storage(tmp_path / "together"), storage(tmp_path / "alone")
-    train(together, [unit("batchtopk"), unit("pool_5"), unit("pool_all")])
-    train(alone, [unit("pool_5")])
-    weights = [(one.sae(unit("pool_5")) / "sae_weights.safetensors").read_bytes() for one in (together, alone)]
+    train(together, [unit_of("batchtopk"), unit_of("pool_5"), unit_of("pool_all")])
+    train(alone, [unit_of("pool_5")])
+    files = [study.sae(unit_of("pool_5")) / "sae_weights.safetensors" for study in (together, alone)]
+    weights = [file.read_bytes() for file in files]
     assert weights[0] == weights[1]
 
 
 def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
-    one = storage(tmp_path)
-    train(one, [unit("batchtopk"), unit("topk"), unit("pool_all")])
-    saes = [load_checkpoint(one.sae(unit(name))) for name in ("batchtopk", "pool_all", "topk")]
+    study = storage(tmp_path)
+    train(study, [unit_of("batchtopk"), unit_of("topk"), unit_of("pool_all")])
+    saes = [load_checkpoint(study.sae(unit_of(name))) for name in ("batchtopk", "pool_all", "topk")]
     torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=0, atol=0)
     assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
-    one, other = storage(tmp_path), storage(tmp_path, replace(SMOKE, lr=1e-4))
-    one.save(one.on_model(unit("topk")), {"metrics": {}})
-    assert one.is_done(one.on_model(unit("topk")))
-    with pytest.raises(ValueError, match="other settings; move the folder away"):
-        other.is_done(one.on_model(unit("topk")))
+    mine, other = storage(tmp_path).evaluations, storage(tmp_path, replace(SMOKE, lr=1e-4)).evaluations
+    mine.append({"arm": "topk", "seed": 0, "metrics": {}})
+    before = mine.file.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(lr\); move the folder away"):
+        other.load()
+    with pytest.raises(ValueError, match=r"other settings \(lr\); move the folder away"):
+        other.append({"arm": "topk", "seed": 1, "metrics": {}})
+    assert mine.file.read_bytes() == before
     more = storage(tmp_path, replace(SMOKE, n_seeds=7, device="cuda"))  # another portion of the same study
-    assert more.is_done(one.on_model(unit("topk")))
+    assert list(more.evaluations.load()) == [("topk", 0)]
+    assert storage(tmp_path, replace(SMOKE, lr=1e-4)).synthetic.load() == {}  # of which the rate is no setting
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 30])
+def test_a_torn_last_line_is_ignored_and_replaced(tmp_path, n_bytes):
+    table = storage(tmp_path).evaluations
+    results = [{"arm": "topk", "seed": seed, "metrics": {"fvu": 0.1 + seed}} for seed in range(3)]
+    for result in results[:2]:
+        table.append(result)
+    whole = table.file.read_bytes()
+    line = whole.splitlines(keepends=True)[1]
+    table.file.write_bytes(whole + line.replace(b'"seed": 1', b'"seed": 2')[:n_bytes])  # killed while writing it
+    assert table.load() == {("topk", seed): results[seed] for seed in range(2)}
+    table.append(results[2])
+    assert table.load() == {("topk", seed): results[seed] for seed in range(3)}
+    assert table.file.read_bytes().startswith(whole)
+    assert len(pd.read_json(table.file, lines=True)) == 3
+
+
+def test_processes_that_add_results_at_the_same_time_lose_none(tmp_path):
+    table = storage(tmp_path).evaluations
+    results = [{"arm": "topk", "seed": seed, "metrics": {"text": "x" * 10_000}} for seed in range(40)]
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(table.append, results))
+    assert sorted(table.load()) == [("topk", seed) for seed in range(40)]
+    assert all(result in results for result in table.load().values())
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare", "synthetic"])
+def test_committed_results_have_a_row_for_each_unit_of_the_plan(name):
+    study = Storage(TINY, EVAL / "results" / "study_tiny", Path("not_needed"))
+    planned = {
+        "evaluate": (study.evaluations, [unit.key for unit in units(TINY)]),
+        "synthetic": (study.synthetic, [unit.key for unit in synthetic_units(TINY)]),
+        "compare": (study.comparisons, [(arm.name, other.name) for arm, other in compared(TINY)]),
+    }
+    table, keys = planned[name]
+    frame = pd.read_json(table.file, lines=True)
+    assert list(table.load()) == list(frame[list(table.key_fields)].itertuples(index=False, name=None)) == keys
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    study = Storage(TINY, EVAL / "results" / "study_tiny", Path("not_needed"))
+    assert render_page(study, EVAL) == (EVAL / "RESULTS.md").read_text()
 
 
 def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
-    one = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
-    for name, values in {"batchtopk": [0.1, 0.2, 0.6], "pool_5": [0.2, 0.4]}.items():
+    study = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
+    for arm, values in {"batchtopk": [0.1, 0.2, 0.6], "pool_5": [0.2, 0.4]}.items():
         for seed, value in enumerate(values):
             result = {"metrics": {"fvu": value}, "pools": {"starved_share": 0.25}, "thresholds": {"global": {"l0": 8}}}
-            one.save(one.on_model(unit(name, seed)), result)
-    summary = Summary(one)
+            study.evaluations.append({"arm": arm, "seed": seed, **result})
+    summary = Summary(study)
     assert shown(summary.mean("batchtopk", "fvu"), "fvu") == "0.300 ± 0.153"  # std 0.2646 over the root of 3
     assert shown(summary.difference("pool_5", "batchtopk", "fvu"), "fvu", signed=True) == "+0.150 ± 0.050"
     assert shown(summary.mean("pool_5", "starved_share")) == "0.250 ± 0.000"
@@ -124,16 +181,15 @@ def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
 
 def test_the_error_over_pairs_leaves_out_a_seed_with_all_its_pairs():
     # Without seed 0, 1 and 2 the means are 0.6, 0.2 and 0.1: squares 0.09 + 0.01 + 0.04, times 2/3, the root is 0.3055.
-    found = estimate_over_pairs({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
-    assert (found.mean, found.error, found.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)
+    estimate = estimate_over_pairs({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
+    assert (estimate.mean, estimate.error, estimate.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)
     assert estimate_over_pairs({(0, 1): 0.1, (1, 0): 0.3}).error is None
 
 
 def test_dictionaries_too_large_to_be_matched_leave_a_dash(tmp_path):
-    one = storage(tmp_path)
-    arm = unit("topk").arm
-    one.save(one.comparison(arm, arm), {"pairs": [{"matched": None, "seeds": [0, 1]}]})
-    assert shown(Summary(one).similarity("topk", "topk", "matched")) == "-"
+    study = storage(tmp_path)
+    study.comparisons.append({"arm": "topk", "other_arm": "topk", "pairs": [{"matched": None, "seeds": [0, 1]}]})
+    assert shown(Summary(study).similarity("topk", "topk", "matched")) == "-"
 
 
 def test_the_overlap_of_two_sets_pairs_as_many_as_it_can():
@@ -150,23 +206,25 @@ def test_the_control_of_a_frozen_pool_is_batchtopk_of_its_size():
     for factor in (3, 5):
         sampled = sae_config(TINY, by_name[f"pool_{factor}"], 0)
         narrow = sae_config(TINY, by_name[f"narrow_{factor}"], 0)
-        assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", count_candidates(16, sampled.pool_factor, 1024))
+        assert (narrow.architecture(), narrow.d_sae) == ("batchtopk", 16 * factor)
+        assert sampled.n_candidates == narrow.d_sae
         assert synthetic_config(TINY, by_name[f"narrow_{factor}"], 0).d_sae == 5 * factor
 
 
 def test_sampled_pools_are_drawn_for_every_batch_that_is_judged(tmp_path):
-    one = storage(tmp_path)
-    some = [unit("batchtopk"), unit("uniform_groups_16")]
-    train(one, some)
+    study = storage(tmp_path)
+    dense, sampled = unit_of("batchtopk"), unit_of("uniform_groups_16")
+    train(study, [dense, sampled])
+    saes = {unit: load_checkpoint(study.sae(unit)) for unit in (dense, sampled)}
     x = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
-    dense, sampled = (in_training(one, each, x) for each in some)
-    assert dense["l0_in_training"] == 8
-    sae = load_checkpoint(one.sae(some[1]))
-    parts = batches_of_training(SMOKE, some[1].arm, x)
-    assert sorted(torch.cat(parts).sum(dim=1).tolist()) == sorted(x.sum(dim=1).tolist())
-    residuals = [part - sae.decode(sae.select(part, draw=i)) for i, part in enumerate(parts)]
+    measured = {unit: in_training(SMOKE, unit.arm, sae, x) for unit, sae in saes.items()}
+    assert measured[dense]["l0_in_training"] == 8
+    sae = saes[sampled]
+    batches = batches_of_training(SMOKE, sampled.arm, x)
+    assert sorted(torch.cat(batches).sum(dim=1).tolist()) == sorted(x.sum(dim=1).tolist())
+    residuals = [batch - sae.decode(sae.select(batch, draw=i)) for i, batch in enumerate(batches)]
     fvu = sum(r.square().sum() for r in residuals) / (x - x.mean(dim=0)).square().sum()
-    assert sampled["fvu_in_training"] == pytest.approx(fvu.item(), rel=1e-4)
+    assert measured[sampled]["fvu_in_training"] == pytest.approx(fvu.item(), rel=1e-4)
 
 
 def test_the_halves_of_a_text_take_turns():
@@ -178,12 +236,13 @@ def test_the_halves_of_a_text_take_turns():
 
 
 def test_saes_of_other_settings_are_not_taken_for_these(tmp_path):
-    assert storage(tmp_path).sae(unit("topk")) != storage(tmp_path, replace(SMOKE, lr=1e-4)).sae(unit("topk"))
-    assert storage(tmp_path).sae(unit("topk")) == storage(tmp_path, replace(SMOKE, n_seeds=9)).sae(unit("topk"))
+    assert storage(tmp_path).sae(unit_of("topk")) != storage(tmp_path, replace(SMOKE, lr=1e-4)).sae(unit_of("topk"))
+    assert storage(tmp_path).sae(unit_of("topk")) == storage(tmp_path, replace(SMOKE, n_seeds=9)).sae(unit_of("topk"))
 
 
 def results_of(folder):
-    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+    """Lines of each table, in any order: a run that goes on does what is missing in portions of its own."""
+    return {file.name: sorted(file.read_text().splitlines()) for file in folder.glob("*.jsonl")}
 
 
 def run_study(folder, kill_after=math.inf):
@@ -213,7 +272,12 @@ def test_a_study_that_was_killed_ends_with_the_same_results(tmp_path):
         assert undisturbed.result()
     want, got = results_of(whole / "results"), results_of(killed / "results")
     assert want == got
-    kinds = {Path(name).parent.name for name in want}
-    assert kinds == {"language_model", "synthetic", "dictionaries"}
-    assert "pool 5, one pool" in (whole / "results" / "RESULTS.md").read_text()
+    assert {name: len(lines) for name, lines in want.items()} == {
+        "evaluate.jsonl": 6,  # three arms, two seeds
+        "synthetic.jsonl": 4,  # no exports of their own
+        "compare.jsonl": 3,  # two arms that train
+    }
+    pages = [(folder / "results" / "RESULTS.md").read_text() for folder in (whole, killed)]
+    assert pages[0] == pages[1]
+    assert "pool 5, one pool" in pages[0]
     assert (whole / "results" / "similarity.png").exists()

@@ -25,8 +25,8 @@ def test_model_is_small_and_predicts_held_out_text_better_than_ngrams(tiny_lm):
 
 
 def test_enough_first_letters_are_readable_for_absorption(tiny_lm):
-    found = json.loads((tiny_lm / "first_letters.json").read_text())
-    readable = {layer: sum(f1 > 0.6 for f1 in letters.values()) for layer, letters in found.items()}
+    letters_by_layer = json.loads((tiny_lm / "first_letters.json").read_text())
+    readable = {layer: sum(f1 > 0.6 for f1 in letters.values()) for layer, letters in letters_by_layer.items()}
     assert readable["layer_2"] >= 10, readable
 
 

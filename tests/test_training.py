@@ -230,3 +230,15 @@ def test_compiled_step_equals_the_plain_one(fields):
         torch.testing.assert_close(gradients(compiled, got), gradients(plain, want))
         assert got.metrics["pool_churn"]() == want.metrics["pool_churn"]()
     assert plain.pool_statistics() == pytest.approx(compiled.pool_statistics())
+
+
+@pytest.mark.parametrize(("step", "logs", "says"), [(98, False, False), (99, False, True), (7, True, True)])
+def test_a_loss_that_is_not_finite_is_said_at_steps_that_log_and_at_every_hundredth(step, logs, says):
+    sae, given = sampled_sae(), step_input(activations(20), step=step)
+    given.is_logging_step = logs
+    sae.b_dec.data[0] = torch.nan
+    if not says:
+        assert sae.training_forward_pass(given).loss.isnan()
+        return
+    with pytest.raises(ValueError, match=rf"^the loss is nan at training step {step}: training has diverged"):
+        sae.training_forward_pass(given)

@@ -34,7 +34,7 @@ Measured on {n_held_out} novels that were held out whole, {held_out_tokens:,} to
 | this model | {model:.3f} | {model_ppl:.0f} |
 
 Held out: {held_out_files}.
-`text/` carries passages of these as JSON lines (`train` to train SAEs on, `validation` from another novel).
+`text/` holds passages of these as JSON lines (`train` to train SAEs on, `validation` from another novel).
 {first_letters}"""
 
 FIRST_LETTERS = """
@@ -72,12 +72,12 @@ def write_card(folder: Path) -> None:
 def _first_letters(file: Path) -> str:
     if not file.exists():
         return ""
-    found = json.loads(file.read_text())
-    letters = list(next(iter(found.values())))
+    f1_by_layer = json.loads(file.read_text())
+    letters = list(next(iter(f1_by_layer.values())))
     rows = [
         f"| {layer.removeprefix('layer_')} | {sum(value > 0.6 for value in f1.values())} | "
         + " | ".join(f"{value:.2f}" for value in f1.values())
         + " |"
-        for layer, f1 in found.items()
+        for layer, f1 in f1_by_layer.items()
     ]
     return FIRST_LETTERS.format(letters=" | ".join(letters), rule="---|" * len(letters), rows="\n".join(rows))

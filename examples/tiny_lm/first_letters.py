@@ -40,10 +40,12 @@ def main() -> None:
     model = TransformerBridge.boot_transformers(str(args.model), device="cpu")
     model.cfg.model_name = args.model.name  # names the folder that the probes are stored in
     with TemporaryDirectory() as probes:
-        found = {f"layer_{layer}": f1_per_letter(model, layer, Path(probes)) for layer in range(model.cfg.n_layers)}
-    (args.model / "first_letters.json").write_text(json.dumps(found, indent=1) + "\n")
+        f1_by_layer = {
+            f"layer_{layer}": f1_per_letter(model, layer, Path(probes)) for layer in range(model.cfg.n_layers)
+        }
+    (args.model / "first_letters.json").write_text(json.dumps(f1_by_layer, indent=1) + "\n")
     write_card(args.model)
-    for layer, f1 in found.items():
+    for layer, f1 in f1_by_layer.items():
         print(f"{layer}: {sum(value > 0.6 for value in f1.values())} letters above 0.6: {f1}")
 
 

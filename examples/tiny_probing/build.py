@@ -101,7 +101,7 @@ def passages(novel: str) -> Iterator[str]:
 
 
 def second_half(novel: str) -> str:
-    """Behind the passages of the held-out novels that are bundled with the language model."""
+    """The part of a novel that no passage in the bundled language model's folder is from."""
     return novel[len(novel) // 2 :]
 
 

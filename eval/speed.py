@@ -1,0 +1,98 @@
+"""Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
+
+Run it after `bench_training_step.py` and `bench_end_to_end.py`: `python eval/speed.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+from tabulate import tabulate
+
+EVAL = Path(__file__).parent
+BASE = "SAELens BatchTopK"
+Row = dict[str, Any]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each side of each row, times beside SAELens' BatchTopK of the same row."""
+    lines = []
+    for row in rows:
+        case, base = row["case"], row["step_ms"][BASE]
+        state = "after 200 steps" if case["trained"] else "at initialisation"
+        for side, milliseconds in row["step_ms"].items():
+            scan, memory = row["scans"].get(side, {}), row.get("memory_mib", {}).get(side)
+            lines.append(
+                {
+                    "": state,
+                    "dead": f"{case['dead']:.0%}",
+                    "side": side,
+                    "step": f"{milliseconds:,.0f} ms",
+                    "BatchTopK over it": f"{base / milliseconds:.1f}x",
+                    "memory": "" if memory is None else f"{memory:,.0f} MiB",
+                    "extracted per kept": f"{scan['extracted_per_kept']:.1f}" if scan.get("path") == "kept" else "",
+                }
+            )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def crossing_table(rows: list[Row], what: str) -> str:
+    """Markdown: the ways of doing a step beside each other, over what is varied."""
+    lines = []
+    for row in rows:
+        ways = {side.rstrip(")").rpartition("(")[2]: ms for side, ms in row["step_ms"].items() if side != "product"}
+        factor = next(iter(row["step_ms"])).partition(", factor ")[2].partition(" ")[0]
+        lines.append({what: factor or row["case"][what], **{way: f"{ms:.1f} ms" for way, ms in ways.items()}})
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Time of a step against d_sae, both axes logarithmic."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    widths = [row["case"]["d_sae"] for row in rows]
+    for side in rows[0]["step_ms"]:
+        style = {"color": "0.6", "linestyle": "--"} if side == "product" else {"marker": "o"}
+        label = "bare encoder product" if side == "product" else side
+        axes.plot(widths, [row["step_ms"][side] for row in rows], label=label, **style)
+    axes.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="training step, ms")
+    axes.set_xticks(widths, [f"{width // 1024}k" for width in widths])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
+    """The page, from the JSON of `bench_training_step.py` and of `bench_end_to_end.py`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(EVAL / "templates"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+
+    def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
+        """BatchTopK's time over that of a side."""
+        [row] = [
+            row
+            for row in steps["sections"][section]
+            if row["case"]["dead"] == dead and row["case"]["trained"] == trained
+        ]
+        return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
+
+    return environment.get_template("SPEED.md").render(
+        steps=steps, runs=runs, sections=steps["sections"], table=table, crossing_table=crossing_table, times=times
+    )
+
+
+def main() -> None:
+    steps, runs = (
+        json.loads((EVAL / "results" / f"{name}.json").read_text())
+        for name in ("bench_training_step", "bench_end_to_end")
+    )
+    (EVAL / "SPEED.md").write_text(render(steps, runs))
+    draw(steps["sections"]["d_sae"], EVAL / "results" / "bench_training_step.png")
+
+
+if __name__ == "__main__":
+    main()

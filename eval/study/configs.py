@@ -1,0 +1,226 @@
+"""The settings of the studies: everything that their numbers depend on."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sae_lens.synthetic import (
+    HierarchyConfig,
+    LowRankCorrelationConfig,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+)
+
+from bundled import EXAMPLES, HELD_OUT_TEXT, PROBING_DATASETS, TINY_LM
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Data with known features, of the kind of SynthSAEBench (arXiv 2602.14687) at a smaller scale."""
+
+    data: SyntheticModelConfig = field(
+        default_factory=lambda: SyntheticModelConfig(
+            num_features=512,
+            hidden_dim=96,
+            firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=1e-2),
+            hierarchy=HierarchyConfig(
+                total_root_nodes=16, branching_factor=4, max_depth=2, mutually_exclusive_portion=1.0
+            ),
+            correlation=LowRankCorrelationConfig(rank=8),
+            std_firing_magnitudes=0.5,
+            mean_firing_magnitudes=4.0,
+            seed=0,
+        )
+    )
+    """The features, as SAELens describes them."""
+    d_sae: int = 256
+    """Number of latents."""
+    k: int = 5
+    """Latents kept per sample, on average: as many as features fire, 5.2."""
+    batch_size: int = 512
+    """Samples per training step."""
+    steps: int = 1000
+    """Training steps."""
+    lr: float = 2e-3
+    """Adam's learning rate, after a twentieth of the steps and until the last fifth of them."""
+    dead_window: int = 100
+    """Training steps without firing after which a latent counts as dead."""
+    eval_samples: int = 32_768
+    """Fresh samples that an SAE is evaluated on."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study; `arms` in `plan.py` says which SAEs it trains."""
+
+    name: str
+    """Name on the command line and of the results' folder."""
+    model: str
+    """Language model: a Hub name or a folder in Hugging Face format."""
+    model_parameters: int
+    """Number of the model's parameters, for the estimate of costs."""
+    dataset: str
+    """Text that the SAEs are trained on: a Hub name or a folder with a split `train`."""
+    held_out: str
+    """Text that core is run on: a Hub name or a JSONL file."""
+    hook: str
+    """Where in the model the activations are read, by TransformerLens' name."""
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents, in all arms but the narrow ones."""
+    k: int
+    """Latents kept per token, on average."""
+    batch_size: int
+    """Tokens per training step."""
+    steps: int
+    """Training steps."""
+    lr: float
+    """Adam's learning rate, after a twentieth of the steps and until the last fifth of them."""
+    dead_window: int
+    """Training steps without firing after which a latent counts as dead."""
+    context_size: int
+    """Tokens per prompt."""
+    evals: dict[str, dict[str, Any]]
+    """SAEBench's evals to run, with the fields of their configurations that are set."""
+    probing_datasets: tuple[str, ...] = ()
+    """Labelled sets for sparse probing, as files or folders; none for SAEBench's eight."""
+    synthetic: Synthetic = field(default_factory=Synthetic)
+    """The part of the study on data with known features."""
+    aux_loss_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss, in every arm."""
+    pool_factors: tuple[float, ...] = (1.5, 3, 5, 10, 20)
+    """Pool sizes over k that are swept."""
+    group_sizes: tuple[int, ...] = (16, 64, 256)
+    """Tokens that share a pool; each is swept with every pool factor, as is one pool per batch."""
+    fixed_pool_factor: float = 5
+    """Pool size over k of the arms that are about something else."""
+    scores: tuple[str, ...] = ("squared_l2", "entropy", "perplexity", "ridge_leverage", "uniform")
+    """Scores that are compared with `l2_norm` at the fixed pool factor."""
+    sampled_scores: tuple[str, ...] = ("squared_l2", "uniform")
+    """Those of the scores whose pools are drawn in proportion to the score."""
+    n_seeds: int = 3
+    """SAEs trained per arm."""
+    n_stability_seeds: int = 5
+    """SAEs trained per arm where seeds are compared: BatchTopK, and the fixed pool factor with one pool and in groups
+    of 16."""
+    mixed_prompts: int = 16
+    """Prompts whose tokens the activation store mixes, besides those that it has just read (SAELens'
+    `n_batches_in_buffer`, which counts prompts)."""
+    held_out_tokens: int = 65_536
+    """Tokens for live latents and contexts; thresholds at equal L0 are set on one half of them and measured on the
+    other. SAEBench's evals have numbers of their own."""
+    saes_per_run: int = 6
+    """SAEs trained in one run of SAELens, from one pass of the language model: a unit of work."""
+    device: str = "cpu"
+    """PyTorch's name of the device."""
+
+    def settings(self) -> dict[str, Any]:
+        """What results on the language model depend on, as JSON has it; not where and in which portions it runs."""
+        fields = {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
+        # A clone in another folder is the same study.
+        bundled = {name: fields[name].removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
+        bundled["probing_datasets"] = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
+        return json.loads(json.dumps(fields | bundled))
+
+    def synthetic_settings(self) -> dict[str, Any]:
+        """What results on synthetic data depend on, as JSON has it."""
+        shared = ("aux_loss_coefficient", "fixed_pool_factor", "sampled_scores")
+        own = asdict(self.synthetic) | {"data": self.synthetic.data.to_dict()}
+        return json.loads(json.dumps(own | {name: getattr(self, name) for name in shared}))
+
+
+NEUTRAL = (
+    *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
+    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores"),
+)
+"""Fields of `Study` that add or leave out results, but change none."""
+
+TINY = Study(
+    name="tiny",
+    model=str(TINY_LM),
+    model_parameters=1_840_000,
+    dataset=str(TINY_LM / "text"),
+    held_out=str(HELD_OUT_TEXT),
+    hook="blocks.2.hook_resid_post",
+    d_in=128,
+    d_sae=1024,
+    k=16,
+    batch_size=1024,
+    steps=1000,
+    lr=2e-3,
+    dead_window=200,
+    context_size=128,
+    evals={
+        "core": {"n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 20},
+        "sparse_probing": {},
+        # SAEBench wants 20 letters, which takes a model of two billion parameters.
+        "absorption": {"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
+    },
+    probing_datasets=tuple(map(str, PROBING_DATASETS)),
+)
+"""The bundled language model: on two CPU cores, offline."""
+
+PYTHIA = Study(
+    name="pythia-160m",
+    model="EleutherAI/pythia-160m-deduped",
+    model_parameters=162_322_944,
+    dataset="monology/pile-uncopyrighted",
+    held_out="Skylion007/openwebtext",  # as in SAEBench
+    hook="blocks.6.hook_resid_post",
+    d_in=768,
+    # The paper's summary does not give width and k; these are usual for this model.
+    d_sae=16_384,
+    k=64,
+    batch_size=4096,
+    steps=50_000,
+    lr=3e-4,
+    dead_window=1000,
+    context_size=128,
+    # A model of this size can read out about ten letters.
+    evals={"core": {}, "sparse_probing": {}, "absorption": {"min_feats_for_eval": 10}},
+    mixed_prompts=4096,
+    held_out_tokens=262_144,
+    saes_per_run=12,
+    device="cuda",
+)
+"""The paper's model, layer, batch size, learning rate, steps and auxiliary coefficient; needs a GPU and a network."""
+
+STUDIES = {study.name: study for study in (TINY, PYTHIA)}
+
+
+def smoke(study: Study) -> Study:
+    """The same plan with the bundled model, a few steps and small evaluations: every stage, in minutes."""
+    return replace(
+        TINY,
+        name=f"{study.name}-smoke",
+        fixed_pool_factor=study.fixed_pool_factor,
+        sampled_scores=study.sampled_scores,
+        d_sae=160,
+        k=8,
+        batch_size=512,
+        steps=8,
+        dead_window=4,
+        pool_factors=study.pool_factors,
+        group_sizes=study.group_sizes,
+        scores=study.scores,
+        n_seeds=2,
+        n_stability_seeds=2,
+        held_out_tokens=4096,
+        evals={
+            "core": {
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 1,
+                "batch_size_prompts": 4,
+                "context_size": 48,
+            },
+            "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40, "context_length": 32},
+            "absorption": {
+                "max_k_value": 2,
+                "k_sparse_probe_num_epochs": 1,
+                "min_feats_for_eval": 5,
+                "min_GT_probe_f1": 0.3,
+            },
+        },
+        synthetic=replace(Synthetic(), d_sae=96, k=5, steps=8, eval_samples=1024),
+    )

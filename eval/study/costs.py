@@ -1,0 +1,107 @@
+"""What a study would take: the plan with tokens, memory, disk and hours, before anything is run."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.kept_entries import choose_path
+from study.configs import Study
+from study.plan import Unit, arms, compared, runs, sae_config, synthetic_units, units
+
+FLOPS = 1.2e13
+"""Floating point operations per second of one GPU: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
+EVAL_MINUTES = 8
+"""Minutes of core, sparse probing and absorption for one SAE on such a GPU: a guess that the first will correct."""
+DENSE_PRODUCTS, DENSE_COPIES = 5, 8
+"""Products of size tokens x d_in x d_sae in a BatchTopK step, and matrices (tokens, d_sae) alive at its peak."""
+KEPT_OUTPUTS = 2
+"""Matrices (tokens, d_sae) that SAELens' trainer of several SAEs holds of each dense one until the next step."""
+PROBING_PROMPTS = 36 * 2500
+"""Prompts of SAEBench's eight labelled sets, 128 tokens each; their activations are on disk while it runs."""
+
+
+def format_plan(study: Study) -> str:
+    """The whole plan as text."""
+    trained = [unit for run in runs(study) for unit in run]
+    tokens, samples = study.steps * study.batch_size, study.synthetic.steps * study.synthetic.batch_size
+    lines = [
+        f"Study {study.name}: {study.model}, {study.hook}, d_sae {study.d_sae}, k {study.k}, batch {study.batch_size}, "
+        f"lr {study.lr:g}, {study.steps:,} steps, auxiliary coefficient {study.aux_loss_coefficient:g}",
+        "",
+        f"{'arm':32}{'seeds':>6}  ",
+        *(f"{arm.name:32}{arm.n_seeds:>6}  {arm.label}" for arm in arms(study)),
+        "",
+        f"train      {len(trained)} SAEs in {len(runs(study))} runs of up to {study.saes_per_run}; "
+        f"{tokens:,} tokens a run, {tokens * len(runs(study)):,} through the language model, "
+        f"{tokens * len(trained):,} through SAEs",
+        f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
+        f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
+        f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
+        f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
+        "",
+        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
+        f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, "
+        f"{gib(probing_scratch(study))} while probing, and a few MiB of results",
+    ]
+    hours = training_flops(study) / FLOPS / 3600
+    eval_hours = len(units(study)) * EVAL_MINUTES / 60
+    if study.device == "cuda":
+        lines.append(
+            f"GPU hours  {hours:.0f} of training at {FLOPS / 1e12:.0f} TFLOP/s, and about {eval_hours:.0f} of "
+            f"SAEBench at {EVAL_MINUTES} minutes an SAE"
+        )
+    else:
+        lines.append(f"products   {training_flops(study):.2g} floating point operations of training")
+    return "\n".join(lines)
+
+
+def sae_parameters(study: Study) -> int:
+    return 2 * study.d_in * study.d_sae + study.d_in + study.d_sae
+
+
+def memory(study: Study, run: Sequence[Unit]) -> int:
+    """Bytes at the peak of a training run, which takes more than the other stages.
+
+    The model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense SAEs, and
+    one dense step.
+    """
+    mixed = 2 * study.mixed_prompts * study.context_size * study.d_in
+    n_dense = sum(step_path(study, unit) == "dense" for unit in run)
+    dense = (DENSE_COPIES + KEPT_OUTPUTS * n_dense) * study.batch_size * study.d_sae
+    return 4 * (study.model_parameters + mixed + 4 * len(run) * sae_parameters(study) + dense)
+
+
+def probing_scratch(study: Study) -> int:
+    """Bytes on disk while SAEBench's own labelled sets are probed; small ones of one's own do not count."""
+    return 0 if study.probing_datasets else PROBING_PROMPTS * 128 * 4 * study.d_in
+
+
+def training_flops(study: Study) -> float:
+    """Floating point operations of all training runs: one pass of the model for each, and the SAEs' products."""
+    tokens = study.steps * study.batch_size
+    per_product = 2 * tokens * study.d_in * study.d_sae
+    products = sum(products_of(study, unit) for run in runs(study) for unit in run)
+    return 2 * study.model_parameters * tokens * len(runs(study)) + products * per_product
+
+
+def products_of(study: Study, unit: Unit) -> float:
+    """Products of tokens x d_in x the study's d_sae in a training step, without AuxK: it depends on what is dead."""
+    config = sae_config(study, unit.arm, unit.seed)
+    dense = DENSE_PRODUCTS * config.d_sae / study.d_sae
+    if not isinstance(config, SampledTopKTrainingSAEConfig):
+        return dense
+    columns = 1 + DENSE_PRODUCTS * config.n_candidates / study.d_sae
+    return {"dense": dense, "columns": columns, "kept": 1}[step_path(study, unit)]
+
+
+def step_path(study: Study, unit: Unit) -> str:
+    """How a training step is done: "dense" by SAELens, or in one of Sampled-SAE's ways with fewer products."""
+    config = sae_config(study, unit.arm, unit.seed)
+    if not isinstance(config, SampledTopKTrainingSAEConfig):
+        return "dense"
+    return choose_path(config, config.step, study.batch_size, torch.device(study.device))
+
+
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

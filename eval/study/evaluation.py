@@ -1,0 +1,150 @@
+"""Stage `evaluate`: what the exported SAEs do on the language model, one result for each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE, TrainingSAE
+from torch import Tensor
+
+from sae_lens_sampled import SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
+from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.saebench import run_evals
+from study.configs import Study
+from study.plan import Arm, Unit, sweep
+from study.storage import Storage
+from study.text import held_out, text_activations
+
+DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
+"""Edges of the histogram, in log10 of the share of tokens a latent fires on."""
+CHUNK = 4096
+"""Tokens encoded at a time."""
+
+
+def evaluate(storage: Storage, units: Sequence[Unit]) -> None:
+    """Run SAEBench on the exports of `units`, and keep what the report needs."""
+    study = storage.study
+    calibration, unseen = halves(text_activations(storage)[1])
+    folders = {unit.trained: storage.sae(unit) for unit in units}
+    trained = {name: load_checkpoint(folder, device=study.device) for name, folder in folders.items()}
+    results = run_evals(
+        [(unit.name, _evaluated(study, unit.arm, trained[unit.trained], calibration)) for unit in units],
+        list(study.evals),
+        study.model,
+        storage.cache / "sae_bench",
+        text=held_out(storage),
+        probing_datasets=study.probing_datasets,
+        overrides=study.evals,
+        device=study.device,
+        show_progress=False,
+    )
+    for unit in units:
+        sae = trained[unit.trained]
+        of_unit = {eval_name: by_sae[f"{unit.name}_custom_sae"] for eval_name, by_sae in results.items()}
+        storage.evaluations.append(
+            {
+                "arm": unit.arm.name,
+                "seed": unit.seed,
+                "metrics": metrics(of_unit) | in_training(study, unit.arm, sae, unseen),
+                **density(of_unit["core"]),
+                "thresholds": export_variants(study, unit.arm, sae, calibration, unseen),
+                "pools": sae.pool_statistics() if isinstance(sae, SampledTopKTrainingSAE) else {},
+            }
+        )
+
+
+def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of SAEBench, and of what we add to its core, by our names for them."""
+    core, ours = results["core"]["eval_result_metrics"], results["core"]["eval_result_unstructured"]
+    by_name = {
+        "fvu": ours["exported"]["fvu"],
+        "l0": core["sparsity"]["l0"],
+        "loss_recovered": core["model_performance_preservation"]["ce_loss_score"],
+        "dead": ours["exported"]["dead_share"],
+        "gini": ours["exported"]["gini"],
+    }
+    if "sparse_probing" in results:
+        probing = results["sparse_probing"]["eval_result_metrics"]["sae"]
+        by_name |= {f"probing_{k}": probing[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)}
+        by_name["probing_sets"] = {
+            details["dataset_name"]: [details[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)]
+            for details in results["sparse_probing"]["eval_result_details"]
+        }
+    if "absorption" in results:
+        absorption = results["absorption"]["eval_result_metrics"]["mean"]
+        by_name["absorption_fraction"] = absorption["mean_absorption_fraction_score"]
+        by_name["absorption_full"] = absorption["mean_full_absorption_score"]
+        by_name["absorption_letters"] = len(results["absorption"]["eval_result_details"])
+    return by_name
+
+
+def density(core: dict[str, Any]) -> dict[str, Any]:
+    """Histogram of how often the latents fire."""
+    log_density = torch.tensor(
+        [math.log10(latent["feature_density"]) for latent in core["eval_result_details"] if latent["feature_density"]],
+        dtype=torch.double,
+    )
+    lowest, *_ = edges = torch.tensor(DENSITY_EDGES, dtype=torch.double)
+    counts = torch.histogram(log_density.clamp(min=lowest), edges).hist
+    return {"density_edges": DENSITY_EDGES, "density_counts": counts.long().tolist()}
+
+
+def halves(x: Tensor, n_tokens: int = 1024) -> tuple[Tensor, Tensor]:
+    """Two parts of a text that run through all of it: stretches of `n_tokens` tokens in turns."""
+    stretches = x.split(n_tokens)
+    return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
+
+
+def batches_of_training(study: Study, arm: Arm, x: Tensor) -> list[Tensor]:
+    """Batches as the arm was trained on: of shuffled tokens, or of consecutive ones."""
+    if arm.shuffled:
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)]
+    return list(x.split(study.batch_size))
+
+
+@torch.no_grad()
+def in_training(study: Study, arm: Arm, sae: TrainingSAE[Any], unseen: Tensor) -> dict[str, float]:
+    """L0 and FVU of the selection of training; a sampled pool is drawn anew for every batch."""
+    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, unseen.device)
+    for i, batch in enumerate(batches_of_training(study, arm, unseen)):
+        acts = sae.select(batch, draw=i) if isinstance(sae, SampledTopKTrainingSAE) else sae.encode(batch)
+        statistics.update(batch, acts, sae.decode(acts))
+    summary = statistics.summary()
+    return {"l0_in_training": summary["l0"], "fvu_in_training": summary["fvu"]}
+
+
+def export_variants(
+    study: Study, arm: Arm, sae: TrainingSAE[Any], calibration: Tensor, unseen: Tensor
+) -> dict[str, dict[str, float]]:
+    """L0 and FVU of exports that differ in the thresholds alone; empty for arms that are not of the sweep."""
+    if not isinstance(sae, SampledTopKTrainingSAE) or arm not in sweep(study):
+        return {}
+    variants: dict[str, SAE[Any]] = {"per_latent": to_jumprelu(sae)}
+    sae.cfg.inference_threshold = "global"
+    variants["global"] = to_jumprelu(sae)
+    sae.cfg.inference_threshold = "per_latent"
+    for mode in ("per_latent", "global"):
+        variants[f"{mode}_at_equal_l0"] = _calibrated(study, arm, sae, calibration, mode)
+    return {name: l0_and_fvu(export, unseen) for name, export in variants.items()}
+
+
+@torch.no_grad()
+def l0_and_fvu(sae: SAE[Any], x: Tensor) -> dict[str, float]:
+    """L0 and FVU on `x`, shape (n_tokens, d_in)."""
+    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, x.device)
+    for chunk in x.split(CHUNK):
+        acts = sae.encode(chunk)
+        statistics.update(chunk, acts, sae.decode(acts))
+    summary = statistics.summary()
+    return {name: summary[name] for name in ("l0", "fvu")}
+
+
+def _evaluated(study: Study, arm: Arm, sae: TrainingSAE[Any], calibration: Tensor) -> SAE[Any]:
+    """What SAEBench gets: the training SAE, which it exports, or the arm's own export."""
+    return sae if arm.exported_from is None else _calibrated(study, arm, sae, calibration, "global")
+
+
+def _calibrated(study: Study, arm: Arm, sae: TrainingSAE[Any], x: Tensor, mode: str) -> SAE[Any]:
+    batches = batches_of_training(study, arm, x)
+    return calibrate_thresholds(sae, batches, mode, target_l0=study.k, show_progress=False)[0]

@@ -1,0 +1,188 @@
+"""Which SAEs a study trains and evaluates, and in which portions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from typing import Any
+
+from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from study.configs import Study
+
+GROUPED = 16
+"""Group size of the arms that are about something else."""
+NARROW = (3, 5)
+"""Pool factors with a control: a BatchTopK SAE of the pool's size, for what comes of having few latents alone."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration, trained with several seeds."""
+
+    name: str
+    label: str
+    config: type[TrainingSAEConfig]
+    n_seeds: int
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of `config` besides those that all arms share."""
+    shuffled: bool = True
+    """Whether a batch has shuffled tokens, of some dozens of prompts, and not consecutive ones of one text."""
+    width_over_k: float | None = None
+    """d_sae over k, if it is not the study's: the pool factor at which a single pool is as wide."""
+    exported_from: str | None = None
+    """Name of the arm whose SAEs these are, with a global threshold at the study's k in place of their own ones."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One SAE of an arm."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the SAE; those that differ in the seed alone are seeds of one configuration to `run_evals`."""
+        return f"{self.arm.name}_seed{self.seed}"
+
+    @property
+    def trained(self) -> str:
+        """Name of the SAE that is trained for it."""
+        return f"{self.arm.exported_from or self.arm.name}_seed{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What its results are found by."""
+        return self.arm.name, self.seed
+
+
+def arms(study: Study) -> list[Arm]:
+    """All arms, the ones that matter most first."""
+    sampled, n, more = SampledTopKTrainingSAEConfig, study.n_seeds, study.n_stability_seeds
+    fixed = study.fixed_pool_factor
+    plan = [
+        Arm("batchtopk", "BatchTopK", BatchTopKTrainingSAEConfig, more),
+        Arm("topk", "TopK", TopKTrainingSAEConfig, n),
+        Arm(
+            "matryoshka",
+            "Matryoshka BatchTopK",
+            MatryoshkaBatchTopKTrainingSAEConfig,
+            n,
+            {"matryoshka_widths": [study.d_sae // 16, study.d_sae // 4, study.d_sae]},
+        ),
+    ]
+    for factor in NARROW:
+        label = f"BatchTopK as wide as pool {factor:g}"
+        plan.append(Arm(narrow_name(factor), label, BatchTopKTrainingSAEConfig, n, width_over_k=factor))
+    for factor in study.pool_factors:
+        for size in (None, *study.group_sizes):
+            stable = factor == fixed and size in (None, GROUPED)
+            fields = {"pool_factor": factor, "pool_group_size": size}
+            plan.append(Arm(pool_name(factor, size), pool_label(factor, size), sampled, more if stable else n, fields))
+    plan.append(Arm("pool_all", "pool of all latents", sampled, n, {"pool_factor": study.d_sae / study.k}))
+    for size in (None, GROUPED):
+        for score in study.scores:
+            fields = {"score": score, "pool_factor": fixed, "pool_group_size": size}
+            if score in study.sampled_scores:
+                fields["pool_sampling"] = "proportional"
+            label = f"{score}, " + pool_label(fixed, size)
+            plan.append(Arm(score_name(score, size), label, sampled, n, fields))
+    fields = {"pool_factor": fixed, "pool_group_size": GROUPED}
+    plan.append(
+        Arm("consecutive_batchtopk", "BatchTopK, consecutive tokens", BatchTopKTrainingSAEConfig, n, shuffled=False)
+    )
+    label = pool_label(fixed, GROUPED) + ", consecutive tokens"
+    plan.append(Arm("consecutive_groups", label, sampled, n, fields, shuffled=False))
+    by_name = {arm.name: arm for arm in plan}
+    for factor, size in ((1.5, None), (3, None), (fixed, None), (fixed, GROUPED)):
+        if (source := by_name.get(pool_name(factor, size))) is not None:
+            label = f"{source.label}, global threshold at L0 {study.k:g}"
+            plan.append(Arm(f"{source.name}_global", label, sampled, n, source.fields, exported_from=source.name))
+    return plan
+
+
+def pool_name(factor: float, size: int | None) -> str:
+    return f"pool_{factor:g}" + ("" if size is None else f"_groups_{size}")
+
+
+def pool_label(factor: float, size: int | None) -> str:
+    return f"pool {factor:g}, " + ("one pool" if size is None else f"groups of {size}")
+
+
+def narrow_name(factor: float) -> str:
+    return f"narrow_{factor:g}"
+
+
+def score_name(score: str, size: int | None) -> str:
+    return score + ("" if size is None else f"_groups_{size}")
+
+
+def width(arm: Arm, k: float, d_sae: int) -> int:
+    """Number of the arm's latents, where the other arms have `d_sae`."""
+    if arm.width_over_k is None:
+        return d_sae
+    return SampledTopKTrainingSAEConfig(d_in=1, d_sae=d_sae, k=k, pool_factor=arm.width_over_k).n_candidates
+
+
+def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
+    """The arm's config on the language model."""
+    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
+    shared = {"d_in": study.d_in, "d_sae": width(arm, study.k, study.d_sae), "device": study.device}
+    return arm.config(**shared, k=study.k, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **arm.fields)
+
+
+def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
+    """The arm's config on synthetic data: the pool factors are those of the language model."""
+    synthetic, fields = study.synthetic, dict(arm.fields)
+    if arm.name == "matryoshka":
+        fields["matryoshka_widths"] = [synthetic.d_sae // 16, synthetic.d_sae // 4, synthetic.d_sae]
+    if arm.name == "pool_all":
+        fields["pool_factor"] = synthetic.d_sae / synthetic.k
+    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
+    d_sae = width(arm, synthetic.k, synthetic.d_sae)
+    shared = {"d_in": synthetic.data.hidden_dim, "d_sae": d_sae, "k": synthetic.k, "device": study.device}
+    return arm.config(**shared, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **fields)
+
+
+def units(study: Study) -> list[Unit]:
+    """Every SAE that is evaluated."""
+    return [Unit(arm, seed) for arm in arms(study) for seed in range(arm.n_seeds)]
+
+
+def synthetic_units(study: Study) -> list[Unit]:
+    """Every SAE on synthetic data, which have no order and whose exports are not compared."""
+    return [
+        Unit(arm, seed)
+        for arm in arms(study)
+        if arm.shuffled and arm.exported_from is None
+        for seed in range(study.n_seeds)
+    ]
+
+
+def runs(study: Study) -> list[list[Unit]]:
+    """The SAEs to train, by run: those of a seed see the same activations, whatever run they are in."""
+    seeds: dict[tuple[int, bool], list[Unit]] = {}
+    for unit in units(study):
+        if unit.arm.exported_from is None:
+            seeds.setdefault((unit.seed, not unit.arm.shuffled), []).append(unit)
+    n = study.saes_per_run
+    return [seeds[key][start : start + n] for key in sorted(seeds) for start in range(0, len(seeds[key]), n)]
+
+
+def sweep(study: Study) -> list[Arm]:
+    """Every pool factor with every group size, then the pool of all latents."""
+    names = [pool_name(factor, size) for size in (None, *study.group_sizes) for factor in study.pool_factors]
+    by_name = {arm.name: arm for arm in arms(study)}
+    return [by_name[name] for name in [*names, "pool_all"]]
+
+
+def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
+    """The pairs of arms whose dictionaries are compared, each with itself too."""
+    fixed = study.fixed_pool_factor
+    names = ["batchtopk", "topk", "matryoshka", *(narrow_name(factor) for factor in NARROW)]
+    names += [pool_name(fixed, size) for size in (None, GROUPED)]
+    names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
+    by_name = {arm.name: arm for arm in arms(study)}
+    return combinations_with_replacement([by_name[name] for name in names], 2)

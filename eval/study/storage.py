@@ -1,0 +1,143 @@
+"""Where a study keeps things: small results to be committed, and SAEs that can be trained again."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study.configs import Study
+from study.plan import Unit
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """The results of one stage: a line of JSON for each unit of work, in the order in which they were finished.
+
+    A result is on disk before the next one begins. What a killed run has left of its last line is ignored, and cut off
+    when the next line is added. Runs of different arms may add lines at the same time.
+    """
+
+    file: Path
+    key_fields: tuple[str, ...]
+    """The fields of a result that say what it is of."""
+    settings: dict[str, dict[str, Any]]
+    """All settings of the study, by what depends on them; written once, beside the tables."""
+    section: str
+    """Which of the settings these results depend on."""
+
+    def load(self) -> dict[Key, dict[str, Any]]:
+        """Results, by the values of the key fields.
+
+        Raises:
+            ValueError: if they are of other settings.
+        """
+        if not self.file.exists():
+            return {}
+        lines, _, _ = self.file.read_bytes().rpartition(b"\n")
+        results = [json.loads(line) for line in lines.splitlines()]
+        if results:
+            self._check_settings()
+        return {tuple(result[field] for field in self.key_fields): result for result in results}
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Add a result.
+
+        Raises:
+            ValueError: if those that are there are of other settings.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(rounded(result)).encode() + b"\n"
+        with self.file.open("a+b") as table:
+            fcntl.lockf(table, fcntl.LOCK_EX)
+            table.seek(0)
+            n_whole = table.read().rfind(b"\n") + 1
+            if n_whole == 0 and not self._settings_file.exists():
+                with complete(self._settings_file) as unfinished:
+                    unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
+            self._check_settings()
+            table.truncate(n_whole)
+            table.write(line)
+            table.flush()
+            os.fsync(table.fileno())
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.file.with_name("settings.json")
+
+    def _check_settings(self) -> None:
+        settings = self.settings[self.section]
+        written = json.loads(self._settings_file.read_text())[self.section]
+        differing = sorted(n for n in settings.keys() | written.keys() if settings.get(n) != written.get(n))
+        if differing:
+            raise ValueError(
+                f"{self.file.parent} has results of this study with other settings ({', '.join(differing)}); move the "
+                "folder away, or name another one with --results-dir."
+            )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folders of one study."""
+
+    study: Study
+    results: Path
+    """Results, a table for each stage; pictures."""
+    work: Path
+    """SAEs, SAEBench's own files, caches. A folder that is there is complete."""
+
+    @property
+    def evaluations(self) -> ResultTable:
+        """What the exports do on the language model."""
+        return self._table("evaluate", ("arm", "seed"), "language_model")
+
+    @property
+    def comparisons(self) -> ResultTable:
+        """What pairs of arms have in common."""
+        return self._table("compare", ("arm", "other_arm"), "language_model")
+
+    @property
+    def synthetic(self) -> ResultTable:
+        """What SAEs do on data with known features."""
+        return self._table("synthetic", ("arm", "seed"), "synthetic")
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what depends on the settings: a study with others has a folder of its own."""
+        settings = json.dumps(self.study.settings(), sort_keys=True)
+        return self.work / hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+    def sae(self, unit: Unit) -> Path:
+        """Folder of a trained SAE."""
+        return self.cache / "saes" / unit.trained
+
+    def _table(self, stage: str, key_fields: tuple[str, ...], section: str) -> ResultTable:
+        settings = {"language_model": self.study.settings(), "synthetic": self.study.synthetic_settings()}
+        return ResultTable(self.results / f"{stage}.jsonl", key_fields, settings, section)
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A new path, to write a file or a folder at, that is called `path` once it is complete."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    os.replace(unfinished, path)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to 6 digits, whatever they are in: more would be noise, and differ between machines."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(entry) for entry in value]
+    return value

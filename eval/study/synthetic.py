@@ -1,0 +1,77 @@
+"""Stage `synthetic`: the same arms on data whose features are known."""
+
+import json
+from functools import cache
+
+import torch
+from sae_lens import LoggingConfig
+from sae_lens.synthetic import (
+    SyntheticModel,
+    SyntheticModelConfig,
+    SyntheticSAERunner,
+    SyntheticSAERunnerConfig,
+    eval_sae_on_synthetic_data,
+)
+
+from sae_lens_sampled import SampledTopKTrainingSAE
+from sae_lens_sampled.saebench import load_saes
+from study.plan import Unit, synthetic_config
+from study.storage import Storage
+
+
+def run_synthetic(storage: Storage, unit: Unit) -> None:
+    """Train one SAE, and compare its export with the features that the data were made of."""
+    study, synthetic = storage.study, storage.study.synthetic
+    data = synthetic_data(json.dumps(synthetic.data.to_dict()))
+    cfg = SyntheticSAERunnerConfig(
+        synthetic_model=synthetic.data,
+        sae=synthetic_config(study, unit.arm, unit.seed),
+        training_samples=synthetic.steps * synthetic.batch_size,
+        batch_size=synthetic.batch_size,
+        lr=synthetic.lr,
+        lr_warm_up_steps=synthetic.steps // 20,
+        lr_decay_steps=synthetic.steps // 5,
+        dead_feature_window=synthetic.dead_window,
+        run_final_eval=False,
+        output_path=None,
+        checkpoint_path=None,
+        device=study.device,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    torch.manual_seed(unit.seed)  # the SAE starts from the same weights in every arm
+    runner = SyntheticSAERunner(cfg, override_synthetic_model=data)
+    torch.manual_seed(unit.seed)  # and the data are the same
+    trained = runner.run().sae
+    [exported] = load_saes([(unit.name, trained)], study.device)
+    evaluations = []
+    for sae in (exported.sae, trained.eval()):
+        torch.manual_seed(0)
+        evaluation = eval_sae_on_synthetic_data(
+            sae,
+            data.feature_dict,
+            data.activation_generator,
+            num_samples=synthetic.eval_samples,
+            batch_size=synthetic.batch_size,
+        )
+        evaluations.append(evaluation)
+    export, in_training = evaluations
+    metrics = {
+        "fvu": 1 - export.explained_variance,
+        "fvu_in_training": 1 - in_training.explained_variance,
+        "l0": export.sae_l0,
+        "l0_in_training": in_training.sae_l0,
+        "mcc": export.mcc,
+        "f1": export.classification.f1_score,
+        "precision": export.classification.precision,
+        "recall": export.classification.recall,
+        "uniqueness": export.uniqueness,
+        "dead": export.dead_latents / exported.sae.cfg.d_sae,
+    }
+    pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}
+    storage.synthetic.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics, "pools": pools})
+
+
+@cache
+def synthetic_data(config: str) -> SyntheticModel:
+    """The features of a config, which is JSON."""
+    return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)))

@@ -1,0 +1,166 @@
+"""The tables of the result page, as Markdown; all numbers are means over seeds with their standard errors."""
+
+from collections.abc import Iterable
+
+from pages import markdown_table
+from study import plan
+from study.plan import GROUPED, pool_name, score_name
+from study.summary import Summary, shown
+
+ON_MODEL = {
+    "FVU": "fvu",
+    "FVU in training": "fvu_in_training",
+    "L0": "l0",
+    "loss recovered": "loss_recovered",
+    "dead": "dead",
+    "starved": "starved_share",
+}
+DOWNSTREAM = {
+    "FVU": "fvu",
+    "probing, top 1": "probing_1",
+    "top 2": "probing_2",
+    "top 5": "probing_5",
+    "absorption, fraction": "absorption_fraction",
+    "full": "absorption_full",
+}
+SYNTHETIC = {
+    "FVU": "fvu",
+    "FVU in training": "fvu_in_training",
+    "L0": "l0",
+    "MCC": "mcc",
+    "F1": "f1",
+    "uniqueness": "uniqueness",
+    "dead": "dead",
+}
+VARIANTS = {
+    "as trained": "per_latent",
+    "global": "global",
+    "per latent, equal L0": "per_latent_at_equal_l0",
+    "global, equal L0": "global_at_equal_l0",
+}
+
+
+def baselines() -> list[str]:
+    return ["batchtopk", "topk", "matryoshka"]
+
+
+def controls() -> list[str]:
+    return [plan.narrow_name(factor) for factor in plan.NARROW]
+
+
+def sweep(summary: Summary) -> list[str]:
+    return [arm.name for arm in plan.sweep(summary.study)]
+
+
+def order_arms(summary: Summary) -> list[str]:
+    return [
+        "batchtopk",
+        "consecutive_batchtopk",
+        pool_name(summary.study.fixed_pool_factor, GROUPED),
+        "consecutive_groups",
+    ]
+
+
+def score_arms(summary: Summary) -> list[str]:
+    """BatchTopK, and every score with one pool and with groups."""
+    study = summary.study
+    return ["batchtopk"] + [
+        name
+        for size in (None, GROUPED)
+        for name in (pool_name(study.fixed_pool_factor, size), *(score_name(score, size) for score in study.scores))
+    ]
+
+
+def synthetic_arms(summary: Summary) -> list[str]:
+    return [name for name in summary.arms if name in summary.on_synthetic]
+
+
+def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str], synthetic: bool = False) -> str:
+    """Metrics, a row for each arm."""
+    rows = [
+        [summary.label(arm), *(shown(summary.mean(arm, metric, synthetic), metric) for metric in columns.values())]
+        for arm in arms
+    ]
+    return markdown_table(["", *columns], rows)
+
+
+def threshold_table(summary: Summary) -> str:
+    """L0 and FVU on unseen text of exports that differ in the thresholds alone."""
+    header = ["", *(f"{name}: {metric}" for name in VARIANTS for metric in ("L0", "FVU"))]
+    rows = [
+        [
+            summary.label(arm),
+            *(
+                shown(summary.mean(arm, f"{variant}.{metric}"), metric)
+                for variant in VARIANTS.values()
+                for metric in ("l0", "fvu")
+            ),
+        ]
+        for arm in sweep(summary)
+    ]
+    return markdown_table(header, rows)
+
+
+def global_arms(summary: Summary) -> list[str]:
+    """Every SAE that was also exported with a global threshold, and that export."""
+    derived = [arm for arm in summary.arms.values() if arm.exported_from is not None]
+    return [name for arm in derived for name in (str(arm.exported_from), arm.name)]
+
+
+def stability_table(summary: Summary) -> str:
+    """What the seeds of an arm have in common, a row for each arm; means over pairs of seeds."""
+    columns = {
+        "MMCS": ("forward", "mmcs"),
+        "back": ("backward", "mmcs"),
+        "random directions": ("forward", "baseline"),
+        "of all latents": ("forward", "mmcs_of_all"),
+        "matched": ("matched",),
+        "share above 0.7": ("forward", "share_above_0_7"),
+        "overlap of pools": ("pool_overlap",),
+    }
+    names = [a for a, b in summary.comparisons if a == b]
+    rows = [
+        [
+            summary.label(name),
+            live(summary, name),
+            *(shown(summary.similarity(name, name, *path)) for path in columns.values()),
+        ]
+        for name in names
+    ]
+    return markdown_table(["", "live latents", *columns], rows)
+
+
+def live(summary: Summary, arm: str) -> str:
+    """Mean number of the arm's live latents."""
+    pairs = summary.comparisons[arm, arm]["pairs"]
+    counts = [n for pair in pairs for n in pair["n_live"]]
+    return f"{sum(counts) / len(counts):.0f}" if counts else "-"
+
+
+def partner_table(summary: Summary) -> str:
+    """Share of the live latents of the row's arm with a partner above 0.7 in another seed of the column's arm."""
+    names = score_arms(summary)
+    rows = [
+        [
+            f"{i}. {summary.label(a)}",
+            *(shown(summary.similarity(a, b, "forward", "share_above_0_7"), "share_above_0_7") for b in names),
+        ]
+        for i, a in enumerate(names, start=1)
+    ]
+    return markdown_table(["", *(f"{i}" for i in range(1, len(names) + 1))], rows)
+
+
+def context_list(summary: Summary, a: str, b: str, n_contexts: int = 2) -> str:
+    """Latents of `b` without a partner in another seed of `a`, with the text where they are largest."""
+    comparison = summary.comparisons.get((a, b), {"unmatched": []})
+    return "\n".join(
+        f"- latent {latent['latent']}, on {latent['density']:.1%} of tokens: "
+        + " / ".join(f"`{_one_line(context)}`" for context in latent["contexts"][:n_contexts])
+        for latent in comparison["unmatched"]
+    )
+
+
+def _one_line(context: dict[str, str], n_before: int = 40, n_after: int = 20) -> str:
+    """Text with the token in brackets; a line break is a return sign."""
+    text = f"{context['before'][-n_before:]}[{context['token']}]{context['after'][:n_after]}"
+    return " ".join(text.replace("\n", "⏎").replace("`", "'").split())

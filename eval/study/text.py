@@ -1,0 +1,54 @@
+"""Activations of the language model on running text, with the tokens they belong to."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from sae_lens import ActivationsStore
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+
+from study.plan import Unit, arms
+from study.storage import Storage, complete
+from study.training import language_model, new_sae
+
+
+def held_out(storage: Storage) -> str:
+    """The text that core is run on: a Hub name or a folder. Core reads the split `train`, so a file becomes one."""
+    text = storage.study.held_out
+    if not Path(text).is_file():
+        return text
+    folder = storage.cache / "held_out_text"
+    if not folder.exists():
+        with complete(folder) as unfinished:
+            unfinished.mkdir(parents=True)
+            shutil.copy(text, unfinished / "train.jsonl")
+    return str(folder)
+
+
+@torch.no_grad()
+def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
+    """Held-out tokens, shape (n_tokens,), and their activations, shape (n_tokens, d_in), without special tokens."""
+    study = storage.study
+    n_tokens = study.held_out_tokens
+    model = language_model(study.model, study.device)
+    sae = new_sae(study, Unit(arms(study)[0], 0))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        dataset=held_out(storage),
+        context_size=study.context_size,
+        store_batch_size_prompts=32,
+        device=study.device,
+    )
+    special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
+    tokens, activations, n_read = [], [], 0
+    while n_read < n_tokens:
+        batch = store.get_batch_tokens()
+        x = store.get_activations(batch).reshape(-1, study.d_in)
+        kept = ~torch.isin(batch.flatten(), special)
+        tokens.append(batch.flatten()[kept])
+        activations.append(x[kept])
+        n_read += len(tokens[-1])
+    return torch.cat(tokens)[:n_tokens], torch.cat(activations)[:n_tokens]

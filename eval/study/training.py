@@ -1,0 +1,71 @@
+"""Stage `train`: the SAEs of a study, several in one run of SAELens' MultiSAETrainingRunner."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from transformer_lens.model_bridge import TransformerBridge
+
+from study.configs import Study
+from study.plan import Unit, sae_config
+from study.storage import Storage, complete
+
+
+def train(storage: Storage, units: Sequence[Unit]) -> None:
+    """Train and keep the SAEs of one seed.
+
+    Every SAE starts from the same weights and sees the same activations in the same order as every other one of its
+    seed, in whichever run it is trained.
+    """
+    study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
+    runner = MultiSAETrainingRunner(
+        runner_config(study, units, seed, shuffled),
+        override_model=language_model(study.model, study.device),
+        override_saes={unit.name: new_sae(study, unit) for unit in units},
+    )
+    runner.activations_store.shuffle_input_dataset(seed=seed, buffer_size=1000)
+    torch.manual_seed(seed)  # mixes the activations
+    for name, sae in runner.run().items():
+        with complete(storage.cache / "saes" / name) as folder:
+            folder.mkdir(parents=True)
+            sae.save_model(folder)
+
+
+def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool) -> MultiSAETrainingRunnerConfig:
+    return MultiSAETrainingRunnerConfig(
+        saes={unit.name: sae_config(study, unit.arm, unit.seed) for unit in units},
+        hook_names=study.hook,
+        model_name=study.model,
+        dataset_path=study.dataset,
+        context_size=study.context_size,
+        training_tokens=study.steps * study.batch_size,
+        train_batch_size_tokens=study.batch_size,
+        store_batch_size_prompts=32,
+        n_batches_in_buffer=study.mixed_prompts,
+        activations_mixing_fraction=0.5 if shuffled else 0.0,
+        exclude_special_tokens=True,
+        lr=study.lr,
+        lr_warm_up_steps=study.steps // 20,
+        lr_decay_steps=study.steps // 5,
+        dead_feature_window=study.dead_window,
+        seed=seed,
+        device=study.device,
+        checkpoint_path=None,
+        output_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+def new_sae(study: Study, unit: Unit) -> TrainingSAE:
+    """An untrained SAE; equal for all arms of a seed."""
+    torch.manual_seed(unit.seed)
+    config = sae_config(study, unit.arm, unit.seed)
+    return get_sae_training_class(config.architecture())[0](config)
+
+
+@cache
+def language_model(model: str, device: str) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(model, device=device)
