@@ -78,7 +78,7 @@ from pathlib import Path
 from unittest import mock
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.saebench import run_evals
-sys.path[:0] = {folders_of_helpers!r}
+sys.path[:0] = {helpers!r}
 from eval_helpers import PROBING, SMALL, TINY_LM
 run_evals([Path(path) for path in {folders!r}], ["core", "sparse_probing"], TINY_LM, {output!r}, text=TINY_LM / "text",
           probing_datasets=[PROBING], overrides={{name: SMALL[name] for name in ("core", "sparse_probing")}})
