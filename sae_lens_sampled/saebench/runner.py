@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +85,7 @@ def run_evals(
     """
     overrides = overrides or {}
     _check_evals(evals, overrides)
-    chosen = [eval_class for name, eval_class in EVALS.items() if name in evals]
+    eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with cache_only() if offline else nullcontext():
@@ -98,10 +98,7 @@ def run_evals(
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
     # What is not there is told before any work.
-    needed_text = text if any(eval_class.reads_text for eval_class in chosen) else None
-    needs_default_datasets = not labelled and any(eval_class.reads_probing_datasets for eval_class in chosen)
-    reachable = check_network(model, needed_text, needs_default_datasets, offline)
-    with nullcontext() if reachable else cache_only(), _scratch_folder(output_dir) as scratch:
+    with _network(eval_classes, model, text, labelled, offline), _scratch_folder(output_dir) as scratch:
         setup = EvalSetup(
             model=load_model(model, device, str_to_dtype(dtype)),
             output_dir=Path(output_dir).resolve(),
@@ -114,27 +111,53 @@ def run_evals(
             probing_datasets=labelled,
         )
         _attach(loaded, setup)
-        # Refusals of SAEs, and of results that would have to be replaced. Comparisons follow the SAEs that are given.
-        planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in chosen]
-        for each in planned:
-            each.check(loaded)
-        stamps = {each.name: _stamps(each, loaded) for each in planned if not each.compares}
+        # Refusals of SAEs, and of results that would have to be replaced; comparisons are made again for other SAEs.
+        planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in eval_classes]
+        for evaluation in planned:
+            evaluation.check(loaded)
+        stamps = {evaluation.name: _stamps(evaluation, loaded) for evaluation in planned if not evaluation.compares}
         if not force_rerun:
             _check_results(stamps, loaded, setup)
         # One eval after the other, each on all SAEs.
-        results: dict[str, dict[str, Result]] = {}
-        failures: dict[str, Exception] = {}
-        with tqdm(total=len(loaded) * len(planned), desc="SAEBench", disable=not show_progress) as progress:
-            for each in planned:
-                of_each = stamps.get(each.name) or _stamps(each, loaded)
-                results[each.name], failed = _evaluate_all(each, loaded, of_each, force_rerun, progress)
-                failures |= {f"{each.name} of {name}": error for name, error in failed.items()}
+        results, failures = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
     if failures:
-        lines = [f"{what}: {type(error).__name__}: {error}" for what, error in failures.items()]
+        lines = [f"{name}: {type(error).__name__}: {error}" for name, error in failures.items()]
         raise EvalError(
             f"{len(failures)} of {len(loaded) * len(planned)} results are missing:\n" + "\n".join(lines)
         ) from next(iter(failures.values()))
     return results
+
+
+def _network(
+    eval_classes: Sequence[type[Eval]], model: str, text: str, probing_datasets: Sequence[ProbingDataset], offline: bool
+) -> AbstractContextManager[None]:
+    """Use of the Hub, or of what was downloaded earlier where that is enough; an error where neither does."""
+    needed_text = text if any(eval_class.reads_text for eval_class in eval_classes) else None
+    reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
+    reachable = check_network(model, needed_text, reads_labelled_texts and not probing_datasets, offline)
+    return nullcontext() if reachable else cache_only()
+
+
+def _evaluate_in_turn(
+    planned: Sequence[Eval],
+    saes: Sequence[EvalSAE],
+    stamps: Mapping[str, Stamps],
+    force_rerun: bool,
+    show_progress: bool,
+) -> tuple[dict[str, dict[str, Result]], dict[str, Exception]]:
+    """Results by eval and name of the SAE, and what went wrong, by eval and SAE in words.
+
+    The stamps of comparisons are taken when it is their turn: they depend on the results of other evals.
+    """
+    results: dict[str, dict[str, Result]] = {}
+    failures: dict[str, Exception] = {}
+    with tqdm(total=len(saes) * len(planned), desc="SAEBench", disable=not show_progress) as progress:
+        for evaluation in planned:
+            name = evaluation.name
+            own_stamps = stamps.get(name) or _stamps(evaluation, saes)
+            results[name], failed = _evaluate_all(evaluation, saes, own_stamps, force_rerun, progress)
+            failures |= {f"{name} of {sae_name}": error for sae_name, error in failed.items()}
+    return results, failures
 
 
 def _evaluate_all(
@@ -234,9 +257,9 @@ def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
 def _scratch_folder(output_dir: str | Path) -> Iterator[Path]:
     """An empty folder in the output folder, deleted at the end. Those that killed runs left are deleted first."""
     artifacts = Path(output_dir).resolve() / "artifacts"
-    for left in artifacts.glob("unfinished_*"):
-        if not _is_running(int(left.name.removeprefix("unfinished_"))):
-            shutil.rmtree(left, ignore_errors=True)
+    for abandoned in artifacts.glob("unfinished_*"):
+        if not _is_running(int(abandoned.name.removeprefix("unfinished_"))):
+            shutil.rmtree(abandoned, ignore_errors=True)
     scratch = artifacts / f"unfinished_{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -22,7 +22,7 @@ from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
 
 @dataclass(frozen=True)
 class Recorded:
-    """Where an SAE is in a recording."""
+    """Place of an SAE in a recording."""
 
     recording: recording.Recording
     exported: int

@@ -179,10 +179,7 @@ def compare_all(
         device: where to compute.
         densities: share of tokens that each latent is active on, by name of the SAE; empty if unknown.
     """
-    live = {
-        name: torch.tensor(values, dtype=torch.double) > config.live_density
-        for name, values in (densities or {}).items()
-    }
+    live = {name: torch.tensor(values, dtype=torch.double) > config.live_density for name, values in densities.items()}
     details: dict[str, list[MmcsResultDetail]] = {sae.name: [] for sae in saes}
     for a, b in combinations(saes, 2):
         forward, backward = _compare(a, b, live.get(a.name), live.get(b.name), config.match_max_latents, device)
