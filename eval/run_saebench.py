@@ -1,9 +1,4 @@
-"""Run SAEBench on SAEs; the same as `sae-lens-sampled eval`.
-
-Usage:
-python eval/run_saebench.py saes/* --offline
-python eval/run_saebench.py saes/* --model pythia-160m-deduped --evals core,sparse_probing,absorption,mmcs
-"""
+"""Run SAEBench on SAEs; the same as `sae-lens-sampled eval`."""
 
 import typer
 

@@ -1,10 +1,12 @@
-"""The command line: `sae-lens-sampled train | calibrate | upload | eval | info`."""
+"""The command line: `sae-lens-sampled train | calibrate | upload | eval | report | mmcs | info`."""
 
 import dataclasses
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +16,24 @@ import typer
 from sae_lens import ActivationsStore
 from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import SAE, TrainingSAE
+from tabulate import tabulate
 from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
+from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=sae_lens_sampled.__doc__)
+
+
+@contextmanager
+def _told(*errors: type[Exception]) -> Iterator[None]:
+    """Turns errors into their message alone and the exit status 1."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from error
 
 
 @app.command(
@@ -95,11 +109,8 @@ def upload(
     saes = {folder.resolve().name: folder for folder in folders}
     if len(saes) < len(folders):
         raise typer.BadParameter("two of the folders have the same name, which would be their sae_id.")
-    try:
+    with _told(ValueError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
-    except (ValueError, sae_lens_sampled.HubError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
 
@@ -123,12 +134,9 @@ def evaluate(
     force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace results that are there.")] = False,
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
-    try:
+    with _told(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
-    except ModuleNotFoundError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from error
-    try:
+    with _told(ValueError, OSError, EvalError):
         run_evals(
             [parse_source(sae) for sae in saes],
             evals.split(","),
@@ -143,14 +151,11 @@ def evaluate(
             offline=offline,
             force_rerun=force_rerun,
         )
-    except (ValueError, OSError, EvalError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"Results are in {output_dir / 'eval_results'}")
 
 
 def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; a value is JSON, or a string if it is none."""
+    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; a value is JSON, or else a string."""
     overrides: dict[str, dict[str, Any]] = {}
     for setting in settings:
         where, equals, value = setting.partition("=")
@@ -163,6 +168,57 @@ def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
             parsed = value
         overrides.setdefault(eval_name, {})[name] = parsed
     return overrides
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="output_dir of `eval`, or a folder of SAEBench's own results.")],
+) -> None:
+    """Make a page of results: tables over seeds, Pareto plots, densities, MMCS, contexts.
+
+    Writes `report.html`, one file that needs no network, and `report.md` into the folder.
+    """
+    with _told(ModuleNotFoundError):
+        from sae_lens_sampled.saebench import write_report
+    with _told(ValueError):
+        path = write_report(folder)
+    typer.echo(f"Written to {path} and {path.with_suffix('.md')}")
+
+
+@app.command()
+def mmcs(
+    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")],
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """Print how alike the dictionaries of several seeds are: mean max cosine similarity, without a language model.
+
+    For every ordered pair: the mean over the first one's latents of the largest cosine with a latent of the second, for
+    decoder and encoder rows; the share of its latents with a partner above 0.7 and 0.9; the one-to-one matched mean;
+    and what random dictionaries would give.
+    """
+    with _told(ModuleNotFoundError):
+        from sae_lens_sampled.saebench import load_saes, parse_source
+    if len(saes) < 2:
+        raise typer.BadParameter("comparing needs at least two SAEs.")
+    with _told(ValueError, OSError):
+        loaded = {sae.name: sae.sae for sae in load_saes([parse_source(sae) for sae in saes], device)}
+        typer.echo(_similarity_table(loaded))
+
+
+def _similarity_table(saes: dict[str, SAE[Any]]) -> str:
+    header = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
+    rows = []
+    for (a, sae_a), (b, sae_b) in combinations(saes.items(), 2):
+        decoder = dictionary_similarity(sae_a.W_dec, sae_b.W_dec)
+        encoder = dictionary_similarity(sae_a.W_enc.T, sae_b.W_enc.T)
+        for names, of_decoder, of_encoder in (
+            ((a, b), decoder.forward, encoder.forward),
+            ((b, a), decoder.backward, encoder.backward),
+        ):
+            shares = [of_decoder.share_above_0_7, of_decoder.share_above_0_9]
+            means = [of_decoder.mmcs, of_encoder.mmcs, of_decoder.mmcs_absolute]
+            rows.append([*names, *means, *shares, decoder.matched, of_decoder.baseline])
+    return tabulate(rows, header, tablefmt="pipe", floatfmt=".3f", missingval="-")
 
 
 @app.command()

@@ -18,7 +18,7 @@ MATCH_MAX_LATENTS = 8192
 
 
 class MaxCosines(NamedTuple):
-    """Of each row of a dictionary, the largest cosine with any row of the other one."""
+    """Largest cosine of each row of a dictionary with any row of the other one."""
 
     a: Float[Tensor, " n_a"]
     a_absolute: Float[Tensor, " n_a"]
@@ -27,17 +27,17 @@ class MaxCosines(NamedTuple):
 
 
 class OneWay(NamedTuple):
-    """What the rows of one dictionary find in another one."""
+    """Similarity of one dictionary's rows to another dictionary."""
 
     mmcs: float
     """Mean over rows of the largest cosine with a row of the other dictionary, in [-1, 1]."""
     mmcs_absolute: float
-    """The same of the largest |cosine|, in [0, 1]."""
+    """Mean over rows of the largest |cosine|, in [0, 1]."""
     share_above_0_7: float
     """Share of rows whose largest (signed) cosine is above 0.7."""
     share_above_0_9: float
     baseline: float
-    """What `mmcs` would be if the other dictionary were random directions, as many as it has rows."""
+    """Expected `mmcs` if the other dictionary were random directions, as many as it has rows."""
     baseline_absolute: float
 
 

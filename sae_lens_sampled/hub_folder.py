@@ -12,6 +12,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.inference import load_checkpoint
+from sae_lens_sampled.normalisation import check_folded
 
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 
@@ -80,13 +81,9 @@ def _checked(folder: Path, name: str) -> Path:
             f"{name} has the weights of training and loads only with sae_lens_sampled; upload the training SAE or its "
             "checkpoint instead, which are exported as JumpReLU."
         )
-    if cfg.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
-        raise ValueError(
-            f"{name} has normalize_activations={cfg['normalize_activations']!r}, which is not folded into its weights "
-            "yet; sae_lens_sampled.load_checkpoint(folder) folds it."
-        )
+    check_folded(cfg.get("normalize_activations"), name)
     try:
         SAE.load_from_disk(folder)
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{name} is no SAE that SAELens can load ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is not an SAE that SAELens can load ({type(error).__name__}).") from error
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from tabulate import tabulate
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 Number = int | float
@@ -133,7 +134,7 @@ def _fields(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row per config field; where the SAEs differ, all values in their order."""
     names = _unique(name for cfg in configs for name in cfg if name not in ("metadata", "device"))
     values = {name: _unique(_shown(cfg[name]) for cfg in configs if name in cfg) for name in names}
-    return [{"field": f"`{name}`", "value": ", ".join(found) or "none"} for name, found in values.items()]
+    return [{"field": f"`{name}`", "value": ", ".join(shown) or "none"} for name, shown in values.items()]
 
 
 def _provenance(metadata: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -179,7 +180,7 @@ def _base_model(name: str | None) -> str | None:
 
 
 def _dataset(name: str | None) -> str | None:
-    """`name` if it has the form "user/name" and is no local folder."""
+    """`name` if it has the form "user/name" and is not a local folder."""
     if name is None or Path(name).exists():
         return None
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
@@ -204,5 +205,5 @@ def _shown(value: Any) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, with a column for every key that has a value in some row."""
     columns = _unique(column for row in rows for column, value in row.items() if value is not None)
-    lines = [columns, ["---"] * len(columns), *([_shown(row.get(column)) for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = [[_shown(row.get(column)) for column in columns] for row in rows]
+    return tabulate(cells, columns, tablefmt="github", stralign=None, disable_numparse=True)

@@ -1,6 +1,8 @@
+import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -49,3 +51,69 @@ def tiny_lm() -> Path:
     from bundled import TINY_LM
 
     return TINY_LM
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub that the installed client takes for the real one."""
+    import huggingface_hub
+    from hub_server import TOKEN, HubServer
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between retries
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        _http.close_session()
+        yield server
+        _http.close_session()
+
+
+@pytest.fixture(scope="session")
+def activations(tiny_lm):
+    """Activations of the bundled model at `HOOK`, shape (tokens, d_in)."""
+    from eval_helpers import HOOK
+
+    from sae_lens_sampled.saebench.models import load_model
+
+    model = load_model(tiny_lm).hooked
+    lines = (tiny_lm / "text" / "train.jsonl").read_text().splitlines()[:40]
+    ids = model.tokenizer("".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
+    tokens = torch.tensor(ids[: 96 * 100]).view(100, 96)
+    with torch.no_grad():
+        return model.run_with_cache(tokens, names_filter=[HOOK])[1][HOOK].flatten(end_dim=1)
+
+
+@pytest.fixture(scope="session")
+def saes(activations):
+    """Two seeds of ours as training SAEs, and one of each standard architecture as SAELens exports them."""
+    from eval_helpers import KINDS, trained_sae
+
+    ours = [(f"sampled_seed{seed}", trained_sae("sampled_topk", seed, activations)) for seed in (0, 1)]
+    others = [(kind, trained_sae(kind, 0, activations)) for kind in KINDS if kind != "sampled_topk"]
+    return ours + others
+
+
+@pytest.fixture(scope="session")
+def output_dir(tmp_path_factory):
+    """The output folder of `results`."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="session")
+def results(saes, output_dir):
+    """All evals on all `saes`."""
+    from eval_helpers import ALL, GIVEN, SMALL
+
+    from sae_lens_sampled.saebench import run_evals
+
+    return run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)

@@ -44,6 +44,7 @@ SMALL = {
 }
 ALL = list(SMALL)
 PROBING = EXAMPLES / "tiny_probing" / "sentence_polarity"
+GIVEN = {"model": TINY_LM, "text": TINY_LM / "text", "probing_datasets": [PROBING], "show_progress": False}
 
 
 def trained_sae(kind: str, seed: int, x: Tensor, n_steps: int = 60) -> TrainingSAE[Any]:
@@ -97,3 +98,19 @@ def core_by_hand(name: str, sae: Any, folder: Path, text: Path = TINY_LM / "text
             device="cpu",
         )
     return json.loads((folder / f"{name}_custom_sae_eval_results.json").read_text())
+
+
+def run_small(saes, evals, output_dir, **fields):
+    from sae_lens_sampled.saebench import run_evals
+
+    overrides = {name: SMALL[name] for name in evals}
+    return run_evals(saes, evals, output_dir=output_dir, **{**GIVEN, "overrides": overrides, **fields})
+
+
+def exported(saes, name):
+    """A fresh copy of the SAE that SAEBench gets, with the model's path for its name, as by hand it would need."""
+    from sae_lens_sampled.saebench import load_saes
+
+    [sae] = load_saes([pair for pair in saes if pair[0] == name])
+    sae.sae.cfg.metadata.model_name = str(TINY_LM)
+    return sae.sae

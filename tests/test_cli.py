@@ -72,11 +72,22 @@ def test_info_names_versions_architectures_and_scores():
         assert text in result.output
 
 
-def test_command_and_entry_point_are_installed():
+def test_command_is_installed():
     (command,) = entry_points(group="console_scripts", name="sae-lens-sampled")
     assert command.load() is app
-    (plugin,) = entry_points(group="sae_lens.architectures", name="sampled_topk")
-    assert plugin.load() is sae_lens_sampled
+
+
+def test_a_reader_of_the_entry_point_finds_the_class():
+    """What a SAELens that looks for plugins would do; nothing else imports ours."""
+    script = """
+from importlib.metadata import entry_points
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_class, get_sae_training_class
+assert "sampled_topk" not in SAE_TRAINING_CLASS_REGISTRY
+for plugin in entry_points(group="sae_lens.architectures"):
+    plugin.load()
+    print(plugin.name, get_sae_training_class(plugin.name)[0].__name__, get_sae_class(plugin.name)[0].__name__)
+"""
+    assert run(sys.executable, "-c", script) == "sampled_topk SampledTopKTrainingSAE SampledTopKSAE\n"
 
 
 def test_version_is_the_distributions():

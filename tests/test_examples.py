@@ -1,5 +1,6 @@
 """The scripts that users copy, run as they would run them: by path, from another folder."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_synthetic_example_reports_every_variant(tmp_path):
 
 def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
-    output = run("evaluate.py", "--steps", "10", "--d-sae", "192", cwd=tmp_path)
+    output = re.sub(" +", " ", run("evaluate.py", "--steps", "10", "--d-sae", "192", cwd=tmp_path))
     assert "- Evals: core (4 SAEs), sparse_probing (4 SAEs), absorption (4 SAEs), mmcs (4 SAEs)" in output
     for kind in ("batchtopk", "sampled_topk"):
         assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table

@@ -1,4 +1,4 @@
-"""`sae-lens-sampled eval`, with the extra `eval` and without it; and the scripts in `eval/`."""
+"""`sae-lens-sampled eval | report | mmcs`, with the extra `eval` and without it; and the scripts in `eval/`."""
 
 import json
 import subprocess
@@ -18,11 +18,14 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name == "sae_bench" or name.startswith("sae_bench."):
+        if name.partition(".")[0] == "MISSING":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
 """
+
+
+SUMMARIES = {"eval": "Evaluate SAEs", "report": "Make a page", "mmcs": "Print how alike"}
 
 
 def python(code, *arguments):
@@ -30,14 +33,23 @@ def python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_without_the_extra_the_package_works_and_the_command_says_how_to_install_it():
-    result = python(WITHOUT + "from sae_lens_sampled.cli import app; app(['eval', 'folder'])")
+@pytest.mark.parametrize(
+    ("command", "missing", "name"),
+    [
+        (["eval", "folder"], "sae_bench", "SAEBench"),
+        (["report", "folder"], "jinja2", "jinja2"),
+        (["mmcs", "folder", "folder"], "sae_bench", "SAEBench"),
+    ],
+)
+def test_without_the_extra_the_package_works_and_the_command_says_how_to_install_it(command, missing, name):
+    without = WITHOUT.replace("MISSING", missing) + "from sae_lens_sampled.cli import app; app(sys.argv[1:])"
+    result = python(without, *command)
     assert result.returncode == 1
     assert result.stderr.strip().endswith(
-        "sae_lens_sampled.saebench needs SAEBench: pip install 'sae-lens-sampled[eval]' (see the README for machines "
+        f"sae_lens_sampled.saebench needs {name}: pip install 'sae-lens-sampled[eval]' (see the README for machines "
         "without a GPU)."
     )
-    assert python(WITHOUT + "from sae_lens_sampled.cli import app; app(['info'])").returncode == 0
+    assert python(without, "info").returncode == 0
 
 
 def test_importing_the_package_never_imports_sae_bench():
@@ -72,7 +84,7 @@ def folders(tmp_path_factory):
     return [str(folder) for folder in folders]
 
 
-def test_offline_the_command_takes_what_the_repository_carries(folders, tmp_path):
+def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     arguments = ["eval", *folders, "--offline", "--evals", "core,sparse_probing,mmcs", "--output-dir", str(tmp_path)]
     small = ["core.n_eval_reconstruction_batches=1", "core.n_eval_sparsity_variance_batches=1"]
     small += ["sparse_probing.probe_train_set_size=80", "sparse_probing.probe_test_set_size=40"]
@@ -103,18 +115,12 @@ def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
     assert result.output.splitlines()[-1] == "mmcs compares SAEs, so it needs at least two; leave it out for one."
 
 
-def test_compare_seeds_prints_both_directions_of_every_pair(folders):
-    script = ROOT / "eval" / "compare_seeds.py"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, *folders, folders[0] + "/../sampled_seed0"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "two of saes are called" in result.stderr
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, *folders], capture_output=True, text=True, check=True
-    )
+def test_mmcs_prints_both_directions_of_every_pair(folders):
+    result = CliRunner().invoke(app, ["mmcs", *folders, folders[0] + "/../sampled_seed0"])
+    assert result.exit_code == 1
+    assert "two of saes are called" in result.output
+    result = CliRunner().invoke(app, ["mmcs", *folders])
+    assert result.exit_code == 0, result.output
     head, _, forward, backward = result.stdout.strip().splitlines()
     columns = [cell.strip() for cell in head.strip("|").split("|")]
     assert (columns[2], columns[8]) == ("decoder", "random")
@@ -123,3 +129,24 @@ def test_compare_seeds_prints_both_directions_of_every_pair(folders):
         assert cells[:2] == [f"sampled_seed{seed}_custom_sae" for seed in pair]
         assert cells[8] == f"{random_baseline(D_SAE, D_IN, absolute=False):.3f}"
         assert 0 < float(cells[7]) <= float(cells[4]) < 1  # matched one to one at most as well as to the best
+
+
+def test_mmcs_of_one_sae_is_refused(folders):
+    result = CliRunner().invoke(app, ["mmcs", folders[0]])
+    assert result.exit_code == 2
+    assert "comparing needs at least two SAEs" in result.output
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [("run_saebench", "eval"), ("report", "report"), ("compare_seeds", "mmcs")]
+)
+def test_the_scripts_are_the_commands(script, command):
+    text = subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "eval" / f"{script}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    want = CliRunner().invoke(app, [command, "--help"]).output
+    [summary] = [line.strip() for line in want.splitlines() if line.strip().startswith(SUMMARIES[command])]
+    assert summary in text

@@ -15,6 +15,7 @@ from eval_helpers import HOOK, PROBING, SMALL, TINY_LM, core_by_hand
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
+from sae_lens_sampled.bundled import bundled
 from sae_lens_sampled.saebench import load_probing_dataset, load_saes, network, run_evals
 from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
 from sae_lens_sampled.saebench.network import check_network
@@ -186,7 +187,8 @@ def test_two_data_sets_of_one_name_are_told(tmp_path):
 def test_numbers_that_json_does_not_have_become_none(tmp_path):
     [sae] = load_saes([("one", an_sae())])
     result = {"sae_cfg_dict": {}, "eval_result_metrics": {"a": {"b": float("inf"), "c": [1.5, float("nan")]}}}
-    write_result(tmp_path / "x.json", result, sae, {}, {"fvu": float("nan")})
+    result["eval_result_unstructured"] = {"fvu": float("nan")}
+    write_result(tmp_path / "x.json", result, sae, {})
     text = (tmp_path / "x.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert written["eval_result_metrics"] == {"a": {"b": None, "c": [1.5, None]}}
@@ -226,9 +228,9 @@ def test_a_folder_and_a_dataset_dict_have_splits_and_other_columns_can_be_named(
     )
     got = load_probing_dataset(both, "reviews", text_column="review", label_column="stars")
     assert (len(got.train["0"]), len(got.test["1"])) == (60, 40)
-    carried = load_probing_dataset(PROBING)
-    assert (carried.name, carried.classes) == ("sentence_polarity", ["negative", "positive"])
-    assert carried.test is not None
+    polarity = load_probing_dataset(PROBING)
+    assert (polarity.name, polarity.classes) == ("sentence_polarity", ["negative", "positive"])
+    assert polarity.test is not None
 
 
 def test_splits_are_balanced_random_and_disjoint(rows):
@@ -294,7 +296,7 @@ def test_sizes_that_a_class_cannot_fill_are_told_with_what_is_needed(rows):
 
 
 def test_what_is_no_data_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"is no parquet, csv or jsonl file and no folder with train and test ones\.$"):
+    with pytest.raises(ValueError, match=r"is not a parquet, csv or jsonl file, nor a folder with train"):
         load_probing_dataset(tmp_path / "none.jsonl")
 
 
@@ -340,7 +342,7 @@ def test_an_unknown_model_is_told():
 
 def test_offline_without_the_repository_is_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="clone the repository, or pass your own"):
-        network.carried(tmp_path / "tiny_lm")
+        bundled(tmp_path / "tiny_lm")
 
 
 @pytest.mark.parametrize(

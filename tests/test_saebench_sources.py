@@ -50,7 +50,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
         load_saes([])
     with pytest.raises(ValueError, match="two of saes are called 'a_custom_sae'"):
         load_saes([("a", trained()), ("a", trained())])
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load_saes([tmp_path / "missing"])
     with pytest.raises(ValueError, match="holds no SAE"):
         load_saes([tmp_path])

@@ -115,10 +115,10 @@ def test_author_test_passages_were_unseen_by_the_bundled_model_and_its_saes(tiny
     for *train, test in build.AUTHORS.values():
         assert f"{test}.txt" in held_out
         assert not {f"{name}.txt" for name in train} & set(held_out)
-    carried = "".join((tiny_lm / "text" / f"{split}.jsonl").read_text("utf-8") for split in ("train", "validation"))
-    carried = bare(carried.replace("\\n", " "))
+    bundled = "".join((tiny_lm / "text" / f"{split}.jsonl").read_text("utf-8") for split in ("train", "validation"))
+    bundled = bare(bundled.replace("\\n", " "))
     _, test = read(FOLDER, "authors")
-    assert not [row for row in test if bare(row["text"])[:60] in carried]
+    assert not [row for row in test if bare(row["text"])[:60] in bundled]
 
 
 def test_files_are_small():

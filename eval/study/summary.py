@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from sae_lens_sampled.saebench.report_metrics import Estimate, estimate
+from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from study.plan import Unit, arms, compared, synthetic_units, units
 from study.storage import ResultTable, Storage
 

@@ -1,10 +1,15 @@
 """SAEBench on SAEs of any SAELens architecture, online or offline; needs the extra `eval`."""
 
 try:
+    import jinja2  # noqa: F401
+    import plotly  # noqa: F401
+    import pydantic  # noqa: F401
     import sae_bench  # noqa: F401
+    import threadpoolctl  # noqa: F401
 except ModuleNotFoundError as error:
+    package = "SAEBench" if error.name == "sae_bench" else error.name
     raise ModuleNotFoundError(
-        "sae_lens_sampled.saebench needs SAEBench: pip install 'sae-lens-sampled[eval]' (see the README for machines "
+        f"sae_lens_sampled.saebench needs {package}: pip install 'sae-lens-sampled[eval]' (see the README for machines "
         "without a GPU).",
         name=error.name,
     ) from error

@@ -23,7 +23,7 @@ BLOCK_OUTPUT = re.compile(
     r"(?:gpt_neox\.layers|model\.layers|model\.decoder\.layers|transformer\.h|transformer\.blocks)\.(\d+)"
     r"|blocks\.(\d+)\.hook_out"
 )
-"""What Hugging Face and TransformerLens' bridge call the residual stream after a block."""
+"""Names that Hugging Face and TransformerLens' bridge have for the residual stream after a block."""
 
 NOT_OF_THE_MODEL = ("device", "model_name", "tokenizer_name")
 """Fields of TransformerLens' configuration that tell where a model lies, not what it does."""

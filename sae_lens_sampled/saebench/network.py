@@ -13,19 +13,12 @@ import huggingface_hub.constants
 from huggingface_hub import try_to_load_from_cache
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-CARRIED_MODEL = EXAMPLES / "tiny_lm"
-"""The language model that the repository carries; not in an installed package."""
-CARRIED_TEXT = CARRIED_MODEL / "text"
-CARRIED_PROBING_DATASETS = tuple(
-    EXAMPLES / "tiny_probing" / name for name in ("authors", "sentence_polarity", "subjectivity")
-)
 TIMEOUT = 3.0
 """Seconds to wait for the Hub before telling the user: the libraries' own retries take minutes."""
 
 
 def check_network(model: str, text: str | None, default_probing_datasets: bool, offline: bool) -> bool:
-    """Whether the Hub can be asked; False if only what was downloaded earlier is at hand, and that is enough.
+    """Whether the Hub can be asked; False if there is only what was downloaded earlier, and that is enough.
 
     Args:
         model: name or folder.
@@ -50,7 +43,7 @@ def check_network(model: str, text: str | None, default_probing_datasets: bool, 
         why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
         raise ConnectionError(
             f"{', '.join(missing)} must be downloaded, but {why}; give a local model folder, text=FOLDER and "
-            "probing_datasets=[...], or offline=True for what the repository carries."
+            "probing_datasets=[...], or offline=True for what the repository brings along."
         )
     return reachable
 
@@ -63,20 +56,6 @@ def cache_only() -> Iterator[None]:
         mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
     ):
         yield
-
-
-def carried(path: Path) -> Path:
-    """`path`, which the repository carries.
-
-    Raises:
-        ValueError: if it is not there, because the package was installed without the repository.
-    """
-    if not path.exists():
-        raise ValueError(
-            f"offline without a model, text and probing data sets takes those of the repository's examples folder, but "
-            f"{path} is not there; clone the repository, or pass your own."
-        )
-    return path
 
 
 def _is_cached_model(name: str) -> bool:

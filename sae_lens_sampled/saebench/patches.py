@@ -32,10 +32,10 @@ RandomState: TypeAlias = tuple[Any, Any, Any]
 
 
 @contextmanager
-def everywhere(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Iterator[None]:
-    """All that is prevented whatever the eval."""
+def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Iterator[None]:
+    """Patches that every eval needs."""
     with ExitStack() as stack:
-        for one in (
+        for patch in (
             quiet(log),
             model_in_memory(model.hooked),
             no_shape_checks(),
@@ -45,7 +45,7 @@ def everywhere(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Ite
             # Several evals leave gradients switched on or off for good.
             torch.set_grad_enabled(torch.is_grad_enabled()),
         ):
-            stack.enter_context(one)
+            stack.enter_context(patch)
         yield
 
 
@@ -182,12 +182,12 @@ def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iter
 
 
 def random_state() -> RandomState:
-    """Of the three generators that SAEBench draws from."""
+    """State of the three generators that SAEBench draws from."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
 
 
 def set_random_state(state: RandomState) -> None:
-    """Back to what `random_state` gave."""
+    """Set the three generators to what `random_state` gave."""
     python_state, numpy_state, torch_state = state
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002

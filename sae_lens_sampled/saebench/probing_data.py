@@ -20,7 +20,7 @@ class ProbingDataset:
     name: str
     train: Texts
     test: Texts | None
-    """None where the data has one split only: then `split` draws both from `train`, without overlap."""
+    """Texts for testing; None where the data has one split: then `split` draws both from `train`, without overlap."""
 
     @property
     def classes(self) -> list[str]:
@@ -28,7 +28,7 @@ class ProbingDataset:
         return sorted(self.train)
 
     def largest_sizes(self) -> tuple[int, int]:
-        """The largest train and test sizes, in SAEBench's count (two classes at a time), that all classes can fill."""
+        """Largest train and test sizes, in SAEBench's count (two classes at a time), that all classes can fill."""
         smallest = min(map(len, self.train.values()))
         if self.test is None:
             return 2 * (smallest * 4 // 5), 2 * (smallest - smallest * 4 // 5)
@@ -99,6 +99,21 @@ def load_probing_dataset(
     return dataset
 
 
+def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> list[ProbingDataset]:
+    """The data sets of all `sources`, each either loaded or the path of one.
+
+    Raises:
+        ValueError: if two have the same name, or as `load_probing_dataset`.
+    """
+    loaded = [source if isinstance(source, ProbingDataset) else load_probing_dataset(source) for source in sources]
+    names = [dataset.name for dataset in loaded]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two of probing_datasets have the same name, {names}; load_probing_dataset(path, name) names one."
+        )
+    return loaded
+
+
 def common_sizes(probing_datasets: Sequence[ProbingDataset], train_size: int, test_size: int) -> tuple[int, int]:
     """The wanted sizes, or as much of them as the smallest data set has."""
     largest = [dataset.largest_sizes() for dataset in probing_datasets]
@@ -111,7 +126,7 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
     chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
     if not path.exists() or "train" not in chosen:
         raise ValueError(
-            f"probing data {str(path)!r} is no parquet, csv or jsonl file and no folder with train and test ones."
+            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train and test ones."
         )
     return {
         split: datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train")  # type: ignore[misc]

@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from sae_lens_sampled.files import write_whole
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.sources import EvalSAE
 
@@ -39,37 +39,29 @@ def is_same(result: dict[str, Any], stamp: dict[str, str]) -> bool:
 
 def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
     """Which of SAE, model and configuration are others, in words."""
-    found = _stamp(result)
-    return " and ".join(what for what, fingerprint in stamp.items() if found.get(what) != fingerprint)
+    present = _stamp(result)
+    return " and ".join(what for what, fingerprint in stamp.items() if present.get(what) != fingerprint)
 
 
-def write_result(
-    path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str], extra: dict[str, Any]
-) -> dict[str, Any]:
-    """Put SAEBench's `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
+def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str]) -> dict[str, Any]:
+    """Put a `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
 
     Returns what was written. Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled
     SAE is a "jumprelu".
     """
-    result = dict(result)
-    result["sae_lens_release_id"], result["sae_lens_id"] = sae.release, sae.sae_id
-    result["sae_cfg_dict"] = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
-    result = _finite(result)
-    if extra:
-        result["eval_result_unstructured"] = (result.get("eval_result_unstructured") or {}) | _finite(extra)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2, allow_nan=False))
-    os.replace(unfinished, path)
+    names = {"sae_lens_release_id": sae.release, "sae_lens_id": sae.sae_id}
+    cfg = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
+    result = _finite(result | names | {"sae_cfg_dict": cfg})
+    write_whole(path, json.dumps(result, indent=2, allow_nan=False))
     return result
 
 
 def _finite(value: Any) -> Any:
-    """With None for what JSON has no number for."""
+    """`value` with None for what JSON has no number for."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,14 +1,11 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +14,15 @@ import torch
 from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
+from sae_lens_sampled.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
 from sae_lens_sampled.saebench import patches
-from sae_lens_sampled.saebench.evals import EVALS, Run
+from sae_lens_sampled.saebench.evals import EVALS, Eval
+from sae_lens_sampled.saebench.evals.base import EvalSetup
 from sae_lens_sampled.saebench.models import attach, load_model
-from sae_lens_sampled.saebench.network import (
-    CARRIED_MODEL,
-    CARRIED_PROBING_DATASETS,
-    CARRIED_TEXT,
-    cache_only,
-    carried,
-    check_network,
-)
-from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_dataset
+from sae_lens_sampled.saebench.network import cache_only, check_network
+from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
-from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE, SAESource, fingerprint_tensors, load_saes
+from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_saes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +30,9 @@ DEFAULT_EVALS = ("core", "sparse_probing", "absorption")
 DEFAULT_TEXT = "Skylion007/openwebtext"
 """The data set that SAEBench's core is run on."""
 
-Results = dict[str, dict[str, dict[str, Any]]]
+Result = dict[str, Any]
+Stamps = dict[str, dict[str, str]]
+"""Fingerprints of all that a result depends on, by name of the SAE."""
 
 
 class EvalError(RuntimeError):
@@ -60,7 +54,7 @@ def run_evals(
     offline: bool = False,
     force_rerun: bool = False,
     show_progress: bool = True,
-) -> Results:
+) -> dict[str, dict[str, Result]]:
     """Run SAEBench's evals, and MMCS, on SAEs of any architecture; the results by eval and name of the SAE.
 
     Results are in `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json`, in SAEBench's format. Those
@@ -79,8 +73,8 @@ def run_evals(
         device: None for a GPU if there is one.
         dtype: of model and SAEs, as SAEBench's `llm_dtype`.
         seed: of whatever is random.
-        offline: use nothing from the network, and where nothing else is given the model, text and data sets that the
-            repository carries.
+        offline: use nothing from the network, and where nothing else is given the model, text and data sets that are
+            bundled with the repository.
         force_rerun: compute and replace results that are there.
         show_progress: whether to show a bar over (SAE, eval).
 
@@ -89,170 +83,183 @@ def run_evals(
         ConnectionError: if something must be downloaded and the Hub cannot be reached.
         EvalError: at the end, if SAEs could not be evaluated.
     """
-    unknown = [name for name in [*evals, *(overrides or {})] if name not in EVALS]
-    if unknown or not evals:
-        raise ValueError(f"evals={list(evals)} and the keys of overrides must be of {list(EVALS)}.")
     overrides = overrides or {}
-    for name, fields in overrides.items():
-        _check_override(name, fields, evals)
+    _check_evals(evals, overrides)
+    eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
+    # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with cache_only() if offline else nullcontext():
         loaded = load_saes(saes, device)
     if offline:
-        model = model or carried(CARRIED_MODEL)
-        text = text or carried(CARRIED_TEXT)
-        probing_datasets = probing_datasets or [carried(path) for path in CARRIED_PROBING_DATASETS]
+        model = model or bundled(BUNDLED_MODEL)
+        text = text or bundled(BUNDLED_TEXT)
+        probing_datasets = probing_datasets or [bundled(path) for path in BUNDLED_PROBING_DATASETS]
     model = str(model or _common_model(loaded))
-    text = str(text or DEFAULT_TEXT)
-    text = str(Path(text).resolve()) if Path(text).is_dir() else text
-    own_datasets = [one if isinstance(one, ProbingDataset) else load_probing_dataset(one) for one in probing_datasets]
-    names = [dataset.name for dataset in own_datasets]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"two of probing_datasets have the same name, {names}; load_probing_dataset(path, name) names one."
+    text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
+    labelled = load_probing_datasets(probing_datasets)
+    # What is not there is told before any work.
+    with _network(eval_classes, model, text, labelled, offline), _scratch_folder(output_dir) as scratch:
+        setup = EvalSetup(
+            model=load_model(model, device, str_to_dtype(dtype)),
+            output_dir=Path(output_dir).resolve(),
+            scratch=scratch,
+            device=device,
+            dtype=dtype,
+            d_sae=max(sae.sae.cfg.d_sae for sae in loaded),
+            seed=seed,
+            text=text,
+            probing_datasets=labelled,
         )
-    default_datasets = "sparse_probing" in evals and not own_datasets
-    reachable = check_network(model, text if "core" in evals else None, default_datasets, offline)
-    with nullcontext() if reachable else cache_only(), _scratch_folder(output_dir) as scratch:
-        llm = load_model(model, device, str_to_dtype(dtype))
-        for sae in loaded:
-            attach(sae, llm)
-            sae.sae.to(dtype=str_to_dtype(dtype))  # as SAEBench does, but before the recording
-            if sae.training_sae is not None:
-                sae.training_sae.to(dtype=str_to_dtype(dtype))
-        d_sae = max(sae.sae.cfg.d_sae for sae in loaded)
-        run = Run(llm, scratch.parent.parent, scratch, device, dtype, d_sae, seed, text, own_datasets)
-        configs = {
-            name: one.config(**(one.defaults(run) | dict(overrides.get(name, {}))))
-            for name, one in EVALS.items()
-            if name in evals
-        }
-        for name in configs:
-            EVALS[name].check(loaded)
+        _attach(loaded, setup)
+        # Refusals of SAEs, and of results that would have to be replaced; comparisons are made again for other SAEs.
+        planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in eval_classes]
+        for evaluation in planned:
+            evaluation.check(loaded)
+        stamps = {evaluation.name: _stamps(evaluation, loaded) for evaluation in planned if not evaluation.compares}
         if not force_rerun:
-            _check_results(loaded, configs, run)
-        with tqdm(total=len(loaded) * len(configs), desc="SAEBench", disable=not show_progress) as progress:
-            failures: dict[str, Exception] = {}
-            results = {
-                name: _run_one(name, config, loaded, run, force_rerun, progress, failures)
-                for name, config in configs.items()
-            }
+            _check_results(stamps, loaded, setup)
+        # One eval after the other, each on all SAEs.
+        results, failures = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
     if failures:
-        lines = [f"{what}: {type(error).__name__}: {error}" for what, error in failures.items()]
+        lines = [f"{name}: {type(error).__name__}: {error}" for name, error in failures.items()]
         raise EvalError(
-            f"{len(failures)} of {len(loaded) * len(configs)} results are missing:\n" + "\n".join(lines)
+            f"{len(failures)} of {len(loaded) * len(planned)} results are missing:\n" + "\n".join(lines)
         ) from next(iter(failures.values()))
     return results
 
 
-def _run_one(
-    name: str,
-    config: Any,
-    saes: list[EvalSAE],
-    run: Run,
+def _network(
+    eval_classes: Sequence[type[Eval]], model: str, text: str, probing_datasets: Sequence[ProbingDataset], offline: bool
+) -> AbstractContextManager[None]:
+    """Use of the Hub, or of what was downloaded earlier where that is enough; an error where neither does."""
+    needed_text = text if any(eval_class.reads_text for eval_class in eval_classes) else None
+    reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
+    reachable = check_network(model, needed_text, reads_labelled_texts and not probing_datasets, offline)
+    return nullcontext() if reachable else cache_only()
+
+
+def _evaluate_in_turn(
+    planned: Sequence[Eval],
+    saes: Sequence[EvalSAE],
+    stamps: Mapping[str, Stamps],
     force_rerun: bool,
-    progress: tqdm,
-    failures: dict[str, Exception],
-) -> dict[str, dict[str, Any]]:
-    """One eval on all SAEs; the results by name. What goes wrong is added to `failures`, and the others go on."""
-    results, pending = {}, []
+    show_progress: bool,
+) -> tuple[dict[str, dict[str, Result]], dict[str, Exception]]:
+    """Results by eval and name of the SAE, and what went wrong, by eval and SAE in words.
+
+    The stamps of comparisons are taken when it is their turn: they depend on the results of other evals.
+    """
+    results: dict[str, dict[str, Result]] = {}
+    failures: dict[str, Exception] = {}
+    with tqdm(total=len(saes) * len(planned), desc="SAEBench", disable=not show_progress) as progress:
+        for evaluation in planned:
+            name = evaluation.name
+            own_stamps = stamps.get(name) or _stamps(evaluation, saes)
+            results[name], failed = _evaluate_all(evaluation, saes, own_stamps, force_rerun, progress)
+            failures |= {f"{name} of {sae_name}": error for sae_name, error in failed.items()}
+    return results, failures
+
+
+def _evaluate_all(
+    evaluation: Eval, saes: Sequence[EvalSAE], stamps: Stamps, force_rerun: bool, progress: tqdm
+) -> tuple[dict[str, Result], dict[str, Exception]]:
+    """Results of one eval, and what went wrong, by name of the SAE. The others go on."""
+    setup, name = evaluation.setup, evaluation.name
+    results: dict[str, Result] = {}
+    failures: dict[str, Exception] = {}
+    # Results that are there.
     for sae in saes:
-        result = load_result(result_path(run.output_dir, name, sae))
-        if result is not None and not force_rerun and is_same(result, _stamp(name, config, sae, saes, run)):
+        result = load_result(result_path(setup.output_dir, name, sae))
+        if result is not None and not force_rerun and is_same(result, stamps[sae.name]):
             results[sae.name] = result
             progress.update()
-        else:
-            pending.append(sae)
+    pending = [sae for sae in saes if sae.name not in results]
     if not pending:
-        return results
-    log = run.output_dir / "artifacts" / "sae_bench.log"
-    with patches.everywhere(run.model, run.scratch, run.seed, log):
-        progress.set_postfix_str(f"{name}: language model")
-        try:
-            EVALS[name].prepare(config, saes if EVALS[name].compares else pending, run)
-        except Exception as error:
-            logger.exception("%s failed", name)
-            failures |= {f"{name} of {sae.name}": error for sae in pending}
-            progress.update(len(pending))
-            return results
+        return results, failures
+    # Work for all SAEs.
+    log = setup.output_dir / "artifacts" / "sae_bench.log"
+    progress.set_postfix_str(f"{name}: language model")
+    try:
+        with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+            evaluation.prepare(saes if evaluation.compares else pending)
+    except Exception as error:
+        logger.exception("%s failed", name)
+        progress.update(len(pending))
+        return results, {sae.name: error for sae in pending}
+    # Each SAE for itself.
     for sae in pending:
         progress.set_postfix_str(f"{name}: {sae.name}")
         try:
-            with patches.everywhere(run.model, run.scratch, run.seed, log):
-                extra = EVALS[name].run(config, sae, run, run.scratch / "results" / name)
-            written = run.scratch / "results" / name / f"{sae.name}_{CUSTOM_SAE_ID}_eval_results.json"
-            path = result_path(run.output_dir, name, sae)
-            stamp = _stamp(name, config, sae, saes, run)
-            results[sae.name] = write_result(path, json.loads(written.read_text()), sae, stamp, extra)
+            with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+                result = evaluation.run(sae)
+            path = result_path(setup.output_dir, name, sae)
+            results[sae.name] = write_result(path, result, sae, stamps[sae.name])
         except Exception as error:
             logger.exception("%s of %s failed", name, sae.name)
-            failures[f"{name} of {sae.name}"] = error
+            failures[sae.name] = error
         progress.update()
-    return results
+    return results, failures
 
 
-def _stamp(name: str, config: Any, sae: EvalSAE, saes: list[EvalSAE], run: Run) -> dict[str, str]:
-    """Fingerprints of all that a result depends on."""
-    inputs: dict[str, Any] = {"config": asdict(config), "sae_bench": version("sae-bench")}
-    if name == "core" and Path(config.dataset).is_dir():
-        inputs["config"]["dataset"] = _fingerprint_files(Path(config.dataset))  # what it says, not where it lies
-    if name == "sparse_probing":
-        inputs["probing_datasets"] = [asdict(dataset) for dataset in run.probing_datasets]
-    if EVALS[name].compares:
-        inputs["saes"] = {one.name: one.fingerprint for one in saes}
-        inputs["densities"] = {one.name: run.density(one) for one in saes}
-    return {"sae": sae.fingerprint, "model": run.model.fingerprint, "config": fingerprint_tensors({}, inputs)}
+def _stamps(evaluation: Eval, saes: Sequence[EvalSAE]) -> Stamps:
+    """Fingerprints for the results of one eval. All but the SAE's own is taken once, however many SAEs there are."""
+    inputs = {"config": asdict(evaluation.config), "sae_bench": version("sae-bench")} | evaluation.inputs(saes)
+    shared = {"model": evaluation.setup.model.fingerprint, "config": fingerprint_tensors({}, inputs)}
+    return {sae.name: {"sae": sae.fingerprint, **shared} for sae in saes}
 
 
-def _check_results(saes: list[EvalSAE], configs: dict[str, Any], run: Run) -> None:
-    """Refuse before any work where a result would have to be replaced. Comparisons follow the SAEs that are given."""
-    for name in configs:
+def _check_results(stamps: Mapping[str, Stamps], saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
+    for name, by_sae in stamps.items():
         for sae in saes:
-            path = result_path(run.output_dir, name, sae)
+            path = result_path(setup.output_dir, name, sae)
             result = load_result(path)
-            if result is None or EVALS[name].compares:
-                continue
-            stamp = _stamp(name, configs[name], sae, saes, run)
-            if not is_same(result, stamp):
+            if result is not None and not is_same(result, by_sae[sae.name]):
                 raise ValueError(
-                    f"{path} holds the result of another {differences(result, stamp)}; "
+                    f"{path} holds the result of another {differences(result, by_sae[sae.name])}; "
                     "choose another output_dir, or pass force_rerun=True to replace it."
                 )
 
 
-def _check_override(name: str, fields: Mapping[str, Any], evals: Sequence[str]) -> None:
-    known = {field.name for field in dataclass_fields(EVALS[name].config)}
+def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    if not evals or not {*evals, *overrides} <= EVALS.keys():
+        raise ValueError(f"evals={list(evals)} and the keys of overrides must be of {list(EVALS)}.")
     arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
-    for field in fields:
-        if field in arguments:
-            raise ValueError(f"overrides[{name!r}] sets {field!r}; pass {arguments[field]}=... instead.")
-        if field not in known:
-            raise ValueError(f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}.")
-    if name not in evals:
-        raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
+    for name, settings in overrides.items():
+        known = sorted(field.name for field in fields(EVALS[name].config_class))
+        for field in settings:
+            if field in arguments:
+                raise ValueError(f"overrides[{name!r}] sets {field!r}; pass {arguments[field]}=... instead.")
+            if field not in known:
+                raise ValueError(
+                    f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}."
+                )
+        if name not in evals:
+            raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
 
 
-def _common_model(saes: list[EvalSAE]) -> str:
+def _common_model(saes: Sequence[EvalSAE]) -> str:
     names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
     if len(set(names.values())) > 1 or None in names.values():
         raise ValueError(f"the metadata of the SAEs do not name one model, {names}; pass model=...")
     return str(next(iter(names.values())))
 
 
-def _fingerprint_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
+    """Make the SAEs ones of the setup's model, and of its type as SAEBench does, but before the recording."""
+    for sae in saes:
+        attach(sae, setup.model)
+        sae.sae.to(dtype=str_to_dtype(setup.dtype))
+        if sae.training_sae is not None:
+            sae.training_sae.to(dtype=str_to_dtype(setup.dtype))
 
 
 @contextmanager
 def _scratch_folder(output_dir: str | Path) -> Iterator[Path]:
     """An empty folder in the output folder, deleted at the end. Those that killed runs left are deleted first."""
     artifacts = Path(output_dir).resolve() / "artifacts"
-    for left in artifacts.glob("unfinished_*"):
-        if not _is_running(int(left.name.removeprefix("unfinished_"))):
-            shutil.rmtree(left, ignore_errors=True)
+    for abandoned in artifacts.glob("unfinished_*"):
+        if not _is_running(int(abandoned.name.removeprefix("unfinished_"))):
+            shutil.rmtree(abandoned, ignore_errors=True)
     scratch = artifacts / f"unfinished_{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

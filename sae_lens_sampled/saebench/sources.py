@@ -18,11 +18,10 @@ from torch import Tensor
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.hub_folder import is_checkpoint
 from sae_lens_sampled.inference import load_checkpoint
+from sae_lens_sampled.normalisation import check_folded
 
 CUSTOM_SAE_ID = "custom_sae"
-"""What SAEBench calls an SAE that is not from the Hub."""
-UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-"""Activation normalisations that must be folded into the weights before an SAE takes raw activations."""
+"""SAEBench's id for an SAE that is not from the Hub."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class EvalSAE:
     sae: SAE[Any]
     """The SAE for inference, with unit-norm decoder rows where its architecture allows that without changing it."""
     training_sae: TrainingSAE[Any] | None
-    """What it was exported from, where that was given."""
+    """The SAE that it was exported from, where that was given."""
     sae_class: str
     """The architecture it was trained as, as far as that is known: shown in plots."""
     fingerprint: str
@@ -66,7 +65,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     for i, sae in enumerate(saes):
         if sae.name in [other.name for other in saes[:i]]:
             raise ValueError(
-                f"two of saes are called {sae.name!r}, so one's results would replace the other's; "
+                f"two of saes are called {sae.name!r}, so the results of one would replace the other's; "
                 "pass (name, SAE or Path) pairs with different names, on the command line NAME=FOLDER."
             )
     return saes
@@ -121,14 +120,14 @@ def _load(source: SAESource, device: str) -> EvalSAE:
 def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
     if not folder.is_dir():
         raise ValueError(
-            f"{str(folder)!r} in saes is no folder; for an SAE of the Hub pass the pair (repository, sae_id)."
+            f"{str(folder)!r} in saes is not a folder; for an SAE of the Hub pass the pair (repository, sae_id)."
         )
     if is_checkpoint(folder):
         return _from_object(name, load_checkpoint(folder, device=device), device)
     try:
         sae = SAE.load_from_disk(folder, device=device)
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{str(folder)!r} in saes is no SAE that SAELens can load: {error}") from error
+        raise ValueError(f"{str(folder)!r} in saes is not an SAE that SAELens can load: {error}") from error
     return _describe(name, CUSTOM_SAE_ID, sae, None)
 
 
@@ -141,7 +140,7 @@ def _from_object(name: str | None, sae: SAE[Any], device: str) -> EvalSAE:
 
 def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
     """The SAE that users of `sae` will get."""
-    _check_folded(sae)
+    check_folded(sae.cfg.normalize_activations, "an SAE in saes")
     if sae.cfg.architecture() == "sampled_topk":
         return to_jumprelu(sae)
     with TemporaryDirectory() as folder:
@@ -150,24 +149,16 @@ def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
 
 
 def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: TrainingSAE[Any] | None) -> EvalSAE:
-    _check_folded(sae)
+    check_folded(sae.cfg.normalize_activations, "an SAE in saes")
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
-    tensors = {f"{i}.{key}": value for i, one in enumerate(both) for key, value in one.state_dict().items()}
+    tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}
     # Where it lies does not change what it does; SAEs trained alike differ in nothing else.
-    configs = [{key: value for key, value in one.cfg.to_dict().items() if key != "device"} for one in both]
+    configs = [{key: value for key, value in each.cfg.to_dict().items() if key != "device"} for each in both]
     fingerprint = fingerprint_tensors(tensors, *configs)
     trained_as = training_sae.cfg.architecture() if training_sae is not None else None
     sae_class = trained_as or sae.cfg.metadata.training_architecture or sae.cfg.architecture()
     return EvalSAE(name or f"{sae_class}_{fingerprint[:8]}", sae_id, sae, training_sae, sae_class, fingerprint)
-
-
-def _check_folded(sae: SAE[Any]) -> None:
-    if sae.cfg.normalize_activations in UNFOLDED:
-        raise ValueError(
-            f"an SAE in saes has normalize_activations={sae.cfg.normalize_activations!r}, which is not folded into its "
-            "weights yet, so every metric would be wrong; sae_lens_sampled.load_checkpoint(folder) folds it."
-        )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ MAX_DENSITY = 0.1
 
 
 class TopActivations:
-    """Of every latent the largest activation in each of the `N_CONTEXTS` batches where it is largest."""
+    """Largest activation of every latent in each of the `N_CONTEXTS` batches where it is largest."""
 
     def __init__(self, d_sae: int, device: torch.device | str) -> None:
         self.values = torch.zeros(N_CONTEXTS, d_sae, device=device)
@@ -46,7 +46,7 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
 def contexts_of(
     latents: Int[Tensor, " n"], top: TopActivations, statistics: ActivationStatistics, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Of each of `latents` its density, its share of the activation mass, and the text where it is largest."""
+    """Density of each of `latents`, its share of the activation mass, and the text where it is largest."""
     tokens = torch.cat(top.tokens).tolist()
     return [
         {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_lens_sampled.saebench.report_data import SAEResults
+from sae_lens_sampled.saebench.report.results import SAEResults
 
 CORE = ("core", "eval_result_metrics")
 OURS = ("core", "eval_result_unstructured")
@@ -22,12 +22,12 @@ class Metric:
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """None where neither is: it says under which conditions the others hold."""
+    """The better direction; None for a condition under which the others hold."""
     digits: int
     independent: bool = True
-    """False if a value of one seed is also one of another seed: then the seeds' spread is no error of their mean."""
+    """Whether seeds have values of their own; else their spread is not an error of their mean."""
     complement: tuple[str, ...] = ()
-    """Where one minus the value is, if nothing is at `path`."""
+    """Place of one minus the value, if nothing is at `path`."""
 
     @property
     def axis_title(self) -> str:
@@ -102,7 +102,7 @@ class Group:
     saes: tuple[SAEResults, ...]
 
     def estimate(self, metric: Metric) -> Estimate | None:
-        """Of the group's SAEs that have a value; None if none has."""
+        """Estimate over the group's SAEs that have a value; None if none has."""
         values = [value for sae in self.saes if (value := metric.of(sae)) is not None]
         return estimate(values, metric.independent) if values else None
 
@@ -124,8 +124,8 @@ def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
 
 def best_mean(metric: Metric, groups: Sequence[Group]) -> float | None:
     """The best mean, rounded as it is shown; None if there is nothing to choose from."""
-    estimates = [found for group in groups if (found := group.estimate(metric)) is not None]
+    estimates = [known for group in groups if (known := group.estimate(metric)) is not None]
     if metric.better is None or len(estimates) < 2:
         return None
     choose = max if metric.better == "higher" else min
-    return choose(round(found.mean, metric.digits) for found in estimates)
+    return choose(round(known.mean, metric.digits) for known in estimates)

@@ -1,21 +1,20 @@
-"""What the result files of an output folder say: one `SAEResults` per SAE, whichever evals it has.
+"""Result files of an output folder, read into one `SAEResults` per SAE, whichever evals it has.
 
 Reads SAEBench's own results as well; they lack what `run_evals` adds, which is then None.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_lens_sampled.saebench.results import STAMP, load_result
+from sae_lens_sampled.saebench.evals import EVALS
+from sae_lens_sampled.saebench.results import load_result
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, seed_group
 
 EVAL_NAMES = {"absorption_first_letter": "absorption"}
-"""`eval_type_id` of a result where it is not the name of the eval."""
-ORDER = ("core", "sparse_probing", "absorption", "mmcs")
+"""Names of evals by the `eval_type_id` of their results, where these differ."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class SAEResults:
     release: str
     sae_id: str
     results: dict[str, dict[str, Any]] = field(repr=False, compare=False)
-    """By eval."""
+    """Result files by eval."""
 
     @property
     def name(self) -> str:
-        """What result files and MMCS call it."""
+        """Name in result files and in MMCS."""
         return f"{self.release}_{self.sae_id}".replace("/", "_")
 
     @property
@@ -45,11 +44,11 @@ class SAEResults:
     @property
     def sae_class(self) -> str:
         """The architecture it was trained as, as far as the results know it."""
-        found = (result.get("sae_cfg_dict") or {} for result in self.results.values())
-        return next((str(cfg["architecture"]) for cfg in found if cfg.get("architecture")), "unknown")
+        configs = (result.get("sae_cfg_dict") or {} for result in self.results.values())
+        return next((str(cfg["architecture"]) for cfg in configs if cfg.get("architecture")), "unknown")
 
     def get(self, *path: str) -> Any:
-        """What is at `path`, an eval and the keys in its result; None where any of them is missing."""
+        """Value at `path`, an eval and the keys in its result; None where any of them is missing."""
         value: Any = self.results
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -70,9 +69,10 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
     """
     folder = Path(output_dir)
     folder = folder / "eval_results" if (folder / "eval_results").is_dir() else folder
-    found = [result for path in sorted(folder.rglob("*_eval_results.json")) if (result := load_result(path))]
+    files = sorted(folder.rglob("*_eval_results.json"))
+    finished = [result for file in files if (result := load_result(file))]
     by_sae: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for result in sorted(found, key=lambda result: result.get("datetime_epoch_millis", 0)):
+    for result in sorted(finished, key=lambda result: result.get("datetime_epoch_millis", 0)):
         sae = (str(result.get("sae_lens_release_id")), str(result.get("sae_lens_id")))
         name = str(result.get("eval_type_id"))
         by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = result
@@ -86,36 +86,4 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
 def evals_of(saes: Sequence[SAEResults]) -> list[str]:
     """The evals that any of `saes` has, in the order in which they run."""
     names = {name for sae in saes for name in sae.results}
-    return [name for name in ORDER if name in names] + sorted(names - set(ORDER))
-
-
-def notes(saes: Sequence[SAEResults]) -> list[str]:
-    """What readers must know before they compare the numbers, a sentence each."""
-    found = []
-    for name in evals_of(saes):
-        missing = [sae.label for sae in saes if name not in sae.results]
-        if missing:
-            found.append(f"{name} is missing for {_listed(missing)}.")
-        settings = {json.dumps(sae.get(name, "eval_config"), sort_keys=True) for sae in saes if name in sae.results}
-        if len(settings) > 1:
-            found.append(f"{name} was run with {len(settings)} different configurations, so SAEs may not compare.")
-    models = {model for sae in saes for model in _stamps(sae, "model")}
-    if len(models) > 1:
-        found.append(f"By their fingerprints the results are of {len(models)} different models, or versions of one.")
-    mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
-    if mixed:
-        found.append(f"The evals are of different weights for {_listed(mixed)}.")
-    path = ("mmcs", "eval_result_metrics", "partners", "partners_of_same_group")
-    alone = [sae.label for sae in saes if sae.get(*path) is False]
-    if alone:
-        found.append(f"MMCS is with SAEs of other configurations, for want of another seed, for {_listed(alone)}.")
-    return found
-
-
-def _stamps(sae: SAEResults, what: str) -> set[str]:
-    stamps = (sae.get(name, "sae_cfg_dict", STAMP, what) for name in sae.results)
-    return {stamp for stamp in stamps if stamp}
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [name for name in EVALS if name in names] + sorted(names - EVALS.keys())

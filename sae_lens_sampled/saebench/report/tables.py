@@ -1,14 +1,17 @@
-"""The tables of the report, as HTML and as Markdown."""
+"""The tables of the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from sae_lens_sampled.saebench.report_data import SAEResults
-from sae_lens_sampled.saebench.report_metrics import SECTIONS, Group, Metric, best_mean
+from tabulate import tabulate
+
+from sae_lens_sampled.saebench.report.metrics import SECTIONS, Group, Metric, best_mean
+from sae_lens_sampled.saebench.report.results import SAEResults
 
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓", None: ""}
 MISSING = "-"
+MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "\n": " "})
+"""Signs with a meaning in Markdown's tables, and what they become."""
 CAPTIONS = {
     "Sparsity": "L0 and Gini have no better direction; compare the other metrics only at about the same L0.",
     "Reconstruction": "Of the exported SAE, and with the selection of training where the training SAE was given.",
@@ -62,29 +65,17 @@ def sae_tables(saes: Sequence[SAEResults]) -> list[Table]:
     return _tables(saes, ["Class", "SAE"], saes, names, cells)
 
 
-def html_table(table: Table, with_caption: bool) -> str:
-    """The table in a box of its own, which scrolls if it is too wide."""
-    n_names = sum(not cell.is_number for cell in table.rows[0])
-    classes = [""] * n_names + [' class="number"'] * (len(table.header) - n_names)
-    head = "".join(f"<th{one}>{escape(text)}</th>" for one, text in zip(classes, table.header, strict=True))
-    rows = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
-    caption = f'<p class="caption">{escape(table.caption)}</p>' if with_caption else ""
-    return (
-        f'<h3>{escape(table.title)}</h3>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table></div>\n{caption}"
-    )
-
-
 def markdown_table(table: Table) -> str:
     """The table under a heading; best values are bold."""
-    lines = [
-        "| " + " | ".join(map(_markdown, table.header)) + " |",
-        "|" + "".join("---:|" if cell.is_number else "---|" for cell in table.rows[0]),
-    ]
-    for row in table.rows:
-        texts = (f"**{_markdown(cell.text)}**" if cell.is_best else _markdown(cell.text) for cell in row)
-        lines.append("| " + " | ".join(texts) + " |")
-    return f"### {table.title}\n\n{table.caption}\n\n" + "\n".join(lines)
+    rows = [[f"**{_plain(cell.text)}**" if cell.is_best else _plain(cell.text) for cell in row] for row in table.rows]
+    text = tabulate(
+        rows,
+        [_plain(name) for name in table.header],
+        tablefmt="pipe",
+        disable_numparse=True,
+        colalign=["right" if cell.is_number else "left" for cell in table.rows[0]],
+    )
+    return f"### {table.title}\n\n{table.caption}\n\n{text}"
 
 
 def _tables(
@@ -106,25 +97,20 @@ def _tables(
 
 
 def _estimate_cell(group: Group, metric: Metric, groups: Sequence[Group]) -> Cell:
-    found = group.estimate(metric)
-    if found is None:
+    estimate = group.estimate(metric)
+    if estimate is None:
         return Cell(MISSING)
-    text = _number(found.mean, metric)
-    if found.error is not None:
-        text += f" ± {_number(found.error, metric)}"
-    if found.n < len(group.saes):
-        text += f" (n={found.n})"
-    return Cell(text, is_best=round(found.mean, metric.digits) == best_mean(metric, groups))
+    text = _number(estimate.mean, metric)
+    if estimate.error is not None:
+        text += f" ± {_number(estimate.error, metric)}"
+    if estimate.n < len(group.saes):
+        text += f" (n={estimate.n})"
+    return Cell(text, is_best=round(estimate.mean, metric.digits) == best_mean(metric, groups))
 
 
 def _number(value: float | None, metric: Metric) -> str:
     return MISSING if value is None else f"{value:.{metric.digits}f}"
 
 
-def _html_cell(cell: Cell) -> str:
-    classes = " ".join(name for name, on in (("number", cell.is_number), ("best", cell.is_best)) if on)
-    return f'<td class="{classes}">{escape(cell.text)}</td>' if classes else f"<td>{escape(cell.text)}</td>"
-
-
-def _markdown(text: str) -> str:
-    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+def _plain(text: str) -> str:
+    return text.translate(MARKDOWN)

@@ -34,18 +34,18 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recording:
-    """What the model did on the evaluation text; the same for all SAEs of one hook."""
+    """Tokens, losses and activations of the model on the evaluation text; the same for all SAEs of one hook."""
 
     tokens: list[Tensor]
     """Every batch, first those of the reconstruction part, then those of the sparsity part."""
     losses: list[list[Losses]]
-    """Per reconstruction batch and SAE, per token: cross-entropy and KL divergence."""
+    """Cross-entropy and KL divergence of every token, by reconstruction batch and SAE."""
     activations: Tensor
-    """Of the sparsity part, shape (batches, prompts, context, d_in); on disk."""
+    """Activations of the sparsity part, shape (batches, prompts, context, d_in); on disk."""
     ignored: set[int | None]
     """Special tokens, which count nowhere."""
     failures: dict[int, Exception]
-    """By the place of an SAE: why it cannot reconstruct. The others have their losses."""
+    """Why an SAE cannot reconstruct, by its place. The others have their losses."""
 
 
 @torch.no_grad()
@@ -58,6 +58,7 @@ def record(
     file: Path,
 ) -> Recording:
     """Run the model over all batches that core would draw from `store`, in core's order."""
+    # The reconstruction part: losses of every SAE.
     tokenizer: Any = model.tokenizer
     ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
     all_tokens, all_losses, failures = [], [], {}
@@ -66,6 +67,7 @@ def record(
         excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
         all_losses.append(reconstruction_losses(model, tokens, hook_name, reconstructions, excluded, failures))
         all_tokens.append(tokens)
+    # The sparsity part: activations, from the start of the text again.
     store.reset_input_dataset()
     n_batches, layer = config.n_eval_sparsity_variance_batches, int(hook_name.split(".")[1])
     activations = torch.empty(0)
@@ -90,11 +92,12 @@ def reconstruction_losses(
     excluded: set[int | None],
     failures: dict[int, Exception],
 ) -> list[Losses]:
-    """What core's `get_recons_loss` gives, once per SAE, with what does not depend on the SAE computed once.
+    """Losses as core's `get_recons_loss` gives them, once per SAE, with what does not depend on the SAE computed once.
 
     Every operation is core's, in core's order, so the numbers are the same to the last bit. An SAE that raises is added
     to `failures`, has no losses, and is not asked again.
     """
+    # The model as it is, and with zeros at the hook.
     kept: dict[str, Tensor] = {}
     logits, ce = model.run_with_hooks(
         tokens,
@@ -108,6 +111,7 @@ def reconstruction_losses(
         loss_per_token=True,
         fwd_hooks=[(hook_name, lambda activations, hook: torch.zeros_like(activations))],  # noqa: ARG005
     )
+    # How far other logits are from the model's own.
     mask = ~_is_any(tokens, excluded)
     probabilities = logits.softmax(dim=-1)
     log_probabilities = probabilities.log()
@@ -118,6 +122,7 @@ def reconstruction_losses(
         return torch.stack([(p * (log_p - q.softmax(dim=-1).log())).sum(dim=-1) for p, log_p, q in prompts])
 
     ablated_kl = kl_divergence(ablated_logits)
+    # The model with each SAE's reconstruction at the hook, but for the tokens that are left out.
     losses = []
     for number, reconstruct in enumerate(reconstructions):
         try:
@@ -143,7 +148,7 @@ def reconstruction_losses(
 
 @contextmanager
 def replay(recording: Recording, number: int) -> Iterator[None]:
-    """Core gets the recording for its model and its data; `number` is the SAE's place in `record`."""
+    """Gives core the recording for its model and its data; `number` is the SAE's place in `record`."""
     tokens = iter(recording.tokens)
     losses = iter([batch[number] for batch in recording.losses])
     batches = iter(recording.activations)
@@ -177,9 +182,9 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
 
 @contextmanager
 def observed(
-    recording: Recording, sae: SAE[Any], see: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    recording: Recording, sae: SAE[Any], on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While core replays its sparsity part, `see` gets tokens, inputs, activations and reconstructions of each batch.
+    """Calls `on_batch` with tokens, inputs, activations and reconstructions of each batch that core replays.
 
     So nothing is encoded twice. Special tokens are left out.
     """
@@ -188,7 +193,7 @@ def observed(
     def watched(acts: Tensor) -> Tensor:
         x_hat = decode(acts)
         tokens, x, keep = next(batches)
-        see(tokens[keep], x[keep].to(x_hat), acts[keep], x_hat[keep])
+        on_batch(tokens[keep], x[keep].to(x_hat), acts[keep], x_hat[keep])
         return x_hat
 
     with mock.patch.object(sae, "decode", watched):
@@ -233,9 +238,8 @@ def is_shareable(sae: SAE[Any]) -> bool:
 def _sparsity_batches(recording: Recording) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens and activations of each batch, and where the tokens are no special ones."""
     tokens = recording.tokens[-len(recording.activations) :]
-    for one, x in zip(tokens, recording.activations, strict=True):
-        x = x.to(one.device)
-        yield one, x, ~_is_any(one, recording.ignored)
+    for batch, x in zip(tokens, recording.activations, strict=True):
+        yield batch, x.to(batch.device), ~_is_any(batch, recording.ignored)
 
 
 def _activations(model: HookedTransformer, tokens: Tensor, hook_name: str, layer: int) -> Tensor:

@@ -1,0 +1,88 @@
+"""SAEBench's absorption, with probes of the model that later runs use again."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sae_bench.evals.absorption.common as absorption_common
+import sae_bench.evals.absorption.main as absorption
+from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+
+from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench.evals.base import Eval
+from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
+
+
+class Absorption(Eval):
+    """How often the latents of a first letter are silent on words that begin with it."""
+
+    name = "absorption"
+    config_class = AbsorptionEvalConfig
+
+    def defaults(self) -> dict[str, Any]:
+        """SAEBench's, but fast on a small model."""
+        return super().defaults() | {
+            "random_seed": self.setup.seed,
+            "llm_batch_size": self.setup.llm_batch_size,
+            "llm_dtype": self.setup.dtype,
+            # With SAEBench's 24 a small model takes hours; no number depends on it.
+            "eval_k_sparse_probe_batch_size": 512,
+            # Several times faster; takes words x d_sae numbers of memory.
+            "precalc_k_sparse_probe_sae_acts": self.setup.d_sae <= 16384,
+        }
+
+    def check(self, saes: Sequence[EvalSAE]) -> None:
+        """Refuse hooks that absorption would not read."""
+        for sae in saes:
+            hook_name = str(sae.sae.cfg.metadata.hook_name)
+            if not hook_name.endswith(".hook_resid_post"):
+                raise ValueError(
+                    f"SAE {sae.name!r} is of hook {hook_name!r}, but absorption always reads blocks.N.hook_resid_post, "
+                    "so its scores would mean nothing; leave absorption out for it."
+                )
+
+    def prepare(self, saes: Sequence[EvalSAE]) -> None:
+        """Train the probes that are missing; a folder gets its name when all of it is there."""
+        hooked = self.setup.model.hooked
+        for layer in {int(str(sae.sae.cfg.metadata.hook_name).split(".")[1]) for sae in saes}:
+            place = Path(hooked.cfg.model_name) / f"layer_{layer}"
+            final = self._probes / place
+            if final.exists():
+                continue
+            unfinished = self.setup.scratch / "probes"
+            with patches.restored_random_state(self.config.random_seed), patches.ordered_vocabulary():
+                absorption_common.train_and_save_probes(
+                    hooked,
+                    [layer],
+                    base_template=self.config.prompt_template,
+                    pos_idx=self.config.prompt_token_pos,
+                    probes_dir=unfinished,
+                    device=self.setup.device,
+                )
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(unfinished / place, final)
+
+    def run(self, sae: EvalSAE) -> dict[str, Any]:
+        """SAEBench's result; an error where it has too few letters to give one."""
+        work = self.setup.scratch / "absorption" / sae.name
+        self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and fails when all work is done
+        with patches.absorption_folders(self._probes, work), patches.ordered_vocabulary():
+            results = absorption.run_eval(
+                self.config, [(sae.name, sae.sae)], self.setup.device, str(self.folder), force_rerun=True
+            )
+        if not results:
+            raise ValueError(
+                f"absorption found the first letter of a word in too few directions of model "
+                f"{self.setup.model.name!r}: fewer than min_feats_for_eval={self.config.min_feats_for_eval} letters "
+                f"have a probe with F1 above min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a "
+                "deeper layer, or lower these two."
+            )
+        return self.written(sae)
+
+    @property
+    def _probes(self) -> Path:
+        """Folder of the model's probes, which depend on the prompt and the seed too."""
+        config = self.config
+        key = fingerprint_tensors({}, {"fields": [config.prompt_template, config.prompt_token_pos, config.random_seed]})
+        return self.setup.artifacts / "absorption" / f"probes_{key}"

@@ -1,0 +1,91 @@
+"""The form of an eval: what it is configured with, what it reads, and how it evaluates an SAE."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SIZE
+
+from sae_lens_sampled.saebench.models import EvalModel
+from sae_lens_sampled.saebench.probing_data import ProbingDataset
+from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSetup:
+    """Model, data and folders: what the evals of one `run_evals` share."""
+
+    model: EvalModel
+    output_dir: Path
+    scratch: Path
+    """Folder that is deleted when the run ends, however it ends."""
+    device: str
+    dtype: str
+    """Type of model and SAEs, as SAEBench's `llm_dtype`."""
+    d_sae: int
+    """Width of the widest SAE."""
+    seed: int
+    text: str
+    """Hub name or folder."""
+    probing_datasets: list[ProbingDataset]
+
+    @property
+    def llm_batch_size(self) -> int:
+        """Prompts per pass of the model, as SAEBench has it, or few enough for an unknown one."""
+        return LLM_NAME_TO_BATCH_SIZE.get(self.model.name, 32)
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of what later runs may use again; the fingerprint keeps another model's apart."""
+        return self.output_dir / "artifacts" / f"{self.model.name}_{self.model.fingerprint}".replace("/", "_")
+
+
+class Eval:
+    """One eval in one run of `run_evals`. A subclass fills in the class variables and `run`, and what else it needs."""
+
+    name: ClassVar[str]
+    """Key in `EVALS`, and the folder of its results."""
+    config_class: ClassVar[type[Any]]
+    """SAEBench's configuration, or another dataclass with a `model_name`; users override its fields."""
+    compares: ClassVar[bool] = False
+    """Whether an SAE's result depends on the other SAEs."""
+    reads_text: ClassVar[bool] = False
+    """Whether it needs the data set `setup.text`."""
+    reads_probing_datasets: ClassVar[bool] = False
+    """Whether it needs labelled texts: `setup.probing_datasets`, or SAEBench's own where that is empty."""
+
+    def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
+        self.setup = setup
+        self.config = self.config_class(**(self.defaults() | dict(overrides)))
+
+    def defaults(self) -> dict[str, Any]:
+        """Fields of the configuration that depend on the setup; the user's own come after them."""
+        return {"model_name": self.setup.model.name}
+
+    def check(self, saes: Sequence[EvalSAE]) -> None:
+        """Refuse SAEs that cannot be evaluated, before any work."""
+
+    def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
+        """Data that a result depends on besides its SAE, the model and the configuration; asked for once.
+
+        An entry "config" stands in for the configuration.
+        """
+        return {}
+
+    def prepare(self, saes: Sequence[EvalSAE]) -> None:
+        """Work that is done once for all of `saes`: those without a result, or every one if the eval compares."""
+
+    def run(self, sae: EvalSAE) -> dict[str, Any]:
+        """The result of one SAE, in SAEBench's format."""
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> Path:
+        """Where SAEBench is to write its own result files."""
+        return self.setup.scratch / "results" / self.name
+
+    def written(self, sae: EvalSAE) -> dict[str, Any]:
+        """Result that SAEBench wrote into `folder` for an SAE that it got as `(sae.name, sae.sae)`."""
+        return json.loads((self.folder / f"{sae.name}_{CUSTOM_SAE_ID}_eval_results.json").read_text())

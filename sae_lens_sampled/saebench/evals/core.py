@@ -1,0 +1,154 @@
+"""SAEBench's core, with one pass of the model for all SAEs, and what `run_evals` adds to it."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sae_bench.evals.core.main as sae_bench_core
+from sae_bench.evals.core.eval_config import CoreEvalConfig
+from sae_lens import ActivationsStore
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+
+from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.saebench import patches, recording
+from sae_lens_sampled.saebench.evals.base import Eval
+from sae_lens_sampled.saebench.sources import EvalSAE
+from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Place of an SAE in a recording."""
+
+    recording: recording.Recording
+    exported: int
+    """Place of the SAE for inference."""
+    in_training: int | None
+    """Place of the training SAE, where that was given."""
+
+
+class Core(Eval):
+    """Sparsity and reconstruction, over the exported SAE and over the selection of training."""
+
+    name = "core"
+    config_class = CoreEvalConfig
+    reads_text = True
+
+    def defaults(self) -> dict[str, Any]:
+        """SAEBench's own numbers of batches, and everything that it can compute."""
+        return super().defaults() | {
+            "llm_dtype": self.setup.dtype,
+            "dataset": self.setup.text,
+            "batch_size_prompts": 16,
+            "n_eval_reconstruction_batches": 20,
+            "n_eval_sparsity_variance_batches": 200,
+            "exclude_special_tokens_from_reconstruction": True,
+            "compute_featurewise_density_statistics": True,
+            "compute_featurewise_weight_based_metrics": True,
+        }
+
+    def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
+        """A folder of text counts by what it says, not by where it lies."""
+        text = Path(self.config.dataset)
+        return {"config": asdict(self.config) | {"dataset": _fingerprint_files(text)}} if text.is_dir() else {}
+
+    def prepare(self, saes: Sequence[EvalSAE]) -> None:
+        """Record the model once for all SAEs of one hook."""
+        self.recorded: dict[str, Recorded] = {}
+        by_hook: dict[tuple[Any, ...], list[EvalSAE]] = {}
+        for sae in saes:
+            if recording.is_shareable(sae.sae):
+                metadata = sae.sae.cfg.metadata
+                by_hook.setdefault((metadata.hook_name, metadata.prepend_bos), []).append(sae)
+        for i, ((hook_name, _), members) in enumerate(by_hook.items()):
+            self._record(hook_name, members, self.setup.scratch / f"activations_{i}")
+
+    def _record(self, hook_name: str, saes: Sequence[EvalSAE], file: Path) -> None:
+        hooked = self.setup.model.hooked
+        store = ActivationsStore.from_sae(
+            hooked,
+            saes[0].sae,
+            context_size=self.config.context_size,
+            dataset=self.config.dataset,
+            dataset_trust_remote_code=True,
+        )
+        store.shuffle_input_dataset(seed=42)  # as core does
+        # The training SAEs come last: core itself asks for the first ones only.
+        training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}
+        reconstructions = [functools.partial(_reconstruct, sae) for sae in [s.sae for s in saes] + [*training.values()]]
+        recorded = recording.record(hooked, store, hook_name, reconstructions, self.config, file)
+        places = {name: len(saes) + i for i, name in enumerate(training)}
+        self.recorded |= {sae.name: Recorded(recorded, i, places.get(sae.name)) for i, sae in enumerate(saes)}
+
+    def run(self, sae: EvalSAE) -> dict[str, Any]:
+        """Core's own result, with statistics of the latents and the selection of training beside it."""
+        # An SAE on split heads: SAEBench runs the model itself, and nothing is added.
+        if sae.name not in self.recorded:
+            with patches.core_errors_raised():
+                self._run_sae_bench(sae)
+            return self.written(sae)
+        place = self.recorded[sae.name]
+        _raise_failure(place.recording, place.exported)
+        # Core on the recording; what it encodes is counted on the way.
+        statistics = ActivationStatistics(sae.sae.cfg.d_in, sae.sae.cfg.d_sae, self.setup.device)
+        top = TopActivations(sae.sae.cfg.d_sae, self.setup.device)
+
+        def count(tokens: Tensor, x: Tensor, acts: Tensor, x_hat: Tensor) -> None:
+            statistics.update(x, acts, x_hat)
+            top.update(tokens, acts)
+
+        with (
+            recording.replay(place.recording, place.exported),
+            recording.observed(place.recording, sae.sae, count),
+        ):
+            self._run_sae_bench(sae)
+        extra: dict[str, Any] = {
+            "exported": statistics.summary(),
+            "top_contexts": top_contexts(top, statistics, self.setup.model.hooked.tokenizer),
+        }
+        # The same with the selection of training.
+        if sae.training_sae is not None and place.in_training is not None:
+            _raise_failure(place.recording, place.in_training)
+            losses = recording.mean_losses(place.recording, place.in_training)
+            in_training = recording.statistics_in_training(place.recording, sae.training_sae)
+            extra["in_training"] = in_training.summary() | losses
+        result = self.written(sae)
+        return result | {"eval_result_unstructured": (result.get("eval_result_unstructured") or {}) | extra}
+
+    def _run_sae_bench(self, sae: EvalSAE) -> None:
+        config = self.config
+        sae_bench_core.multiple_evals(
+            [(sae.name, sae.sae)],
+            n_eval_reconstruction_batches=config.n_eval_reconstruction_batches,
+            n_eval_sparsity_variance_batches=config.n_eval_sparsity_variance_batches,
+            eval_batch_size_prompts=config.batch_size_prompts,
+            compute_featurewise_density_statistics=config.compute_featurewise_density_statistics,
+            compute_featurewise_weight_based_metrics=config.compute_featurewise_weight_based_metrics,
+            exclude_special_tokens_from_reconstruction=config.exclude_special_tokens_from_reconstruction,
+            dataset=config.dataset,
+            context_size=config.context_size,
+            output_folder=str(self.folder),
+            dtype=config.llm_dtype,
+            device=self.setup.device,
+            force_rerun=True,
+        )
+
+
+def _reconstruct(sae: SAE[Any], x: Tensor) -> Tensor:
+    return sae.decode(sae.encode(x.to(sae.device))).to(x.device)
+
+
+def _raise_failure(recorded: recording.Recording, number: int) -> None:
+    if number in recorded.failures:
+        raise recorded.failures[number]
+
+
+def _fingerprint_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

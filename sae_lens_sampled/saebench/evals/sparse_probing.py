@@ -1,0 +1,63 @@
+"""SAEBench's sparse probing, on its own data sets or on the user's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import sae_bench.evals.sparse_probing.main as sparse_probing
+from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
+from sae_lens_sampled.saebench.probing_data import common_sizes
+from sae_lens_sampled.saebench.sources import EvalSAE
+
+
+class SparseProbing(Eval):
+    """Accuracy of probes on few latents."""
+
+    name = "sparse_probing"
+    config_class = SparseProbingEvalConfig
+    reads_probing_datasets = True
+
+    def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
+        super().__init__(setup, overrides)
+        self.random_states: dict[tuple[str, str], patches.RandomState] = {}
+        """State of the generators after the probes on the model, by data set and hook."""
+
+    def defaults(self) -> dict[str, Any]:
+        """SAEBench's, with the user's data sets and as much of them as the smallest has."""
+        fields = super().defaults() | {
+            "random_seed": self.setup.seed,
+            "llm_batch_size": self.setup.llm_batch_size,
+            "llm_dtype": self.setup.dtype,
+        }
+        if self.setup.probing_datasets:
+            usual = SparseProbingEvalConfig()
+            sizes = common_sizes(self.setup.probing_datasets, usual.probe_train_set_size, usual.probe_test_set_size)
+            fields |= dict(zip(("probe_train_set_size", "probe_test_set_size"), sizes, strict=True))
+            fields["dataset_names"] = [dataset.name for dataset in self.setup.probing_datasets]
+        return fields
+
+    def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
+        """The user's labelled texts, every one."""
+        return {"probing_datasets": [asdict(dataset) for dataset in self.setup.probing_datasets]}
+
+    def run(self, sae: EvalSAE) -> dict[str, Any]:
+        """SAEBench's result, the same whichever SAEs are evaluated beside this one."""
+        sizes = (self.config.probe_train_set_size, self.config.probe_test_set_size)
+        with (
+            patches.own_probing_datasets(self.setup.probing_datasets, sizes),
+            patches.same_draws_for_every_sae(self.random_states),
+        ):
+            sparse_probing.run_eval(
+                self.config,
+                [(sae.name, sae.sae)],
+                self.setup.device,
+                str(self.folder),
+                force_rerun=True,
+                # Shared by the SAEs of this run and then dropped: SAEBench would use them for any later model of this
+                # name.
+                artifacts_path=str(self.setup.scratch / "sparse_probing"),
+            )
+        return self.written(sae)

@@ -1,1 +1,0 @@
-"""Cross-seed mean max cosine similarity as an eval in SAEBench's form."""

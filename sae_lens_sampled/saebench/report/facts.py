@@ -1,0 +1,81 @@
+"""Facts about the evaluation, and what readers must know before they compare the numbers."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sae_lens_sampled.saebench.report.metrics import groups_of
+from sae_lens_sampled.saebench.report.results import SAEResults, evals_of
+from sae_lens_sampled.saebench.results import STAMP
+
+
+def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
+    """Model, hook, data and dates by name; only what the results say."""
+    evals = evals_of(saes)
+    counts = {name: sum(name in sae.results for sae in saes) for name in evals}
+    models = {model for name in evals for model in _distinct(saes, name, "eval_config", "model_name")}
+    hooks = {hook for name in evals for hook in _distinct(saes, name, "sae_cfg_dict", "metadata", "hook_name")}
+    n_tokens = _distinct(saes, "core", "eval_result_metrics", "token_stats", "total_tokens_eval_sparsity_variance")
+    labelled = [name for names in _distinct(saes, "sparse_probing", "eval_config", "dataset_names") for name in names]
+    times = [time for sae in saes for name in evals if (time := sae.number(name, "datetime_epoch_millis"))]
+    days = sorted({datetime.fromtimestamp(time / 1000, timezone.utc).date().isoformat() for time in times})
+    described = {
+        "Model": ", ".join(sorted(models)),
+        "Hook": ", ".join(sorted(hooks)),
+        "SAEs": f"{len(saes)} in {len(groups_of(saes))} groups",
+        "Evals": ", ".join(f"{name} ({n} SAEs)" for name, n in counts.items()),
+        "Text of core": ", ".join(_short(text) for text in _distinct(saes, "core", "eval_config", "dataset")),
+        "Tokens of core": ", ".join(f"{int(n):,}" for n in n_tokens),
+        "Probing data": ", ".join(dict.fromkeys(map(_short, labelled))),
+        "Date": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "",
+    }
+    return {name: value for name, value in described.items() if value}
+
+
+def notes(saes: Sequence[SAEResults]) -> list[str]:
+    """Reasons why numbers may not compare, a sentence each."""
+    remarks = []
+    for name in evals_of(saes):
+        missing = [sae.label for sae in saes if name not in sae.results]
+        if missing:
+            remarks.append(f"{name} is missing for {_listed(missing)}.")
+        settings = {json.dumps(sae.get(name, "eval_config"), sort_keys=True) for sae in saes if name in sae.results}
+        if len(settings) > 1:
+            remarks.append(f"{name} was run with {len(settings)} different configurations, so SAEs may not compare.")
+    models = {model for sae in saes for model in _stamps(sae, "model")}
+    if len(models) > 1:
+        remarks.append(f"By their fingerprints the results are of {len(models)} different models, or versions of one.")
+    mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
+    if mixed:
+        remarks.append(f"The evals are of different weights for {_listed(mixed)}.")
+    path = ("mmcs", "eval_result_metrics", "partners", "partners_of_same_group")
+    alone = [sae.label for sae in saes if sae.get(*path) is False]
+    if alone:
+        remarks.append(f"MMCS is with SAEs of other configurations, for want of another seed, for {_listed(alone)}.")
+    return remarks
+
+
+def _distinct(saes: Sequence[SAEResults], *path: str) -> list[Any]:
+    """The different values at `path`, as they come."""
+    values: list[Any] = []
+    for sae in saes:
+        value = sae.get(*path)
+        if value is not None and value not in values:
+            values.append(value)
+    return values
+
+
+def _short(name: str) -> str:
+    """The last parts of a path on somebody's machine; a Hub name as it is."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def _stamps(sae: SAEResults, what: str) -> set[str]:
+    stamps = (sae.get(name, "sae_cfg_dict", STAMP, what) for name in sae.results)
+    return {stamp for stamp in stamps if stamp}
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,81 @@
+"""`write_report`: the page, from `page.html`, and the Markdown."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from sae_lens_sampled.files import write_whole
+from sae_lens_sampled.saebench.report.facts import facts, notes
+from sae_lens_sampled.saebench.report.figures import figures
+from sae_lens_sampled.saebench.report.metrics import OURS, groups_of
+from sae_lens_sampled.saebench.report.results import read_results
+from sae_lens_sampled.saebench.report.tables import Table, group_tables, markdown_table, sae_tables
+
+TITLE = "SAEBench report"
+MARK_HINT = "{} is the best mean of its column as shown, not a significant difference."
+
+
+def write_report(output_dir: str | Path) -> Path:
+    """Write `report.html`, one file that needs no network, and `report.md` into `output_dir`; the path of the former.
+
+    Args:
+        output_dir: that of `run_evals`, or a folder of SAEBench's own results. Any eval may be missing for any SAE.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    saes = read_results(output_dir)
+    groups = groups_of(saes)
+    means, singles, described, remarks = group_tables(groups), sae_tables(saes), facts(saes), notes(saes)
+    html = _template().render(
+        title=TITLE,
+        facts=described,
+        notes=remarks,
+        mark_hint=MARK_HINT.format("Bold on green"),
+        means=means,
+        figures=figures(saes, groups),
+        singles=singles,
+        contexts=[(sae.label, latents) for sae in saes if (latents := sae.get(*OURS, "top_contexts"))],
+    )
+    path = Path(output_dir) / "report.html"
+    write_whole(path, html)
+    write_whole(path.with_suffix(".md"), _markdown(described, remarks, means, singles))
+    return path
+
+
+def one_line(text: str) -> str:
+    """Text with its line breaks and tabs as signs."""
+    for space, sign in (("\r\n", "⏎"), ("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
+        text = text.replace(space, sign)
+    return text
+
+
+def visible(token: str) -> str:
+    """The token, or signs for one of nothing but spaces."""
+    return token if token.strip(" ") else "␣" * len(token)
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"one_line": one_line, "visible": visible}
+    return environment.get_template("page.html")
+
+
+def _markdown(described: dict[str, str], remarks: list[str], means: list[Table], singles: list[Table]) -> str:
+    parts = [
+        f"# {TITLE}",
+        "\n".join(f"- {name}: {value}" for name, value in described.items()),
+        "\n".join(f"> - {note}" for note in remarks),
+        "## Means over seeds",
+        MARK_HINT.format("Bold"),
+        *map(markdown_table, means),
+        "## Single SAEs",
+        *map(markdown_table, singles),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"

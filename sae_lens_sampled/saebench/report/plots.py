@@ -1,0 +1,180 @@
+"""Plots: SAEs by two metrics, what the latents of each SAE do, and how alike the SAEs' latents are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sae_lens_sampled.saebench.report.metrics import OURS, PROBING, Group, Metric
+from sae_lens_sampled.saebench.report.results import SAEResults
+from sae_lens_sampled.saebench.report.style import DASHES, finish, shown, styles
+
+BINS_PER_DECADE = 5
+MAX_NUMBERED = 16
+"""SAEs up to which the cells of the heat map have their numbers written in."""
+
+
+def pareto_plot(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
+    """Marks of the SAEs, and of each group the mean with error bars."""
+    plot, look = go.Figure(), styles(groups)
+    for group in groups:
+        every = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
+        points = [point for point in every if None not in point]
+        if not points:
+            continue
+        labels, xs, ys = zip(*points, strict=True)
+        mark: dict[str, Any] = {"color": look[group].colour, "symbol": look[group].symbol}
+        several = len(points) > 1
+        plot.add_scatter(
+            x=xs,
+            y=ys,
+            mode="markers",
+            name=shown(group.name),
+            legendgroup=group.name + group.sae_class,
+            marker=mark | {"size": 7 if several else 11, "opacity": 0.6 if several else 1},
+            text=[shown(label) for label in labels],
+            hovertemplate=f"%{{text}}<br>{x.name} %{{x:.{x.digits}f}}<br>{y.name} %{{y:.{y.digits}f}}<extra></extra>",
+        )
+        if several:
+            _add_mean(plot, group, x, y, mark)
+    return finish(plot, x.axis_title, y.axis_title) if plot.data else None
+
+
+def _add_mean(plot: go.Figure, group: Group, x: Metric, y: Metric, mark: dict[str, Any]) -> None:
+    mean_x, mean_y = group.estimate(x), group.estimate(y)
+    if mean_x is None or mean_y is None:
+        return
+    bars = [{"array": [mean.error or 0], "thickness": 1.5, "width": 4} for mean in (mean_x, mean_y)]
+    plot.add_scatter(
+        x=[mean_x.mean],
+        y=[mean_y.mean],
+        error_x=bars[0],
+        error_y=bars[1],
+        mode="markers",
+        marker=mark | {"size": 11, "line": {"width": 1.5, "color": "white"}},
+        legendgroup=group.name + group.sae_class,
+        showlegend=False,
+        hovertemplate=f"mean of {shown(group.name)}<br>%{{x:.{x.digits}f}}<br>%{{y:.{y.digits}f}}<extra></extra>",
+    )
+
+
+def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Figure | None:
+    """The plot with a line at what probing the model's own coordinates gives, where that is one number for all."""
+    accuracies = {sae.number(*PROBING[:2], "llm", "llm_top_1_test_accuracy") for sae in saes} - {None}
+    if plot is not None and len(accuracies) == 1:
+        plot.add_hline(
+            y=accuracies.pop(),
+            line={"dash": "dot", "color": "#777", "width": 1.5},
+            name="best coordinate of the model itself",
+            showlegend=True,
+        )
+    return plot
+
+
+def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
+    """Histograms of log10 density, as outlines; shares of all latents, so with the dead ones each adds up to 1."""
+    densities = {sae: np.array(known) for sae in saes if (known := _densities(sae))}
+    live = {sae: np.log10(density[density > 0]) for sae, density in densities.items()}
+    if not any(map(len, live.values())):
+        return None
+    lowest = min(values.min() for values in live.values() if len(values))
+    edges = np.arange(np.floor(lowest * BINS_PER_DECADE), 1) / BINS_PER_DECADE
+    plot, lines = go.Figure(), _lines(groups)
+    for sae, values in live.items():
+        n_latents = len(densities[sae])
+        shares = np.histogram(np.clip(values, edges[0], 0), edges)[0] / n_latents
+        # A step holds from its point to the next one: the outline starts and ends at zero.
+        plot.add_scatter(
+            x=[edges[0], *edges],
+            y=[0, *shares, 0],
+            line=lines[sae] | {"shape": "hv"},
+            mode="lines",
+            name=f"{shown(sae.label)}: {n_latents - len(values)} of {n_latents} dead",
+            hovertemplate="%{y:.1%} of latents from 10^%{x:.1f} on<extra></extra>",
+        )
+    plot.update_yaxes(tickformat=".0%", rangemode="tozero")
+    return finish(plot, "log10 of the share of tokens that a latent is active on", "share of latents", len(saes))
+
+
+def decile_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
+    """Shares of the summed activations, by tenths of the latents from rare to frequent."""
+    plot, lines = go.Figure(), _lines(groups)
+    for sae in saes:
+        shares = sae.get(*OURS, "exported", "mass_by_density_decile")
+        if shares:
+            plot.add_scatter(
+                x=list(range(1, len(shares) + 1)),
+                y=shares,
+                mode="lines+markers",
+                line=lines[sae],
+                marker={"size": 6},
+                name=shown(sae.label),
+                hovertemplate="%{y:.1%} in tenth %{x}<extra></extra>",
+            )
+    if not plot.data:
+        return None
+    plot.update_xaxes(dtick=1)
+    plot.update_yaxes(tickformat=".0%", rangemode="tozero")
+    title = "tenth of the latents, from those that fire least often"
+    return finish(plot, title, "share of the summed activation", len(saes))
+
+
+def mmcs_plot(saes: Sequence[SAEResults]) -> go.Figure | None:
+    """Decoder MMCS of all ordered pairs; white is chance, the diagonal is blank."""
+    compared = [sae for sae in saes if sae.get("mmcs", "eval_result_details")]
+    if len(compared) < 2:
+        return None
+    pairs = {
+        (sae.name, detail["partner"]): detail for sae in compared for detail in sae.get("mmcs", "eval_result_details")
+    }
+    matrix = [[pairs.get((row.name, column.name)) for column in compared] for row in compared]
+    values = [[None if pair is None else pair["decoder"]["mmcs"] for pair in row] for row in matrix]
+    labels = [shown(sae.label) for sae in compared]
+    baselines = [pair["decoder"]["baseline"] for row in matrix for pair in row if pair]
+    if not baselines:
+        return None
+    plot = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=labels,
+            y=labels,
+            text=[["" if pair is None else _pair_text(pair) for pair in row] for row in matrix],
+            hovertemplate="%{y} in %{x}<br>%{text}<extra></extra>",
+            texttemplate="%{z:.3f}" if len(compared) <= MAX_NUMBERED else None,
+            hoverongaps=False,
+            zmin=min(baselines),
+            zmax=max(value for row in values for value in row if value is not None),
+            colorscale=[[0, "#ffffff"], [1, "#4f9bd0"]],
+            colorbar={"title": {"text": "MMCS", "font": {"size": 13}}, "thickness": 14, "outlinewidth": 0},
+            xgap=2,
+            ygap=2,
+        )
+    )
+    finish(plot, "found in the latents of", "latents of")
+    plot.update_layout(height=max(430, 26 * len(compared) + 8 * max(map(len, labels))))  # with labels on end
+    plot.update_xaxes(showgrid=False, type="category", constrain="domain")
+    plot.update_yaxes(showgrid=False, type="category", autorange="reversed")
+    return plot
+
+
+def _pair_text(pair: dict) -> str:
+    kind = "same configuration" if pair["same_group"] else "other configuration"
+    decoder, encoder = pair["decoder"], pair["encoder"]
+    return f"{kind}<br>decoder {decoder['mmcs']:.3f}, encoder {encoder['mmcs']:.3f}<br>chance {decoder['baseline']:.3f}"
+
+
+def _densities(sae: SAEResults) -> list[float]:
+    """Densities by latent; SAEBench writes them only if it is asked to."""
+    details = sae.get("core", "eval_result_details") or []
+    return [latent["feature_density"] for latent in details if latent.get("feature_density") is not None]
+
+
+def _lines(groups: Sequence[Group]) -> dict[SAEResults, dict]:
+    """Line styles: a group's SAEs have its colour, and dashes of their own."""
+    look = styles(groups)
+    return {
+        sae: {"color": look[group].colour, "dash": DASHES[i % len(DASHES)], "width": 2}
+        for group in groups
+        for i, sae in enumerate(group.saes)
+    }

@@ -1,0 +1,196 @@
+"""`run_evals` when results exist, when it is killed, and when an SAE fails: nothing is lost or touched."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+
+import sae_bench
+import sae_bench.evals.core.main as core
+from eval_helpers import (
+    ALL,
+    EXAMPLES,
+    GIVEN,
+    PROBING,
+    SMALL,
+    TINY_LM,
+    exported,
+    run_small,
+)
+
+from sae_lens_sampled.saebench import EvalError, run_evals
+from sae_lens_sampled.saebench.evals import EVALS
+
+
+def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, monkeypatch):
+    ran = []
+    for name in ALL:
+
+        def noted(self, sae, original=EVALS[name].run):
+            ran.append((self.name, sae.name))
+            return original(self, sae)
+
+        monkeypatch.setattr(EVALS[name], "run", noted)
+    again = run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)
+    assert ran == []
+    assert again == results
+    run_small([*saes[2:3], ("new", saes[0][1])], ["sparse_probing"], output_dir)
+    assert ran == [("sparse_probing", "new_custom_sae")]
+    ran.clear()
+    run_small(saes[2:3], ["sparse_probing"], output_dir, force_rerun=True)
+    assert ran == [("sparse_probing", "batchtopk_custom_sae")]
+
+
+def test_results_of_another_sae_model_or_configuration_are_not_replaced(saes, tmp_path):
+    run_small(saes[2:3], ["core"], tmp_path)
+    for changed, other_saes, fields in (
+        ("sae", [("batchtopk", saes[0][1])], {}),
+        ("config", saes[2:3], {"overrides": {"core": SMALL["core"] | {"context_size": 40}}}),
+    ):
+        with pytest.raises(ValueError, match=rf"batchtopk_custom_sae_eval.*holds the result of another {changed}; "):
+            run_small(other_saes, ["core"], tmp_path, **fields)
+
+
+def test_a_half_written_result_is_no_result(saes, tmp_path):
+    [first] = run_small(saes[2:3], ["core"], tmp_path)["core"].values()
+    [file] = (tmp_path / "eval_results" / "core").iterdir()
+    file.write_text(file.read_text()[:1000])
+    [second] = run_small(saes[2:3], ["core"], tmp_path)["core"].values()
+    assert second["eval_result_metrics"] == first["eval_result_metrics"]
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from unittest import mock
+from sae_lens_sampled import load_checkpoint
+from sae_lens_sampled.saebench import run_evals
+sys.path[:0] = {helpers!r}
+from eval_helpers import PROBING, SMALL, TINY_LM
+run_evals([Path(path) for path in {folders!r}], ["core", "sparse_probing"], TINY_LM, {output!r}, text=TINY_LM / "text",
+          probing_datasets=[PROBING], overrides={{name: SMALL[name] for name in ("core", "sparse_probing")}})
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
+    folders = []
+    for name, sae in saes[:3]:
+        sae.save_model(tmp_path / name)
+        folders.append(str(tmp_path / name))
+    output = tmp_path / "out"
+    script = KILLED.format(
+        folders_of_helpers=[str(Path(__file__).parent), str(EXAMPLES)], folders=folders, output=str(output)
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(output.glob("eval_results/core/*.json")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    kept = {file: file.stat().st_mtime_ns for file in output.glob("eval_results/core/*.json")}
+    got = run_small([Path(folder) for folder in folders], ["core", "sparse_probing"], output)
+    assert all(file.stat().st_mtime_ns == before for file, before in kept.items())
+    assert not list((output / "artifacts").glob("unfinished*"))
+    for eval_name, by_name in got.items():
+        for name, one in by_name.items():
+            assert one["eval_result_metrics"] == results[eval_name][name]["eval_result_metrics"]
+
+
+def snapshot(folder):
+    return {
+        (str(path), path.stat().st_mtime_ns)
+        for path in Path(folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_nothing_is_written_outside_the_output_folder(saes, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    packages = Path(sae_bench.__file__).parent
+    before = snapshot(packages), snapshot(TINY_LM), snapshot(PROBING)
+    run_small(saes[:2], ALL, tmp_path / "out")
+    assert (snapshot(packages), snapshot(TINY_LM), snapshot(PROBING)) == before
+    assert os.listdir(tmp_path / "cwd") == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"eval_results", "artifacts"}
+
+
+def test_the_callers_saes_random_state_and_gradients_stay_as_they_are(saes, tmp_path):
+    sae = copy.deepcopy(saes[0][1])
+    weights = {name: value.clone() for name, value in sae.state_dict().items()}
+    config, torch_state, grad = sae.cfg.to_dict(), torch.get_rng_state(), torch.is_grad_enabled()
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    with torch.no_grad():
+        run_small([("one", sae)], ["sparse_probing"], tmp_path)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() == grad
+    assert sae.cfg.to_dict() == config
+    assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert np.random.get_state()[1].tolist() == numpy_state  # noqa: NPY002
+
+
+def test_an_sae_that_fails_is_named_with_the_reason_and_the_others_have_results(saes, tmp_path, monkeypatch):
+    broken = copy.deepcopy(exported(saes, "topk"))
+    broken.encode = mock.Mock(side_effect=ArithmeticError("this SAE cannot encode"))
+    with pytest.raises(EvalError) as error:
+        run_small([("good", saes[2][1]), ("broken", broken)], ["sparse_probing"], tmp_path)
+    assert str(error.value).startswith(
+        "1 of 2 results are missing:\nsparse_probing of broken_custom_sae: ArithmeticError: this SAE"
+    )
+    assert [file.name for file in tmp_path.glob("eval_results/*/*")] == ["good_custom_sae_eval_results.json"]
+
+
+def test_core_goes_on_without_an_sae_that_fails(saes, tmp_path):
+    broken = copy.deepcopy(exported(saes, "topk"))
+    broken.encode = mock.Mock(side_effect=ArithmeticError("this SAE cannot encode"))
+    with pytest.raises(EvalError) as error:
+        run_small([("broken", broken), ("good", saes[2][1])], ["core"], tmp_path / "both")
+    assert str(error.value).splitlines()[1:] == ["core of broken_custom_sae: ArithmeticError: this SAE cannot encode"]
+    [file] = tmp_path.glob("both/eval_results/core/*")
+    [alone] = run_small([("good", saes[2][1])], ["core"], tmp_path / "alone")["core"].values()
+    assert json.loads(file.read_text())["eval_result_metrics"] == alone["eval_result_metrics"]
+
+
+def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tmp_path):
+    text = tmp_path / "text"
+    shutil.copytree(TINY_LM / "text", text)
+    fields = {"text": text, "probing_datasets": [tmp_path / "mine"]}
+    shutil.copytree(PROBING, tmp_path / "mine")
+    evals = ["core", "sparse_probing"]
+    run_small(saes[2:3], evals, tmp_path / "out", **fields)
+    text.rename(tmp_path / "elsewhere")
+    run_small(saes[2:3], evals, tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
+    for changed, eval_name in (
+        (tmp_path / "elsewhere" / "train.jsonl", "core"),
+        (tmp_path / "mine" / "test.jsonl", evals[1]),
+    ):
+        changed.write_text("".join(changed.read_text().splitlines(keepends=True)[1:]))
+        with pytest.raises(ValueError, match="holds the result of another config"):
+            run_small(saes[2:3], [eval_name], tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
+
+
+def test_what_core_swallows_is_raised(saes, tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "calculate_misc_metrics", lambda _metrics: 1 / 0)
+    with pytest.raises(EvalError, match="core of one_custom_sae: ZeroDivisionError: division by zero"):
+        run_small([("one", saes[2][1])], ["core"], tmp_path)
+
+
+def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path):
+    overrides = {"absorption": SMALL["absorption"] | {"min_GT_probe_f1": 0.999, "min_feats_for_eval": 26}}
+    with pytest.raises(EvalError, match=r"fewer than min_feats_for_eval=26 letters have a probe with F1 above"):
+        run_small(saes[2:3], ["absorption"], tmp_path, overrides=overrides)
