@@ -22,8 +22,26 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
+from sae_lens_sampled.kept_entries import choose_path
+from sae_lens_sampled.selection import PoolFields
+from sae_lens_sampled.sparse_codes import has_kernels
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=sae_lens_sampled.__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("sae-lens-sampled"))
+        raise typer.Exit
+
+
+@app.callback(help=sae_lens_sampled.__doc__)
+def main(
+    print_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 @contextmanager
@@ -61,13 +79,14 @@ def calibrate(
     """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference."""
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
-    sae = sae_lens_sampled.load_checkpoint(checkpoint, device=device)
-    if not isinstance(sae, sae_lens_sampled.SampledTopKTrainingSAE):
-        raise typer.BadParameter(f"{checkpoint} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one.")
-    batches = activation_batches(sae, model or str(sae.cfg.metadata.model_name), dataset, batch_size, device)
-    exported, report = sae_lens_sampled.calibrate_thresholds(
-        sae, batches, mode=mode, target_l0=target_l0, max_tokens=max_tokens
-    )
+    with _told(ValueError, OSError):
+        sae = sae_lens_sampled.load_checkpoint(checkpoint, device=device)
+        if not isinstance(sae, sae_lens_sampled.SampledTopKTrainingSAE):
+            raise typer.BadParameter(f"{checkpoint} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one.")
+        batches = activation_batches(sae, model or str(sae.cfg.metadata.model_name), dataset, batch_size, device)
+        exported, report = sae_lens_sampled.calibrate_thresholds(
+            sae, batches, mode=mode, target_l0=target_l0, max_tokens=max_tokens
+        )
     exported.save_model(out)
     for name, value in dataclasses.asdict(report).items():
         typer.echo(f"{name:16} {value:,.4g}" if isinstance(value, float) else f"{name:16} {value:,}")
@@ -235,6 +254,19 @@ def info() -> None:
         "inference architectures": ", ".join(SAE_CLASS_REGISTRY),
         "scores": ", ".join(sae_lens_sampled.SCORES),
         "devices": ", ".join(devices),
+        **{f"training step, {device}": _training_step(torch.device(device.partition(" ")[0])) for device in devices},
     }
     for name, value in rows.items():
         typer.echo(f"{name:24} {value}")
+
+
+def _training_step(device: torch.device) -> str:
+    """How a step of usual size is done there, in words."""
+    grouped, single = (PoolFields(pool_factor=10, pool_group_size=size) for size in (16, None))
+    for cfg in (grouped, single):
+        cfg.k, cfg.d_sae = 64, 16_384
+    if choose_path(grouped, "auto", 4096, device) == "kept":
+        return "on the kept entries"
+    why = "its sparse kernels were not measured yet" if has_kernels(device) else "torch has no sparse kernels for it"
+    small = "one small pool by its columns, " if choose_path(single, "auto", 4096, device) == "columns" else ""
+    return f"{small}others dense: {why}"

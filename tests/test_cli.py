@@ -5,6 +5,8 @@ import sys
 from importlib.metadata import entry_points, version
 
 import pytest
+import torch
+from helpers import sampled_sae
 from sae_lens import SAE, JumpReLUSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from typer.testing import CliRunner
@@ -143,3 +145,41 @@ def test_upload_dry_run_writes_card_and_folders_and_refusals_are_one_line(tmp_pa
     )
     assert refused.exit_code == 1
     assert len(refused.output.strip().splitlines()) == 1
+
+
+def test_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, version("sae-lens-sampled"))
+
+
+@pytest.mark.parametrize(
+    ("has_mkl", "words"),
+    [(True, "on the kept entries"), (False, "one small pool by its columns, others dense: torch has no")],
+)
+def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    [line] = [line for line in CliRunner().invoke(app, ["info"]).output.splitlines() if "training step, cpu" in line]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--dataset", "d"], "no readable training checkpoint in 'nowhere'"),
+        (["CHECKPOINT", "--dataset", "d", "--model", "no/such/model"], "no/such/model"),
+        (["CHECKPOINT", "--dataset", "no-such-folder", "--model", "MODEL"], "no-such-folder"),
+        (["CHECKPOINT", "--dataset", "TEXT", "--model", "MODEL", "--mode", "mean"], "mode='mean' must be"),
+    ],
+    ids=["checkpoint", "model", "dataset", "mode"],
+)
+def test_calibrate_says_what_is_wrong_without_a_traceback(arguments, message, tiny_lm, tmp_path):
+    sae = sampled_sae(d_in=128)
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.context_size = "blocks.2.hook_resid_post", 16
+    sae.save_model(tmp_path / "sae")
+    places = {"CHECKPOINT": tmp_path / "sae", "MODEL": tiny_lm, "TEXT": tiny_lm / "text"}
+    given = [str(places.get(argument, argument)) for argument in arguments]
+    result = CliRunner().invoke(app, ["calibrate", *given, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
