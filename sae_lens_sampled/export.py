@@ -10,7 +10,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
-from sae_lens_sampled.thresholds import FORGET
+from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS
 
 if TYPE_CHECKING:
     from sae_lens_sampled.training import SampledTopKTrainingSAE
@@ -73,7 +73,7 @@ def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:
         )
         return sae.topk_threshold.expand(sae.cfg.d_sae)
     if sae.cfg.inference_threshold == "per_latent":
-        return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(FORGET))
+        return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(SILENT_AFTER_STEPS))
     # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
     correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
     return (sae.topk_threshold / correction).expand(sae.cfg.d_sae)

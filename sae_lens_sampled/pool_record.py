@@ -76,7 +76,7 @@ class PoolRecord(nn.Module):
 
 
 POOL_STATISTICS: dict[str, Callable[[PoolRecord], Tensor]] = {
-    "pool_size": lambda record: record.pool.sum(),
+    "pooled_latents": lambda record: record.pool.sum(),
     "pool_churn": lambda record: record.churn,
     "ever_pooled_share": lambda record: record.ever_pooled.double().mean(),
     "starved_share": lambda record: 1 - record.ever_pooled.double().mean(),

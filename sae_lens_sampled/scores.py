@@ -1,8 +1,8 @@
 """Scores: how much a latent deserves a place in the candidate pool, judged over one batch.
 
-A score is a function `(acts, pool_size) -> scores`. `acts` has shape `(..., tokens, latents)`, is non-negative and at
-least float32; `scores` has shape `(..., latents)`, the higher the better. Leading dimensions are pool groups.
-`pool_size` is the number of latents that will be taken; most scores ignore it.
+A score is a function `(acts, n_candidates) -> scores`. `acts` has shape `(..., tokens, latents)`, is non-negative and
+at least float32; `scores` has shape `(..., latents)`, the higher the better. Leading dimensions are pool groups.
+`n_candidates` is the number of latents that will be taken; most scores ignore it.
 
 The three scores of the paper (arXiv 2508.21324) are `l2_norm`, `squared_l2` and `entropy`. With a deterministic pool
 `l2_norm` and `squared_l2` choose the same latents, since squaring keeps the order; they differ only under
@@ -23,24 +23,24 @@ LEVERAGE_ROWS = 256
 """Rows of the sketch that `ridge_leverage` works on; its cost grows with the square of this number."""
 
 
-def l2_norm(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def l2_norm(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
-    del pool_size
+    del n_candidates
     return acts.square().sum(dim=-2).sqrt()  # over a middle dimension vector_norm takes ten times as long on a CPU
 
 
-def squared_l2(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def squared_l2(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$\sum_i a_i^2$: the order of `l2_norm`; in a sampled pool it concentrates on the largest."""
-    del pool_size
+    del n_candidates
     return acts.square().sum(dim=-2)
 
 
-def entropy(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def entropy(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$1 - H(p) / \log B$ with $p = a / \sum a$: prefers specialised latents, whose mass lies on few tokens.
 
     In [0, 1]; 0 for a latent that never fires, and for every latent if there is only one token.
     """
-    del pool_size
+    del n_candidates
     n_tokens = acts.shape[-2]
     if n_tokens == 1:
         return acts.new_zeros((*acts.shape[:-2], acts.shape[-1]))
@@ -49,19 +49,19 @@ def entropy(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Flo
     return torch.where(acts.amax(dim=-2) > 0, concentration, 0)
 
 
-def perplexity(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def perplexity(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens one fires on."""
-    del pool_size
+    del n_candidates
     return torch.where(acts.amax(dim=-2) > 0, _shannon_entropy(acts).exp(), 0)
 
 
-def frequency(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def frequency(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     """Number of tokens on which the latent is positive: prefers consistent latents, blind to their size."""
-    del pool_size
+    del n_candidates
     return (acts > 0).sum(dim=-2).to(acts.dtype)
 
 
-def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$a^T (A A^T + \lambda I)^{-1} a$: prefers latents that no others can replace.
 
     The paper's open question 1. A holds at most `LEVERAGE_ROWS` evenly strided rows of the batch, and
@@ -69,7 +69,7 @@ def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], pool_size: int)
     """
     sketch = acts[..., sketch_rows(acts.shape[-2], acts.device), :]
     gram = sketch @ sketch.mT
-    ridge = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / pool_size
+    ridge = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / n_candidates
     # A batch in which nothing fires has a zero ridge; the smallest normal number keeps the system solvable.
     ridge = ridge.clamp(min=torch.finfo(acts.dtype).tiny)[..., None, None]
     identity = torch.eye(gram.shape[-1], dtype=acts.dtype, device=acts.device)
@@ -82,9 +82,9 @@ def sketch_rows(n_tokens: int, device: torch.device) -> Int[Tensor, " rows"]:
     return torch.linspace(0, n_tokens - 1, min(n_tokens, LEVERAGE_ROWS), device=device).round().long()
 
 
-def uniform(acts: Float[Tensor, "*group tokens latents"], pool_size: int) -> Float[Tensor, "*group latents"]:
+def uniform(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     """1 for every latent that fires: the control, a pool chosen blindly. Only for proportional sampling."""
-    del pool_size
+    del n_candidates
     return (acts.amax(dim=-2) > 0).to(acts.dtype)
 
 
@@ -108,7 +108,7 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
     With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
     several times faster (`column_scan.py`). The function must have this module's signature,
-    `(acts, pool_size) -> scores`; its result is checked at every call.
+    `(acts, n_candidates) -> scores`; its result is checked at every call.
     A checkpoint stores only the name: register the score before loading one. Under proportional sampling a score is a
     weight, and what is below 0 counts as 0.
 
@@ -118,8 +118,8 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
     if name in SCORES:
         raise ValueError(f"score {name!r} is already registered; choose another name.")
 
-    def checked(acts: Tensor, pool_size: int) -> Tensor:
-        scores = score(acts, pool_size)
+    def checked(acts: Tensor, n_candidates: int) -> Tensor:
+        scores = score(acts, n_candidates)
         expected = (*acts.shape[:-2], acts.shape[-1])
         if scores.shape != expected:
             raise ValueError(

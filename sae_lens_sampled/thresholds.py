@@ -17,24 +17,24 @@ from torch import Tensor, nn
 
 from sae_lens_sampled.chunks import chunk_length
 
-STEP = 0.05
+THRESHOLD_STEP = 0.05
 """Size of one threshold step in the long run, in units of the latent's own largest activations.
 
 It starts at 1 and falls with the square root of the number of steps: activations grow fast at first, and 0.05 would
 trail them for hundreds of steps, exporting several times the L0 of training. Where pools change from batch to batch,
 smaller steps trail the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
 """
-MEMORY = 0.01
+EMA_RATE = 0.01
 """Weight of the newest batch in the running means."""
-PRECISION_MEMORY = 0.03
+PRECISION_EMA_RATE = 0.03
 """Weight of the newest batch in which a latent fired in its running precision: pools change faster than rates."""
 GAIN_STEP = 0.2
 """How fast `gain` follows the relative error of the whole L0."""
 MAX_ERROR = 20.0
 """Bound on the relative rate error: a latent that fires seldom must not take huge steps when it does."""
-NEVER = 1e-8
+MIN_SELECTION_RATE = 1e-8
 """A latent selected on a smaller share of tokens than this gets an infinite threshold at export."""
-FORGET = 50
+SILENT_AFTER_STEPS = 50
 """A latent that was in no pool for so many steps gets an infinite threshold at export.
 
 It is not trained any more, but its weights stay, and with them large activations. With 100 steps instead FVU is up to
@@ -98,7 +98,7 @@ class RateMatcher(nn.Module):
     """Per-latent thresholds and the running rates they are steered by.
 
     Every buffer is float32 and persistent; all but `gain` have shape (d_sae,). The running means of rates and peak are
-    stored without bias correction: divided by `1 - (1 - MEMORY)^n` after n steps they are weighted averages.
+    stored without bias correction: divided by `1 - (1 - EMA_RATE)^n` after n steps they are weighted averages.
     """
 
     threshold: Tensor
@@ -138,7 +138,7 @@ class RateMatcher(nn.Module):
 
         Args:
             counts: of this batch; in the first those of thresholds are not used.
-            recently_pooled: whether a latent was in a pool within the last `FORGET` steps; others are not exported.
+            recently_pooled: whether a latent was in a pool lately (`SILENT_AFTER_STEPS`); others are exported silent.
             cutoff: smallest activation that this batch kept; where the first batch starts all thresholds.
             n_tokens: B.
             n_steps: steps before this one.
@@ -149,23 +149,23 @@ class RateMatcher(nn.Module):
         hit_rate = torch.where(n_steps > 0, counts.n_hits / n_tokens, selection_rate)
         new = (firing_rate, selection_rate, counts.peak)
         for mean, value in zip((self.firing_rate, self.selection_rate, self.peak), new, strict=True):
-            mean.lerp_(value.to(mean.dtype), MEMORY)
+            mean.lerp_(value.to(mean.dtype), EMA_RATE)
         precision = torch.where(firing_rate > 0, hit_rate / firing_rate, self.precision)
-        self.precision.lerp_(precision.to(torch.float32), PRECISION_MEMORY)
-        correction = 1 - (1 - MEMORY) ** (n_steps + 1)
+        self.precision.lerp_(precision.to(torch.float32), PRECISION_EMA_RATE)
+        correction = 1 - (1 - EMA_RATE) ** (n_steps + 1)
         weight = self._weight()
         rates = (self.firing_rate + weight * self.selection_rate) / correction + 1 / n_tokens
         error = ((firing_rate - weight * selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
-        step = (n_steps + 1).rsqrt().clamp(min=STEP)
+        step = (n_steps + 1).rsqrt().clamp(min=THRESHOLD_STEP)
         moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
         self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
         missing = selection_rate.sum() - firing_rate.masked_fill(~recently_pooled, 0).sum()
-        total = (self.selection_rate.sum() / correction).clamp(min=NEVER)
+        total = (self.selection_rate.sum() / correction).clamp(min=MIN_SELECTION_RATE)
         self.gain.mul_(1 + GAIN_STEP * missing / total).clamp_(0.5, 100)
 
     def _weight(self) -> Float[Tensor, " d_sae"]:
         """Target rate over selection rate: the precision, scaled so that the target rates sum to the L0."""
-        weighted = (self.precision * self.selection_rate).sum().clamp(min=NEVER)
+        weighted = (self.precision * self.selection_rate).sum().clamp(min=MIN_SELECTION_RATE)
         return self.precision * self.gain * self.selection_rate.sum() / weighted
 
     def scale(self, factor: float) -> None:
@@ -178,8 +178,8 @@ class RateMatcher(nn.Module):
 
         Args:
             n_steps: steps so far.
-            recently_pooled: whether a latent was in a pool within the last `FORGET` steps.
+            recently_pooled: whether a latent was in a pool within the last `SILENT_AFTER_STEPS` steps.
         """
-        correction = 1 - (1 - MEMORY) ** n_steps.clamp(min=1)
-        silent = (self.selection_rate / correction < NEVER) | ~recently_pooled
+        correction = 1 - (1 - EMA_RATE) ** n_steps.clamp(min=1)
+        silent = (self.selection_rate / correction < MIN_SELECTION_RATE) | ~recently_pooled
         return self.threshold.masked_fill(silent, torch.inf)

@@ -24,7 +24,7 @@ from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.selection import sampled_topk
 from sae_lens_sampled.sparse_codes import Weights, as_coo
-from sae_lens_sampled.thresholds import FORGET, RateMatcher, StepCounts, count_dense
+from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS, RateMatcher, StepCounts, count_dense
 
 STEP_METHODS = ("encode", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
 """Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
@@ -225,4 +225,6 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
         record = self.pool_record
         record.update(counts.n_selected, counts.smallest, pool)
-        self.rate_matcher.update(counts, record.pooled_within(FORGET), record.cutoff, n_tokens, record.n_steps - 1)
+        self.rate_matcher.update(
+            counts, record.pooled_within(SILENT_AFTER_STEPS), record.cutoff, n_tokens, record.n_steps - 1
+        )

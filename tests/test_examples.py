@@ -35,7 +35,7 @@ def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_pa
 
 def test_papers_run_works_on_the_bundled_model(tmp_path):
     output = run("train_pythia.py", "--smoke", cwd=tmp_path)
-    assert "'pool_size': 80" in output
+    assert "'pooled_latents': 80" in output
     assert (tmp_path / "pythia_output" / "sae" / "sae_weights.safetensors").exists()
 
 

@@ -28,7 +28,7 @@ def test_record_matches_sets_kept_by_hand(fields):
         assert sae.pool_record.selection_counts.tolist() == counts
         assert sae.pool_statistics() == pytest.approx(
             {
-                "pool_size": len(pool),
+                "pooled_latents": len(pool),
                 "pool_churn": churn,
                 "ever_pooled_share": len(ever) / D_SAE,
                 "starved_share": 1 - len(ever) / D_SAE,
@@ -49,8 +49,8 @@ def test_one_pool_holds_as_many_latents_as_asked_for_and_groups_more():
     one, grouped = sampled_sae(pool_factor=3), sampled_sae(pool_factor=3, pool_group_size=4)
     for sae in (one, grouped):
         sae.training_forward_pass(step_input(activations(20)))
-    assert one.pool_statistics()["pool_size"] == 9
-    assert 9 < grouped.pool_statistics()["pool_size"] <= 45
+    assert one.pool_statistics()["pooled_latents"] == 9
+    assert 9 < grouped.pool_statistics()["pooled_latents"] <= 45
 
 
 def test_a_pool_that_never_changes_has_no_churn():

@@ -218,7 +218,11 @@ def test_multi_runner_trains_pool_factors_beside_batchtopk(tiny_lm, bridge, tmp_
     runner.saes["all"].load_state_dict(runner.saes["batchtopk"].state_dict(), strict=False)
     trained = runner.run()
     assert torch.equal(trained["all"].W_dec, trained["batchtopk"].W_dec)
-    assert trained["small"].pool_statistics()["pool_size"] == 16 < trained["grouped"].pool_statistics()["pool_size"]
+    assert (
+        trained["small"].pool_statistics()["pooled_latents"]
+        == 16
+        < trained["grouped"].pool_statistics()["pooled_latents"]
+    )
     for name in saes:
         assert type(SAE.load_from_disk(tmp_path / "output" / name)) is JumpReLUSAE
 
@@ -352,5 +356,5 @@ def test_prefetch_override_sae_and_no_output_path(tiny_lm, bridge, tmp_path, mon
     cfg = runner(tiny_lm, bridge, prefetch_llm_batches=2).cfg
     trained = LanguageModelSAETrainingRunner(cfg, override_model=bridge, override_sae=given).run()
     assert trained is given
-    assert given.pool_statistics()["pool_size"] == 16
+    assert given.pool_statistics()["pooled_latents"] == 16
     assert list(tmp_path.iterdir()) == []

@@ -65,13 +65,13 @@ def test_l2_norm_prefers_the_rare_spike_and_perplexity_and_frequency_the_consist
     assert entropy(acts, 1)[0] < entropy(acts, 1)[1]
 
 
-@pytest.mark.parametrize("pool_size", [1, 3, 8])
-def test_ridge_leverage_matches_its_definition(pool_size):
+@pytest.mark.parametrize("n_candidates", [1, 3, 8])
+def test_ridge_leverage_matches_its_definition(n_candidates):
     acts = random_acts(10, 8)
-    ridge = acts.square().sum() / pool_size
+    ridge = acts.square().sum() / n_candidates
     inverse = torch.linalg.inv(acts @ acts.T + ridge * torch.eye(10, dtype=acts.dtype))
     want = torch.stack([column @ inverse @ column for column in acts.T])
-    torch.testing.assert_close(ridge_leverage(acts, pool_size), want)
+    torch.testing.assert_close(ridge_leverage(acts, n_candidates), want)
 
 
 def test_ridge_leverage_sees_evenly_strided_rows_from_the_first_to_the_last():
@@ -104,7 +104,7 @@ def registered(request):
 def test_registered_score_chooses_the_pool(registered):
     from helpers import activations, sampled_sae, step_input
 
-    register_score(registered, lambda acts, pool_size: -acts.sum(dim=-2) + 0 * pool_size)
+    register_score(registered, lambda acts, n_candidates: -acts.sum(dim=-2) + 0 * n_candidates)
     sae = sampled_sae(score=registered)
     output = sae.training_forward_pass(step_input(activations(50)))
     sums = output.hidden_pre.relu().sum(dim=0)
@@ -115,11 +115,11 @@ def test_registered_score_chooses_the_pool(registered):
 
 def test_registering_a_name_twice_is_refused():
     with pytest.raises(ValueError, match=r"score 'entropy' is already registered; choose another name"):
-        register_score("entropy", lambda acts, pool_size: acts.sum(-2))
+        register_score("entropy", lambda acts, n_candidates: acts.sum(-2))
 
 
 def test_score_of_the_wrong_shape_is_refused(registered):
-    register_score(registered, lambda acts, pool_size: acts.sum())
+    register_score(registered, lambda acts, n_candidates: acts.sum())
     with pytest.raises(
         ValueError, match=r"'mine' returned shape \(\) for activations of shape \(5, 4\).*return \(4,\)"
     ):
@@ -127,7 +127,7 @@ def test_score_of_the_wrong_shape_is_refused(registered):
 
 
 def test_score_that_returns_nan_is_refused(registered):
-    register_score(registered, lambda acts, pool_size: acts.sum(-2) / acts.sum(-2))
+    register_score(registered, lambda acts, n_candidates: acts.sum(-2) / acts.sum(-2))
     acts = torch.rand(5, 4)
     acts[:, 1] = 0
     with pytest.raises(ValueError, match=r"score 'mine' returned NaN for 1 latents"):

@@ -90,7 +90,7 @@ def test_selection_matches_plain_loops_on_random_values(shape, seed, k, share, s
         (4, 4.9, 20, 20),
     ],
 )
-def test_pool_size(k, pool_factor, d_sae, size):
+def test_the_number_of_candidates(k, pool_factor, d_sae, size):
     assert count_candidates(k, pool_factor, d_sae) == size
 
 

@@ -4,12 +4,12 @@ from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled import to_jumprelu
 from sae_lens_sampled.thresholds import (
-    FORGET,
+    EMA_RATE,
     GAIN_STEP,
-    MEMORY,
-    NEVER,
-    PRECISION_MEMORY,
-    STEP,
+    MIN_SELECTION_RATE,
+    PRECISION_EMA_RATE,
+    SILENT_AFTER_STEPS,
+    THRESHOLD_STEP,
     RateMatcher,
     StepCounts,
 )
@@ -17,21 +17,21 @@ from sae_lens_sampled.thresholds import (
 
 def oracle_step(latents, gain, new, recent, cutoff, n_tokens, n_steps):
     """The update of all latents, in Python numbers: design of the rule, written out. Returns the new gain."""
-    correction = 1 - (1 - MEMORY) ** (n_steps + 1)
+    correction = 1 - (1 - EMA_RATE) ** (n_steps + 1)
     for latent, batch in zip(latents, new, strict=True):
         if n_steps == 0:
             batch["f"] = batch["h"] = batch["r"]
         for key in ("f", "r", "peak"):
-            latent[key] = (1 - MEMORY) * latent[key] + MEMORY * batch[key]
+            latent[key] = (1 - EMA_RATE) * latent[key] + EMA_RATE * batch[key]
         if batch["f"] > 0:
             news = batch["h"] / batch["f"]
-            latent["precision"] = (1 - PRECISION_MEMORY) * latent["precision"] + PRECISION_MEMORY * news
+            latent["precision"] = (1 - PRECISION_EMA_RATE) * latent["precision"] + PRECISION_EMA_RATE * news
     total = sum(latent["r"] for latent in latents)
     weighted = sum(latent["precision"] * latent["r"] for latent in latents)
     for latent, batch in zip(latents, new, strict=True):
         weight = latent["precision"] * gain * total / weighted
         error = (batch["f"] - weight * batch["r"]) / ((latent["f"] + weight * latent["r"]) / correction + 1 / n_tokens)
-        step = max(STEP, (n_steps + 1) ** -0.5) * latent["peak"] / correction * max(-20.0, min(20.0, error))
+        step = max(THRESHOLD_STEP, (n_steps + 1) ** -0.5) * latent["peak"] / correction * max(-20.0, min(20.0, error))
         latent["threshold"] = max(0.0, latent["threshold"] + step) if n_steps else cutoff
     fired = sum(batch["f"] for batch, in_pool in zip(new, recent, strict=True) if in_pool)
     missing = sum(batch["r"] for batch in new) - fired
@@ -97,10 +97,10 @@ def test_latents_that_were_never_selected_are_exported_silent():
 
 def test_latents_selected_long_ago_are_silent_and_rare_ones_are_not():
     matcher = RateMatcher(2, torch.device("cpu"))
-    matcher.selection_rate.copy_(torch.tensor([NEVER / 2, NEVER * 2]))
+    matcher.selection_rate.copy_(torch.tensor([MIN_SELECTION_RATE / 2, MIN_SELECTION_RATE * 2]))
     pooled = torch.tensor([True, True])
     assert matcher.export(torch.tensor(10**6), pooled).isinf().tolist() == [True, False]
-    matcher.selection_rate.mul_(MEMORY)  # the same means after one step, before bias correction
+    matcher.selection_rate.mul_(EMA_RATE)  # the same means after one step, before bias correction
     assert matcher.export(torch.tensor(1), pooled).isinf().tolist() == [True, False]
 
 
@@ -109,10 +109,10 @@ def test_latents_that_left_the_pools_are_exported_silent_after_a_while():
     train(sae, 3)
     fired = to_jumprelu(sae).threshold.isfinite()
     gone, stays = (int(i) for i in fired.nonzero()[:2])
-    sae.pool_record.n_steps += FORGET
+    sae.pool_record.n_steps += SILENT_AFTER_STEPS
     sae.pool_record.last_pooled.fill_(int(sae.pool_record.n_steps))
-    sae.pool_record.last_pooled[stays] -= FORGET - 1
-    sae.pool_record.last_pooled[gone] -= FORGET
+    sae.pool_record.last_pooled[stays] -= SILENT_AFTER_STEPS - 1
+    sae.pool_record.last_pooled[gone] -= SILENT_AFTER_STEPS
     silent = to_jumprelu(sae).threshold.isinf()
     assert silent[gone]
     assert not silent[stays]
@@ -120,7 +120,7 @@ def test_latents_that_left_the_pools_are_exported_silent_after_a_while():
 
 def test_without_a_pool_no_latent_is_forgotten():
     sae = sampled_sae(pool_factor=99)
-    train(sae, FORGET + 5)
+    train(sae, SILENT_AFTER_STEPS + 5)
     sae.rate_matcher.selection_rate.clamp_(min=1e-6)  # rare: selected once in a million tokens
     assert to_jumprelu(sae).threshold.isfinite().all()
 

@@ -1,0 +1,30 @@
+"""The README ends before its reader does, its links lead somewhere, and what was measured stands elsewhere."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 160
+    assert len(README.split()) <= 1700
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)", README)
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_the_first_run_on_ones_own_model_comes_early():
+    assert README[: README.index("LanguageModelSAETrainingRunner(cfg)")].count("\n") < 50
+
+
+def test_no_measured_number_is_typed():
+    """Numbers with a decimal point, a percent sign or a times sign are measurements, but for versions and the paper's."""
+    settings = {"2508.21324", "6.54.9", "3.10", "3.13"}
+    numbers = set(re.findall(r"\d+(?:\.\d+)+|\d+ ?[%×]|\d+x\b", README))
+    assert numbers - settings == set()
+    assert numbers >= {"2508.21324", "6.54.9"}  # the pattern finds some
