@@ -217,16 +217,15 @@ def test_sampled_pools_are_drawn_for_every_batch_that_is_judged(tmp_path):
     study = storage(tmp_path)
     dense, sampled = unit_of("batchtopk"), unit_of("uniform_groups_16")
     train(study, [dense, sampled])
-    saes = {unit: load_checkpoint(study.sae(unit)) for unit in (dense, sampled)}
     x = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
-    measured = {unit: in_training(SMOKE, unit.arm, sae, x) for unit, sae in saes.items()}
-    assert measured[dense]["l0_in_training"] == 8
-    sae = saes[sampled]
+    assert in_training(SMOKE, dense.arm, load_checkpoint(study.sae(dense)), x)["l0_in_training"] == 8
+    sae = load_checkpoint(study.sae(sampled))
+    measured = in_training(SMOKE, sampled.arm, sae, x)
     batches = batches_of_training(SMOKE, sampled.arm, x)
     assert sorted(torch.cat(batches).sum(dim=1).tolist()) == sorted(x.sum(dim=1).tolist())
     residuals = [batch - sae.decode(sae.select(batch, draw=i)) for i, batch in enumerate(batches)]
     fvu = sum(r.square().sum() for r in residuals) / (x - x.mean(dim=0)).square().sum()
-    assert measured[sampled]["fvu_in_training"] == pytest.approx(fvu.item(), rel=1e-4)
+    assert measured["fvu_in_training"] == pytest.approx(fvu.item(), rel=1e-4)
 
 
 def test_the_halves_of_a_text_take_turns():
