@@ -43,10 +43,10 @@ def free_memory():
 def test_max_cosines_match_loops_whatever_the_tile(monkeypatch, tile, n_a, n_b, dtype):
     monkeypatch.setattr(sae_lens_sampled.dictionary_similarity, "TILE", tile)
     a, b = dictionary(n_a, seed=1, dtype=dtype), dictionary(n_b, seed=2, dtype=dtype)
-    found = max_cosines(a, b)
-    for got, want in zip(found, max_cosines_by_hand(a.tolist(), b.tolist()), strict=True):
+    cosines = max_cosines(a, b)
+    for got, want in zip(cosines, max_cosines_by_hand(a.tolist(), b.tolist()), strict=True):
         assert got.tolist() == pytest.approx(want, abs=1e-6)
-    assert all(cosines.dtype == torch.promote_types(dtype, torch.float32) for cosines in found)
+    assert all(values.dtype == torch.promote_types(dtype, torch.float32) for values in cosines)
 
 
 def test_summary_is_the_mean_and_the_shares_of_the_max_cosines():
@@ -113,9 +113,9 @@ def test_matched_is_the_best_of_all_one_to_one_pairings():
 def test_rows_of_zeros_have_cosine_zero():
     a, b = dictionary(10, seed=1), dictionary(8, seed=2)
     a[3] = 0
-    found = max_cosines(a, b)
-    assert found.a[3] == found.a_absolute[3] == 0
-    for got, want in zip(found, max_cosines_by_hand(a.tolist(), b.tolist()), strict=True):
+    cosines = max_cosines(a, b)
+    assert cosines.a[3] == cosines.a_absolute[3] == 0
+    for got, want in zip(cosines, max_cosines_by_hand(a.tolist(), b.tolist()), strict=True):
         assert got.tolist() == pytest.approx(want, abs=1e-6)
     assert dictionary_similarity(a.zero_(), b).forward[:4] == (0, 0, 0, 0)
 
@@ -145,8 +145,8 @@ def test_baseline_is_exact_where_the_integral_is_known():
 def test_baseline_of_a_large_dictionary_is_what_random_rows_reach():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(200, 768, generator=generator), torch.randn(65_536, 768, generator=generator)
-    found = max_cosines(a, b)
-    for got, absolute in ((found.a, False), (found.a_absolute, True)):
+    cosines = max_cosines(a, b)
+    for got, absolute in ((cosines.a, False), (cosines.a_absolute, True)):
         # The rows of b are the same for all of a, which adds little: they are nearly orthogonal.
         standard_error = got.std().item() / math.sqrt(len(got))
         assert random_baseline(65_536, 768, absolute) == pytest.approx(got.mean().item(), abs=4 * standard_error)

@@ -20,11 +20,11 @@ def test_object_folder_and_checkpoint_are_the_same_sae(tmp_path):
     sae.save_model(tmp_path / "checkpoint")
     saes = load_saes([("object", sae), tmp_path / "exported", tmp_path / "checkpoint"])
     want = to_jumprelu(sae).encode(X)
-    for one in saes:
-        torch.testing.assert_close(one.sae.encode(X), want)
-        assert one.sae_class == "sampled_topk"
-    assert [one.name for one in saes] == ["object_custom_sae", "exported_custom_sae", "checkpoint_custom_sae"]
-    assert [one.training_sae is None for one in saes] == [False, True, False]
+    for loaded in saes:
+        torch.testing.assert_close(loaded.sae.encode(X), want)
+        assert loaded.sae_class == "sampled_topk"
+    assert [loaded.name for loaded in saes] == ["object_custom_sae", "exported_custom_sae", "checkpoint_custom_sae"]
+    assert [loaded.training_sae is None for loaded in saes] == [False, True, False]
 
 
 def test_fingerprint_follows_the_weights_and_nothing_else():
@@ -39,9 +39,9 @@ def test_callers_sae_is_left_alone_and_decoder_rows_come_out_unit_norm():
     sae = batchtopk_sae()
     train(sae, 3)
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    one = load_saes([sae])[0]
-    torch.testing.assert_close(one.sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))
-    one.sae.W_dec.data.zero_()
+    [loaded] = load_saes([sae])
+    torch.testing.assert_close(loaded.sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))
+    loaded.sae.W_dec.data.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
