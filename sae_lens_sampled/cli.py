@@ -23,7 +23,6 @@ from transformer_lens.model_bridge import TransformerBridge
 import sae_lens_sampled
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 from sae_lens_sampled.kept_entries import choose_path
-from sae_lens_sampled.selection import PoolFields
 from sae_lens_sampled.sparse_codes import has_kernels
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -262,9 +261,8 @@ def info() -> None:
 
 def _training_step(device: torch.device) -> str:
     """How a step of usual size is done there, in words."""
-    grouped, single = (PoolFields(pool_factor=10, pool_group_size=size) for size in (16, None))
-    for cfg in (grouped, single):
-        cfg.k, cfg.d_sae = 64, 16_384
+    usual = {"d_in": 768, "d_sae": 16_384, "k": 64, "pool_factor": 10}
+    single, grouped = (sae_lens_sampled.SampledTopKTrainingSAEConfig(**usual, pool_group_size=n) for n in (None, 16))
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
     why = "its sparse kernels were not measured yet" if has_kernels(device) else "torch has no sparse kernels for it"
