@@ -261,8 +261,9 @@ def info() -> None:
 
 def _training_step(device: torch.device) -> str:
     """How a step of usual size is done there, in words."""
-    usual = {"d_in": 768, "d_sae": 16_384, "k": 64, "pool_factor": 10}
-    single, grouped = (sae_lens_sampled.SampledTopKTrainingSAEConfig(**usual, pool_group_size=n) for n in (None, 16))
+    config = sae_lens_sampled.SampledTopKTrainingSAEConfig
+    single = config(d_in=768, d_sae=16_384, k=64, pool_factor=10)
+    grouped = config(d_in=768, d_sae=16_384, k=64, pool_factor=10, pool_group_size=16)
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
     why = "its sparse kernels were not measured yet" if has_kernels(device) else "torch has no sparse kernels for it"
