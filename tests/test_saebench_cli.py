@@ -95,7 +95,7 @@ def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     files = sorted((tmp_path / "eval_results").rglob("*.json"))
     assert len(files) == 6
     [probing] = [json.loads(file.read_text()) for file in files if "sparse_probing/sampled_seed0" in str(file)]
-    assert [one["dataset_name"] for one in probing["eval_result_details"]] == [
+    assert [detail["dataset_name"] for detail in probing["eval_result_details"]] == [
         "authors_results",
         "sentence_polarity_results",
         "subjectivity_results",
