@@ -105,8 +105,8 @@ def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
     assert all(file.stat().st_mtime_ns == before for file, before in kept.items())
     assert not list((output / "artifacts").glob("unfinished*"))
     for eval_name, by_name in got.items():
-        for name, one in by_name.items():
-            assert one["eval_result_metrics"] == results[eval_name][name]["eval_result_metrics"]
+        for name, result in by_name.items():
+            assert result["eval_result_metrics"] == results[eval_name][name]["eval_result_metrics"]
 
 
 def snapshot(folder):

@@ -53,9 +53,9 @@ def test_sae_bench_itself_reads_the_results(results, saes, output_dir):
         read = read if read is not None else graphing_utils.get_eval_results(files)
         assert len(read) == len(saes)
         for name, sae in saes:
-            one = read[f"{name}_custom_sae"]
-            assert any(key.startswith(prefix) for key in one), one
-            assert eval_name == "core" or one["sae_class"] == sae.cfg.architecture()
+            row = read[f"{name}_custom_sae"]
+            assert any(key.startswith(prefix) for key in row), row
+            assert eval_name == "core" or row["sae_class"] == sae.cfg.architecture()
 
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "gated", "topk"])
@@ -90,7 +90,7 @@ def test_sparse_probing_is_what_sae_bench_gives_by_hand(results, saes, name, tmp
     got = results["sparse_probing"][f"{name}_custom_sae"]
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
     accuracies = [
-        {k: v for k, v in one["eval_result_details"][0].items() if k != "dataset_name"} for one in (got, want)
+        {k: v for k, v in result["eval_result_details"][0].items() if k != "dataset_name"} for result in (got, want)
     ]
     assert accuracies[0] == accuracies[1]
 
@@ -134,10 +134,10 @@ def test_fvu_is_that_of_the_definition_for_export_and_for_training(results, saes
         batches.append(model.run_with_cache(tokens, names_filter=[HOOK])[1][HOOK][~special])
     extra = results["core"]["sampled_seed0_custom_sae"]["eval_result_unstructured"]
     with torch.no_grad():
-        for one, got in ((exported(saes, "sampled_seed0"), extra["exported"]), (training, extra["in_training"])):
-            acts = torch.cat([one.encode(batch) for batch in batches])
+        for sae, got in ((exported(saes, "sampled_seed0"), extra["exported"]), (training, extra["in_training"])):
+            acts = torch.cat([sae.encode(batch) for batch in batches])
             x = torch.cat(batches)
-            want = fraction_of_variance_unexplained(x, one.decode(acts)).item()
+            want = fraction_of_variance_unexplained(x, sae.decode(acts)).item()
             assert got["fvu"] == pytest.approx(want, rel=1e-6)
             assert got["l0"] == pytest.approx((acts > 0).sum(dim=1).double().mean().item())
     assert extra["in_training"]["l0"] == pytest.approx(8, rel=1e-3) != extra["exported"]["l0"]
@@ -147,16 +147,16 @@ def test_fvu_is_that_of_the_definition_for_export_and_for_training(results, saes
 def test_top_contexts_are_where_the_latent_is_largest(results):
     contexts = results["core"]["sampled_seed0_custom_sae"]["eval_result_unstructured"]["top_contexts"]
     assert 1 <= len(contexts) <= 8
-    for one in contexts:
-        values = [context["activation"] for context in one["contexts"]]
+    for latent in contexts:
+        values = [context["activation"] for context in latent["contexts"]]
         assert values == sorted(values, reverse=True)
         assert min(values) > 0
-        assert all(context["token"] for context in one["contexts"])
+        assert all(context["token"] for context in latent["contexts"])
 
 
 def test_seeds_are_partners_of_one_group_and_the_others_are_not(results):
-    one = results["mmcs"]["sampled_seed0_custom_sae"]
-    groups = {detail["partner"]: detail["same_group"] for detail in one["eval_result_details"]}
+    result = results["mmcs"]["sampled_seed0_custom_sae"]
+    groups = {detail["partner"]: detail["same_group"] for detail in result["eval_result_details"]}
     assert groups == {
         "sampled_seed1_custom_sae": True,
         **{f"{kind}_custom_sae": False for kind in ("batchtopk", "topk", "jumprelu", "gated")},
@@ -188,13 +188,13 @@ def test_a_result_does_not_depend_on_the_other_saes_or_their_order(eval_name, sa
     fields = {"probing_datasets": [EXAMPLES / "tiny_probing" / name for name in ("authors", "subjectivity")]}
     pairs = [saes[2], saes[4]]
     forward, backward, alone = (
-        run_small(some, [eval_name], tmp_path / str(i), **fields)[eval_name]
-        for i, some in enumerate((pairs, pairs[::-1], pairs[1:]))
+        run_small(sources, [eval_name], tmp_path / str(i), **fields)[eval_name]
+        for i, sources in enumerate((pairs, pairs[::-1], pairs[1:]))
     )
-    for name, one in forward.items():
-        assert one["eval_result_metrics"] == backward[name]["eval_result_metrics"]
-    for name, one in alone.items():
-        assert one["eval_result_metrics"] == forward[name]["eval_result_metrics"]
+    for name, result in forward.items():
+        assert result["eval_result_metrics"] == backward[name]["eval_result_metrics"]
+    for name, result in alone.items():
+        assert result["eval_result_metrics"] == forward[name]["eval_result_metrics"]
 
 
 def test_special_tokens_are_neither_replaced_nor_counted(saes, monkeypatch, tmp_path):
@@ -214,4 +214,4 @@ def test_special_tokens_are_neither_replaced_nor_counted(saes, monkeypatch, tmp_
 
 
 def test_widths_are_those_of_the_test(results):
-    assert all(len(one["eval_result_details"]) == D_SAE for one in results["core"].values())
+    assert all(len(result["eval_result_details"]) == D_SAE for result in results["core"].values())
