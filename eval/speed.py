@@ -11,6 +11,8 @@ import jinja2
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+from sae_lens_sampled import kept_entries
+
 EVAL = Path(__file__).parent
 BASE = "SAELens BatchTopK"
 Row = dict[str, Any]
@@ -81,7 +83,13 @@ def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
         return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
 
     return environment.get_template("SPEED.md").render(
-        steps=steps, runs=runs, sections=steps["sections"], table=table, crossing_table=crossing_table, times=times
+        steps=steps,
+        runs=runs,
+        sections=steps["sections"],
+        table=table,
+        crossing_table=crossing_table,
+        times=times,
+        limits=kept_entries,
     )
 
 

@@ -26,11 +26,12 @@ from sae_lens_sampled.thresholds import StepCounts, count_kept
 Step = Literal["auto", "kept", "dense"]
 StepPath = Literal["columns", "kept", "dense"]
 
-MAX_COLUMNS_SHARE = 0.125
-"""Share of the latents up to which the columns of one pool are computed."""
-MAX_DENSITY = 0.1
+MAX_COLUMNS_SHARE = 0.08
+"""Share of the latents up to which the columns of one pool are computed. This and the next two are what
+`eval/bench_training_step.py` measured on two CPU cores (its sections crossing_*)."""
+MAX_DENSITY = 0.2
 """Share of all entries that are kept, up to which sparse products are faster than dense ones."""
-MIN_ENTRIES = 2**18
+MIN_ENTRIES = 2**16
 """Size of the (tokens, d_sae) matrix up to which the dense path is as fast."""
 BOUND_OVER_CUTOFF = 0.8
 """Bound of the extraction over the last batch's cutoff: about twice as many entries as are kept exceed it, and from one
