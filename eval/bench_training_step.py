@@ -223,6 +223,7 @@ def measure(case: Case, sides: list[str], repeats: int) -> dict[str, Any]:
     paths = {side: getattr(getattr(runner, "sae", None), "_path", None) for side, runner in made.items()}
     return {
         "case": case,
+        "repeats": repeats,
         "step_ms": medians,
         "scans": {side: record | {"path": paths[side]} for side, record in records.items() if record is not None},
     }
@@ -312,7 +313,6 @@ def main() -> None:
     packages, processor = ("torch", "sae-lens", "sae-lens-sampled"), platform.processor() or platform.machine()
     results["versions"] = {package: importlib.metadata.version(package) for package in packages}
     results["machine"] = f"{processor}, {torch.get_num_threads()} threads, {args.device}"
-    results["repeats"] = args.repeats
     for section in wanted:
         rows = []
         for case, sides in tqdm(sections[section], desc=section):

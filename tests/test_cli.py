@@ -175,6 +175,7 @@ def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
 def test_calibrate_says_what_is_wrong_without_a_traceback(arguments, message, tiny_lm, tmp_path):
     sae = sampled_sae(d_in=128)
     sae.cfg.metadata.hook_name, sae.cfg.metadata.context_size = "blocks.2.hook_resid_post", 16
+    sae.cfg.metadata.prepend_bos = True
     sae.save_model(tmp_path / "sae")
     places = {"CHECKPOINT": tmp_path / "sae", "MODEL": tiny_lm, "TEXT": tiny_lm / "text"}
     given = [str(places.get(argument, argument)) for argument in arguments]

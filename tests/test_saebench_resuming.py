@@ -35,7 +35,8 @@ from sae_lens_sampled.saebench import EvalError, run_evals
 from sae_lens_sampled.saebench.evals import EVALS
 
 
-def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, monkeypatch):
+def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, tmp_path, monkeypatch):
+    output_dir = shutil.copytree(output_dir, tmp_path / "out")  # other tests read the original as it is
     ran = []
     for name in ALL:
 
@@ -78,7 +79,7 @@ from pathlib import Path
 from unittest import mock
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.saebench import run_evals
-sys.path[:0] = {helpers!r}
+sys.path[:0] = {folders_of_helpers!r}
 from eval_helpers import PROBING, SMALL, TINY_LM
 run_evals([Path(path) for path in {folders!r}], ["core", "sparse_probing"], TINY_LM, {output!r}, text=TINY_LM / "text",
           probing_datasets=[PROBING], overrides={{name: SMALL[name] for name in ("core", "sparse_probing")}})

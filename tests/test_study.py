@@ -104,7 +104,7 @@ def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
     study = storage(tmp_path)
     train(study, [unit_of("batchtopk"), unit_of("topk"), unit_of("pool_all")])
     saes = [load_checkpoint(study.sae(unit_of(name))) for name in ("batchtopk", "pool_all", "topk")]
-    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=0, atol=0)
+    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-5)  # to the last bit with step="dense"
     assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
 
 
