@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +25,9 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from sae_lens_sampled.saebench import run_evals
 
-TINY_LM = Path(__file__).parent.parent / "examples" / "tiny_lm"
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from bundled import TINY_LM
 
 
 def jumprelu(seed: int, d_sae: int) -> JumpReLUSAE:

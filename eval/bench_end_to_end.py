@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 
-TINY_LM = Path(__file__).parent.parent / "examples" / "tiny_lm"
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from bundled import TINY_LM
+
 RESULTS = Path(__file__).parent / "results"
 SIDES: dict[str, dict[str, Any] | None] = {
     "SAELens BatchTopK": None,

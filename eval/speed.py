@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib.pyplot as plt
-from tabulate import tabulate
 
+from pages import markdown_table
+from pages import render as render_page
 from sae_lens_sampled import kept_entries
 
 EVAL = Path(__file__).parent
@@ -37,7 +37,7 @@ def table(rows: list[Row]) -> str:
                     "extracted per kept": f"{scan['extracted_per_kept']:.1f}" if scan.get("path") == "kept" else "",
                 }
             )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def crossing_table(rows: list[Row], what: str) -> str:
@@ -47,7 +47,7 @@ def crossing_table(rows: list[Row], what: str) -> str:
         ways = {side.rstrip(")").rpartition("(")[2]: ms for side, ms in row["step_ms"].items() if side != "product"}
         factor = next(iter(row["step_ms"])).partition(", factor ")[2].partition(" ")[0]
         lines.append({what: factor or row["case"][what], **{way: f"{ms:.1f} ms" for way, ms in ways.items()}})
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def draw(rows: list[Row], file: Path) -> None:
@@ -69,9 +69,6 @@ def draw(rows: list[Row], file: Path) -> None:
 
 def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
     """The page, from the JSON of `bench_training_step.py` and of `bench_end_to_end.py`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(EVAL / "templates"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
 
     def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
         """BatchTopK's time over that of a side."""
@@ -82,7 +79,8 @@ def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
         ]
         return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
 
-    return environment.get_template("SPEED.md").render(
+    return render_page(
+        EVAL / "templates" / "SPEED.md",
         steps=steps,
         runs=runs,
         sections=steps["sections"],

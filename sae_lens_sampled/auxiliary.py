@@ -8,7 +8,8 @@ from sae_lens_sampled.chunks import chunk_length
 from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode, has_kernels
 
 MIN_DEAD = 2
-"""Dead latents over the entries that each token keeps of them, up to which dense products are faster."""
+"""Dead latents over the entries that each token keeps of them, up to which dense products are taken: the entries are
+then a large part of the matrix."""
 
 
 def auxiliary_loss(

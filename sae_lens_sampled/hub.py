@@ -17,8 +17,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
-from sae_lens_sampled.hub_folder import SAE_FILES, inference_folder, read_config
+from sae_lens_sampled.hub_folder import SAE_FILES, inference_folder
 from sae_lens_sampled.model_card import model_card
+from sae_lens_sampled.sae_folder import read_config
 
 CARD = "README.md"
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.normalisation import check_folded
+from sae_lens_sampled.sae_folder import is_checkpoint, read_config
 
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 
@@ -44,33 +43,6 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     # SAELens writes the fields in the order of a set, which would make every run's file another one.
     (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
     return _checked(target, f"this {type(sae).__name__}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `cfg.json`.
-
-    Raises:
-        ValueError: if it is missing or not a JSON object.
-    """
-    try:
-        cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} holds no SAE: it has no readable {SAE_CFG_FILENAME}.") from error
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{str(folder)!r} holds no SAE: its {SAE_CFG_FILENAME} is not a JSON object.")  # noqa: TRY004
-    return cfg
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config has fields that only training knows."""
-    cfg = read_config(folder)
-    architecture = cfg.get("architecture")
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        return False
-    if architecture not in SAE_CLASS_REGISTRY:
-        return True
-    training, inference = (registry[architecture][1] for registry in (SAE_TRAINING_CLASS_REGISTRY, SAE_CLASS_REGISTRY))
-    return not cfg.keys().isdisjoint({f.name for f in fields(training)} - {f.name for f in fields(inference)})
 
 
 def _checked(folder: Path, name: str) -> Path:

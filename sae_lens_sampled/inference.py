@@ -1,12 +1,11 @@
 """The inference architecture `sampled_topk`: the selection of training, batch by batch, without a training SAE."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
@@ -16,6 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_sampled.config import SampledTopKSAEConfig
+from sae_lens_sampled.normalisation import UNFOLDED
+from sae_lens_sampled.sae_folder import is_export
 from sae_lens_sampled.selection import sampled_topk
 
 
@@ -58,27 +59,19 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
         ValueError: if the folder holds no readable checkpoint, or the normalisation it needs is missing.
     """
     folder = Path(folder)
-    if is_export(folder):
+    try:
+        exported = is_export(folder)
+        sae = None if exported else TrainingSAE.load_from_disk(folder, device=device)
+    except (OSError, ValueError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"no readable training checkpoint in {str(folder)!r}: {error}") from error
+    if sae is None:
         raise ValueError(
             f"{str(folder)!r} holds an SAE that was exported for inference, not a training checkpoint; "
             "sae_lens.SAE.load_from_disk(folder) loads it."
         )
-    try:
-        sae = TrainingSAE.load_from_disk(folder, device=device)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"no readable training checkpoint in {str(folder)!r}: {error}") from error
-    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+    if sae.cfg.normalize_activations in UNFOLDED:
         _fold_normalisation(sae, folder)
     return sae
-
-
-def is_export(folder: Path) -> bool:
-    """Whether the folder's config lacks the fields that only training has."""
-    try:
-        cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # that it is unreadable is for the loader to say
-    return "decoder_init_norm" not in cfg  # every training config of SAELens has it, and no other
 
 
 def _fold_normalisation(sae: TrainingSAE, folder: Path) -> None:

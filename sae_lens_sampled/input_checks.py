@@ -1,12 +1,12 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
-import json
 from pathlib import Path
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
+
+from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
 """Steps between two looks at the loss, where nothing else makes the host wait for it."""
@@ -64,10 +64,9 @@ def check_architecture(sae: TrainingSAE, folder: str | Path) -> None:
         ValueError: with both architectures, and how to start from such a checkpoint.
     """
     try:
-        cfg = json.loads((Path(folder) / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        theirs, ours = read_config(Path(folder)).get("architecture"), sae.cfg.architecture()
+    except ValueError:
         return
-    theirs, ours = cfg.get("architecture"), sae.cfg.architecture()
     if theirs != ours:
         raise ValueError(
             f"{str(folder)!r} holds a {theirs!r} SAE, which cannot be resumed as {ours!r}; an SAE exported for "

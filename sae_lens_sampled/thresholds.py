@@ -88,7 +88,7 @@ def count_kept(
     positive, fired = values > 0, values > threshold[latents]
     n_selected, n_hits = (
         torch.zeros(len(threshold), dtype=torch.int64, device=latents.device).scatter_add_(0, latents, mask.long())
-        for mask in (positive, positive & fired)
+        for mask in (positive, fired)  # no threshold is negative, so what fires is positive
     )
     smallest = torch.cat([torch.where(positive, values, torch.inf), values.new_full((1,), torch.inf)]).amin()
     return StepCounts(n_selected, n_fired, n_hits, peak, smallest)

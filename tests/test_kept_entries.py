@@ -45,7 +45,7 @@ def way(request, monkeypatch):
     """One small pool has its columns computed; here also by entries, as all other pools."""
     if request.param == "entries":
         monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_COLUMNS_SHARE", 0)
-        monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_EXTRACTED_SHARE", 0.8)
+        monkeypatch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 0.8)
     return request.param
 
 
@@ -124,8 +124,8 @@ def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_s
     acts = (x @ W_enc + b_enc).relu()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", chunk)
-        patch.setattr(sae_lens_sampled.kept_entries, "MAX_EXTRACTED_SHARE", 1)
-        extracted = scan_columns(x, weights, threshold, cfg, None, bound, 10**6 * n_keep).extracted
+        patch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 1)
+        extracted = scan_columns(x, weights, threshold, cfg, None, bound).extracted
         pool = None
         if cfg.n_candidates < d_sae:
             pool = sae_lens_sampled.kept_entries.choose_pool(
@@ -166,6 +166,7 @@ def test_a_latent_whose_decoder_row_is_zero_is_never_kept(fields):
     """SAELens' code gives NaN there, by 0 / 0, and so does the dense path."""
     sae = an_sae(**fields)
     sae.W_dec.data[7] = sae.W_dec.data[70] = 0
+    sae.b_enc.data[60:160] -= 50  # of the dead, whose values may be negative, its 0 is the largest
     output = step(sae, activations(70), 100)
     assert output.feature_acts.to_dense()[:, [7, 70]].count_nonzero() == 0
     assert output.loss.isfinite()

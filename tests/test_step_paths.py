@@ -36,7 +36,7 @@ def test_a_bound_too_high_or_too_low_costs_a_scan_and_changes_nothing(fields):
 def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
     sae, x = an_sae(**ALL), activations(70)
     want = step(copy.deepcopy(sae), x).feature_acts
-    monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_EXTRACTED_SHARE", 0.001)
+    monkeypatch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 0.001)
     got = step(sae, x).feature_acts
     assert not got.is_sparse
     torch.testing.assert_close(got, want.to_dense())
@@ -172,7 +172,7 @@ def test_the_scan_sees_what_the_whole_matrix_shows_whatever_the_chunk(monkeypatc
     sae, x = an_sae(score=score, pool_group_size=group_size, pool_sampling=sampling), activations(70)
     norms, threshold, dead = sae.W_dec.norm(dim=1), torch.linspace(0, 3, 200), torch.tensor([3, 63, 64, 65, 199])
     weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, norms)
-    scan = scan_columns(x, weights, threshold, sae.cfg, dead, torch.tensor(2.0), 10**6)
+    scan = scan_columns(x, weights, threshold, sae.cfg, dead, torch.tensor(2.0))
     hidden_pre = ((x @ sae.W_enc + sae.b_enc) * norms).detach()
     want = column_statistics(hidden_pre.relu(), score, 15, group_size)
     for got, statistic in zip(scan.statistics, want, strict=True):

@@ -16,9 +16,9 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_sampled.export import to_jumprelu
-from sae_lens_sampled.hub_folder import is_checkpoint
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.normalisation import check_folded
+from sae_lens_sampled.sae_folder import is_checkpoint
 
 CUSTOM_SAE_ID = "custom_sae"
 """SAEBench's id for an SAE that is not from the Hub."""
