@@ -42,7 +42,7 @@ EVAL = Path(__file__).parent.parent / "eval"
 SMOKE = smoke(TINY)
 COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study" / "run.py"), "--config", "tiny", "--smoke", "--arms"]
 ARMS = ["batchtopk", "pool_5", "pool_5_global"]
-N_KILLS = int(os.environ.get("STUDY_KILLS", "2"))
+N_KILLS = int(os.environ.get("STUDY_KILLS", "1"))
 """`STUDY_KILLS=10 pytest tests/test_study.py -k killed` takes some minutes."""
 
 
