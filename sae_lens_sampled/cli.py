@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
-import sae_lens.llm_sae_training_runner
 import torch
 import typer
 from sae_lens import ActivationsStore
@@ -21,8 +20,11 @@ from tabulate import tabulate
 from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
+from sae_lens_sampled import resumable_training
+from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 from sae_lens_sampled.kept_entries import choose_path
+from sae_lens_sampled.resumable_training import TrainError
 from sae_lens_sampled.sparse_codes import has_kernels
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -60,7 +62,9 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
 )
 def train(context: typer.Context) -> None:
     """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
-    sae_lens.llm_sae_training_runner._run_cli(context.args)
+    with _told(TrainError):
+        status = resumable_training.train(context.args)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -96,15 +100,13 @@ def activation_batches(
     sae: TrainingSAE, model_name: str, dataset: str, batch_size: int, device: str
 ) -> Iterator[torch.Tensor]:
     """Endless batches of the activations that `sae` was trained on, shape (batch_size, d_in), by its metadata."""
-    if sae.cfg.metadata.model_class_name == "AutoModelForCausalLM":
-        hook = sae.cfg.metadata.hook_name
-        model = load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
-    else:
-        # Takes folders as well as Hub names, which HookedTransformer does not.
-        model = TransformerBridge.boot_transformers(model_name, device=device)
+    try:
+        model = _hooked_model(sae, model_name, device)
+    except OSError as error:
+        raise ValueError(f"model={model_name!r} cannot be loaded: {error}") from error
     return iter(
         ActivationsStore.from_sae(
-            model,  # type: ignore[arg-type]  # SAELens supports the bridge, its annotation does not say so yet
+            model,
             sae,
             dataset=dataset,
             train_batch_size_tokens=batch_size,
@@ -113,6 +115,15 @@ def activation_batches(
             device=device,
         )
     )
+
+
+def _hooked_model(sae: TrainingSAE, model_name: str, device: str) -> Any:
+    """As SAELens' stores take it; their annotation does not know of the bridge yet."""
+    if sae.cfg.metadata.model_class_name == "AutoModelForCausalLM":
+        hook = sae.cfg.metadata.hook_name
+        return load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
+    # Takes folders as well as Hub names, which HookedTransformer does not.
+    return TransformerBridge.boot_transformers(model_name, device=device)
 
 
 @app.command()
@@ -243,9 +254,8 @@ def _similarity_table(saes: dict[str, SAE[Any]]) -> str:
 def info() -> None:
     """Print versions, registered architectures, scores and devices."""
     packages = ["sae-lens-sampled", "sae-lens", "transformer-lens", "torch"]
-    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
+    gpu_name = torch.cuda.get_device_name
+    devices = [f"{name} ({gpu_name(name)})" if "cuda" in name else name for name in available_devices()]
     rows = {
         "python": platform.python_version(),
         **{package: version(package) for package in packages},

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_sampled.config import SampledTopKSAEConfig
+from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.normalisation import UNFOLDED
 from sae_lens_sampled.sae_folder import is_export
 from sae_lens_sampled.selection import sampled_topk
@@ -56,9 +57,10 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
     folded; used on raw activations as it is, it would be wrong.
 
     Raises:
-        ValueError: if the folder holds no readable checkpoint, or the normalisation it needs is missing.
+        ValueError: if the folder holds no readable checkpoint, the normalisation it needs is missing, or `device` is.
     """
     folder = Path(folder)
+    check_device(device)
     try:
         exported = is_export(folder)
         sae = None if exported else TrainingSAE.load_from_disk(folder, device=device)

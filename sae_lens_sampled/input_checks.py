@@ -1,10 +1,13 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
 from sae_lens_sampled.sae_folder import read_config
 
@@ -73,3 +76,29 @@ def check_architecture(sae: TrainingSAE, folder: str | Path) -> None:
             "inference cannot be trained further, and from a TopK, BatchTopK or Matryoshka training checkpoint "
             "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run."
         )
+
+
+@torch.no_grad()
+def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
+
+    Raises:
+        ValueError: with the hook, and its width.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    # Past `compile_llm`, which would compile for this shape too.
+    cache = type(model).run_with_cache(
+        model, token, names_filter=[cfg.hook_name], prepend_bos=False, **cfg.model_kwargs
+    )[1]
+    if cfg.hook_name not in cache:
+        raise ValueError(f"hook_name={cfg.hook_name!r} is not a hook of {cfg.model_name}.")
+    acts = cache[cfg.hook_name][0, 0]
+    if cfg.hook_head_index is not None:
+        if acts.ndim < 2 or cfg.hook_head_index >= len(acts):
+            raise ValueError(
+                f"hook_head_index={cfg.hook_head_index}: {cfg.hook_name} has activations of shape {tuple(acts.shape)} "
+                "for each token, without so many heads."
+            )
+        acts = acts[cfg.hook_head_index]
+    if acts.numel() != cfg.sae.d_in:
+        raise ValueError(f"d_in={cfg.sae.d_in}, but {cfg.hook_name} of {cfg.model_name} is {acts.numel()} wide.")

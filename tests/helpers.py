@@ -1,5 +1,6 @@
 """Small SAEs and what a trainer would feed them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,32 @@ def randomise(sae: TrainingSAE[Any]) -> None:
     for parameter in sae.parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.3 + 0.02
         parameter.data.copy_(noise.to(parameter.dtype))
+
+
+def train_arguments(model: Path, folder: Path, **changes: Any) -> list[str]:
+    """Flags of a short run of `train` on the bundled model that writes into `folder`."""
+    flags = {
+        "architecture": "sampled_topk",
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": model,
+        "hook_name": "gpt_neox.layers.2",
+        "dataset_path": model / "text",
+        "is_dataset_tokenized": False,
+        "d_in": 128,
+        "d_sae": 192,
+        "k": 8,
+        "pool_factor": 3,
+        "pool_group_size": 16,
+        "context_size": 32,
+        "training_tokens": 1024,
+        "train_batch_size_tokens": 128,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 8,
+        "output_path": folder / "output",
+        "checkpoint_path": folder / "checkpoints",
+        "log_to_wandb": False,
+    }
+    return [text for name, value in (flags | changes).items() for text in (f"--{name}", str(value))]
 
 
 def sampled_sae(**fields: Any) -> SampledTopKTrainingSAE:

@@ -1,19 +1,23 @@
+import gc
 import importlib
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
 
 import pytest
 import torch
-from helpers import sampled_sae
-from sae_lens import SAE, JumpReLUSAE
+from helpers import config, sampled_sae, train_arguments
+from sae_lens import SAE, JumpReLUSAE, LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from typer.testing import CliRunner
 
 import sae_lens_sampled
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.cli import app
+from sae_lens_sampled.input_checks import check_hook
 
 
 def run(*command: str, cwd=None) -> str:
@@ -21,29 +25,7 @@ def run(*command: str, cwd=None) -> str:
 
 
 def test_train_runs_saelens_with_our_architecture_and_the_output_needs_no_plugin(tiny_lm, tmp_path):
-    flags = {
-        "architecture": "sampled_topk",
-        "model_class_name": "AutoModelForCausalLM",
-        "model_name": tiny_lm,
-        "hook_name": "gpt_neox.layers.2",
-        "dataset_path": tiny_lm / "text",
-        "is_dataset_tokenized": False,
-        "d_in": 128,
-        "d_sae": 192,
-        "k": 8,
-        "pool_factor": 3,
-        "pool_group_size": 16,
-        "context_size": 32,
-        "training_tokens": 1024,
-        "train_batch_size_tokens": 128,
-        "store_batch_size_prompts": 8,
-        "n_batches_in_buffer": 8,
-        "output_path": tmp_path / "output",
-        "checkpoint_path": tmp_path / "checkpoints",
-        "log_to_wandb": False,
-    }
-    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    run(sys.executable, "-m", "sae_lens_sampled", "train", *arguments, cwd=tmp_path)
+    run(sys.executable, "-m", "sae_lens_sampled", "train", *train_arguments(tiny_lm, tmp_path), cwd=tmp_path)
     cfg = json.loads((tmp_path / "output" / "cfg.json").read_text())
     assert cfg["metadata"]["training_architecture_details"]["pool_group_size"] == 16
     script = """
@@ -55,6 +37,73 @@ assert "sae_lens_sampled" not in sys.modules
 print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
 """
     assert run(sys.executable, "-c", script, str(tmp_path / "output")) == "jumprelu (5, 192)\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool_factor": "four"}, "argument --pool_factor: invalid float value: 'four'"),
+        ({"k": 0}, "k=0.0 must be above 0 and at most d_sae=192."),
+        ({"train_batch_size_tokens": 0}, "one of train_batch_size_tokens, "),
+        ({"training_tokens": 0}, "training_tokens=0 must be above 0."),
+        ({"device": "cuda:99"}, "there is no device='cuda:99' on this machine; it has cpu"),
+        ({"act_store_device": "nonsense"}, "there is no act_store_device='nonsense' on this machine; it has cpu"),
+        ({"model_name": "./nothing"}, "model_name='./nothing' cannot be loaded: "),
+        ({"dataset_path": "/no/such"}, "Couldn't find a dataset script at /no/such"),
+        ({"hook_name": "nonsense"}, "hook_names not found as submodules of the model: ['nonsense']"),
+        ({"d_in": 64}, "d_in=64, but gpt_neox.layers.2 of "),
+        ({"hook_head_index": 3}, "hook_head_index=3: gpt_neox.layers.2 has activations of shape (128,) for each token"),
+        ({"lr_scheduler_name": "nonsense"}, "Unsupported scheduler: nonsense"),
+        ({"seed": 1, "resume_from_checkpoint": "/no/such"}, "resume_from_checkpoint='/no/such' is not a folder; nor"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_train_ends_with_the_reason_and_no_traceback(changes, message, tiny_lm, tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit_info:
+        app(["train", *train_arguments(tiny_lm, tmp_path, **changes)])
+    assert exit_info.value.code == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith(message) for line in lines[-2:]), lines
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_the_reason_of_an_error_in_the_middle_stands_below_the_progress_bar(tiny_lm, tmp_path, capfd):
+    (tmp_path / "short.jsonl").write_text('{"text": "Too few words."}')
+    with pytest.raises(SystemExit):
+        app(["train", *train_arguments(tiny_lm, tmp_path, dataset_path=tmp_path)])
+    gc.collect()  # what is left of the bar would write now
+    err = capfd.readouterr().err
+    assert "Training SAE" in err
+    assert err.endswith("\nUnable to fill buffer after starting new epoch. Dataset may be too small.\n")
+
+
+def test_train_keeps_the_traceback_of_what_no_flag_explains(tiny_lm, tmp_path, monkeypatch):
+    def broken(self, step_input):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(SampledTopKTrainingSAE, "training_forward_pass", broken)
+    with pytest.raises(AttributeError, match="a bug"):
+        app(["train", *train_arguments(tiny_lm, tmp_path)])
+
+
+def test_a_hook_that_a_model_of_transformer_lens_does_not_have_is_named():
+    shape = {"n_layers": 1, "d_model": 8, "n_ctx": 4, "d_head": 4, "n_heads": 2, "d_vocab": 5, "act_fn": "relu"}
+    model = HookedTransformer(HookedTransformerConfig(**shape))
+
+    def check(hook, d_in, head=None):
+        cfg = LanguageModelSAERunnerConfig(
+            config(d_in=d_in), hook_name=hook, hook_head_index=head, model_name="small", verbose=False
+        )
+        check_hook(model, cfg)
+
+    check("blocks.0.attn.hook_z", 8)  # all heads
+    check("blocks.0.attn.hook_z", 4, head=1)
+    with pytest.raises(ValueError, match=re.escape("hook_name='blocks.7.hook_mlp_out' is not a hook of small")):
+        check("blocks.7.hook_mlp_out", 8)
+    with pytest.raises(ValueError, match=re.escape("d_in=8, but blocks.0.attn.hook_z of small is 4 wide")):
+        check("blocks.0.attn.hook_z", 8, head=1)
+    with pytest.raises(ValueError, match=re.escape("hook_head_index=2: blocks.0.attn.hook_z has activations of")):
+        check("blocks.0.attn.hook_z", 4, head=2)
 
 
 def test_train_help_is_saelens_own_with_our_fields(capsys):
@@ -166,11 +215,15 @@ def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
     ("arguments", "message"),
     [
         (["nowhere", "--dataset", "d"], "no readable training checkpoint in 'nowhere'"),
-        (["CHECKPOINT", "--dataset", "d", "--model", "no/such/model"], "no/such/model"),
-        (["CHECKPOINT", "--dataset", "no-such-folder", "--model", "MODEL"], "no-such-folder"),
+        (["CHECKPOINT", "--dataset", "d", "--model", "no/such/model"], "model='no/such/model' cannot be loaded: "),
+        (
+            ["CHECKPOINT", "--dataset", "d", "--device", "cuda:99"],
+            "there is no device='cuda:99' on this machine; it has",
+        ),
+        (["CHECKPOINT", "--dataset", "/no/such", "--model", "MODEL"], "/no/such"),
         (["CHECKPOINT", "--dataset", "TEXT", "--model", "MODEL", "--mode", "mean"], "mode='mean' must be"),
     ],
-    ids=["checkpoint", "model", "dataset", "mode"],
+    ids=["checkpoint", "model", "device", "dataset", "mode"],
 )
 def test_calibrate_says_what_is_wrong_without_a_traceback(arguments, message, tiny_lm, tmp_path):
     sae = sampled_sae(d_in=128)

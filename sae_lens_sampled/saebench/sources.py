@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
+from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.normalisation import check_folded
@@ -57,8 +58,9 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     `(name, Path)`; or two strings `(release, sae_id)`, a Hub repository or a SAELens release and the SAE's id in it.
 
     Raises:
-        ValueError: if there is none, two have the same name, or one cannot be evaluated as it is.
+        ValueError: if there is none, two have the same name, one cannot be evaluated as it is, or `device` is not here.
     """
+    check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
     saes = [_load(source, device) for source in sources]
