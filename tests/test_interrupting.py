@@ -67,6 +67,15 @@ def send_at(monkeypatch, owner, name, call, number=signal.SIGTERM):
     monkeypatch.setattr(owner, name, sends)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Work this small is only slowed down by more, and ten times so where other processes want the cores."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture
 def arguments(tiny_lm, tmp_path):
     return train_arguments(tiny_lm, tmp_path, n_checkpoints=2, save_final_checkpoint=True)
@@ -265,7 +274,7 @@ def _stopped_run(model, number, early, moment, folder):
     arguments = train_arguments(model, folder, training_tokens=20_000, n_checkpoints=4, save_final_checkpoint=True)
     err = folder / "err"
     with err.open("w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two at a time
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([*PROGRAM, "train", *arguments], stderr=file, env=environment)
         while not early and process.poll() is None and not printed_commands(err.read_text()):
             time.sleep(0.01)
