@@ -18,7 +18,6 @@ from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from tabulate import tabulate
-from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
@@ -100,6 +99,9 @@ def activation_batches(
         hook = sae.cfg.metadata.hook_name
         model = load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
     else:
+        # Imported here: transformer-lens 2, which SAELens takes too, has no bridge, and most commands need none.
+        from transformer_lens.model_bridge import TransformerBridge
+
         # Takes folders as well as Hub names, which HookedTransformer does not.
         model = TransformerBridge.boot_transformers(model_name, device=device)
     return iter(
