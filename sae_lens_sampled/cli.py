@@ -17,7 +17,6 @@ from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from tabulate import tabulate
-from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_sampled
 from sae_lens_sampled import resumable_training
@@ -122,6 +121,9 @@ def _hooked_model(sae: TrainingSAE, model_name: str, device: str) -> Any:
     if sae.cfg.metadata.model_class_name == "AutoModelForCausalLM":
         hook = sae.cfg.metadata.hook_name
         return load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
+    # Imported here: transformer-lens 2, which SAELens takes too, has no bridge, and most commands need none.
+    from transformer_lens.model_bridge import TransformerBridge
+
     # Takes folders as well as Hub names, which HookedTransformer does not.
     return TransformerBridge.boot_transformers(model_name, device=device)
 

@@ -2,6 +2,7 @@ import gc
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -199,6 +200,12 @@ def test_upload_dry_run_writes_card_and_folders_and_refusals_are_one_line(tmp_pa
 def test_version_is_that_of_the_package():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output.strip()) == (0, version("sae-lens-sampled"))
+
+
+def test_command_line_starts_with_transformer_lens_2_which_has_no_bridge(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
+    fresh = runpy.run_module("sae_lens_sampled.cli")["app"]  # as it is imported anew; the module of the others stays
+    assert "training step, cpu" in CliRunner().invoke(fresh, ["info"]).output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The scripts that users copy, run as they would run them: by path, from another folder."""
 
+import json
 import re
 import subprocess
 import sys
@@ -59,3 +60,17 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path):
         assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table
     assert (tmp_path / "evaluate_output" / "report.html").stat().st_size > 1_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
+
+
+def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(tmp_path):
+    pytest.importorskip("sae_dashboard", reason="needs the extra `dashboard`")
+    output = run("dashboard.py", "--steps", "12", cwd=tmp_path)
+    latents, n_tokens = re.search(r"Latents ([\d, ]+) of 1024, on ([\d,]+) tokens", output).groups()
+    page = (tmp_path / "dashboard_output" / "dashboard.html").read_text()
+    data = page[page.index("return {", page.index("function defineData")) + len("return ") :]
+    panels = json.JSONDecoder().raw_decode(data)[0]["DASHBOARD_DATA"]
+    assert list(panels) == latents.split(", ")
+    assert len(panels) == 10
+    densities = [float(share) / 100 for share in re.findall(r"DENSITY = ([\d.]+)%", page)]
+    assert len(densities) == 10
+    assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings, of a share that is rounded

@@ -39,6 +39,11 @@ def test_model_answers_the_first_letter_prompt(tiny_lm):
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " P"
 
 
+def test_transformers_4_knows_the_class_of_the_tokenizer(tiny_lm):
+    config = json.loads((tiny_lm / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # what version 5 writes, version 4 refuses
+
+
 def test_bundled_text_was_held_out_from_training(tiny_lm):
     report = json.loads((tiny_lm / "training.json").read_text())
     for split in ("train", "validation"):

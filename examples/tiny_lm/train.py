@@ -66,6 +66,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def use_class_of_old_transformers(file: Path) -> None:
+    """Name of the tokenizer's class replaced by the one that transformers 4 knows as well."""
+    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """All texts as one array of token ids, an end-of-text token before each."""
     eos = tokenizer.convert_tokens_to_ids(EOS)
@@ -229,6 +235,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init_from)
         runs = json.loads((args.init_from / "training.json").read_text())["runs"]
     tokenizer.save_pretrained(args.out)
+    use_class_of_old_transformers(args.out / "tokenizer_config.json")
     write_passages(held_out, args.out / "text", n_train_chars=1_700_000, n_validation_chars=200_000)
     train_ids, held_out_ids = encode(tokenizer, train_texts), encode(tokenizer, list(held_out.values()))
     print(f"{len(train_ids):,} tokens to train on, {len(held_out_ids):,} held out in {', '.join(held_out)}")
