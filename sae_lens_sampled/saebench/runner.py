@@ -1,10 +1,8 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
 from sae_lens_sampled.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
+from sae_lens_sampled.files import NoSpaceError, no_space_told, scratch_folder
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
@@ -81,6 +80,7 @@ def run_evals(
     Raises:
         ValueError: if an argument is wrong, or a result is there of another SAE, model or configuration.
         ConnectionError: if something must be downloaded and the Hub cannot be reached.
+        NoSpaceError: if the disk is full; results that are finished are kept.
         EvalError: at the end, if SAEs could not be evaluated.
     """
     overrides = overrides or {}
@@ -97,8 +97,9 @@ def run_evals(
     model = str(model or _common_model(loaded))
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
+    artifacts = Path(output_dir).resolve() / "artifacts"
     # What is not there is told before any work.
-    with _network(eval_classes, model, text, labelled, offline), _scratch_folder(output_dir) as scratch:
+    with _network(eval_classes, model, text, labelled, offline), scratch_folder(artifacts) as scratch:
         setup = EvalSetup(
             model=load_model(model, device, str_to_dtype(dtype)),
             output_dir=Path(output_dir).resolve(),
@@ -180,8 +181,10 @@ def _evaluate_all(
     log = setup.output_dir / "artifacts" / "sae_bench.log"
     progress.set_postfix_str(f"{name}: language model")
     try:
-        with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+        with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
             evaluation.prepare(saes if evaluation.compares else pending)
+    except NoSpaceError:  # whatever comes next would not fit either
+        raise
     except Exception as error:
         logger.exception("%s failed", name)
         progress.update(len(pending))
@@ -190,10 +193,12 @@ def _evaluate_all(
     for sae in pending:
         progress.set_postfix_str(f"{name}: {sae.name}")
         try:
-            with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+            with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])
+        except NoSpaceError:
+            raise
         except Exception as error:
             logger.exception("%s of %s failed", name, sae.name)
             failures[sae.name] = error
@@ -251,29 +256,3 @@ def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
         sae.sae.to(dtype=str_to_dtype(setup.dtype))
         if sae.training_sae is not None:
             sae.training_sae.to(dtype=str_to_dtype(setup.dtype))
-
-
-@contextmanager
-def _scratch_folder(output_dir: str | Path) -> Iterator[Path]:
-    """An empty folder in the output folder, deleted at the end. Those that killed runs left are deleted first."""
-    artifacts = Path(output_dir).resolve() / "artifacts"
-    for abandoned in artifacts.glob("unfinished_*"):
-        if not _is_running(int(abandoned.name.removeprefix("unfinished_"))):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    scratch = artifacts / f"unfinished_{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return pid != os.getpid()
