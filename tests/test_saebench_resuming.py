@@ -174,6 +174,38 @@ def test_core_goes_on_without_an_sae_that_fails(saes, tmp_path):
     assert json.loads(file.read_text())["eval_result_metrics"] == alone["eval_result_metrics"]
 
 
+def test_saes_with_nan_fail_alone(saes, tmp_path):
+    checkpoint, export = copy.deepcopy(saes[0][1]), exported(saes, "batchtopk")
+    checkpoint.W_dec.data[:2, 0] = torch.nan
+    checkpoint.save_model(tmp_path / "checkpoint")
+    export.threshold.data[:3] = torch.nan
+    export.threshold.data[3] = torch.inf  # legitimate: a latent that cannot fire
+    sources = [tmp_path / "checkpoint", ("export", export), *saes[:2]]
+    with pytest.raises(EvalError) as error:
+        run_small(sources, ["core", "mmcs"], tmp_path)
+    lines = [line.partition(" are not finite, ")[0] for line in str(error.value).splitlines()]
+    assert lines == [
+        "4 of 8 results are missing:",
+        "core of checkpoint_custom_sae, mmcs of checkpoint_custom_sae: ValueError: 2 of 20,480 entries of W_dec",
+        "core of export_custom_sae, mmcs of export_custom_sae: ValueError: 3 of 160 entries of threshold",
+    ]
+    for name in ("core", "mmcs"):
+        found = sorted(path.name.partition("_custom")[0] for path in tmp_path.glob(f"eval_results/{name}/*"))
+        assert found == ["sampled_seed0", "sampled_seed1"]
+
+
+def test_an_sae_that_only_broken_ones_could_be_compared_with_has_its_other_results(saes, tmp_path):
+    broken = copy.deepcopy(saes[1][1])
+    broken.b_dec.data[0] = torch.inf
+    with pytest.raises(EvalError) as error:
+        run_small([saes[0], ("broken", broken)], ["core", "mmcs"], tmp_path)
+    assert str(error.value).startswith("3 of 4 results are missing:\ncore of broken_custom_sae, mmcs of broken_")
+    assert str(error.value).endswith(
+        "\nmmcs of sampled_seed0_custom_sae: ValueError: the SAEs to compare it with are broken"
+    )
+    assert [path.parent.name for path in tmp_path.glob("eval_results/*/*")] == ["core"]
+
+
 def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(TINY_LM / "text", text)

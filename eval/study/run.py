@@ -82,8 +82,9 @@ def run_evaluate(storage: Storage, wanted: Callable[[Arm], bool]) -> None:
             missing.setdefault(unit.seed, []).append(unit)
     n = EXPORTS_TOGETHER
     portions = [of_seed[start : start + n] for of_seed in missing.values() for start in range(0, len(of_seed), n)]
-    for portion in progress("Evaluating", portions):
-        evaluate(storage, portion)
+    faults = [fault for portion in progress("Evaluating", portions) for fault in evaluate(storage, portion)]
+    if faults:
+        sys.exit("\n".join(dict.fromkeys(faults)))  # nor can they be compared
 
 
 def run_all_synthetic(storage: Storage, wanted: Callable[[Arm], bool]) -> None:

@@ -21,7 +21,7 @@ from sae_lens_sampled.saebench.models import attach, load_model
 from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
-from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_saes
+from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_whole_saes
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,16 @@ def run_evals(
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with cache_only() if offline else nullcontext():
-        loaded = load_saes(saes, device)
+        loaded, broken = load_whole_saes(saes, device)
+    # What is left out from the beginning, by eval and SAE in words: broken SAEs, and comparisons with them alone.
+    n_wanted = len(eval_classes) * len(saes)
+    failures: dict[str, Exception] = {f"{e.name} of {sae.name}": sae.reason for sae in broken for e in eval_classes}
+    if broken and len(loaded) == 1:
+        reason = ValueError("the SAEs to compare it with are broken")
+        failures |= {f"{e.name} of {loaded[0].name}": reason for e in eval_classes if e.compares}
+        eval_classes = [eval_class for eval_class in eval_classes if not eval_class.compares]
+    if not loaded or not eval_classes:
+        raise _missing(failures, n_wanted)
     if offline:
         model = model or bundled(BUNDLED_MODEL)
         text = text or bundled(BUNDLED_TEXT)
@@ -120,13 +129,21 @@ def run_evals(
         if not force_rerun:
             _check_results(stamps, loaded, setup)
         # One eval after the other, each on all SAEs.
-        results, failures = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
-    if failures:
-        lines = [f"{name}: {type(error).__name__}: {error}" for name, error in failures.items()]
-        raise EvalError(
-            f"{len(failures)} of {len(loaded) * len(planned)} results are missing:\n" + "\n".join(lines)
-        ) from next(iter(failures.values()))
+        results, failed = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
+    if failures := failures | failed:
+        raise _missing(failures, n_wanted)
     return results
+
+
+def _missing(failures: Mapping[str, Exception], n_wanted: int) -> EvalError:
+    """The error that says what is missing and why, each reason once."""
+    names: dict[Exception, list[str]] = {}
+    for name, error in failures.items():
+        names.setdefault(error, []).append(name)
+    lines = [f"{', '.join(of_error)}: {type(error).__name__}: {error}" for error, of_error in names.items()]
+    result = EvalError(f"{len(failures)} of {n_wanted} results are missing:\n" + "\n".join(lines))
+    result.__cause__ = next(iter(names))
+    return result
 
 
 def _network(
