@@ -11,7 +11,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.export import check_weights, to_jumprelu
+from sae_lens_sampled.export import to_jumprelu
+from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 MIN_TOKENS = 256

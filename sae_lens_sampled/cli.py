@@ -140,7 +140,7 @@ def upload(
     saes = {folder.resolve().name: folder for folder in folders}
     if len(saes) < len(folders):
         raise typer.BadParameter("two of the folders have the same name, which would be their sae_id.")
-    with _told(ValueError, sae_lens_sampled.HubError):
+    with _told(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
@@ -211,7 +211,7 @@ def report(
     """
     with _told(ModuleNotFoundError):
         from sae_lens_sampled.saebench import write_report
-    with _told(ValueError):
+    with _told(ValueError, OSError):
         path = write_report(folder)
     typer.echo(f"Written to {path} and {path.with_suffix('.md')}")
 

@@ -11,6 +11,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
+from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS
 
@@ -47,21 +48,6 @@ def to_jumprelu(
     if not sae.cfg.rescale_acts_by_decoder_norm:
         exported.fold_W_dec_norm()
     return _prune(exported) if prune else exported
-
-
-def check_weights(sae: TrainingSAE) -> None:
-    """Refuse weights that are not finite.
-
-    Raises:
-        ValueError: with their number by parameter.
-    """
-    bad = {name: int((~weights.isfinite()).sum()) for name, weights in sae.named_parameters()}
-    counts = [f"{n:,} of {sae.get_parameter(name).numel():,} entries of {name}" for name, n in bad.items() if n]
-    if counts:
-        raise ValueError(
-            f"{', '.join(counts)} are not finite, so this SAE is of no use: its training has diverged. Take an earlier "
-            "checkpoint, or train with a lower learning rate."
-        )
 
 
 def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:

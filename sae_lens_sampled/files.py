@@ -1,33 +1,185 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, whoever else writes there; and full disks in a sentence."""
 
+import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SCRATCH = "unfinished_"
+"""What names of scratch folders begin with."""
+
+
+class NoSpaceError(OSError):
+    """A disk is full; the message says where, and how much is free there."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: whoever finds the file finds all of it, whenever the process is killed."""
+    """Write beside `path`, then rename: whoever finds the file finds all of it, whenever the process is killed.
+
+    Raises:
+        NoSpaceError: if it does not fit; nothing is left of it then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(path)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f"{token_hex(8)}.unfinished")
+    with no_space_told(path.parent):
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A new path, to write a file or a folder at, that is called `path` once it is complete.
+
+    Raises:
+        NoSpaceError: if it does not fit; nothing is left of it then.
+    """
+    with scratch_folder(path.parent) as scratch, no_space_told(path.parent):
+        yield scratch / path.name
+        finish(scratch / path.name, path)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to make beside `path`, which it replaces at the end; after an error nothing is left of it."""
-    unfinished = _unfinished(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    """As `complete`, for a folder that replaces what is at `path`."""
+    with complete(path) as unfinished:
         yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that holds something
-    os.replace(unfinished, path)
+        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that holds something
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.unfinished")
+def finish(complete: Path, path: Path) -> None:
+    """Call a complete file or folder `path`. A folder that somebody else has completed there meanwhile stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(complete, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in `parent`, deleted at the end. Those that killed processes left are deleted first.
+
+    Others may do the same at the same time, in other containers or on other hosts: names are random, and a folder is
+    deleted only by its owner, or on the same host once the owner's lock is gone.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(parent)
+    scratch = parent / f"{SCRATCH}{token_hex(8)}"
+    with _locked(_lock_of(scratch)):
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def reserve(file: Path, n_bytes: int, what: str) -> None:
+    """Create a file that has all its bytes, for a memory map: without them a write to it would kill the process.
+
+    Raises:
+        NoSpaceError: if they do not fit, naming `what` they are for; there is no file then.
+    """
+    with no_space_told(file.parent, f"{what} need {_size(n_bytes)}"):
+        try:
+            with file.open("wb") as stream:
+                _allocate(stream.fileno(), file.parent, n_bytes)
+        except OSError:
+            file.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def no_space_told(folder: Path, need: str = "there is more to write") -> Iterator[None]:
+    """Turns the error of writing to a full disk, into `folder` or below, into a sentence that begins with `need`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NoSpaceError) or not _is_of_full_disk(error, folder):
+            raise
+        free = _size(shutil.disk_usage(folder).free)
+        raise NoSpaceError(
+            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder, and run the same "
+            "again: what is finished is kept."
+        ) from error
+
+
+def _allocate(descriptor: int, folder: Path, n_bytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except (AttributeError, OSError) as error:  # not on macOS and Windows, and not on every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if shutil.disk_usage(folder).free < n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _is_of_full_disk(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "inline_container" in str(error):  # torch.save says no more than where in its code it stopped
+        return shutil.disk_usage(folder).free < 2**20
+    return os.strerror(errno.ENOSPC) in str(error)  # safetensors
+
+
+def _lasting(folder: Path) -> Path:
+    """The folder, or the one in which it is scratch."""
+    return next(path for path in (folder, *folder.parents) if not any(SCRATCH in part for part in path.parts))
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
+
+
+def _lock_of(scratch: Path) -> Path:
+    return scratch.with_name(f"{scratch.name}.lock")
+
+
+@contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    """Holds `lock`, in which the host's name is; without one where the system has no locks."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        with lock.open("w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # not on every file system: then nobody ever takes the folder for abandoned
+                pass
+            else:
+                file.write(platform.node())
+                file.flush()
+            yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _delete_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{SCRATCH}*.lock"):
+        if _is_abandoned(lock):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _is_abandoned(lock: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        with lock.open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file.read() == platform.node()
+    except OSError:  # held, gone by now, somebody else's, or on a file system without locks
+        return False

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.inference import load_checkpoint
+from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.normalisation import check_folded
 from sae_lens_sampled.sae_folder import is_checkpoint, read_config
 
@@ -22,27 +23,36 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     Raises:
         ValueError: if there is no SAE in the folder, or it should not be published as it is.
     """
+    name = f"this {type(sae).__name__}"
     if isinstance(sae, (str, Path)):
         source = Path(sae)
         if not is_checkpoint(source):
             return _checked(source, repr(str(source)))
-        sae = load_checkpoint(source)
+        sae, name = load_checkpoint(source), repr(str(source))
         target.mkdir(parents=True)
-        for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
-            if (source / name).exists():
-                shutil.copy(source / name, target / name)
+        for file in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
+            if (source / file).exists():
+                shutil.copy(source / file, target / file)
     if not isinstance(sae, SAE):
         raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
     if isinstance(sae, TrainingSAE):
         if sae.cfg.architecture() == "sampled_topk":
-            to_jumprelu(sae).save_model(target)
+            check_weights(sae, name)
+            _exported(sae, name).save_model(target)
         else:
             sae.save_inference_model(target)
     else:
         sae.save_model(target)
     # SAELens writes the fields in the order of a set, which would make every run's file another one.
     (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
-    return _checked(target, f"this {type(sae).__name__}")
+    return _checked(target, name)
+
+
+def _exported(sae: TrainingSAE[Any], name: str) -> SAE[Any]:
+    try:
+        return to_jumprelu(sae)
+    except ValueError as error:  # thresholds that are NaN
+        raise ValueError(f"{name} cannot be exported: {error}") from error
 
 
 def _checked(folder: Path, name: str) -> Path:
@@ -55,7 +65,8 @@ def _checked(folder: Path, name: str) -> Path:
         )
     check_folded(cfg.get("normalize_activations"), name)
     try:
-        SAE.load_from_disk(folder)
+        sae = SAE.load_from_disk(folder)
     except Exception as error:  # a foreign file can fail in any way
         raise ValueError(f"{name} is not an SAE that SAELens can load ({type(error).__name__}).") from error
+    check_weights(sae, name)
     return folder

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
@@ -57,6 +57,24 @@ def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
         raise ValueError(
             f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged, and the "
             "weights are of no use from here on. Lower the learning rate, and go on from an earlier checkpoint."
+        )
+
+
+def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> None:
+    """Refuse weights that are not finite, and thresholds of an exported SAE that are NaN: at +inf a latent is silent.
+
+    Raises:
+        ValueError: with their number by parameter.
+    """
+    counts = []
+    for parameter, values in sae.named_parameters():
+        good = values.isfinite() | (values == torch.inf) if parameter == "threshold" else values.isfinite()
+        if not good.all():
+            counts.append(f"{int((~good).sum()):,} of {good.numel():,} entries of {parameter}")
+    if counts:
+        raise ValueError(
+            f"{', '.join(counts)} are not finite, so {name} is of no use: its training has diverged. Take an earlier "
+            "checkpoint, or train with a lower learning rate."
         )
 
 

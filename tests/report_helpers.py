@@ -26,11 +26,11 @@ def write(folder, eval_name, release, metrics, details=(), extra=None, architect
     return path
 
 
-def write_core(folder, release, fvu=0.2, contexts=(), ours=True, **fields):
+def write_core(folder, release, fvu=0.2, contexts=(), ours=True, ce_loss_score=0.97, **fields):
     metrics = {
         "sparsity": {"l0": 12.5},
         "reconstruction_quality": {"explained_variance": 0.85, "explained_variance_legacy": 0.81},
-        "model_performance_preservation": {"ce_loss_score": 0.97},
+        "model_performance_preservation": {"ce_loss_score": ce_loss_score},
         "model_behavior_preservation": {"kl_div_score": 0.96},
         "misc_metrics": {"frac_alive": 0.75},
     }
@@ -40,8 +40,8 @@ def write_core(folder, release, fvu=0.2, contexts=(), ours=True, **fields):
     return write(folder, "core", release, metrics, details, extra if ours else None, **fields)
 
 
-def write_probing(folder, release, top_1=0.7, **fields):
-    sae = {f"sae_top_{k}_test_accuracy": top_1 + k / 100 - 0.01 for k in (1, 2, 5)} | {"sae_test_accuracy": 0.9}
+def write_probing(folder, release, top_1=0.7, all_latents=0.9, **fields):
+    sae = {f"sae_top_{k}_test_accuracy": top_1 + k / 100 - 0.01 for k in (1, 2, 5)} | {"sae_test_accuracy": all_latents}
     metrics = {"llm": {"llm_top_1_test_accuracy": 0.66}, "sae": sae}
     return write(folder, "sparse_probing", release, metrics, **fields)
 

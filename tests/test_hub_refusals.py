@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 import torch
-from helpers import D_SAE, activations, config, sampled_sae
+from helpers import D_IN, D_SAE, activations, config, sampled_sae
 from hub_helpers import REPO, as_checkpoint, as_folder, snapshot, trained
 from hub_server import TOKEN, Fault
 from sae_lens import SAE
@@ -186,3 +186,48 @@ def test_weights_of_training_are_not_published_as_an_inference_sae(server, tmp_p
         with pytest.raises(ValueError, match="has the weights of training and loads only with sae_lens_sampled"):
             upload_to_hub({"a": refused}, REPO)
     assert server.requests == []
+
+
+def with_nan(kind, folder):
+    """An exported folder, or a checkpoint, of which three numbers are NaN; its weights or its thresholds."""
+    sae = trained()
+    if kind == "checkpoint":
+        sae.W_enc.data[:3, 0] = torch.nan
+    if kind == "thresholds of a checkpoint":
+        sae.rate_matcher.threshold[:3] = torch.nan
+    if "checkpoint" in kind:
+        return as_checkpoint(sae, folder)
+    exported = to_jumprelu(sae)
+    exported.threshold.data[-1] = torch.inf  # legitimate: a latent that cannot fire
+    parameter = exported.W_dec if kind == "export" else exported.threshold
+    parameter.data.flatten()[:3] = torch.nan
+    exported.save_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        ("export", f"3 of {D_SAE * D_IN} entries of W_dec"),
+        ("thresholds of an export", f"3 of {D_SAE} entries of threshold"),
+        ("checkpoint", f"3 of {D_SAE * D_IN} entries of W_enc"),
+        ("thresholds of a checkpoint", f"cannot be exported: 3 of {D_SAE} thresholds are negative or NaN"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_nan_is_refused_before_anything_is_sent_or_written(kind, counted, dry_run, server, tmp_path):
+    folder = with_nan(kind, tmp_path / "sae")
+    target = tmp_path / "out" if dry_run else None
+    with pytest.raises(ValueError, match=counted) as caught:
+        upload_to_hub({"good": trained(), "bad": folder}, REPO, dry_run_folder=target)
+    assert repr(str(folder)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert server.requests == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_latent_that_cannot_fire_is_published(tmp_path, server):
+    exported = to_jumprelu(trained())
+    exported.threshold.data[0] = torch.inf
+    upload_to_hub({"a": exported}, REPO, dry_run_folder=tmp_path / "out")
+    assert SAE.load_from_disk(tmp_path / "out" / "a").threshold[0] == torch.inf

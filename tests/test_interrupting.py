@@ -114,7 +114,7 @@ def test_a_signal_ends_with_a_whole_checkpoint_between_two_steps_and_the_command
         send_at(patched, owner, name, call, number)
         status, (_, command) = run_in_process(arguments, capfd)
     assert status == 128 + number
-    assert not list(tmp_path.glob("checkpoints/*/*.unfinished"))
+    assert not list(tmp_path.glob("checkpoints/*/unfinished_*"))
     checkpoint = Path(command[-1])
     assert find_checkpoint(checkpoint) == checkpoint
     state = trainer_state(checkpoint)

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from eval_helpers import D_IN, D_SAE
+from sae_lens.saes.sae import TrainingSAE
 from typer.testing import CliRunner
 
 from sae_lens_sampled.cli import _overrides, app
@@ -79,7 +81,6 @@ def test_a_setting_of_another_form_is_told(setting):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
-    import torch
     from eval_helpers import trained_sae
 
     folders = []
@@ -134,6 +135,18 @@ def test_mmcs_prints_both_directions_of_every_pair(folders):
         assert cells[:2] == [f"sampled_seed{seed}_custom_sae" for seed in pair]
         assert cells[8] == f"{random_baseline(D_SAE, D_IN, absolute=False):.3f}"
         assert 0 < float(cells[7]) <= float(cells[4]) < 1  # matched one to one at most as well as to the best
+
+
+def test_mmcs_refuses_an_sae_with_nan_in_one_line(folders, tmp_path):
+    sae = TrainingSAE.load_from_disk(folders[1])
+    sae.W_enc.data[:3, 0] = torch.nan
+    sae.save_model(tmp_path / "broken")
+    result = CliRunner().invoke(app, ["mmcs", folders[0], str(tmp_path / "broken")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(
+        "SAE 'broken_custom_sae': 3 of 20,480 entries of W_enc are not finite, so this SAE "
+    )
+    assert (result.stdout, result.stderr.count("\n")) == ("", 1)
 
 
 def test_mmcs_of_one_sae_is_refused(folders):

@@ -16,7 +16,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_sampled.bundled import bundled
-from sae_lens_sampled.saebench import load_probing_dataset, load_saes, network, run_evals
+from sae_lens_sampled.saebench import EvalError, load_probing_dataset, load_saes, network, run_evals
 from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
 from sae_lens_sampled.saebench.network import check_network
 from sae_lens_sampled.saebench.probing_data import common_sizes
@@ -170,11 +170,20 @@ def test_saes_of_different_models_need_the_model_named(tmp_path):
         run(saes, tmp_path, model=None)
 
 
-def test_broken_weights_and_hooks_outside_the_blocks_are_told(tmp_path):
+def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
     broken = an_sae()
     broken.W_enc.data[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="SAE 'two_custom_sae' has weights that are not finite"):
-        run([("one", an_sae()), ("two", broken)], tmp_path)
+    with pytest.raises(EvalError) as error:
+        run([("one", broken)], tmp_path, ["core", "sparse_probing"])
+    assert str(error.value) == (
+        "2 of 2 results are missing:\ncore of one_custom_sae, sparse_probing of one_custom_sae: ValueError: 1 of 8,192 "
+        "entries of W_enc are not finite, so this SAE is of no use: its training has diverged. Take an earlier "
+        "checkpoint, or train with a lower learning rate."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_hooks_outside_the_blocks_are_told(tmp_path):
     with pytest.raises(ValueError, match="is of hook 'hook_embed'; SAEBench takes hooks inside a block"):
         run([("one", an_sae(hook_name="hook_embed"))], tmp_path)
 

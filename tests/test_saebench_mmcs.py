@@ -2,6 +2,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,15 @@ import sae_lens_sampled.saebench.evals.mmcs
 from sae_lens_sampled import to_jumprelu
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity, random_baseline
 from sae_lens_sampled.saebench import load_saes
-from sae_lens_sampled.saebench.evals.mmcs import CATEGORIES, MmcsEvalConfig, MmcsEvalOutput, check_alike, compare_all
+from sae_lens_sampled.saebench.evals.mmcs import (
+    CATEGORIES,
+    Mmcs,
+    MmcsEvalConfig,
+    MmcsEvalOutput,
+    check_alike,
+    compare_all,
+)
+from sae_lens_sampled.saebench.results import result_path, write_result
 
 NAMES = ["a_seed1_custom_sae", "a_seed2_custom_sae", "a_seed3_custom_sae"]
 DIRECTIONS = {"decoder": lambda sae: sae.W_dec, "encoder": lambda sae: sae.W_enc.T}
@@ -141,6 +150,16 @@ def test_live_metrics_are_those_of_the_live_rows_of_both():
             assert detail[category] == pytest.approx(one_way._asdict() | {"matched": want.matched})
         assert detail[f"live_{part}"]["mmcs"] != detail[part]["mmcs"]
     assert [metrics_of(results[name], "partners")["n_live"] for name in NAMES] == [int(mask.sum()) for mask in live]
+
+
+@pytest.mark.parametrize(("density", "known"), [(0.25, [0.25, 0.0]), (-1, None)])
+def test_densities_that_core_did_not_compute_are_unknown(density, known, tmp_path):
+    [sae] = load_saes([("a", seed_of(1))])
+    setup = SimpleNamespace(output_dir=tmp_path, model=SimpleNamespace(name="tiny", fingerprint="m"))
+    result = {"sae_cfg_dict": {}, "eval_result_details": [{"feature_density": x} for x in (density, 0.0)]}
+    stamp = {"sae": sae.fingerprint, "model": "m"}
+    write_result(result_path(tmp_path, "core", sae), result, sae, stamp)
+    assert Mmcs(setup, {}).inputs([sae])["densities"] == {"a_custom_sae": known}
 
 
 def test_with_all_latents_live_the_live_metrics_are_the_others():

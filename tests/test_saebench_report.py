@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from report_helpers import write_all, write_core, write_mmcs, write_probing
 from sae_lens_sampled.saebench.report import write_report
 from sae_lens_sampled.saebench.report.facts import notes
 from sae_lens_sampled.saebench.report.figures import figures
-from sae_lens_sampled.saebench.report.metrics import FVU, L0, TOP_1, best_mean, estimate, groups_of
+from sae_lens_sampled.saebench.report.metrics import DEAD, FVU, L0, TOP_1, best_mean, estimate, groups_of
 from sae_lens_sampled.saebench.report.results import read_results
 from sae_lens_sampled.saebench.report.tables import group_tables, sae_tables
 
@@ -164,6 +165,42 @@ def test_what_is_no_number_counts_as_missing(tmp_path, fvu):
     assert "0.2500" in report_of(tmp_path)
 
 
+def test_what_saebench_did_not_compute_is_a_dash_and_never_the_best(tmp_path):
+    for name, all_latents in (("a", -1.0), ("b", 0.8), ("c", 0.9)):  # -1 with `lower_vram_usage`
+        write_probing(tmp_path, name, all_latents=all_latents)
+    saes = read_results(tmp_path)
+    column = "Accuracy with all latents ↑"
+    cells = {name: row[column] for name, row in rows_of(group_tables(groups_of(saes)), "Sparse probing").items()}
+    assert {name: cell.text for name, cell in cells.items()} == {"a": "-", "b": "0.800", "c": "0.900"}
+    assert [name for name, cell in cells.items() if cell.is_best] == ["c"]
+    assert column not in rows_of(sae_tables(saes[:1]), "Sparse probing")["a"]
+
+
+def test_a_mean_is_over_the_seeds_whose_value_was_computed(tmp_path):
+    write_core(tmp_path, "a_seed0", ce_loss_score=-1)  # NaN, until SAEBench wrote it
+    write_core(tmp_path, "a_seed1", ce_loss_score=-0.5)  # worse than nothing at the hook
+    [row] = rows_of(group_tables(groups_of(read_results(tmp_path))), "Reconstruction").values()
+    assert row["CE loss score (loss recovered) ↑"].text == "-0.5000 (n=1)"
+
+
+def test_a_cosine_of_minus_one_is_a_number(tmp_path):
+    path = write_mmcs(tmp_path, "a", ["b"])
+    path.write_text(path.read_text().replace("0.512", "-1.0"))
+    rows = rows_of(sae_tables(read_results(tmp_path)), "Similarity of seeds")
+    assert rows["a"]["MMCS of decoders ↑"].text == "-1.000"
+
+
+def test_densities_that_were_not_computed_are_not_those_of_dead_latents(tmp_path):
+    path = write_core(tmp_path, "a", ours=False)
+    result = json.loads(path.read_text())
+    result["eval_result_metrics"]["misc_metrics"]["frac_alive"] = 0.0  # as core writes it then
+    result["eval_result_details"] = [{"index": i, "feature_density": -1, "encoder_bias": -1.0} for i in range(4)]
+    path.write_text(json.dumps(result))
+    [sae] = saes = read_results(tmp_path)
+    assert (DEAD.of(sae), figures(saes, groups_of(saes))) == (None, [])
+    assert sae.get("core", "eval_result_details")[0] == {"index": 0, "feature_density": None, "encoder_bias": -1.0}
+
+
 def test_unfinished_files_are_passed_over(tmp_path):
     write_core(tmp_path, "a")
     write_probing(tmp_path, "a").write_text('{"eval_type_id": "spa')
@@ -219,6 +256,14 @@ def test_pareto_plots_have_a_mark_per_sae_and_the_means_with_their_errors(tmp_pa
     assert [trace.x[0] for trace in means] == pytest.approx([0.23, 0.32])
     assert [trace.error_x.array[0] for trace in means] == pytest.approx([0.03, 0.01])
     assert [trace.error_y.array[0] for trace in means] == pytest.approx([0.015, 0.035])
+
+
+def test_a_mean_in_a_plot_is_that_of_the_marks_around_it(tmp_path):
+    write_core(write_all(tmp_path), "topk_seed2", fvu=0.9)  # without an accuracy
+    saes = read_results(tmp_path)
+    plot = next(figure.plot for figure in figures(saes, groups_of(saes)) if figure.key == "fvu-probing")
+    assert [list(trace.x) for trace in plot.data if trace.showlegend is None] == [[0.20, 0.26], [0.31, 0.33]]
+    assert [trace.x[0] for trace in plot.data if trace.showlegend is False] == pytest.approx([0.23, 0.32])
 
 
 def test_density_shares_and_the_dead_add_up_to_all_latents(tmp_path):

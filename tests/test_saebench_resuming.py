@@ -1,8 +1,10 @@
 """`run_evals` when results exist, when it is killed, and when an SAE fails: nothing is lost or touched."""
 
 import copy
+import errno
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 import sae_bench
+import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.core.main as core
 from eval_helpers import (
     ALL,
@@ -31,7 +35,9 @@ from eval_helpers import (
     run_small,
 )
 
-from sae_lens_sampled.saebench import EvalError, run_evals
+from sae_lens_sampled import files
+from sae_lens_sampled.files import NoSpaceError, complete, no_space_told, reserve, scratch_folder, write_whole
+from sae_lens_sampled.saebench import EvalError, load_saes, run_evals
 from sae_lens_sampled.saebench.evals import EVALS
 
 
@@ -76,6 +82,7 @@ def test_a_half_written_result_is_no_result(saes, tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.saebench import run_evals
@@ -167,6 +174,38 @@ def test_core_goes_on_without_an_sae_that_fails(saes, tmp_path):
     assert json.loads(file.read_text())["eval_result_metrics"] == alone["eval_result_metrics"]
 
 
+def test_saes_with_nan_fail_alone(saes, tmp_path):
+    checkpoint, export = copy.deepcopy(saes[0][1]), exported(saes, "batchtopk")
+    checkpoint.W_dec.data[:2, 0] = torch.nan
+    checkpoint.save_model(tmp_path / "checkpoint")
+    export.threshold.data[:3] = torch.nan
+    export.threshold.data[3] = torch.inf  # legitimate: a latent that cannot fire
+    sources = [tmp_path / "checkpoint", ("export", export), *saes[:2]]
+    with pytest.raises(EvalError) as error:
+        run_small(sources, ["core", "mmcs"], tmp_path)
+    lines = [line.partition(" are not finite, ")[0] for line in str(error.value).splitlines()]
+    assert lines == [
+        "4 of 8 results are missing:",
+        "core of checkpoint_custom_sae, mmcs of checkpoint_custom_sae: ValueError: 2 of 20,480 entries of W_dec",
+        "core of export_custom_sae, mmcs of export_custom_sae: ValueError: 3 of 160 entries of threshold",
+    ]
+    for name in ("core", "mmcs"):
+        found = sorted(path.name.partition("_custom")[0] for path in tmp_path.glob(f"eval_results/{name}/*"))
+        assert found == ["sampled_seed0", "sampled_seed1"]
+
+
+def test_an_sae_that_only_broken_ones_could_be_compared_with_has_its_other_results(saes, tmp_path):
+    broken = copy.deepcopy(saes[1][1])
+    broken.b_dec.data[0] = torch.inf
+    with pytest.raises(EvalError) as error:
+        run_small([saes[0], ("broken", broken)], ["core", "mmcs"], tmp_path)
+    assert str(error.value).startswith("3 of 4 results are missing:\ncore of broken_custom_sae, mmcs of broken_")
+    assert str(error.value).endswith(
+        "\nmmcs of sampled_seed0_custom_sae: ValueError: the SAEs to compare it with are broken"
+    )
+    assert [path.parent.name for path in tmp_path.glob("eval_results/*/*")] == ["core"]
+
+
 def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(TINY_LM / "text", text)
@@ -195,3 +234,122 @@ def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path):
     overrides = {"absorption": SMALL["absorption"] | {"min_GT_probe_f1": 0.999, "min_feats_for_eval": 26}}
     with pytest.raises(EvalError, match=r"fewer than min_feats_for_eval=26 letters have a probe with F1 above"):
         run_small(saes[2:3], ["absorption"], tmp_path, overrides=overrides)
+
+
+def full(*_args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("eval_name", "need"),
+    [
+        ("core", "the activations that core records need 0.3 MB"),
+        ("absorption", "the activations for absorption's probes"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_told_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
+    """Written through a map, it would kill the process: 3 batches of 4 prompts of 48 tokens of 128 numbers."""
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoSpaceError, match=rf"^{need}.*, but {tmp_path}/artifacts\S* has [\d,.]+ MB left; make room"):
+        run_small(saes[2:3], [eval_name], tmp_path)
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["sae_bench.log"]
+
+
+@pytest.mark.parametrize("n_free", [999, 1000])
+def test_without_an_allocation_the_free_space_decides(n_free, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=n_free))
+    if n_free < 1000:
+        with pytest.raises(NoSpaceError):
+            reserve(tmp_path / "file", 1000, "numbers")
+    else:
+        reserve(tmp_path / "file", 1000, "numbers")
+    assert (tmp_path / "file").exists() == (n_free == 1000)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_writer_of_a_full_disk_is_understood(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=4096))
+    message = rf"^there is more to write, but {tmp_path} has 0\.0 MB left; make room"
+    with pytest.raises(NoSpaceError, match=message), no_space_told(tmp_path):
+        raise error
+    with pytest.raises(ValueError, match="another"), no_space_told(tmp_path):
+        raise ValueError("another")
+
+
+def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    write_whole(tmp_path / "result.json", "before")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(NoSpaceError, match="there is more to write"):
+        write_whole(tmp_path / "result.json", "after")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_runs_of_other_hosts_into_one_folder_leave_each_other_alone(results, saes, tmp_path, monkeypatch):
+    """A whole run of another host, with the same process id, while the first one is in the middle of core."""
+    core_eval, name = EVALS["core"], "batchtopk_custom_sae"
+    prepare, metrics = core_eval.prepare, []
+
+    def interrupted(self, pending):
+        prepare(self, pending)
+        monkeypatch.setattr(core_eval, "prepare", prepare)
+        monkeypatch.setattr(platform, "node", lambda: "other")
+        metrics.append(run_small(saes[2:3], ["core"], tmp_path)["core"][name]["eval_result_metrics"])
+        assert self.setup.scratch.exists()
+
+    monkeypatch.setattr(core_eval, "prepare", interrupted)
+    metrics.append(run_small(saes[2:3], ["core"], tmp_path)["core"][name]["eval_result_metrics"])
+    assert metrics == 2 * [results["core"][name]["eval_result_metrics"]]
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["sae_bench.log"]
+
+
+@pytest.mark.parametrize(
+    ("host", "locks", "deleted"),
+    [(platform.node(), True, True), ("other", True, False), (platform.node(), False, False)],
+)
+def test_scratch_is_deleted_on_its_own_host_once_its_lock_is_gone(host, locks, deleted, tmp_path, monkeypatch):
+    abandoned = tmp_path / "unfinished_0"
+    abandoned.mkdir()
+    (tmp_path / "unfinished_0.lock").write_text(host)
+    if not locks:
+        monkeypatch.setattr(files, "fcntl", None)
+    with scratch_folder(tmp_path) as first, scratch_folder(tmp_path) as second:
+        assert first.exists()
+        assert second.exists()
+        assert abandoned.exists() == (not deleted)
+    assert len(list(tmp_path.iterdir())) == (0 if deleted else 2)
+
+
+def test_what_somebody_else_finished_first_stays_and_is_success(tmp_path):
+    with complete(tmp_path / "saes" / "one") as mine:
+        mine.mkdir()
+        with complete(tmp_path / "saes" / "one") as other:
+            other.mkdir()
+            (other / "weights").write_text("theirs")
+        (mine / "weights").write_text("mine")
+    assert (tmp_path / "saes" / "one" / "weights").read_text() == "theirs"
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["one"]
+
+
+def test_probes_that_another_run_finished_first_are_taken(saes, tmp_path, monkeypatch):
+    def train_probes(hooked, layers, probes_dir, **_settings):
+        for folder in (probes_dir, evaluation._probes):
+            place = folder / hooked.cfg.model_name / f"layer_{layers[0]}"
+            place.mkdir(parents=True)
+            (place / "probe.pth").write_text(folder.parent.name)
+
+    monkeypatch.setattr(absorption_common, "train_and_save_probes", train_probes)
+    model = SimpleNamespace(name="lm", hooked=SimpleNamespace(cfg=SimpleNamespace(model_name="lm")))
+    folders = {"scratch": tmp_path / "scratch", "artifacts": tmp_path / "kept"}
+    setup = SimpleNamespace(model=model, seed=1, llm_batch_size=2, dtype="float32", d_sae=8, device="cpu", **folders)
+    evaluation = EVALS["absorption"](setup, {})
+    evaluation.prepare(load_saes(saes[2:3]))
+    assert (evaluation._probes / "lm" / "layer_2" / "probe.pth").read_text() == "absorption"

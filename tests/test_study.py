@@ -19,6 +19,7 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 import pandas as pd
 
 from sae_lens_sampled import load_checkpoint
+from study import evaluation
 from study.configs import PYTHIA, TINY, smoke
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
@@ -36,7 +37,7 @@ from study.plan import (
 from study.report import render_page
 from study.storage import Storage
 from study.summary import Summary, estimate_over_pairs, shown
-from study.training import train
+from study.training import new_sae, train
 
 EVAL = Path(__file__).parent.parent / "eval"
 SMOKE = smoke(TINY)
@@ -106,6 +107,23 @@ def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
     saes = [load_checkpoint(study.sae(unit_of(name))) for name in ("batchtopk", "pool_all", "topk")]
     torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-5)  # to the last bit with step="dense"
     assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
+
+
+def test_an_sae_with_nan_is_left_out_of_the_evaluation_and_named(tmp_path, monkeypatch):
+    study, good, bad = storage(tmp_path), unit_of("batchtopk"), unit_of("topk")
+    new_sae(SMOKE, good).save_model(study.sae(good))
+    sae = new_sae(SMOKE, bad)
+    sae.W_enc.data[:3, 0] = math.nan
+    sae.save_model(study.sae(bad))
+    monkeypatch.setattr(
+        evaluation, "run_evals", lambda saes, *_, **__: {"core": {f"{n}_custom_sae": {} for n, _ in saes}}
+    )
+    monkeypatch.setattr(evaluation, "metrics", lambda _results: {})
+    monkeypatch.setattr(evaluation, "density", lambda _core: {})
+    [fault] = evaluation.evaluate(study, [bad, good])
+    entries = sae.W_enc.numel()
+    assert fault.startswith(f"3 of {entries:,} entries of W_enc are not finite, so '{study.sae(bad)}' is of no use: ")
+    assert list(study.evaluations.load()) == [("batchtopk", 0)]
 
 
 def test_results_of_other_settings_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
 from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.saebench import run_evals
 from study.configs import Study
 from study.plan import Arm, Unit, sweep
@@ -22,12 +24,16 @@ CHUNK = 4096
 """Tokens encoded at a time."""
 
 
-def evaluate(storage: Storage, units: Sequence[Unit]) -> None:
-    """Run SAEBench on the exports of `units`, and keep what the report needs."""
+def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
+    """Run SAEBench on the exports of `units`, and keep what the report needs; why SAEs are left out, a line each."""
     study = storage.study
     calibration, unseen = halves(text_activations(storage)[1])
     folders = {unit.trained: storage.sae(unit) for unit in units}
     trained = {name: load_checkpoint(folder, device=study.device) for name, folder in folders.items()}
+    broken = {name: reason for name, sae in trained.items() if (reason := _fault(sae, folders[name]))}
+    units = [unit for unit in units if unit.trained not in broken]
+    if not units:
+        return list(broken.values())
     results = run_evals(
         [(unit.name, _evaluated(study, unit.arm, trained[unit.trained], calibration)) for unit in units],
         list(study.evals),
@@ -52,6 +58,16 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> None:
                 "pools": sae.pool_statistics() if isinstance(sae, SampledTopKTrainingSAE) else {},
             }
         )
+    return list(broken.values())
+
+
+def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
+    """Why an SAE cannot be evaluated."""
+    try:
+        check_weights(sae, repr(str(folder)))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

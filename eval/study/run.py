@@ -24,6 +24,7 @@ EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 sys.path.append(str(EVAL.parent / "examples"))
 
+from sae_lens_sampled.files import NoSpaceError
 from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.dictionaries import Dictionaries, compare
@@ -52,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")  # of the hosts, about their own future
     logging.disable(logging.WARNING)
     storage = Storage(study, results, work)
-    for stage in args.stages:
-        STAGES[stage](storage, lambda arm: any(fnmatch(arm.name, pattern) for pattern in args.arms))
+    try:
+        for stage in args.stages:
+            STAGES[stage](storage, lambda arm: any(fnmatch(arm.name, pattern) for pattern in args.arms))
+    except NoSpaceError as error:
+        sys.exit(str(error))
 
 
 def run_train(storage: Storage, wanted: Callable[[Arm], bool]) -> None:
@@ -78,8 +82,9 @@ def run_evaluate(storage: Storage, wanted: Callable[[Arm], bool]) -> None:
             missing.setdefault(unit.seed, []).append(unit)
     n = EXPORTS_TOGETHER
     portions = [of_seed[start : start + n] for of_seed in missing.values() for start in range(0, len(of_seed), n)]
-    for portion in progress("Evaluating", portions):
-        evaluate(storage, portion)
+    faults = [fault for portion in progress("Evaluating", portions) for fault in evaluate(storage, portion)]
+    if faults:
+        sys.exit("\n".join(dict.fromkeys(faults)))  # nor can they be compared
 
 
 def run_all_synthetic(storage: Storage, wanted: Callable[[Arm], bool]) -> None:

@@ -4,13 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_lens_sampled.files import write_whole
 from study.configs import Study
 from study.plan import Unit
 
@@ -58,8 +56,7 @@ class ResultTable:
             table.seek(0)
             n_whole = table.read().rfind(b"\n") + 1
             if n_whole == 0 and not self._settings_file.exists():
-                with complete(self._settings_file) as unfinished:
-                    unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
+                write_whole(self._settings_file, json.dumps(self.settings, indent=1) + "\n")
             self._check_settings()
             table.truncate(n_whole)
             table.write(line)
@@ -119,15 +116,6 @@ class Storage:
     def _table(self, stage: str, key_fields: tuple[str, ...], section: str) -> ResultTable:
         settings = {"language_model": self.study.settings(), "synthetic": self.study.synthetic_settings()}
         return ResultTable(self.results / f"{stage}.jsonl", key_fields, settings, section)
-
-
-@contextmanager
-def complete(path: Path) -> Iterator[Path]:
-    """A new path, to write a file or a folder at, that is called `path` once it is complete."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def rounded(value: Any) -> Any:

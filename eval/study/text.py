@@ -8,8 +8,9 @@ from sae_lens import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from sae_lens_sampled.files import complete
 from study.plan import Unit, arms
-from study.storage import Storage, complete
+from study.storage import Storage
 from study.training import language_model, new_sae
 
 

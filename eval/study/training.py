@@ -9,9 +9,10 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_lens_sampled.files import complete
 from study.configs import Study
 from study.plan import Unit, sae_config
-from study.storage import Storage, complete
+from study.storage import Storage
 
 
 def train(storage: Storage, units: Sequence[Unit]) -> None:

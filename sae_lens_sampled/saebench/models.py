@@ -85,9 +85,6 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
     hook_name = transformer_lens_hook(metadata.hook_name)
-    weights = sae.sae.state_dict()
-    if not all(value.isfinite().all() for name, value in weights.items() if name != "threshold"):
-        raise ValueError(f"SAE {sae.name!r} has weights that are not finite.")
     if not re.match(r"blocks\.\d+\.", hook_name):
         raise ValueError(
             f"SAE {sae.name!r} is of hook {hook_name!r}; SAEBench takes hooks inside a block, blocks.N...."

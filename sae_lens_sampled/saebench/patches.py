@@ -2,12 +2,14 @@
 
 import functools
 import logging
+import math
 import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -16,6 +18,7 @@ import numpy as np
 import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.feature_absorption as feature_absorption
 import sae_bench.evals.absorption.main as absorption
+import sae_bench.evals.absorption.probing as absorption_probing
 import sae_bench.evals.core.main as core
 import sae_bench.evals.sparse_probing.main as sparse_probing
 import sae_bench.sae_bench_utils.activation_collection as activation_collection
@@ -25,6 +28,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from transformer_lens import HookedTransformer
 
+from sae_lens_sampled.files import reserve
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.probing_data import ProbingDataset
 
@@ -132,6 +136,19 @@ def absorption_folders(probes: Path, work: Path) -> Iterator[None]:
             ),
         ),
     ):
+        yield
+
+
+@contextmanager
+def reserved_memory_maps() -> Iterator[None]:
+    """Absorption maps files without their bytes: on a full disk the process would die without a word."""
+
+    def memmap(filename: str, dtype: str, mode: str, shape: tuple[int, ...]) -> np.memmap:  # noqa: ARG001
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        reserve(Path(filename), n_bytes, "the activations for absorption's probes")
+        return np.memmap(filename, dtype, mode="r+", shape=shape)
+
+    with mock.patch.object(absorption_probing, "np", SimpleNamespace(**{**vars(np), "memmap": memmap})):
         yield
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.files import reserve
 from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
 
 SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -57,30 +58,35 @@ def record(
     config: CoreEvalConfig,
     file: Path,
 ) -> Recording:
-    """Run the model over all batches that core would draw from `store`, in core's order."""
+    """Run the model over all batches that core would draw from `store`.
+
+    Raises:
+        NoSpaceError: if the activations do not fit into `file`.
+    """
+    # Tokens of both parts; the sparsity part starts at the beginning of the text again.
+    n_prompts, n_batches = config.batch_size_prompts, config.n_eval_sparsity_variance_batches
+    reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
+    store.reset_input_dataset()
+    encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
+    # The sparsity part: activations. It comes first, for these are what a disk may have no room for.
+    layer = int(hook_name.split(".")[1])
+    activations = torch.empty(0)
+    for i, tokens in enumerate(encoded):
+        x = _activations(model, tokens, hook_name, layer)
+        if i == 0:
+            n_entries = n_batches * x.numel()
+            reserve(file, n_entries * x.element_size(), "the activations that core records")
+            activations = torch.from_file(str(file), shared=True, size=n_entries, dtype=x.dtype).view(-1, *x.shape)
+        activations[i] = x
     # The reconstruction part: losses of every SAE.
     tokenizer: Any = model.tokenizer
     ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
-    all_tokens, all_losses, failures = [], [], {}
-    for _ in range(config.n_eval_reconstruction_batches):
-        tokens = store.get_batch_tokens(config.batch_size_prompts)
-        excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
-        all_losses.append(reconstruction_losses(model, tokens, hook_name, reconstructions, excluded, failures))
-        all_tokens.append(tokens)
-    # The sparsity part: activations, from the start of the text again.
-    store.reset_input_dataset()
-    n_batches, layer = config.n_eval_sparsity_variance_batches, int(hook_name.split(".")[1])
-    activations = torch.empty(0)
-    for i in range(n_batches):
-        tokens = store.get_batch_tokens(config.batch_size_prompts)
-        x = _activations(model, tokens, hook_name, layer)
-        if i == 0:
-            shape = (n_batches, *x.shape)
-            n_entries = n_batches * x.numel()
-            activations = torch.from_file(str(file), shared=True, size=n_entries, dtype=x.dtype).view(shape)
-        activations[i] = x
-        all_tokens.append(tokens)
-    return Recording(all_tokens, all_losses, activations, ignored, failures)
+    excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
+    failures: dict[int, Exception] = {}
+    losses = [
+        reconstruction_losses(model, tokens, hook_name, reconstructions, excluded, failures) for tokens in reconstructed
+    ]
+    return Recording(reconstructed + encoded, losses, activations, ignored, failures)
 
 
 @torch.no_grad()

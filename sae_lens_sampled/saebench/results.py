@@ -11,6 +11,8 @@ from sae_lens_sampled.saebench.sources import EvalSAE
 
 STAMP = "sae_lens_sampled"
 """Key in `sae_cfg_dict` of a result under which its fingerprints are: the one part of the format that is free."""
+NOT_COMPUTED = -1
+"""What SAEBench's core and sparse probing write for a number that they did not, or could not, compute."""
 
 
 def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:

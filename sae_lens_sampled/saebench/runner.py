@@ -1,10 +1,8 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
 from sae_lens_sampled.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
+from sae_lens_sampled.files import NoSpaceError, no_space_told, scratch_folder
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
@@ -22,7 +21,7 @@ from sae_lens_sampled.saebench.models import attach, load_model
 from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
-from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_saes
+from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_whole_saes
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,7 @@ def run_evals(
     Raises:
         ValueError: if an argument is wrong, or a result is there of another SAE, model or configuration.
         ConnectionError: if something must be downloaded and the Hub cannot be reached.
+        NoSpaceError: if the disk is full; results that are finished are kept.
         EvalError: at the end, if SAEs could not be evaluated.
     """
     overrides = overrides or {}
@@ -89,7 +89,16 @@ def run_evals(
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with cache_only() if offline else nullcontext():
-        loaded = load_saes(saes, device)
+        loaded, broken = load_whole_saes(saes, device)
+    # What is left out from the beginning, by eval and SAE in words: broken SAEs, and comparisons with them alone.
+    n_wanted = len(eval_classes) * len(saes)
+    failures: dict[str, Exception] = {f"{e.name} of {sae.name}": sae.reason for sae in broken for e in eval_classes}
+    if broken and len(loaded) == 1:
+        reason = ValueError("the SAEs to compare it with are broken")
+        failures |= {f"{e.name} of {loaded[0].name}": reason for e in eval_classes if e.compares}
+        eval_classes = [eval_class for eval_class in eval_classes if not eval_class.compares]
+    if not loaded or not eval_classes:
+        raise _missing(failures, n_wanted)
     if offline:
         model = model or bundled(BUNDLED_MODEL)
         text = text or bundled(BUNDLED_TEXT)
@@ -97,8 +106,9 @@ def run_evals(
     model = str(model or _common_model(loaded))
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
+    artifacts = Path(output_dir).resolve() / "artifacts"
     # What is not there is told before any work.
-    with _network(eval_classes, model, text, labelled, offline), _scratch_folder(output_dir) as scratch:
+    with _network(eval_classes, model, text, labelled, offline), scratch_folder(artifacts) as scratch:
         setup = EvalSetup(
             model=load_model(model, device, str_to_dtype(dtype)),
             output_dir=Path(output_dir).resolve(),
@@ -119,13 +129,21 @@ def run_evals(
         if not force_rerun:
             _check_results(stamps, loaded, setup)
         # One eval after the other, each on all SAEs.
-        results, failures = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
-    if failures:
-        lines = [f"{name}: {type(error).__name__}: {error}" for name, error in failures.items()]
-        raise EvalError(
-            f"{len(failures)} of {len(loaded) * len(planned)} results are missing:\n" + "\n".join(lines)
-        ) from next(iter(failures.values()))
+        results, failed = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
+    if failures := failures | failed:
+        raise _missing(failures, n_wanted)
     return results
+
+
+def _missing(failures: Mapping[str, Exception], n_wanted: int) -> EvalError:
+    """The error that says what is missing and why, each reason once."""
+    names: dict[Exception, list[str]] = {}
+    for name, error in failures.items():
+        names.setdefault(error, []).append(name)
+    lines = [f"{', '.join(of_error)}: {type(error).__name__}: {error}" for error, of_error in names.items()]
+    result = EvalError(f"{len(failures)} of {n_wanted} results are missing:\n" + "\n".join(lines))
+    result.__cause__ = next(iter(names))
+    return result
 
 
 def _network(
@@ -180,8 +198,10 @@ def _evaluate_all(
     log = setup.output_dir / "artifacts" / "sae_bench.log"
     progress.set_postfix_str(f"{name}: language model")
     try:
-        with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+        with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
             evaluation.prepare(saes if evaluation.compares else pending)
+    except NoSpaceError:  # whatever comes next would not fit either
+        raise
     except Exception as error:
         logger.exception("%s failed", name)
         progress.update(len(pending))
@@ -190,10 +210,12 @@ def _evaluate_all(
     for sae in pending:
         progress.set_postfix_str(f"{name}: {sae.name}")
         try:
-            with patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+            with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])
+        except NoSpaceError:
+            raise
         except Exception as error:
             logger.exception("%s of %s failed", name, sae.name)
             failures[sae.name] = error
@@ -251,29 +273,3 @@ def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
         sae.sae.to(dtype=str_to_dtype(setup.dtype))
         if sae.training_sae is not None:
             sae.training_sae.to(dtype=str_to_dtype(setup.dtype))
-
-
-@contextmanager
-def _scratch_folder(output_dir: str | Path) -> Iterator[Path]:
-    """An empty folder in the output folder, deleted at the end. Those that killed runs left are deleted first."""
-    artifacts = Path(output_dir).resolve() / "artifacts"
-    for abandoned in artifacts.glob("unfinished_*"):
-        if not _is_running(int(abandoned.name.removeprefix("unfinished_"))):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    scratch = artifacts / f"unfinished_{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return pid != os.getpid()

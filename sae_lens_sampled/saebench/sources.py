@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from torch import Tensor
 from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.inference import load_checkpoint
+from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.normalisation import check_folded
 from sae_lens_sampled.sae_folder import is_checkpoint
 
@@ -45,10 +47,18 @@ class EvalSAE:
     @property
     def name(self) -> str:
         """The stem of its result files."""
-        return f"{self.release}_{self.sae_id}".replace("/", "_")
+        return _full_name(self.release, self.sae_id)
 
 
 SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str] | EvalSAE"
+
+
+class BrokenSAEError(ValueError):
+    """An SAE whose weights or thresholds are no numbers. The others can be evaluated."""
+
+    def __init__(self, name: str, reason: ValueError) -> None:
+        super().__init__(f"SAE {name!r}: {reason}")
+        self.name, self.reason = name, reason
 
 
 def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE]:
@@ -60,17 +70,32 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     Raises:
         ValueError: if there is none, two have the same name, one cannot be evaluated as it is, or `device` is not here.
     """
+    saes, broken = load_whole_saes(sources, device)
+    if broken:
+        raise broken[0]
+    return saes
+
+
+def load_whole_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
+    """As `load_saes`, but for those whose weights or thresholds are no numbers: their errors are returned."""
     check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
-    saes = [_load(source, device) for source in sources]
-    for i, sae in enumerate(saes):
-        if sae.name in [other.name for other in saes[:i]]:
+    saes: list[EvalSAE] = []
+    broken: list[BrokenSAEError] = []
+    for source in sources:
+        try:
+            saes.append(_load(source, device))
+        except BrokenSAEError as error:  # noqa: PERF203  of one SAE among many
+            broken.append(error)
+    names = [sae.name for sae in saes] + [error.name for error in broken]
+    for i, name in enumerate(names):
+        if name in names[:i]:
             raise ValueError(
-                f"two of saes are called {sae.name!r}, so the results of one would replace the other's; "
+                f"two of saes are called {name!r}, so the results of one would replace the other's; "
                 "pass (name, SAE or Path) pairs with different names, on the command line NAME=FOLDER."
             )
-    return saes
+    return saes, broken
 
 
 def parse_source(argument: str) -> Path | tuple[str, str | Path]:
@@ -97,6 +122,10 @@ def fingerprint_tensors(tensors: dict[str, Tensor], *configs: dict[str, Any]) ->
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _full_name(release: str, sae_id: str) -> str:
+    return f"{release}_{sae_id}".replace("/", "_")
 
 
 def _load(source: SAESource, device: str) -> EvalSAE:
@@ -135,14 +164,26 @@ def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
 
 def _from_object(name: str | None, sae: SAE[Any], device: str) -> EvalSAE:
     sae = copy.deepcopy(sae).to(device=device)
-    if isinstance(sae, TrainingSAE):
-        return _describe(name, CUSTOM_SAE_ID, _exported(sae).to(device=device), sae)
-    return _describe(name, CUSTOM_SAE_ID, sae, None)
+    if not isinstance(sae, TrainingSAE):
+        return _describe(name, CUSTOM_SAE_ID, sae, None)
+    check_folded(sae.cfg.normalize_activations, "an SAE in saes")
+    with _named(name, CUSTOM_SAE_ID, sae):
+        exported = _exported(sae)
+    return _describe(name, CUSTOM_SAE_ID, exported.to(device=device), sae)
+
+
+@contextmanager
+def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
+    """Turns a refusal of weights or thresholds into the error of that SAE."""
+    try:
+        yield
+    except ValueError as error:
+        name = name or f"{sae.cfg.architecture()}_{fingerprint_tensors(dict(sae.state_dict()))[:8]}"
+        raise BrokenSAEError(_full_name(name, sae_id), error) from error
 
 
 def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
     """The SAE that users of `sae` will get."""
-    check_folded(sae.cfg.normalize_activations, "an SAE in saes")
     if sae.cfg.architecture() == "sampled_topk":
         return to_jumprelu(sae)
     with TemporaryDirectory() as folder:
@@ -152,6 +193,8 @@ def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
 
 def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: TrainingSAE[Any] | None) -> EvalSAE:
     check_folded(sae.cfg.normalize_activations, "an SAE in saes")
+    with _named(name, sae_id, sae):
+        check_weights(sae)
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
     tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}

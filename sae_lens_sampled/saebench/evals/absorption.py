@@ -1,6 +1,5 @@
 """SAEBench's absorption, with probes of the model that later runs use again."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.main as absorption
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
+from sae_lens_sampled.files import finish
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
@@ -51,7 +51,11 @@ class Absorption(Eval):
             if final.exists():
                 continue
             unfinished = self.setup.scratch / "probes"
-            with patches.restored_random_state(self.config.random_seed), patches.ordered_vocabulary():
+            with (
+                patches.restored_random_state(self.config.random_seed),
+                patches.ordered_vocabulary(),
+                patches.reserved_memory_maps(),
+            ):
                 absorption_common.train_and_save_probes(
                     hooked,
                     [layer],
@@ -60,8 +64,7 @@ class Absorption(Eval):
                     probes_dir=unfinished,
                     device=self.setup.device,
                 )
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(unfinished / place, final)
+            finish(unfinished / place, final)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """SAEBench's result; an error where it has too few letters to give one."""

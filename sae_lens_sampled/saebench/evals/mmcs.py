@@ -24,7 +24,7 @@ from torch import Tensor
 from sae_lens_sampled.dictionary_similarity import MATCH_MAX_LATENTS, Similarity, dictionary_similarity
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.evals.core import Core
-from sae_lens_sampled.saebench.results import is_result_of, load_result, result_path
+from sae_lens_sampled.saebench.results import NOT_COMPUTED, is_result_of, load_result, result_path
 from sae_lens_sampled.saebench.sources import EvalSAE, seed_group
 
 
@@ -158,11 +158,12 @@ class Mmcs(Eval):
         return asdict(self.outputs[sae.name])
 
     def _density(self, sae: EvalSAE) -> list[float] | None:
-        """Share of tokens that each latent is active on, if core was run on this SAE."""
+        """Share of tokens that each latent is active on, if core was run on this SAE and counted them."""
         result = load_result(result_path(self.setup.output_dir, Core.name, sae))
         if result is None or not is_result_of(result, sae, self.setup.model):
             return None
-        return [latent["feature_density"] for latent in result["eval_result_details"]]
+        densities = [latent["feature_density"] for latent in result["eval_result_details"]]
+        return None if NOT_COMPUTED in densities else densities
 
 
 def compare_all(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sae_lens_sampled.saebench.report.metrics import OURS, PROBING, Group, Metric
+from sae_lens_sampled.saebench.report.metrics import OURS, PROBING, Group, Metric, estimate
 from sae_lens_sampled.saebench.report.results import SAEResults
 from sae_lens_sampled.saebench.report.style import DASHES, finish, shown, styles
 
@@ -37,14 +37,21 @@ def pareto_plot(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | No
             hovertemplate=f"%{{text}}<br>{x.name} %{{x:.{x.digits}f}}<br>{y.name} %{{y:.{y.digits}f}}<extra></extra>",
         )
         if several:
-            _add_mean(plot, group, x, y, mark)
+            _add_mean(plot, group, x, y, xs, ys, mark)
     return finish(plot, x.axis_title, y.axis_title) if plot.data else None
 
 
-def _add_mean(plot: go.Figure, group: Group, x: Metric, y: Metric, mark: dict[str, Any]) -> None:
-    mean_x, mean_y = group.estimate(x), group.estimate(y)
-    if mean_x is None or mean_y is None:
-        return
+def _add_mean(
+    plot: go.Figure,
+    group: Group,
+    x: Metric,
+    y: Metric,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    mark: dict[str, Any],
+) -> None:
+    """Add the mean of the marks that are shown: a seed that lacks one of the numbers has none."""
+    mean_x, mean_y = estimate(xs, x.independent), estimate(ys, y.independent)
     bars = [{"array": [mean.error or 0], "thickness": 1.5, "width": 4} for mean in (mean_x, mean_y)]
     plot.add_scatter(
         x=[mean_x.mean],

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_sampled.saebench.evals import EVALS
-from sae_lens_sampled.saebench.results import load_result
+from sae_lens_sampled.saebench.results import NOT_COMPUTED, load_result
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, seed_group
 
 EVAL_NAMES = {"absorption_first_letter": "absorption"}
 """Names of evals by the `eval_type_id` of their results, where these differ."""
+MARKING = ("core", "sparse_probing")
+"""Evals whose results have markers in place of numbers. In MMCS -1 is a cosine."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class SAEResults:
     release: str
     sae_id: str
     results: dict[str, dict[str, Any]] = field(repr=False, compare=False)
-    """Result files by eval."""
+    """Result files by eval, with None for what was not computed."""
 
     @property
     def name(self) -> str:
@@ -75,7 +77,7 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
     for result in sorted(finished, key=lambda result: result.get("datetime_epoch_millis", 0)):
         sae = (str(result.get("sae_lens_release_id")), str(result.get("sae_lens_id")))
         name = str(result.get("eval_type_id"))
-        by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = result
+        by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = _without_markers(result) if name in MARKING else result
     if not by_sae:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds no *_eval_results.json; pass the output_dir of a finished run_evals."
@@ -87,3 +89,25 @@ def evals_of(saes: Sequence[SAEResults]) -> list[str]:
     """The evals that any of `saes` has, in the order in which they run."""
     names = {name for sae in saes for name in sae.results}
     return [name for name in EVALS if name in names] + sorted(names - EVALS.keys())
+
+
+def _without_markers(result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with None for what SAEBench did not compute: its metrics, and the densities of core's latents.
+
+    Other details of a latent may well be -1, a bias or a cosine.
+    """
+    metrics = _unmarked(result.get("eval_result_metrics"))
+    details = [
+        latent | {"feature_density": _unmarked(latent["feature_density"])} if "feature_density" in latent else latent
+        for latent in result.get("eval_result_details") or []
+    ]
+    densities = [latent["feature_density"] for latent in details if "feature_density" in latent]
+    if densities and set(densities) == {None}:  # core then counts every latent as dead
+        metrics = (metrics or {}) | {"misc_metrics": None}
+    return result | {"eval_result_metrics": metrics, "eval_result_details": details}
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unmarked(entry) for key, entry in value.items()}
+    return None if value == NOT_COMPUTED else value
