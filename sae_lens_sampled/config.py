@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from types import NoneType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
@@ -138,6 +139,44 @@ def check_pool_fields(cfg: PoolFields) -> None:
         cfg.pool_group_size is None or cfg.pool_group_size >= 1,
         f"pool_group_size={cfg.pool_group_size} must be at least 1 token, or None for one pool per batch.",
     )
+    _check_levels(cfg)
+
+
+def _check_levels(cfg: PoolFields) -> None:
+    widths, quota = cfg.matryoshka_widths, cfg.pool_quota
+    _check(
+        widths is None or (_is_list_of(widths, int) and widths[-1] == cfg.d_sae),
+        f"matryoshka_widths={widths} must be a list of whole numbers that ends in d_sae={cfg.d_sae}, or None.",
+    )
+    ends: list[int] = [0, *(widths or [])]
+    _check(
+        all(inner < outer for inner, outer in pairwise(ends)),
+        f"matryoshka_widths={widths} must be positive and strictly increasing.",
+    )
+    if quota is None:
+        return
+    _check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
+    n_levels = len(cfg.inner_widths) + 1
+    _check(
+        _is_list_of(quota, (int, float)) and len(quota) == n_levels,
+        f"pool_quota={quota} must be a list with a share for each of the {n_levels} levels of matryoshka_widths.",
+    )
+    _check(
+        min(quota) >= 0 and math.isclose(sum(quota), 1, abs_tol=1e-6),
+        f"pool_quota={quota} must be shares of at least 0 that sum to 1; they sum to {sum(quota):g}.",
+    )
+    sizes = [size for _, size in cfg.pool_parts]
+    _check(
+        min(sizes) > 0,
+        f"pool_quota={quota} gives the levels {sizes} of the {cfg.n_candidates} candidates; each needs at least one, "
+        "by a larger share or a larger pool_factor.",
+    )
+
+
+def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
+    """Whether it is a list of at least one element, all of these types."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
 
 
 def _check(condition: bool, message: str) -> None:
