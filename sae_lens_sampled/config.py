@@ -40,6 +40,8 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
             its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
             equal up to rounding. "auto" takes what is faster on this device at these sizes.
+        inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
+            1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
         use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
             SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
             the gradient.
@@ -51,6 +53,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     aux_loss_coefficient: float = 1 / 32
     use_sparse_activations: bool = True
     step: Step = "auto"
+    inner_loss_coefficient: float = 1.0
     inference_threshold: InferenceThreshold = "per_latent"
 
     @override
@@ -65,6 +68,10 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         _check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",
+        )
+        _check(
+            isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
+            f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
         )
         _check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),

@@ -129,6 +129,15 @@ def test_inner_losses_are_of_the_first_latents_alone():
     assert output.loss.item() == pytest.approx(sum(value.item() for value in output.losses.values()))
 
 
+def test_the_coefficient_weighs_the_inner_losses():
+    plain, light, none = (an_sae(inner_loss_coefficient=weight, **NESTED) for weight in (1, 0.25, 0))
+    (full, quarter, zero) = (step(sae, activations(50)) for sae in (plain, light, none))
+    inner = full.losses["inner_mse_loss_10"] + full.losses["inner_mse_loss_60"]
+    torch.testing.assert_close(full.loss - zero.loss, inner)
+    torch.testing.assert_close(quarter.loss - zero.loss, 0.25 * inner)
+    torch.testing.assert_close(quarter.losses, full.losses)  # what is logged is the error itself
+
+
 def test_decoding_by_levels_has_the_gradients_of_differences():
     generator = torch.Generator().manual_seed(0)
 
@@ -284,6 +293,8 @@ def test_pools_start_from_the_weights_of_a_matryoshka_sae():
         ({"matryoshka_widths": 40}, "matryoshka_widths=40 must be a list of whole numbers"),
         ({"matryoshka_widths": [13, 13, 40]}, r"\[13, 13, 40\] must be positive and strictly increasing"),
         ({"matryoshka_widths": [0, 40]}, r"\[0, 40\] must be positive and strictly increasing"),
+        ({"inner_loss_coefficient": -1}, "inner_loss_coefficient=-1 must be a finite number of at least 0"),
+        ({"inner_loss_coefficient": "1"}, "inner_loss_coefficient='1' must be a finite number"),
         ({"pool_quota": [0.5, 0.5]}, r"pool_quota=\[0.5, 0.5\] is of levels, but there are none"),
         ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5]}, r"share for each of the 3 levels"),
         ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, "0"]}, r"share for each of the 3 levels"),
