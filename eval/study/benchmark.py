@@ -1,6 +1,7 @@
 """Nested losses inside the pool, on data with known features made by SynthSAEBench's recipe (arXiv 2602.14687).
 
-    python eval/study/benchmark.py --config small                # on two CPU cores, an hour
+    python eval/study/benchmark.py --config small                # eval/NESTED.md, on two CPU cores in an hour
+    python eval/study/benchmark.py --config small --report       # only renders the page again
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
     python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000  # on two CPU cores, in hours
 
@@ -35,6 +36,7 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 sys.path.append(str(EVAL.parent / "examples"))
 
 from study.benchmark_plan import BENCHMARKS, Benchmark, BenchmarkUnit, new_sae, units
+from study.benchmark_report import write_nested_page
 from study.storage import ResultTable
 from study.synthetic import evaluate_on_synthetic_data
 
@@ -57,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for unit in units(benchmark):
         if unit.key not in finished and any(fnmatch(unit.arm, pattern) for pattern in args.arms):
             runs.setdefault(unit.stream, []).append(unit)
-    for together in tqdm(runs.values(), desc="Streams of samples"):
-        for result in run(benchmark, together, args.work_dir or Path("study_output") / f"benchmark_{benchmark.name}"):
+    work = args.work_dir or Path("study_output") / f"benchmark_{benchmark.name}"
+    for together in [] if args.report else tqdm(runs.values(), desc="Streams of samples"):
+        for result in run(benchmark, together, work):
             table.append(result)
+    if args.config == "small":
+        print(f"Page: {write_nested_page(table.load(), EVAL)}")
 
 
 def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:
@@ -132,6 +137,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", choices=BENCHMARKS, required=True)
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'nested*'")
     parser.add_argument("--samples", type=int, help="training samples, if not the config's")
+    parser.add_argument("--report", action="store_true", help="compute nothing, only render the page")
     parser.add_argument("--device", help="cpu or cuda, if not the config's")
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")

@@ -5,9 +5,11 @@ from typing import Any
 
 from pages import markdown_table, render
 from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
+from study import tables
 from study.benchmark_plan import BENCHMARKS, Benchmark
-from study.storage import Key
-from study.summary import shown
+from study.configs import STUDIES
+from study.storage import Key, Storage
+from study.summary import Summary, shown
 
 TEMPLATE = Path(__file__).parent / "templates" / "nested.md"
 COLUMNS = {
@@ -78,16 +80,16 @@ class BenchmarkSummary:
         return len({(data, seed) for data, _, _, seed in self.results if data in REPORTED})
 
 
-def write_nested_page(tables: dict[str, dict[Key, dict[str, Any]]], eval_folder: Path) -> Path:
-    """Write the page from the results of each benchmark."""
+def write_nested_page(results: dict[Key, dict[str, Any]], eval_folder: Path) -> Path:
+    """Write the page."""
     page = eval_folder / "NESTED.md"
-    page.write_text(render_nested_page(tables))
+    page.write_text(render_nested_page(results))
     return page
 
 
-def render_nested_page(tables: dict[str, dict[Key, dict[str, Any]]]) -> str:
-    """The page."""
-    small = BenchmarkSummary(BENCHMARKS["small"], tables["small"])
+def render_nested_page(results: dict[Key, dict[str, Any]]) -> str:
+    """The page, from the results of the small benchmark and of the study on the bundled language model."""
+    small, model = BenchmarkSummary(BENCHMARKS["small"], results), Summary(tiny_storage())
 
     def number(arm: str, k: int, metric: str) -> str:
         return shown(small.mean(arm, k, metric), metric)
@@ -95,4 +97,14 @@ def render_nested_page(tables: dict[str, dict[Key, dict[str, Any]]]) -> str:
     def difference(arm: str, other: str, k: int, metric: str) -> str:
         return shown(small.difference(arm, other, k, metric), metric, signed=True)
 
-    return render(TEMPLATE, small=small, number=number, difference=difference)
+    def on_model(arm: str, other: str, metric: str) -> str:
+        return shown(model.difference(arm, other, metric), metric, signed=True)
+
+    return render(
+        TEMPLATE, small=small, model=model, tables=tables, number=number, difference=difference, on_model=on_model
+    )
+
+
+def tiny_storage() -> Storage:
+    """The committed results on the bundled language model."""
+    return Storage(STUDIES["tiny"], TEMPLATE.parents[2] / "results" / "study_tiny", Path("study_output"))
