@@ -47,16 +47,19 @@ Case = dict[str, Any]
 
 
 def side_config(side: str, case: Case) -> TrainingSAEConfig:
-    """The config of a side, by its name: SAELens' own, or pools such as "groups of 16, factor 10 (dense)"."""
+    """The config of a side, by its name: SAELens' own, or pools such as "nested groups of 16, factor 10 (dense)"."""
+    d_sae = case["d_sae"]
+    levels = {"matryoshka_widths": [d_sae // 64, d_sae // 16, d_sae // 4, d_sae]}
     shared = {name: case[name] for name in ("d_in", "d_sae", "k", "device")} | {"aux_loss_coefficient": 1 / 32}
     if side.startswith(BASE):
         return BatchTopKTrainingSAEConfig(**shared)
     if side == "SAELens Matryoshka":
-        widths = [case["d_sae"] // 64, case["d_sae"] // 16, case["d_sae"] // 4, case["d_sae"]]
-        return MatryoshkaBatchTopKTrainingSAEConfig(**shared, matryoshka_widths=widths)
-    pools, _, step = side.rstrip(")").partition(" (")
+        return MatryoshkaBatchTopKTrainingSAEConfig(**shared, **levels)
+    pools, _, step = side.removeprefix("nested ").rstrip(")").partition(" (")
     kind, _, factor = pools.partition(", factor ")
-    fields: dict[str, Any] = {"pool_factor": float(factor) if factor else case["d_sae"] / case["k"]}
+    fields: dict[str, Any] = {"pool_factor": float(factor) if factor else d_sae / case["k"]}
+    if side.startswith("nested "):
+        fields |= levels
     if kind.startswith("groups of "):
         fields["pool_group_size"] = int(kind.removeprefix("groups of "))
     elif kind == "sampled pool":
@@ -73,7 +76,7 @@ class InSAELens:
         config = side_config(side, case)
         self.sae = get_sae_training_class(config.architecture())[0](config)
         if case["trained"]:
-            pools = "all latents" if side.startswith("SAELens") else side.partition(" (")[0]
+            pools = "all latents" if side.startswith("SAELens") else side.removeprefix("nested ").partition(" (")[0]
             untrained = case | {"trained": False, "dead": 0.0, "autocast": False}
             self.sae.load_state_dict(trained_weights(pools, json.dumps(untrained)), strict=False)
         if side.endswith("compiled"):
@@ -276,6 +279,11 @@ def plan(device: str, quick: bool) -> dict[str, list[tuple[Case, list[str]]]]:
     return {
         "large": [(large | {"dead": d, "trained": t}, sides if d == 0 else fast) for t in (False, True) for d in dead],
         "small": [(small | {"dead": d, "trained": t}, [*sides, *earlier]) for t in (False, True) for d in dead],
+        # Each with the four levels of SAELens' Matryoshka, and without.
+        "nested": [
+            (large | {"dead": d, "trained": True}, [*sides, *(f"nested {side}" for side in (every, groups, one))])
+            for d in (0.0, 0.25)
+        ],
         "autocast": [(small | {"autocast": True, "dead": d}, fast) for d in dead],
         "d_sae": [(small | {"d_sae": n}, [BASE, every, groups, one]) for n in (2048, 4096, 8192, 16_384, 32_768)],
         "crossing_density": [

@@ -1,6 +1,6 @@
 """Does the exported SAE do at inference what it did in training? L0 and FVU of both, over all kinds of pools.
 
-    python eval/check_export.py                     # everything: 122 SAEs, about half an hour on two CPU cores
+    python eval/check_export.py                     # everything: 140 SAEs, about half an hour on two CPU cores
     python eval/check_export.py --quick             # a few of them, in two minutes
     python eval/check_export.py --report            # eval/EXPORT.md from the results that are there
 
@@ -47,6 +47,8 @@ PAGE = EVAL / "EXPORT.md"
 D_SAE, K, BATCH, STEPS, N_HELD_OUT = 512, 12, 512, 800, 80
 POOL_FACTORS = (1, 1.5, 3, 5, 10)
 SCORES = ("l2_norm", "entropy", "perplexity")
+WIDTHS = [D_SAE // 8, D_SAE // 2, D_SAE]
+QUOTA = [0.2, 0.3, 0.5]
 
 Setting = dict[str, Any]
 
@@ -60,7 +62,19 @@ def settings(data: str, quick: bool) -> list[Setting]:
         for sampling, group, score, factor in kinds
         if not quick or score == "l2_norm"
     ]
-    return [all_latents, *rows]
+    nested = [
+        {"data": data, "pool_factor": factor, "score": "l2_norm", "pool_group_size": group, "matryoshka_widths": WIDTHS}
+        for group in (None, 16)
+        for factor in ((10,) if quick else (5, 10))
+    ]
+    shared = [setting | {"pool_quota": QUOTA} for setting in nested]
+    return [all_latents, *rows, all_latents | {"matryoshka_widths": WIDTHS}, *nested, *shared]
+
+
+def is_of(row: Setting, setting: Setting) -> bool:
+    """Whether a row is the result of a setting; levels that a setting has not are none."""
+    levels = {"matryoshka_widths": None, "pool_quota": None}
+    return all(row.get(name) == value for name, value in (levels | setting).items())
 
 
 def language_model_activations(split: str) -> Tensor:
@@ -183,11 +197,18 @@ def gaps(row: Setting) -> tuple[float, float]:
     return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
 
 
+def levels_of(row: Setting) -> str:
+    """Nested widths in words."""
+    widths = row.get("matryoshka_widths")
+    return "-" if widths is None else ", ".join(map(str, widths)) + (" with quota" if row.get("pool_quota") else "")
+
+
 COLUMNS: dict[str, Callable[[Setting], str]] = {
     "data": lambda row: row["data"],
     "pool": lambda row: row.get("pool_sampling", "all latents"),
     "groups of": lambda row: str(row.get("pool_group_size") or "-"),
     "score": lambda row: row["score"],
+    "levels": levels_of,
     "pool factor": lambda row: f"{row['pool_factor']:.3g}",
     "L0 train": lambda row: f"{row['L0']:.2f}",
     "L0 export": lambda row: f"{row['per_latent_L0']:.2f}",
@@ -223,10 +244,12 @@ def summary(rows: list[Setting]) -> dict[str, Any]:
 def page(rows: list[Setting]) -> str:
     """EXPORT.md."""
     top = [row for row in rows if row.get("pool_sampling", "top") == "top"]
-    l2_norm = [row for row in top if row["data"] == "tiny_lm" and row["score"] == "l2_norm"]
+    nested = [row for row in rows if "matryoshka_widths" in row]
+    plain = [row for row in top if row not in nested]
+    l2_norm = [row for row in plain if row["data"] == "tiny_lm" and row["score"] == "l2_norm"]
     by_groups = sorted(l2_norm, key=lambda row: (row.get("pool_group_size") or 0, row["pool_factor"]))
     misses = [row for row in top if abs(gaps(row)[0]) > 0.03 or gaps(row)[1] > 0.02]
-    same = ("data", "pool", "score", "L0 gap", "FVU gap", "FVU best")
+    same = ("data", "pool", "score", "levels", "L0 gap", "FVU gap", "FVU best")
     return render(
         Path(__file__).parent / "templates" / "EXPORT.md",
         d_sae=D_SAE,
@@ -236,7 +259,9 @@ def page(rows: list[Setting]) -> str:
         l2_norm_table=table(by_groups, leave_out=same),
         misses_table=table(misses, leave_out=["L0 global", "FVU global"]),
         all_table=table(rows),
-        top=summary(top),
+        nested_table=table(nested, leave_out=["pool", "score", "FVU best"]),
+        top=summary(plain),
+        nested=summary(nested),
         proportional=summary([row for row in rows if row.get("pool_sampling") == "proportional"]),
         n_rows=len(rows),
     )
@@ -250,7 +275,7 @@ def train_missing(wanted: list[Setting], n_processes: int) -> None:
             with complete(cache_file(split)) as file:
                 torch.save(language_model_activations(split), file)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    missing = [setting for setting in wanted if not any(setting.items() <= row.items() for row in rows)]
+    missing = [setting for setting in wanted if not any(is_of(row, setting) for row in rows)]
     with multiprocessing.get_context("spawn").Pool(n_processes) as pool:
         for row in tqdm(pool.imap_unordered(train_and_compare, missing), total=len(missing), desc="SAEs"):
             rows.append(row)
@@ -267,7 +292,7 @@ def main() -> None:
     if not args.report:
         train_missing(wanted, args.processes)
     results = json.loads(RESULTS.read_text())
-    rows = [row for setting in wanted for row in results if setting.items() <= row.items()]
+    rows = [row for setting in wanted for row in results if is_of(row, setting)]
     if args.quick:
         print(table(rows))
     else:

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from types import NoneType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
@@ -39,6 +40,8 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
             its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
             equal up to rounding. "auto" takes what is faster on this device at these sizes.
+        inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
+            1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
         use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
             SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
             the gradient.
@@ -50,6 +53,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     aux_loss_coefficient: float = 1 / 32
     use_sparse_activations: bool = True
     step: Step = "auto"
+    inner_loss_coefficient: float = 1.0
     inference_threshold: InferenceThreshold = "per_latent"
 
     @override
@@ -64,6 +68,10 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         _check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",
+        )
+        _check(
+            isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
+            f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
         )
         _check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
@@ -138,6 +146,44 @@ def check_pool_fields(cfg: PoolFields) -> None:
         cfg.pool_group_size is None or cfg.pool_group_size >= 1,
         f"pool_group_size={cfg.pool_group_size} must be at least 1 token, or None for one pool per batch.",
     )
+    _check_levels(cfg)
+
+
+def _check_levels(cfg: PoolFields) -> None:
+    widths, quota = cfg.matryoshka_widths, cfg.pool_quota
+    _check(
+        widths is None or (_is_list_of(widths, int) and widths[-1] == cfg.d_sae),
+        f"matryoshka_widths={widths} must be a list of whole numbers that ends in d_sae={cfg.d_sae}, or None.",
+    )
+    ends: list[int] = [0, *(widths or [])]
+    _check(
+        all(inner < outer for inner, outer in pairwise(ends)),
+        f"matryoshka_widths={widths} must be positive and strictly increasing.",
+    )
+    if quota is None:
+        return
+    _check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
+    n_levels = len(cfg.inner_widths) + 1
+    _check(
+        _is_list_of(quota, (int, float)) and len(quota) == n_levels,
+        f"pool_quota={quota} must be a list with a share for each of the {n_levels} levels of matryoshka_widths.",
+    )
+    _check(
+        min(quota) >= 0 and math.isclose(sum(quota), 1, abs_tol=1e-6),
+        f"pool_quota={quota} must be shares of at least 0 that sum to 1; they sum to {sum(quota):g}.",
+    )
+    sizes = [size for _, size in cfg.pool_parts]
+    _check(
+        min(sizes) > 0,
+        f"pool_quota={quota} gives the levels {sizes} of the {cfg.n_candidates} candidates; each needs at least one, "
+        "by a larger share or a larger pool_factor.",
+    )
+
+
+def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
+    """Whether it is a list of at least one element, all of these types."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
 
 
 def _check(condition: bool, message: str) -> None:

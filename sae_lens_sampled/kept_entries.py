@@ -9,6 +9,7 @@ One small pool has a cutoff near 0, which nearly every positive entry exceeds. T
 once more, with gradient: they hold all that can be kept.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from sae_lens_sampled.column_scan import Extracted, scan_columns
 from sae_lens_sampled.pool_record import PoolRecord
 from sae_lens_sampled.scores import BY_COLUMNS
 from sae_lens_sampled.selection import PoolFields, choose_pool, sampled_topk
-from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode, has_kernels
+from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode, has_kernels, level_of
 from sae_lens_sampled.thresholds import StepCounts, count_kept
 
 Step = Literal["auto", "kept", "dense"]
@@ -43,8 +44,8 @@ SAMPLE_ROWS = 128
 class KeptStep(NamedTuple):
     """One forward pass."""
 
-    reconstruction: Float[Tensor, "tokens d_in"]
-    """Without the decoder's bias; carries the gradient."""
+    reconstructions: Float[Tensor, "levels tokens d_in"]
+    """Those of the inner widths and, last, the whole one; without the decoder's bias; they carry the gradient."""
     dead_reconstruction: Float[Tensor, "tokens d_in"] | None
     """From the dead latents alone, for AuxK; carries the gradient. None if there are none."""
     kept: Entries
@@ -101,17 +102,17 @@ def kept_step(
     pool = None if scan.statistics is None else choose_pool(scan.statistics, cfg, record.n_steps)
     if bound is None:
         assert pool is not None
-        kept, reconstruction = keep_columns(x, weights, pool[0], n_keep)
+        kept, reconstructions = keep_columns(x, weights, pool[0], n_keep, cfg.inner_widths)
     else:
         candidates, n_extracted, n_scans = find_candidates(
             x, weights, threshold, cfg, record, pool, n_keep, bound, scan.extracted
         )
         if candidates is None:
             return None
-        kept, reconstruction = encode_and_decode(x, weights, keep_largest(candidates, n_keep))
+        kept, reconstructions = encode_and_decode(x, weights, keep_largest(candidates, n_keep), cfg.inner_widths)
     of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
     counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, threshold)
-    return KeptStep(reconstruction, of_dead, kept, pool, counts, n_extracted, n_scans)
+    return KeptStep(reconstructions, of_dead, kept, pool, counts, n_extracted, n_scans)
 
 
 @torch.no_grad()
@@ -181,9 +182,13 @@ def keep_largest(candidates: Entries, n_keep: int) -> Entries:
 
 
 def keep_columns(
-    x: Float[Tensor, "tokens d_in"], weights: Weights, pool: Int[Tensor, " n_candidates"], n_keep: int
-) -> tuple[Entries, Float[Tensor, "tokens d_in"]]:
-    """What is kept of the pooled columns and the reconstruction from it, by dense products, with gradient."""
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    pool: Int[Tensor, " n_candidates"],
+    n_keep: int,
+    inner_widths: Sequence[int] = (),
+) -> tuple[Entries, Float[Tensor, "levels tokens d_in"]]:
+    """What is kept of the pooled columns and the reconstructions from it, by dense products, with gradient."""
     part = weights.of(pool)
     hidden_pre = x @ part.W_enc + part.b_enc
     acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
@@ -193,4 +198,7 @@ def keep_columns(
     tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
     values = codes.flatten().gather(0, indices)
     values = values if part.norms is None else values * part.norms[columns]
-    return Entries(values, tokens, pool[columns]), codes @ part.W_dec
+    # Columns of the levels outside are 0: where a level ends in the pool would have to be read from the device.
+    levels = level_of(pool, inner_widths)
+    inner = [torch.where(levels <= level, codes, 0) for level in range(len(inner_widths))]
+    return Entries(values, tokens, pool[columns]), torch.stack([*inner, codes]) @ part.W_dec

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class PoolFields:
             the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
         pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
             training steps, so a resumed run repeats it.
+        matryoshka_widths (list[int] | None): Widths of nested levels, increasing, the last one d_sae. The first w
+            latents of each inner width w have a reconstruction loss of their own, as in SAELens' Matryoshka, from the
+            same kept activations. None, or d_sae alone: no levels.
+        pool_quota (list[float] | None): Share of the pool that each level has for its own latents; they sum to 1.
+            None: all latents compete for the pool. With a pool of all latents it has no effect.
     """
 
     pool_factor: float = 5.0
@@ -42,6 +48,8 @@ class PoolFields:
     pool_sampling: PoolSampling = "top"
     pool_group_size: int | None = None
     pool_seed: int = 0
+    matryoshka_widths: list[int] | None = None
+    pool_quota: list[float] | None = None
 
     if TYPE_CHECKING:
         k: float
@@ -51,6 +59,20 @@ class PoolFields:
     def n_candidates(self) -> int:
         """Size m of the pool."""
         return count_candidates(self.k, self.pool_factor, self.d_sae)
+
+    @property
+    def inner_widths(self) -> list[int]:
+        """Widths of the levels inside the whole dictionary, which have losses of their own."""
+        return (self.matryoshka_widths or [])[:-1]
+
+    @property
+    def pool_parts(self) -> list[tuple[slice, int]]:
+        """Ranges of latents that do not compete with each other for the pool, and how many of each are candidates."""
+        if self.pool_quota is None:
+            return [(slice(0, self.d_sae), self.n_candidates)]
+        levels = [slice(*ends) for ends in pairwise([0, *self.inner_widths, self.d_sae])]
+        sizes = quota_sizes(self.pool_quota, [level.stop - level.start for level in levels], self.n_candidates)
+        return list(zip(levels, sizes, strict=True))
 
 
 class ColumnStatistics(NamedTuple):
@@ -84,7 +106,30 @@ def choose_pool(
     """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
         statistics = perturb_scores(statistics, cfg.pool_seed, draw)
-    return candidate_pool(statistics, cfg.n_candidates)
+    # Level after level is ascending already.
+    chosen = []
+    for part, size in cfg.pool_parts:
+        of_part = ColumnStatistics(*(statistic[:, part] for statistic in statistics))
+        chosen.append(candidate_pool(of_part, size) + part.start)
+    return torch.cat(chosen, dim=1)
+
+
+def quota_sizes(quota: list[float], widths: list[int], n_candidates: int) -> list[int]:
+    """How many of `n_candidates` each level has: its share, rounded, and at most all of its latents.
+
+    What levels cannot take fills those that have room, the widest first. Among equally wide ones the innermost.
+
+    Args:
+        quota: shares, which sum to 1.
+        widths: numbers of latents of the levels, without those of the levels inside.
+        n_candidates: at most as many as there are latents.
+    """
+    # Rounding the cumulative sums, the sizes add up.
+    ends = [0, *(round(n_candidates * share) for share in accumulate(quota))]
+    sizes = [min(end - start, width) for (start, end), width in zip(pairwise(ends), widths, strict=True)]
+    for level in sorted(range(len(widths)), key=lambda level: -widths[level]):
+        sizes[level] += min(widths[level] - sizes[level], n_candidates - sum(sizes))
+    return sizes
 
 
 def count_candidates(k: float, pool_factor: float, d_sae: int) -> int:

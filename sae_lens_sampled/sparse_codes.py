@@ -5,6 +5,7 @@ The products are torch's of CSR matrices (MKL on a CPU, cuSPARSE on CUDA), each 
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +58,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def encode_and_decode(
-    x: Float[Tensor, "tokens d_in"], weights: Weights, codes: Entries
-) -> tuple[Entries, Float[Tensor, "tokens d_in"]]:
-    r"""The codes with their gradient, and the reconstruction from them.
+    x: Float[Tensor, "tokens d_in"], weights: Weights, codes: Entries, inner_widths: Sequence[int] = ()
+) -> tuple[Entries, Float[Tensor, "levels tokens d_in"]]:
+    r"""The codes with their gradient, and the reconstructions from them: those of inner widths, and of all latents.
 
     For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere it is $\hat X = S W_{dec}$.
     With $G = \partial L / \partial \hat X$ and $D = G W_{dec}^T$ at the entries: $\partial W_{dec} = S^T G$,
@@ -69,7 +70,9 @@ def encode_and_decode(
     Args:
         x: inputs.
         weights: of all latents.
-        codes: the entries as encoding gives them, with decoder norms where these rescale; ascending by token.
+        codes: the entries as encoding gives them, with decoder norms where these rescale; ascending by token and then
+            by latent.
+        inner_widths: numbers of latents, from the first on, that have a reconstruction of their own; increasing.
     """
     order = codes.latents.argsort(stable=True)
     values, norms = codes.values, weights.norms
@@ -78,8 +81,22 @@ def encode_and_decode(
         values = values / norms.detach().clamp(min=torch.finfo(norms.dtype).tiny)[codes.latents]
     x = x if weights.input_bias is None else x.detach()
     values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, *codes[1:], order)
-    reconstruction = _Decode.apply(values, weights.W_dec, *codes[1:], order, len(x))
-    return codes._replace(values=values if norms is None else values * norms[codes.latents]), reconstruction
+    kept = codes._replace(values=values if norms is None else values * norms[codes.latents])
+    if not inner_widths:
+        return kept, _Decode.apply(values, weights.W_dec, *codes[1:], order, len(x))[None]
+    # A level is a block of rows: what it adds to every token, in the same products.
+    levels = level_of(codes.latents, inner_widths)
+    by_level = levels.argsort(stable=True)
+    rows, latents = (levels * len(x) + codes.tokens)[by_level], codes.latents[by_level]
+    n_rows = (len(inner_widths) + 1) * len(x)
+    added = _Decode.apply(values[by_level], weights.W_dec, rows, latents, latents.argsort(stable=True), n_rows)
+    return kept, added.unflatten(0, (-1, len(x))).cumsum(dim=0)
+
+
+def level_of(latents: Int[Tensor, " some"], inner_widths: Sequence[int]) -> Int[Tensor, " some"]:
+    """Level that each latent belongs to: 0 for the first `inner_widths[0]`, and so on."""
+    ends = torch.tensor(inner_widths, device=latents.device)
+    return torch.bucketize(latents, ends, right=True)
 
 
 def as_coo(entries: Entries, shape: torch.Size) -> Tensor:

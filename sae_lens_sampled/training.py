@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sae_lens import logger
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,7 +37,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     For activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ of B tokens (times the decoder norms, if these rescale):
     score every latent over the batch, keep the best `k * pool_factor` as candidates, keep the `int(k * B)` largest
     entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK; with
-    `step="dense"` bit for bit, since the same code runs.
+    `step="dense"` bit for bit, since the same code runs. With `matryoshka_widths` the inner widths have losses of
+    their own, from the same kept entries: with all latents as candidates this is SAELens' Matryoshka BatchTopK.
 
     Like BatchTopK, `encode` selects over all rows that it is given, so a token's code depends on its batch.
     """
@@ -84,6 +86,10 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             acts, hidden_pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in matrices)
             self._record(count_dense(acts, hidden_pre, self.latent_threshold), self._pool, len(acts))
             self._pool = None
+            if self.cfg.inner_widths:
+                # Matryoshka's own code, which takes rows only.
+                levels = MatryoshkaBatchTopKTrainingSAE._iterable_decode(self, output.feature_acts.flatten(0, -2))  # type: ignore[arg-type]
+                self._add_inner_losses(output, [reconstruction for _, reconstruction in levels])
         check_loss(output.loss, step_input)
         output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
         of_pools = {name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()}
@@ -121,7 +127,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             return None
         self.scan_record["second_scans"] += step.n_scans - 1
         self.scan_record["extracted_per_kept"] = step.n_extracted / max(len(step.kept.values), 1)
-        sae_out = self.run_time_activation_norm_fn_out((step.reconstruction + self.b_dec).view_as(processed))
+        *inner, reconstruction = step.reconstructions + self.b_dec
+        sae_out = self.run_time_activation_norm_fn_out(reconstruction.view_as(processed))
         sae_out = self.reshape_fn_out(sae_out, self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()}
         residual = (sae_in - sae_out).detach().reshape(x.shape)
@@ -129,7 +136,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         losses["auxiliary_reconstruction_loss"] = auxiliary
         self._record(step.counts, step.pool, len(x))
         feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
-        return TrainStepOutput(
+        output = TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
@@ -137,6 +144,17 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             loss=losses["mse_loss"] + auxiliary,
             losses=losses,
         )
+        self._add_inner_losses(output, inner)
+        return output
+
+    def _add_inner_losses(self, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
+        """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_in)."""
+        for width, reconstruction in zip(self.cfg.inner_widths, reconstructions, strict=True):
+            inner = reconstruction.view(*output.feature_acts.shape[:-1], -1)
+            inner = self.reshape_fn_out(self.run_time_activation_norm_fn_out(inner), self.d_head)
+            loss = self.mse_loss_fn(inner, output.sae_in).sum(dim=-1).mean()
+            output.losses[f"inner_mse_loss_{width}"] = loss
+            output.loss = output.loss + self.cfg.inner_loss_coefficient * loss
 
     def select(self, x: Tensor, draw: int) -> Tensor:
         """Feature activations, shape (..., d_sae), as training selects them from `x`, all of it one batch.

@@ -30,7 +30,7 @@ def test_every_gradient_is_that_of_differences(rescale, by_input_bias):
         norms = W_dec.norm(dim=1) if rescale else None
         inputs = (x.detach() if by_input_bias else x) - input_bias
         weights = Weights(W_enc, b_enc, W_dec, norms, input_bias if by_input_bias else None)
-        codes, reconstruction = encode_and_decode(inputs, weights, codes_of(inputs, W_enc, b_enc, norms))
+        codes, [reconstruction] = encode_and_decode(inputs, weights, codes_of(inputs, W_enc, b_enc, norms))
         return codes.values, reconstruction
 
     x = drawn(N_TOKENS, SIZE_IN)
@@ -42,7 +42,7 @@ def test_every_gradient_is_that_of_differences(rescale, by_input_bias):
 def test_reconstruction_is_the_product_by_hand():
     W_enc, b_enc, W_dec = drawn(SIZE_IN, N_LATENTS), drawn(N_LATENTS), drawn(N_LATENTS, SIZE_IN)
     x = drawn(N_TOKENS, SIZE_IN)
-    codes, got = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes_of(x, W_enc, b_enc, None))
+    codes, [got] = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes_of(x, W_enc, b_enc, None))
     want = [[0.0] * SIZE_IN for _ in range(N_TOKENS)]
     for value, token, latent in zip(*(column.tolist() for column in codes), strict=True):
         for i in range(SIZE_IN):
@@ -54,7 +54,7 @@ def test_reconstruction_is_the_product_by_hand():
 def test_no_entries_reconstruct_zero_with_gradients_of_zero(n_tokens):
     weights = Weights(drawn(SIZE_IN, N_LATENTS), drawn(N_LATENTS), drawn(N_LATENTS, SIZE_IN), None)
     none = Entries(torch.zeros(0, dtype=torch.double), TOKENS[:0], LATENTS[:0])
-    codes, reconstruction = encode_and_decode(drawn(n_tokens, SIZE_IN), weights, none)
+    codes, [reconstruction] = encode_and_decode(drawn(n_tokens, SIZE_IN), weights, none)
     assert torch.equal(reconstruction, torch.zeros(n_tokens, SIZE_IN, dtype=torch.double))
     (reconstruction.sum() + codes.values.sum()).backward()
     assert all((weight.grad == 0).all() for weight in weights[:3])
@@ -67,7 +67,7 @@ def test_low_precision_is_computed_in_float32_under_autocast_too(dtype):
     )
     codes = codes_of(x, W_enc, b_enc, None)
     with torch.autocast("cpu", torch.bfloat16):
-        _, got = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes)
+        _, [got] = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes)
     assert got.dtype == torch.float32
     got.square().sum().backward()
     exact = [tensor.detach().float().requires_grad_() for tensor in (x, W_enc, b_enc, W_dec)]

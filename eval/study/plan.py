@@ -15,6 +15,12 @@ GROUPED = 16
 """Group size of the arms that are about something else."""
 NARROW = (3, 5)
 """Pool factors with a control: a BatchTopK SAE of the pool's size, for what comes of having few latents alone."""
+NESTED: dict[str, tuple[float, list[float] | None]] = {
+    "nested_10": (10, None),
+    "nested_20": (20, None),
+    "nested_20_quota": (20, [0.2, 0.3, 0.5]),
+}
+"""Pool factor and quota of the arms with nested losses in groups."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Unit:
 def arms(study: Study) -> list[Arm]:
     """All arms, the ones that matter most first."""
     sampled, n, more = SampledTopKTrainingSAEConfig, study.n_seeds, study.n_stability_seeds
-    fixed = study.fixed_pool_factor
+    fixed, widths = study.fixed_pool_factor, nested_widths(study.d_sae)
     plan = [
         Arm("batchtopk", "BatchTopK", BatchTopKTrainingSAEConfig, more),
         Arm("topk", "TopK", TopKTrainingSAEConfig, n),
@@ -70,9 +76,13 @@ def arms(study: Study) -> list[Arm]:
             "Matryoshka BatchTopK",
             MatryoshkaBatchTopKTrainingSAEConfig,
             n,
-            {"matryoshka_widths": [study.d_sae // 16, study.d_sae // 4, study.d_sae]},
+            {"matryoshka_widths": widths},
         ),
     ]
+    for name, (factor, quota) in NESTED.items():
+        label = f"nested, {pool_label(factor, GROUPED)}" + (", quota" if quota else "")
+        fields = {"matryoshka_widths": widths, "pool_factor": factor, "pool_group_size": GROUPED, "pool_quota": quota}
+        plan.append(Arm(name, label, sampled, n, fields))
     for factor in NARROW:
         label = f"BatchTopK as wide as pool {factor:g}"
         plan.append(Arm(narrow_name(factor), label, BatchTopKTrainingSAEConfig, n, width_over_k=factor))
@@ -101,6 +111,11 @@ def arms(study: Study) -> list[Arm]:
             label = f"{source.label}, global threshold at L0 {study.k:g}"
             plan.append(Arm(f"{source.name}_global", label, sampled, n, source.fields, exported_from=source.name))
     return plan
+
+
+def nested_widths(d_sae: int) -> list[int]:
+    """Widths of the levels of Matryoshka and of nested pools."""
+    return [d_sae // 16, d_sae // 4, d_sae]
 
 
 def pool_name(factor: float, size: int | None) -> str:
@@ -136,8 +151,8 @@ def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
 def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
     """The arm's config on synthetic data: the pool factors are those of the language model."""
     synthetic, fields = study.synthetic, dict(arm.fields)
-    if arm.name == "matryoshka":
-        fields["matryoshka_widths"] = [synthetic.d_sae // 16, synthetic.d_sae // 4, synthetic.d_sae]
+    if "matryoshka_widths" in fields:
+        fields["matryoshka_widths"] = nested_widths(synthetic.d_sae)
     if arm.name == "pool_all":
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
     seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
@@ -185,4 +200,5 @@ def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     names += [pool_name(fixed, size) for size in (None, GROUPED)]
     names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
     by_name = {arm.name: arm for arm in arms(study)}
-    return combinations_with_replacement([by_name[name] for name in names], 2)
+    yield from combinations_with_replacement([by_name[name] for name in names], 2)
+    yield from ((by_name[name], by_name[name]) for name in NESTED)

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from sae_lens import LoggingConfig
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import (
     SyntheticModel,
     SyntheticModelConfig,
@@ -42,20 +43,25 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
     runner = SyntheticSAERunner(cfg, override_synthetic_model=data)
     torch.manual_seed(unit.seed)  # and the data are the same
     trained = runner.run().sae
-    [exported] = load_saes([(unit.name, trained)], study.device)
+    metrics = evaluate_on_synthetic_data(trained, data, synthetic.eval_samples, synthetic.batch_size, study.device)
+    pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}
+    storage.synthetic.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics, "pools": pools})
+
+
+def evaluate_on_synthetic_data(
+    trained: TrainingSAE, data: SyntheticModel, n_samples: int, batch_size: int, device: str
+) -> dict[str, float]:
+    """Metrics of an SAE's export, and of the SAE as it selects in training."""
+    [exported] = load_saes([("export", trained)], device)
     evaluations = []
     for sae in (exported.sae, trained.eval()):
         torch.manual_seed(0)
         evaluation = eval_sae_on_synthetic_data(
-            sae,
-            data.feature_dict,
-            data.activation_generator,
-            num_samples=synthetic.eval_samples,
-            batch_size=synthetic.batch_size,
+            sae, data.feature_dict, data.activation_generator, num_samples=n_samples, batch_size=batch_size
         )
         evaluations.append(evaluation)
     export, in_training = evaluations
-    metrics = {
+    return {
         "fvu": 1 - export.explained_variance,
         "fvu_in_training": 1 - in_training.explained_variance,
         "l0": export.sae_l0,
@@ -67,8 +73,6 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
         "uniqueness": export.uniqueness,
         "dead": export.dead_latents / exported.sae.cfg.d_sae,
     }
-    pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}
-    storage.synthetic.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics, "pools": pools})
 
 
 @cache

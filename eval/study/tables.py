@@ -44,6 +44,10 @@ def baselines() -> list[str]:
     return ["batchtopk", "topk", "matryoshka"]
 
 
+def nested_arms() -> list[str]:
+    return ["batchtopk", pool_name(10, GROUPED), "matryoshka", *plan.NESTED]
+
+
 def controls() -> list[str]:
     return [plan.narrow_name(factor) for factor in plan.NARROW]
 

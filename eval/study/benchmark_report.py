@@ -1,0 +1,110 @@
+"""The page about nested losses, `eval/NESTED.md`: tables over features and seeds, and answers looked up in them."""
+
+from pathlib import Path
+from typing import Any
+
+from pages import markdown_table, render
+from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
+from study import tables
+from study.benchmark_plan import BENCHMARKS, Benchmark
+from study.configs import STUDIES
+from study.storage import Key, Storage
+from study.summary import Summary, shown
+
+TEMPLATE = Path(__file__).parent / "templates" / "nested.md"
+COLUMNS = {
+    "F1": "f1",
+    "MCC": "mcc",
+    "FVU": "fvu",
+    "FVU in training": "fvu_in_training",
+    "L0": "l0",
+    "uniqueness": "uniqueness",
+    "dead": "dead",
+}
+REPORTED = ("features_42", "features_43")
+"""Data that are reported together."""
+
+
+class BenchmarkSummary:
+    """Results by stream of samples (data and seed), k and arm."""
+
+    def __init__(self, benchmark: Benchmark, results: dict[Key, dict[str, Any]]) -> None:
+        self.benchmark, self.results = benchmark, results
+
+    def values(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> dict[tuple[str, int], float]:
+        """Values by data and seed."""
+        return {
+            (of_data, seed): result["metrics"][metric]
+            for (of_data, of_k, of_arm, seed), result in self.results.items()
+            if of_data in data and of_k == k and of_arm == arm
+        }
+
+    def mean(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> Estimate | None:
+        """Mean over data and seeds."""
+        values = list(self.values(arm, k, metric, data).values())
+        return estimate(values) if values else None
+
+    def difference(
+        self, arm: str, other: str, k: int, metric: str, data: tuple[str, ...] = REPORTED
+    ) -> Estimate | None:
+        """Mean of the differences of two arms that saw the same samples."""
+        a, b = self.values(arm, k, metric, data), self.values(other, k, metric, data)
+        both = [a[stream] - b[stream] for stream in a if stream in b]
+        return estimate(both) if both else None
+
+    def table(self, k: int) -> str:
+        """All arms at one k."""
+        rows = [
+            [arm.label, *(shown(self.mean(name, k, metric), metric) for metric in COLUMNS.values())]
+            for name, arm in self.benchmark.arms.items()
+            if self.values(name, k, "f1")
+        ]
+        return markdown_table(["", *COLUMNS], rows)
+
+    def causes_table(self, k: int = 4) -> str:
+        """Matryoshka less BatchTopK, by kind of hierarchy and number of latents."""
+        rows = []
+        for names in (("features_42",), ("wide",), ("plain_hierarchy",), ("plain_hierarchy_wide",)):
+            data = self.benchmark.data[names[0]]
+            hierarchy = "plain" if "plain" in names[0] else "compensated, scaled by parent"
+            differences = [
+                shown(self.difference("matryoshka", "batchtopk", k, metric, names), metric, signed=True)
+                for metric in ("f1", "mcc", "fvu")
+            ]
+            rows.append([hierarchy, str(data.d_sae), *differences])
+        return markdown_table(["hierarchy", "d_sae", "F1", "MCC", "FVU"], rows)
+
+    @property
+    def n_streams(self) -> int:
+        """Number of streams of samples behind the reported means."""
+        return len({(data, seed) for data, _, _, seed in self.results if data in REPORTED})
+
+
+def write_nested_page(results: dict[Key, dict[str, Any]], eval_folder: Path) -> Path:
+    """Write the page."""
+    page = eval_folder / "NESTED.md"
+    page.write_text(render_nested_page(results))
+    return page
+
+
+def render_nested_page(results: dict[Key, dict[str, Any]]) -> str:
+    """The page, from the results of the small benchmark and of the study on the bundled language model."""
+    small, model = BenchmarkSummary(BENCHMARKS["small"], results), Summary(tiny_storage())
+
+    def number(arm: str, k: int, metric: str) -> str:
+        return shown(small.mean(arm, k, metric), metric)
+
+    def difference(arm: str, other: str, k: int, metric: str) -> str:
+        return shown(small.difference(arm, other, k, metric), metric, signed=True)
+
+    def on_model(arm: str, other: str, metric: str) -> str:
+        return shown(model.difference(arm, other, metric), metric, signed=True)
+
+    return render(
+        TEMPLATE, small=small, model=model, tables=tables, number=number, difference=difference, on_model=on_model
+    )
+
+
+def tiny_storage() -> Storage:
+    """The committed results on the bundled language model."""
+    return Storage(STUDIES["tiny"], TEMPLATE.parents[2] / "results" / "study_tiny", Path("study_output"))

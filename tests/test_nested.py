@@ -1,0 +1,312 @@
+"""Nested (Matryoshka) losses inside the pool, and the pool's quota for each level."""
+
+import contextlib
+
+import oracles
+import pytest
+import torch
+from helpers import D_IN, D_SAE, K, activations, config, gradients, randomise, sampled_sae, step_input, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE
+from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
+
+from sae_lens_sampled import from_batchtopk
+from sae_lens_sampled.selection import quota_sizes, sampled_topk
+from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode
+
+WIDTHS = [4, 13, D_SAE]
+NESTED = {"matryoshka_widths": [10, 60, 200]}
+"""Fields of `an_sae`, of 200 latents."""
+QUOTA = {**NESTED, "pool_quota": [0.3, 0.3, 0.4]}
+
+
+def matryoshka_sae(**fields):
+    given = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "aux_loss_coefficient": 1 / 32, "matryoshka_widths": list(WIDTHS)}
+    sae = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**{**given, **fields}))
+    randomise(sae)
+    return sae
+
+
+def autocast(enabled: bool):
+    return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+FIELDS = [{}, {"rescale_acts_by_decoder_norm": False}, {"k": 2.7}, {"apply_b_dec_to_input": False}]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_a_pool_of_all_latents_is_saelens_matryoshka_to_the_last_bit(bfloat16, fields):
+    """Activations, losses, every gradient and weight, the threshold: over 20 steps of training with dead latents."""
+    ours = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="dense", **fields)
+    theirs = matryoshka_sae(**fields)
+    optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (ours, theirs)]
+    for number in range(20):
+        batch = activations(31, seed=number)
+        with autocast(bfloat16):
+            mine, want = (sae.training_forward_pass(step_input(batch, n_dead=number % 9)) for sae in (ours, theirs))
+        assert torch.equal(mine.feature_acts, want.feature_acts)
+        assert torch.equal(mine.loss, want.loss)
+        assert list(mine.losses) == list(want.losses)
+        assert all(torch.equal(mine.losses[name], want.losses[name]) for name in want.losses)
+        mine_gradients, want_gradients = gradients(ours, mine), gradients(theirs, want)
+        assert all(torch.equal(mine_gradients[name], want_gradients[name]) for name in want_gradients)
+        assert torch.equal(ours.topk_threshold, theirs.topk_threshold)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_on_the_kept_entries_it_is_saelens_matryoshka_up_to_rounding(fields):
+    ours = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="kept", **fields).double()
+    theirs = matryoshka_sae(**fields).double()
+    optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (ours, theirs)]
+    for number in range(20):
+        batch = activations(31, seed=number).double()
+        mine, want = (sae.training_forward_pass(step_input(batch, n_dead=number % 9)) for sae in (ours, theirs))
+        assert mine.feature_acts.is_sparse
+        torch.testing.assert_close(mine.losses, want.losses)
+        torch.testing.assert_close(gradients(ours, mine), gradients(theirs, want), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_on_the_kept_entries_under_autocast_the_losses_are_saelens_matryoshka_losses():
+    ours, theirs = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="kept"), matryoshka_sae()
+    with autocast(True):
+        mine, want = (sae.training_forward_pass(step_input(activations(31), n_dead=6)) for sae in (ours, theirs))
+    torch.testing.assert_close(mine.losses, want.losses, rtol=2e-2, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("step_name", ["kept", "dense"])
+@pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
+@pytest.mark.parametrize("one_level", [{}, {"pool_quota": [1.0]}], ids=str)
+def test_one_level_is_none_to_the_last_bit(step_name, pool, one_level):
+    plain = an_sae(step=step_name, **pool)
+    nested = an_sae(step=step_name, matryoshka_widths=[200], **one_level, **pool)
+    for number in range(3):
+        mine, want = (step(sae, activations(50, seed=number), 30, number) for sae in (nested, plain))
+        assert list(mine.losses) == list(want.losses)
+        assert torch.equal(mine.loss, want.loss)
+        mine_gradients, want_gradients = gradients(nested, mine), gradients(plain, want)
+        assert all(torch.equal(mine_gradients[name], want_gradients[name]) for name in want_gradients)
+
+
+@pytest.mark.parametrize("levels", [NESTED, QUOTA], ids=["nested", "quota"])
+@pytest.mark.parametrize(
+    "pool",
+    [{"pool_factor": 5}, {"pool_factor": 30}, {"pool_factor": 10, "pool_group_size": 16}, ALL],
+    ids=["columns", "one pool", "groups", "all"],
+)
+@pytest.mark.parametrize("rescale", [True, False])
+def test_every_path_gives_the_same_numbers(levels, pool, rescale):
+    def run(sae):
+        for number in range(2):
+            step(sae, activations(50, seed=number), 30, number)
+        return step(sae, activations(50, seed=9), 30, 3)
+
+    sae = an_sae(rescale_acts_by_decoder_norm=rescale, **levels, **pool)
+    assert_equal_steps(*on_both_paths(sae, run), rtol=1e-4, atol=1e-5)
+
+
+def test_inner_losses_are_of_the_first_latents_alone():
+    """Plain loops, with the kept activations given."""
+    sae = an_sae(pool_factor=10, pool_group_size=16, **QUOTA)
+    output = step(sae, x := activations(20))
+    acts, norms = output.feature_acts.to_dense().tolist(), sae.W_dec.norm(dim=1).tolist()
+    W_dec, b_dec = sae.W_dec.tolist(), sae.b_dec.tolist()
+    for width in (10, 60):
+        total = 0.0
+        for row, inputs in zip(acts, x.tolist(), strict=True):
+            for i in range(D_IN):
+                reconstruction = b_dec[i] + sum(row[j] / norms[j] * W_dec[j][i] for j in range(width) if row[j])
+                total += (inputs[i] - reconstruction) ** 2
+        assert output.losses[f"inner_mse_loss_{width}"].item() == pytest.approx(total / 20, rel=1e-4)
+    assert output.loss.item() == pytest.approx(sum(value.item() for value in output.losses.values()))
+
+
+def test_the_coefficient_weighs_the_inner_losses():
+    plain, light, none = (an_sae(inner_loss_coefficient=weight, **NESTED) for weight in (1, 0.25, 0))
+    (full, quarter, zero) = (step(sae, activations(50)) for sae in (plain, light, none))
+    inner = full.losses["inner_mse_loss_10"] + full.losses["inner_mse_loss_60"]
+    torch.testing.assert_close(full.loss - zero.loss, inner)
+    torch.testing.assert_close(quarter.loss - zero.loss, 0.25 * inner)
+    torch.testing.assert_close(quarter.losses, full.losses)  # what is logged is the error itself
+
+
+def test_decoding_by_levels_has_the_gradients_of_differences():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.double).requires_grad_()
+
+    tokens, latents = torch.tensor([0, 0, 0, 1, 3, 3]), torch.tensor([0, 3, 4, 2, 1, 4])
+
+    def function(x, W_enc, b_enc, W_dec):
+        weights = Weights(W_enc, b_enc, W_dec, W_dec.norm(dim=1))
+        with torch.no_grad():
+            values = weights.hidden_pre(x)[tokens, latents]
+        codes, reconstructions = encode_and_decode(x, weights, Entries(values, tokens, latents), [1, 3])
+        assert reconstructions.shape == (3, 4, 3)
+        return codes.values, reconstructions
+
+    assert torch.autograd.gradcheck(function, (drawn(4, 3), drawn(3, 5), drawn(5), drawn(5, 3)))
+
+
+@pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
+@pytest.mark.parametrize("step_name", ["kept", "dense"])
+def test_leading_dimensions_are_rows(pool, step_name):
+    """SAELens' own slices the tokens of three-dimensional input."""
+    flat, folded = an_sae(step=step_name, **QUOTA, **pool), an_sae(step=step_name, **QUOTA, **pool)
+    want, got = step(flat, activations(48)), step(folded, activations(48).view(4, 12, D_IN))
+    torch.testing.assert_close(got.losses, want.losses)
+    torch.testing.assert_close(gradients(folded, got), gradients(flat, want))
+
+
+@pytest.mark.parametrize("step_name", ["kept", "dense"])
+def test_merged_heads_have_inner_losses(step_name):
+    plain, heads = (an_sae(step=step_name, pool_factor=10, pool_group_size=16, **NESTED) for _ in range(2))
+    heads.turn_on_forward_pass_hook_z_reshaping()
+    want, got = step(plain, activations(32)), step(heads, activations(32).view(32, 3, D_IN // 3))
+    for width in (10, 60):  # a mean over heads in place of tokens
+        name = f"inner_mse_loss_{width}"
+        torch.testing.assert_close(got.losses[name] * 3, want.losses[name])
+
+
+# The quota.
+
+
+def test_what_narrow_levels_cannot_take_goes_to_the_widest():
+    # 120 candidates by .5, .4, .1: 60, 48, 12. The levels have 10, 140 and 10 latents, so the widest takes 50 + 2 more.
+    assert quota_sizes([0.5, 0.4, 0.1], [10, 140, 10], 120) == [10, 100, 10]
+
+
+@given(
+    widths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    shares=st.lists(st.integers(0, 9), min_size=5),
+    data=st.data(),
+)
+def test_quota_sizes_match_plain_loops(widths, shares, data):
+    shares = shares[: len(widths)]
+    quota = [share / sum(shares) for share in shares] if sum(shares) else [1 / len(widths)] * len(widths)
+    n = data.draw(st.integers(1, sum(widths)))
+    sizes = quota_sizes(quota, widths, n)
+    # One candidate after the other to the widest level with room, from the rounded and capped shares on.
+    want, end = [], 0.0
+    for share, width in zip(quota, widths, strict=True):
+        start, end = end, end + share
+        want.append(min(round(n * end) - round(n * start), width))
+    while sum(want) < n:
+        want[max((i for i in range(len(widths)) if want[i] < widths[i]), key=lambda i: (widths[i], -i))] += 1
+    assert sizes == want
+    assert all(abs(size - n * share) <= 1 for size, share in zip(sizes, quota, strict=True)) or any(
+        size == width for size, width in zip(sizes, widths, strict=True)
+    )
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(3, 12)),
+    quota=st.sampled_from([[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]]),
+    pool_factor=st.floats(1, 6),
+    group_size=st.sampled_from([None, 1, 4]),
+    seed=st.integers(0, 99),
+)
+def test_pools_with_a_quota_match_plain_loops(sizes, quota, pool_factor, group_size, seed):
+    n_tokens, d_sae = sizes
+    width = 1 + seed % (d_sae - 1)
+    try:
+        cfg = config(
+            d_sae=d_sae,
+            k=2,
+            pool_factor=pool_factor,
+            pool_group_size=group_size,
+            matryoshka_widths=[width, d_sae],
+            pool_quota=quota,
+        )
+    except ValueError:  # a level without a candidate
+        return
+    generator = torch.Generator().manual_seed(seed)
+    acts = torch.randint(-2, 4, (n_tokens, d_sae), generator=generator).clamp(min=0).float()  # many ties
+    kept, pools = sampled_topk(acts, cfg, torch.tensor(0))
+    (inner, n_inner), (outer, n_outer) = cfg.pool_parts
+    rows = acts.tolist()
+    want = [
+        first | {width + latent for latent in rest}
+        for first, rest in zip(
+            oracles.pools([row[inner] for row in rows], "l2_norm", n_inner, group_size),
+            oracles.pools([row[outer] for row in rows], "l2_norm", n_outer, group_size),
+            strict=True,
+        )
+    ]
+    assert [set(pool) for pool in pools.tolist()] == want
+    assert (pools.diff(dim=1) > 0).all()
+    assert sorted(kept[kept > 0].tolist()) == oracles.kept_values(rows, want, 2 * n_tokens, group_size)
+
+
+def test_a_quota_of_all_latents_has_no_effect():
+    plain, shared = an_sae(**NESTED, **ALL), an_sae(**QUOTA, **ALL)
+    assert torch.equal(step(shared, activations(50)).loss, step(plain, activations(50)).loss)
+
+
+# Around the step.
+
+
+def test_the_export_has_no_levels_and_loads_in_plain_saelens(tmp_path):
+    sae = sampled_sae(matryoshka_widths=WIDTHS, pool_quota=[0.3, 0.3, 0.4], pool_factor=10)
+    train(sae, 30)
+    sae.save_inference_model(tmp_path)
+    exported = SAE.load_from_disk(tmp_path)
+    assert exported.cfg.architecture() == "jumprelu"
+    assert not any(name in exported.cfg.to_dict() for name in ("matryoshka_widths", "pool_quota"))
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    fields = {"matryoshka_widths": WIDTHS, "pool_quota": [0.3, 0.3, 0.4], "pool_factor": 6}
+    sae = sampled_sae(**fields)
+    train(sae, 5)
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    assert loaded.cfg == sae.cfg
+    selecting = SAE.load_from_disk(tmp_path)
+    assert torch.equal(selecting.encode(activations(20)), loaded.encode(activations(20)))
+    assert train(loaded, 5, first=5) == train(sae, 5, first=5)
+
+
+def test_pools_start_from_the_weights_of_a_matryoshka_sae():
+    theirs = matryoshka_sae()
+    ours = from_batchtopk(theirs, config(matryoshka_widths=WIDTHS, pool_factor=D_SAE, step="dense"))
+    mine, want = (sae.training_forward_pass(step_input(activations(31))) for sae in (ours, theirs))
+    assert torch.equal(mine.loss, want.loss)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"matryoshka_widths": [4, 13]}, r"matryoshka_widths=\[4, 13\] must be .* ends in d_sae=40, or None"),
+        ({"matryoshka_widths": []}, r"matryoshka_widths=\[\] must be a list of whole numbers"),
+        ({"matryoshka_widths": [4.5, 40]}, r"matryoshka_widths=\[4.5, 40\] must be a list of whole numbers"),
+        ({"matryoshka_widths": 40}, "matryoshka_widths=40 must be a list of whole numbers"),
+        ({"matryoshka_widths": [13, 13, 40]}, r"\[13, 13, 40\] must be positive and strictly increasing"),
+        ({"matryoshka_widths": [0, 40]}, r"\[0, 40\] must be positive and strictly increasing"),
+        ({"inner_loss_coefficient": -1}, "inner_loss_coefficient=-1 must be a finite number of at least 0"),
+        ({"inner_loss_coefficient": "1"}, "inner_loss_coefficient='1' must be a finite number"),
+        ({"pool_quota": [0.5, 0.5]}, r"pool_quota=\[0.5, 0.5\] is of levels, but there are none"),
+        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5]}, r"share for each of the 3 levels"),
+        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, "0"]}, r"share for each of the 3 levels"),
+        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, 0.5]}, r"sum to 1; they sum to 1.5"),
+        ({"matryoshka_widths": WIDTHS, "pool_quota": [1.5, -1, 0.5]}, r"shares of at least 0 that sum to 1"),
+        (
+            {"matryoshka_widths": WIDTHS, "pool_quota": [0.01, 0.49, 0.5]},
+            r"gives the levels \[0, 6, 6\] of the 12",
+        ),
+    ],
+    ids=str,
+)
+def test_impossible_levels_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
