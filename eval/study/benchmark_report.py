@@ -74,6 +74,11 @@ class BenchmarkSummary:
             rows.append([hierarchy, str(data.d_sae), *differences])
         return markdown_table(["hierarchy", "d_sae", "F1", "MCC", "FVU"], rows)
 
+    def streams(self) -> str:
+        """How many seeds there are of each dictionary of features, in words."""
+        n_seeds = {data: len({key[3] for key in self.results if key[0] == data}) for data in REPORTED}
+        return ", ".join(f"{n} with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
+
     @property
     def n_streams(self) -> int:
         """Number of streams of samples behind the reported means."""
