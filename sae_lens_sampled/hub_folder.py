@@ -37,7 +37,6 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
         raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
     if isinstance(sae, TrainingSAE):
         if sae.cfg.architecture() == "sampled_topk":
-            check_weights(sae, name)
             _exported(sae, name).save_model(target)
         else:
             sae.save_inference_model(target)
@@ -51,7 +50,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
 def _exported(sae: TrainingSAE[Any], name: str) -> SAE[Any]:
     try:
         return to_jumprelu(sae)
-    except ValueError as error:  # thresholds that are NaN
+    except ValueError as error:
         raise ValueError(f"{name} cannot be exported: {error}") from error
 
 

@@ -174,7 +174,8 @@ def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
     broken = an_sae()
     broken.W_enc.data[3, 4] = torch.nan
     with pytest.raises(EvalError) as error:
-        run([("one", broken)], tmp_path, ["core", "sparse_probing"])
+        evals = ["core", "sparse_probing"]
+        run([("one", broken)], tmp_path, evals, overrides={name: SMALL[name] for name in evals})
     assert str(error.value) == (
         "2 of 2 results are missing:\ncore of one_custom_sae, sparse_probing of one_custom_sae: ValueError: 1 of 8,192 "
         "entries of W_enc are not finite, so this SAE is of no use: its training has diverged. Take an earlier "
