@@ -221,7 +221,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_no_half(r
         raise OSError("No space left on device")
 
     monkeypatch.setattr(ActivationsStore, "save_to_checkpoint", disk_is_full)
-    with pytest.raises(TrainError, match="there is more to write, but .* MB left"):
+    with pytest.raises(TrainError, match=r"there is more to write, but .* MB left"):
         train([*arguments, "--resume_from_checkpoint", str(run_folder / "384")])
     (new,) = set(run_folder.parent.iterdir()) - {run_folder}
     assert [checkpoint.name for checkpoint in new.iterdir()] == ["384"]

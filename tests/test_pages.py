@@ -17,7 +17,8 @@ def row(l0, fvu, **fields):
 def test_the_index_names_every_script_and_every_page():
     eval_folder = check_export.EVAL
     index = (eval_folder / "README.md").read_text()
-    files = [*eval_folder.glob("*.py"), *eval_folder.glob("*.md"), eval_folder / "study" / "run.py"]
+    scripts = [*eval_folder.glob("*.py"), *(eval_folder / "study" / f"{name}.py" for name in ("run", "benchmark"))]
+    files = [*scripts, *eval_folder.glob("*.md")]
     missing = [file for file in files if f"({file.relative_to(eval_folder)})" not in index and file.name != "README.md"]
     assert not missing
 

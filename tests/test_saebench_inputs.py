@@ -173,8 +173,8 @@ def test_saes_of_different_models_need_the_model_named(tmp_path):
 def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
     broken = an_sae()
     broken.W_enc.data[3, 4] = torch.nan
+    evals = ["core", "sparse_probing"]
     with pytest.raises(EvalError) as error:
-        evals = ["core", "sparse_probing"]
         run([("one", broken)], tmp_path, evals, overrides={name: SMALL[name] for name in evals})
     assert str(error.value) == (
         "2 of 2 results are missing:\ncore of one_custom_sae, sparse_probing of one_custom_sae: ValueError: 1 of 8,192 "

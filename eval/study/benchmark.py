@@ -5,7 +5,7 @@
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
     python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000  # on two CPU cores, in hours
 
-All arms of a seed start from the same weights and see the same samples. Run it again and it goes on where it was: a
+All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on where it was: a
 result that is there is never computed again, and a killed run continues from its last checkpoint.
 """
 
@@ -81,7 +81,7 @@ def run(benchmark: Benchmark, together: Sequence[BenchmarkUnit], work: Path) -> 
         torch.manual_seed(unit.seed)  # the same weights in every arm
         saes[unit.arm] = new_sae(benchmark, unit)
     trainer = new_trainer(benchmark, saes, work / "-".join(map(str, first.stream)))
-    trainer.data_provider = stream(data, first.seed, benchmark.batch_size, trainer.n_training_samples)
+    trainer.data_provider = stream(data, benchmark.batch_size, trainer.n_training_samples)
     trainer.fit()
     for unit in together:
         metrics = evaluate_on_synthetic_data(
@@ -124,10 +124,10 @@ def finish_checkpoint(checkpoint_path: Path | None) -> None:
             shutil.rmtree(other)
 
 
-def stream(data: SyntheticModel, seed: int, batch_size: int, n_seen: int) -> Iterator[dict[str, Tensor]]:
-    """Batches that depend on the seed and on their place alone, so that a resumed run sees the same ones."""
+def stream(data: SyntheticModel, batch_size: int, n_seen: int) -> Iterator[dict[str, Tensor]]:
+    """Batches that depend on their place alone: every arm and seed sees the same ones, and a resumed run too."""
     for batch in count(n_seen // batch_size):
-        with temporary_seed(2**32 * (seed + 1) + batch), torch.no_grad():
+        with temporary_seed(batch), torch.no_grad():
             samples = data.sample(batch_size)
         yield {"data": samples}
 

@@ -26,7 +26,7 @@ REPORTED = ("features_42", "features_43")
 
 
 class BenchmarkSummary:
-    """Results by stream of samples (data and seed), k and arm."""
+    """Results by data, k, arm and seed."""
 
     def __init__(self, benchmark: Benchmark, results: dict[Key, dict[str, Any]]) -> None:
         self.benchmark, self.results = benchmark, results
@@ -47,7 +47,7 @@ class BenchmarkSummary:
     def difference(
         self, arm: str, other: str, k: int, metric: str, data: tuple[str, ...] = REPORTED
     ) -> Estimate | None:
-        """Mean of the differences of two arms that saw the same samples."""
+        """Mean of the differences of two arms that started from the same weights."""
         a, b = self.values(arm, k, metric, data), self.values(other, k, metric, data)
         both = [a[stream] - b[stream] for stream in a if stream in b]
         return estimate(both) if both else None
@@ -74,15 +74,10 @@ class BenchmarkSummary:
             rows.append([hierarchy, str(data.d_sae), *differences])
         return markdown_table(["hierarchy", "d_sae", "F1", "MCC", "FVU"], rows)
 
-    def streams(self) -> str:
+    def seeds(self) -> str:
         """How many seeds there are of each dictionary of features, in words."""
         n_seeds = {data: len({key[3] for key in self.results if key[0] == data}) for data in REPORTED}
-        return ", ".join(f"{n} with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
-
-    @property
-    def n_streams(self) -> int:
-        """Number of streams of samples behind the reported means."""
-        return len({(data, seed) for data, _, _, seed in self.results if data in REPORTED})
+        return ", ".join(f"{n} seeds with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
 
 
 def write_nested_page(results: dict[Key, dict[str, Any]], eval_folder: Path) -> Path:
