@@ -5,8 +5,8 @@
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
     python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000  # on two CPU cores, in hours
 
-All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on where it was: a
-result that is there is never computed again, and a killed run continues from its last checkpoint.
+All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
+where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
 """
 
 import argparse
