@@ -177,7 +177,9 @@ def test_committed_results_have_a_row_for_each_unit_of_the_plan(name):
     }
     table, keys = planned[name]
     frame = pd.read_json(table.file, lines=True)
-    assert list(table.load()) == list(frame[list(table.key_fields)].itertuples(index=False, name=None)) == keys
+    finished = list(table.load())
+    assert finished == list(frame[list(table.key_fields)].itertuples(index=False, name=None))
+    assert sorted(finished) == sorted(keys)  # arms may have been added later
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
