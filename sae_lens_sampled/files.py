@@ -111,8 +111,8 @@ def no_space_told(folder: Path, need: str = "there is more to write") -> Iterato
             raise
         free = _size(shutil.disk_usage(folder).free)
         raise NoSpaceError(
-            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder, and run the same "
-            "again: what is finished is kept."
+            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder: what is finished is "
+            "kept."
         ) from error
 
 

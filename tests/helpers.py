@@ -95,3 +95,23 @@ def gradients(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, Tenso
     sae.zero_grad()
     output.loss.backward()
     return {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
+
+
+def assert_equal_training(ours: TrainingSAE[Any], theirs: TrainingSAE[Any], bfloat16: bool) -> None:
+    """Activations, losses, every gradient and weight, the threshold: equal to the last bit over 20 Adam steps."""
+    optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (ours, theirs)]
+    for step in range(20):
+        given = step_input(activations(31, seed=step), n_dead=step % 9)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            mine, want = (sae.training_forward_pass(given) for sae in (ours, theirs))
+        for name in ("feature_acts", "hidden_pre", "sae_out", "loss"):
+            assert torch.equal(getattr(mine, name), getattr(want, name)), name
+        assert list(mine.losses) == list(want.losses)
+        assert all(torch.equal(mine.losses[name], want.losses[name]) for name in want.losses)
+        mine_gradients, want_gradients = gradients(ours, mine), gradients(theirs, want)
+        assert mine_gradients.keys() == want_gradients.keys()
+        assert all(torch.equal(mine_gradients[name], want_gradients[name]) for name in want_gradients)
+        assert torch.equal(ours.topk_threshold, theirs.topk_threshold)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -1,11 +1,21 @@
 """Nested (Matryoshka) losses inside the pool, and the pool's quota for each level."""
 
-import contextlib
-
 import oracles
 import pytest
 import torch
-from helpers import D_IN, D_SAE, K, activations, config, gradients, randomise, sampled_sae, step_input, train
+from helpers import (
+    D_IN,
+    D_SAE,
+    K,
+    activations,
+    assert_equal_training,
+    config,
+    gradients,
+    randomise,
+    sampled_sae,
+    step_input,
+    train,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
@@ -29,10 +39,6 @@ def matryoshka_sae(**fields):
     return sae
 
 
-def autocast(enabled: bool):
-    return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
-
-
 FIELDS = [{}, {"rescale_acts_by_decoder_norm": False}, {"k": 2.7}, {"apply_b_dec_to_input": False}]
 
 
@@ -42,21 +48,7 @@ def test_a_pool_of_all_latents_is_saelens_matryoshka_to_the_last_bit(bfloat16, f
     """Activations, losses, every gradient and weight, the threshold: over 20 steps of training with dead latents."""
     ours = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="dense", **fields)
     theirs = matryoshka_sae(**fields)
-    optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (ours, theirs)]
-    for number in range(20):
-        batch = activations(31, seed=number)
-        with autocast(bfloat16):
-            mine, want = (sae.training_forward_pass(step_input(batch, n_dead=number % 9)) for sae in (ours, theirs))
-        assert torch.equal(mine.feature_acts, want.feature_acts)
-        assert torch.equal(mine.loss, want.loss)
-        assert list(mine.losses) == list(want.losses)
-        assert all(torch.equal(mine.losses[name], want.losses[name]) for name in want.losses)
-        mine_gradients, want_gradients = gradients(ours, mine), gradients(theirs, want)
-        assert all(torch.equal(mine_gradients[name], want_gradients[name]) for name in want_gradients)
-        assert torch.equal(ours.topk_threshold, theirs.topk_threshold)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert_equal_training(ours, theirs, bfloat16)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
@@ -77,7 +69,7 @@ def test_on_the_kept_entries_it_is_saelens_matryoshka_up_to_rounding(fields):
 
 def test_on_the_kept_entries_under_autocast_the_losses_are_saelens_matryoshka_losses():
     ours, theirs = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="kept"), matryoshka_sae()
-    with autocast(True):
+    with torch.autocast("cpu", torch.bfloat16):
         mine, want = (sae.training_forward_pass(step_input(activations(31), n_dead=6)) for sae in (ours, theirs))
     torch.testing.assert_close(mine.losses, want.losses, rtol=2e-2, atol=0, check_dtype=False)
 

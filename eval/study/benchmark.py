@@ -2,8 +2,9 @@
 
     python eval/study/benchmark.py --config small                # eval/NESTED.md, on two CPU cores in an hour
     python eval/study/benchmark.py --config small --report       # only renders the page again
+    python eval/study/benchmark.py --config tuning               # what its settings were chosen by
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
-    python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000  # on two CPU cores, in hours
+    python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000 --device cpu
 
 All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
 where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
@@ -36,8 +37,7 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 sys.path.append(str(EVAL.parent / "examples"))
 
 from study.benchmark_plan import BENCHMARKS, Benchmark, BenchmarkUnit, new_sae, units
-from study.benchmark_report import write_nested_page
-from study.storage import ResultTable
+from study.benchmark_report import result_table, write_nested_page
 from study.synthetic import evaluate_on_synthetic_data
 
 WHOLE = "whole"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     benchmark = BENCHMARKS[args.config]
     if args.samples:
-        benchmark = replace(benchmark, name=f"{benchmark.name}-{args.samples // 10**6}M", samples=args.samples)
+        benchmark = replace(benchmark, name=f"{benchmark.name}-{args.samples}", samples=args.samples)
     benchmark = replace(benchmark, device=args.device or benchmark.device)
     results = args.results_dir or EVAL / "results" / f"benchmark_{benchmark.name}"
     warnings.filterwarnings("ignore")  # of the hosts, about their own future
@@ -63,14 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for together in [] if args.report else tqdm(runs.values(), desc="Streams of samples"):
         for result in run(benchmark, together, work):
             table.append(result)
-    if args.config == "small":
-        print(f"Page: {write_nested_page(table.load(), EVAL)}")
-
-
-def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:
-    """The results of a benchmark; a folder of other settings is refused."""
-    fields = ("data", "k", "arm", "seed")
-    return ResultTable(folder / "results.jsonl", fields, {"benchmark": benchmark.settings()}, "benchmark")
+    if args.config in ("small", "tuning"):
+        print(f"Page: {write_nested_page(EVAL)}")
 
 
 def run(benchmark: Benchmark, together: Sequence[BenchmarkUnit], work: Path) -> Iterator[dict[str, Any]]:

@@ -85,8 +85,8 @@ class Benchmark:
     """Training steps without firing after which a latent counts as dead."""
     eval_samples: int
     """Fresh samples that an SAE is evaluated on."""
-    aux_loss_coefficient: float | None = None
-    """Weight of the auxiliary loss in every arm; None for each one's own default."""
+    aux_loss_coefficient: float
+    """Weight of the auxiliary loss, in every arm."""
     n_checkpoints: int = 0
     device: str = "cpu"
 
@@ -132,10 +132,8 @@ def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
     fields = dict(arm.fields)
     if widths := fields.get("matryoshka_widths"):
         fields["matryoshka_widths"] = [*widths, data.d_sae]
-    if benchmark.aux_loss_coefficient is not None:
-        fields["aux_loss_coefficient"] = benchmark.aux_loss_coefficient
     shared = {"d_in": data.features.hidden_dim, "d_sae": data.d_sae, "k": unit.k, "device": benchmark.device}
-    config = arm.config(**shared, **fields)
+    config = arm.config(**shared, aux_loss_coefficient=benchmark.aux_loss_coefficient, **fields)
     return get_sae_training_class(config.architecture())[0](config)
 
 
@@ -212,8 +210,50 @@ SMALL = Benchmark(
     eval_samples=32_768,
     aux_loss_coefficient=1 / 32,
 )
-"""The recipe at a size that two CPU cores train. Widths, quota, pool factor and coefficient were chosen on features of
-seed 7, which are not among these."""
+"""The recipe at a size that two CPU cores train."""
+
+LEVELS = ([32], [64], [8, 32], [16, 64], [4, 16, 64], [8, 32, 80], [16, 48, 80])
+
+TUNING = replace(
+    SMALL,
+    name="tuning",
+    data={"features_7": Data("features of seed 7", small_recipe(7), 128)},
+    arms={
+        "batchtopk": SMALL.arms["batchtopk"],
+        "groups": SMALL.arms["groups"],
+        **{
+            f"matryoshka_{'_'.join(map(str, levels))}": BenchmarkArm(
+                f"Matryoshka, {levels}", MatryoshkaBatchTopKTrainingSAEConfig, {"matryoshka_widths": levels}
+            )
+            for levels in LEVELS
+        },
+        **{
+            f"nested_{'_'.join(map(str, levels))}_{coefficient:g}": BenchmarkArm(
+                f"nested in groups, {levels}, inner loss x {coefficient:g}",
+                SAMPLED,
+                GROUPS | {"matryoshka_widths": levels, "inner_loss_coefficient": coefficient},
+            )
+            for levels in LEVELS
+            for coefficient in ((1, 0.5, 0.25) if levels in ([64], [16, 64], [4, 16, 64]) else (1,))
+        },
+        "factor_16": BenchmarkArm(
+            f"nested in groups, {INNER}, pool factor 16",
+            SAMPLED,
+            GROUPS | {"pool_factor": 16, "matryoshka_widths": INNER},
+        ),
+        **{
+            f"quota_{i}": BenchmarkArm(
+                f"nested in groups, {INNER}, quota {quota}",
+                SAMPLED,
+                GROUPS | {"matryoshka_widths": INNER, "pool_quota": quota},
+            )
+            for i, quota in enumerate(([0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.3, 0.5]))
+        },
+    },
+    ks=(4,),
+    n_seeds=2,
+)
+"""What levels, pool factor, quota and coefficient of `SMALL` were chosen by, on features that are not among its own."""
 
 INNER_16K = [128, 512, 2048]
 
@@ -241,12 +281,13 @@ SYNTH_SAE_BENCH_16K = Benchmark(
     samples=200_000_000,
     lr=3e-4,
     warm_up=0.0,
-    decay=1 / 3,
+    decay=0.0,
     dead_window=1000,
     eval_samples=500_000,
+    aux_loss_coefficient=1.0,
     n_checkpoints=50,
     device="cuda",
 )
-"""The benchmark itself; each architecture with its own auxiliary loss."""
+"""The benchmark itself, with the settings of SAELens' documentation."""
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, SYNTH_SAE_BENCH_16K)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K)}

@@ -8,7 +8,7 @@ from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from study import tables
 from study.benchmark_plan import BENCHMARKS, Benchmark
 from study.configs import STUDIES
-from study.storage import Key, Storage
+from study.storage import Key, ResultTable, Storage
 from study.summary import Summary, shown
 
 TEMPLATE = Path(__file__).parent / "templates" / "nested.md"
@@ -52,12 +52,12 @@ class BenchmarkSummary:
         both = [a[stream] - b[stream] for stream in a if stream in b]
         return estimate(both) if both else None
 
-    def table(self, k: int) -> str:
+    def table(self, k: int, data: tuple[str, ...] = REPORTED) -> str:
         """All arms at one k."""
         rows = [
-            [arm.label, *(shown(self.mean(name, k, metric), metric) for metric in COLUMNS.values())]
+            [arm.label, *(shown(self.mean(name, k, metric, data), metric) for metric in COLUMNS.values())]
             for name, arm in self.benchmark.arms.items()
-            if self.values(name, k, "f1")
+            if self.values(name, k, "f1", data)
         ]
         return markdown_table(["", *COLUMNS], rows)
 
@@ -80,31 +80,45 @@ class BenchmarkSummary:
         return ", ".join(f"{n} seeds with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
 
 
-def write_nested_page(results: dict[Key, dict[str, Any]], eval_folder: Path) -> Path:
+def write_nested_page(eval_folder: Path) -> Path:
     """Write the page."""
     page = eval_folder / "NESTED.md"
-    page.write_text(render_nested_page(results))
+    page.write_text(render_nested_page(eval_folder / "results"))
     return page
 
 
-def render_nested_page(results: dict[Key, dict[str, Any]]) -> str:
-    """The page, from the results of the small benchmark and of the study on the bundled language model."""
-    small, model = BenchmarkSummary(BENCHMARKS["small"], results), Summary(tiny_storage())
+def render_nested_page(results: Path) -> str:
+    """The page, from the results of the small benchmark and its tuning, and of the study on the language model."""
+    small, tuning = (
+        BenchmarkSummary(BENCHMARKS[name], result_table(BENCHMARKS[name], results / f"benchmark_{name}").load())
+        for name in ("small", "tuning")
+    )
+    model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
 
     def number(arm: str, k: int, metric: str) -> str:
         return shown(small.mean(arm, k, metric), metric)
 
-    def difference(arm: str, other: str, k: int, metric: str) -> str:
-        return shown(small.difference(arm, other, k, metric), metric, signed=True)
+    def differences(arm: str, other: str, metric: str) -> str:
+        """One for each k."""
+        found = [small.difference(arm, other, k, metric) for k in small.benchmark.ks]
+        return ", ".join(shown(difference, metric, signed=True) for difference in found)
 
     def on_model(arm: str, other: str, metric: str) -> str:
         return shown(model.difference(arm, other, metric), metric, signed=True)
 
     return render(
-        TEMPLATE, small=small, model=model, tables=tables, number=number, difference=difference, on_model=on_model
+        TEMPLATE,
+        small=small,
+        tuning=tuning,
+        model=model,
+        tables=tables,
+        number=number,
+        differences=differences,
+        on_model=on_model,
     )
 
 
-def tiny_storage() -> Storage:
-    """The committed results on the bundled language model."""
-    return Storage(STUDIES["tiny"], TEMPLATE.parents[2] / "results" / "study_tiny", Path("study_output"))
+def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:
+    """The results of a benchmark; a folder of other settings is refused."""
+    fields = ("data", "k", "arm", "seed")
+    return ResultTable(folder / "results.jsonl", fields, {"benchmark": benchmark.settings()}, "benchmark")
