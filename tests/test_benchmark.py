@@ -83,7 +83,11 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     assert 0 < int(checkpoint.name) < TOY.samples
     half = checkpoint.with_name(str(TOY.samples - 32))
     half.mkdir()  # of a run that was killed while it was writing one
+    written = []
+    monkeypatch.setattr(script, "finish_checkpoint", lambda checkpoint_path: written.append(int(checkpoint_path.name)))
     assert list(script.run(kept, together, tmp_path / "killed")) == want
+    assert written
+    assert min(written) > int(checkpoint.name)  # none that was passed before
 
 
 def test_differences_are_of_the_same_weights_at_the_start():
