@@ -6,7 +6,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +62,22 @@ def model_in_memory(hooked: Any) -> Iterator[None]:
 
     with mock.patch.object(HookedTransformer, "from_pretrained_no_processing", staticmethod(ready)):
         yield
+
+
+@contextmanager
+def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> Iterator[None]:
+    """Calls `on_tokens` with the number of tokens of every pass of the model, of part of its blocks too."""
+
+    def count(_model: Any, _args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, torch.Tensor) and output.ndim > 1:
+            on_tokens(output.shape[0] * output.shape[1])
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -149,6 +165,36 @@ def reserved_memory_maps() -> Iterator[None]:
         return np.memmap(filename, dtype, mode="r+", shape=shape)
 
     with mock.patch.object(absorption_probing, "np", SimpleNamespace(**{**vars(np), "memmap": memmap})):
+        yield
+
+
+@contextmanager
+def short_passes(
+    model: Any, position: int, memory: dict[tuple[str, ...], torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Absorption runs every block and the unembedding to read one block's output at one token of each prompt, and it
+    runs the same prompts again for every SAE. The numbers are the same to the last bit.
+
+    Args:
+        model: a HookedTransformer.
+        position: of the token.
+        memory: what is there already and comes to be, by hook and prompts of a batch; None to remember nothing.
+    """
+    run_with_cache = model.run_with_cache
+
+    def short(prompts: Sequence[str], names_filter: list[str]) -> tuple[None, dict[str, torch.Tensor]]:
+        [hook_name] = names_filter
+        key = (hook_name, *prompts)
+        if memory is not None and key in memory:
+            n_tokens = position + 1 if position >= 0 else -position
+            return None, {hook_name: memory[key][:, None].expand(-1, n_tokens, -1)}  # this token is all that is read
+        layer = int(hook_name.split(".")[1])
+        _, cache = run_with_cache(prompts, names_filter=names_filter, stop_at_layer=layer + 1)
+        if memory is not None:
+            memory[key] = cache[hook_name][:, position].clone()
+        return None, cache
+
+    with mock.patch.object(model, "run_with_cache", short):
         yield
 
 

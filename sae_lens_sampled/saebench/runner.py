@@ -1,8 +1,9 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from sae_lens_sampled.files import NoSpaceError, no_space_told, scratch_folder
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
-from sae_lens_sampled.saebench.models import attach, load_model
+from sae_lens_sampled.saebench.models import EvalModel, attach, load_model
 from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
@@ -196,9 +197,12 @@ def _evaluate_all(
         return results, failures
     # Work for all SAEs.
     log = setup.output_dir / "artifacts" / "sae_bench.log"
-    progress.set_postfix_str(f"{name}: language model")
     try:
-        with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+        with (
+            no_space_told(setup.output_dir),
+            patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
+            _tokens_shown(setup.model, progress, f"{name}: language model"),
+        ):
             evaluation.prepare(saes if evaluation.compares else pending)
     except NoSpaceError:  # whatever comes next would not fit either
         raise
@@ -208,9 +212,12 @@ def _evaluate_all(
         return results, {sae.name: error for sae in pending}
     # Each SAE for itself.
     for sae in pending:
-        progress.set_postfix_str(f"{name}: {sae.name}")
         try:
-            with no_space_told(setup.output_dir), patches.for_every_eval(setup.model, setup.scratch, setup.seed, log):
+            with (
+                no_space_told(setup.output_dir),
+                patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
+                _tokens_shown(setup.model, progress, f"{name}: {sae.name}"),
+            ):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])
@@ -221,6 +228,23 @@ def _evaluate_all(
             failures[sae.name] = error
         progress.update()
     return results, failures
+
+
+@contextmanager
+def _tokens_shown(model: EvalModel, progress: tqdm, doing: str) -> Iterator[None]:
+    """Shows beside the bar what is being done, and how many tokens the language model has read for it."""
+    n_tokens, shown_at = 0, time.monotonic()
+
+    def count(n: int) -> None:
+        nonlocal n_tokens, shown_at
+        n_tokens += n
+        if time.monotonic() > shown_at + 1:  # a terminal is slow
+            shown_at = time.monotonic()
+            progress.set_postfix_str(f"{doing}, {n_tokens:,} tokens")
+
+    progress.set_postfix_str(doing)
+    with patches.tokens_counted(model.hooked, count):
+        yield
 
 
 def _stamps(evaluation: Eval, saes: Sequence[EvalSAE]) -> Stamps:

@@ -1,16 +1,17 @@
 """SAEBench's absorption, with probes of the model that later runs use again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.main as absorption
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+from torch import Tensor
 
 from sae_lens_sampled.files import finish
 from sae_lens_sampled.saebench import patches
-from sae_lens_sampled.saebench.evals.base import Eval
+from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
 
 
@@ -19,6 +20,11 @@ class Absorption(Eval):
 
     name = "absorption"
     config_class = AbsorptionEvalConfig
+
+    def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
+        super().__init__(setup, overrides)
+        self.activations: dict[tuple[str, ...], Tensor] = {}
+        """Of the prompts that every SAE is evaluated on."""
 
     def defaults(self) -> dict[str, Any]:
         """SAEBench's, but fast on a small model."""
@@ -55,6 +61,7 @@ class Absorption(Eval):
                 patches.restored_random_state(self.config.random_seed),
                 patches.ordered_vocabulary(),
                 patches.reserved_memory_maps(),
+                patches.short_passes(hooked, self.config.prompt_token_pos),
             ):
                 absorption_common.train_and_save_probes(
                     hooked,
@@ -70,7 +77,12 @@ class Absorption(Eval):
         """SAEBench's result; an error where it has too few letters to give one."""
         work = self.setup.scratch / "absorption" / sae.name
         self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and fails when all work is done
-        with patches.absorption_folders(self._probes, work), patches.ordered_vocabulary():
+        hooked, position = self.setup.model.hooked, self.config.prompt_token_pos
+        with (
+            patches.absorption_folders(self._probes, work),
+            patches.ordered_vocabulary(),
+            patches.short_passes(hooked, position, self.activations),
+        ):
             results = absorption.run_eval(
                 self.config, [(sae.name, sae.sae)], self.setup.device, str(self.folder), force_rerun=True
             )
