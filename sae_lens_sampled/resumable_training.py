@@ -28,6 +28,7 @@ from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.files import whole_folder
 from sae_lens_sampled.input_checks import check_hook
 from sae_lens_sampled.normalisation import UNFOLDED
+from sae_lens_sampled.progress import live_bar
 from sae_lens_sampled.signals import Interrupted, Signals
 
 
@@ -44,10 +45,10 @@ def train(arguments: Sequence[str]) -> int:
     runner = None
     with _reasons(), Signals() as signals:
         try:
-            runner = ResumableRunner(_configure(arguments), arguments, signals)
-            runner.run()
+            with live_bar():
+                runner = ResumableRunner(_configure(arguments), arguments, signals)
+                runner.run()
         except Interrupted as interrupted:
-            _close_progress_bar(interrupted)
             checkpoint = None if runner is None else runner.checkpoint
             done = "before its first step" if checkpoint is None else f"with all that it did in {checkpoint}"
             typer.echo(
@@ -163,14 +164,7 @@ def _reasons() -> Iterator[None]:
     except (AssertionError, AttributeError, NameError, TypeError):
         raise
     except Exception as error:  # those of parser, Hub, files and torch have no common base
-        reason = _reason(error)
-        _close_progress_bar(error)
-        raise TrainError(reason) from error
-
-
-def _close_progress_bar(error: BaseException) -> None:
-    """End the bar in the frames that `error` left, or else it writes its end below what is said of the error."""
-    traceback.clear_frames(error.__traceback__)
+        raise TrainError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -148,13 +148,20 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return output
 
     def _add_inner_losses(self, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
-        """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_in)."""
+        """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_in).
+
+        Where they count no more they are still there to be logged, times 0: the record's number of steps, this one
+        counted already, stays on the device, and SAELens' own is one too low after a checkpoint.
+        """
+        last, weight = self.cfg.inner_loss_steps, self.cfg.inner_loss_coefficient
+        if last is not None:
+            weight = weight * (self.pool_record.n_steps <= last)
         for width, reconstruction in zip(self.cfg.inner_widths, reconstructions, strict=True):
             inner = reconstruction.view(*output.feature_acts.shape[:-1], -1)
             inner = self.reshape_fn_out(self.run_time_activation_norm_fn_out(inner), self.d_head)
             loss = self.mse_loss_fn(inner, output.sae_in).sum(dim=-1).mean()
             output.losses[f"inner_mse_loss_{width}"] = loss
-            output.loss = output.loss + self.cfg.inner_loss_coefficient * loss
+            output.loss = output.loss + weight * loss
 
     def select(self, x: Tensor, draw: int) -> Tensor:
         """Feature activations, shape (..., d_sae), as training selects them from `x`, all of it one batch.

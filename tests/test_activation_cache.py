@@ -107,7 +107,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_model_runs(store, tmp_path,
     of_full_disk = store()
     monkeypatch.setattr(of_full_disk, "get_activations", lambda tokens: pytest.fail("the model ran"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(NoSpaceError, match=r"the activations need 2,560.0 MB, but .* make room or choose another folder"):
+    with pytest.raises(NoSpaceError, match=r"the activations need 2,560.0 MB, but .* make room or choose another"):
         cache_activations(of_full_disk, 10**7, tmp_path, SETTINGS)
     assert not (tmp_path / PROGRESS).exists()
 

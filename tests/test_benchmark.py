@@ -9,11 +9,24 @@ import torch
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
+from helpers import D_IN, D_SAE, activations, step_input
+from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, SyntheticModelConfig
 
 from study import benchmark as script
-from study.benchmark_plan import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING, BenchmarkUnit, Data, new_sae, units
+from study.benchmark_plan import (
+    BENCHMARKS,
+    SMALL,
+    SYNTH_SAE_BENCH_16K,
+    SYNTH_SAE_BENCH_16K_CPU,
+    TUNING,
+    BenchmarkUnit,
+    Data,
+    new_sae,
+    units,
+)
 from study.benchmark_report import BenchmarkSummary, render_nested_page, result_table
+from study.synthetic import large_synthetic_model
+from study.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised
 
 EVAL = Path(__file__).parent.parent / "eval"
 FEATURES = SyntheticModelConfig(num_features=32, hidden_dim=8, seed=0)
@@ -33,7 +46,7 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert render_nested_page(EVAL / "results") == (EVAL / "NESTED.md").read_text()
 
 
-@pytest.mark.parametrize("benchmark", [SMALL, TUNING], ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [SMALL, TUNING, SYNTH_SAE_BENCH_16K_CPU], ids=lambda benchmark: benchmark.name)
 def test_committed_results_are_those_of_the_plan(benchmark):
     results = result_table(benchmark, EVAL / "results" / f"benchmark_{benchmark.name}").load()
     assert {unit.key for unit in units(benchmark)} == results.keys()
@@ -110,3 +123,47 @@ def test_the_benchmark_itself_is_as_published():
         (25, 20),
     )
     assert SYNTH_SAE_BENCH_16K.arms["matryoshka"].fields["use_matryoshka_aux_loss"]
+
+
+def test_features_in_closed_form_are_the_hosts():
+    config = replace(FEATURES, orthogonalization=OrthogonalizationConfig(num_steps=30, lr=0.01), bias=0.5)
+    theirs, ours = SyntheticModel(config), large_synthetic_model(config, "cpu")
+    vectors = theirs.feature_dict.feature_vectors
+    assert (vectors - SyntheticModel(FEATURES).feature_dict.feature_vectors).abs().max() > 0.05
+    assert torch.allclose(ours.feature_dict.feature_vectors, vectors, atol=1e-5)
+    torch.manual_seed(0)
+    want = theirs.sample(64)
+    torch.manual_seed(0)
+    assert torch.allclose(ours.sample(64), want, atol=1e-4)
+
+
+def variant(**fields) -> VariantSAE:
+    torch.manual_seed(0)
+    return VariantSAE(VariantConfig(d_in=D_IN, d_sae=D_SAE, k=2, **fields))
+
+
+def test_the_pool_grows_to_its_final_size():
+    sae = variant(pool_factor=8, moving_steps=3, first_pool_factor=2)
+    sizes = []
+    for step in range(5):
+        sae.training_forward_pass(step_input(activations(16), step=step))
+        assert sae.latest_pool is not None
+        sizes.append(sae.latest_pool.shape[1])
+    assert sizes == [4, 8, 12, 16, 16]
+
+
+def test_the_penalty_is_of_the_pooled_rows():
+    plain, penalised = variant(pool_factor=3), variant(pool_factor=3, orthogonality=0.5)
+    without, with_penalty = (sae.training_forward_pass(step_input(activations(16))).loss for sae in (plain, penalised))
+    assert penalised.latest_pool is not None
+    rows = penalised.W_dec[penalised.latest_pool[0]]
+    cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.permutations(rows, 2)]
+    want = sum(cosine**2 for cosine in cosines) / len(cosines)
+    assert mean_squared_cosine(rows).item() == pytest.approx(float(want))
+    assert (with_penalty - without).item() == pytest.approx(0.5 * float(want), rel=1e-4)
+
+
+def test_a_winsorised_score_counts_nothing_above_the_cutoff():
+    acts = torch.tensor([[[9.0, 2.0, 0.0], [0.0, 2.0, 1.0]], [[4.0, 3.0, 0.0], [0.5, 0.0, 0.0]]])
+    # Pool of 2 at factor 2: k is 1, so a group of two tokens keeps two; the second largest are 2 and 3.
+    assert winsorised(acts, 2, pool_factor=2).tolist() == [[4, 8, 1], [9.25, 9, 0]]

@@ -130,6 +130,27 @@ def test_the_coefficient_weighs_the_inner_losses():
     torch.testing.assert_close(quarter.losses, full.losses)  # what is logged is the error itself
 
 
+@pytest.mark.parametrize("path", ["kept", "dense"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_inner_losses_end_after_their_steps_and_a_checkpoint_counts_them(path, resumed, tmp_path):
+    ending, endless, plain = (
+        an_sae(step=path, **NESTED, **fields)
+        for fields in ({"inner_loss_steps": 2}, {}, {"inner_loss_coefficient": 0.0})
+    )
+    for number in range(2):
+        mine, theirs = (gradients(sae, step(sae, activations(50, seed=number))) for sae in (ending, endless))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    if resumed:
+        ending.save_model(tmp_path)
+        ending = an_sae(step=path, **NESTED, inner_loss_steps=2)
+        ending.load_weights_from_checkpoint(tmp_path)
+    output, without = (step(sae, activations(50, seed=9)) for sae in (ending, plain))
+    assert torch.equal(output.loss, without.loss)
+    assert output.losses["inner_mse_loss_10"] > 0  # logged as before
+    mine, theirs = gradients(ending, output), gradients(plain, without)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_decoding_by_levels_has_the_gradients_of_differences():
     generator = torch.Generator().manual_seed(0)
 
@@ -287,6 +308,9 @@ def test_pools_start_from_the_weights_of_a_matryoshka_sae():
         ({"matryoshka_widths": [0, 40]}, r"\[0, 40\] must be positive and strictly increasing"),
         ({"inner_loss_coefficient": -1}, "inner_loss_coefficient=-1 must be a finite number of at least 0"),
         ({"inner_loss_coefficient": "1"}, "inner_loss_coefficient='1' must be a finite number"),
+        ({"matryoshka_widths": WIDTHS, "inner_loss_steps": 0}, "inner_loss_steps=0 must be a whole number of"),
+        ({"matryoshka_widths": WIDTHS, "inner_loss_steps": True}, "inner_loss_steps=True must be a whole number of"),
+        ({"inner_loss_steps": 9}, "inner_loss_steps=9 is of the losses of levels, but there are none"),
         ({"pool_quota": [0.5, 0.5]}, r"pool_quota=\[0.5, 0.5\] is of levels, but there are none"),
         ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5]}, r"share for each of the 3 levels"),
         ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, "0"]}, r"share for each of the 3 levels"),

@@ -1,5 +1,6 @@
 """The study in eval/: its plan, and that what it computes does not depend on when it was stopped."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -17,13 +18,15 @@ import torch
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 import pandas as pd
+from sae_lens import ActivationsStore
 
 from sae_lens_sampled import load_checkpoint
 from study import evaluation
-from study.configs import PYTHIA, TINY, smoke
+from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
+from study.named_text import TITLES, with_text
 from study.plan import (
     Unit,
     arms,
@@ -55,7 +58,7 @@ def unit_of(name, seed=0, study=SMOKE):
     return Unit({arm.name: arm for arm in arms(study)}[name], seed)
 
 
-@pytest.mark.parametrize("study", [TINY, PYTHIA, smoke(PYTHIA)], ids=lambda study: study.name)
+@pytest.mark.parametrize("study", [*STUDIES.values(), smoke(PYTHIA)], ids=lambda study: study.name)
 def test_every_export_has_an_sae_that_is_trained_once(study):
     trained = [unit.name for run in runs(study) for unit in run]
     assert len(trained) == len(set(trained))
@@ -64,12 +67,13 @@ def test_every_export_has_an_sae_that_is_trained_once(study):
     assert all(len({(unit.seed, unit.arm.shuffled) for unit in run}) == 1 for run in runs(study))
 
 
-def test_the_smoke_run_has_the_plan_of_the_study_it_stands_for():
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_the_smoke_run_has_the_plan_of_the_study_it_stands_for(study):
     def plan(study):
         return [(arm.name, arm.config, arm.fields.get("score")) for arm in arms(study)]
 
-    assert plan(smoke(PYTHIA)) == plan(PYTHIA)
-    assert [(a.name, b.name) for a, b in compared(smoke(PYTHIA))] == [(a.name, b.name) for a, b in compared(PYTHIA)]
+    assert plan(smoke(study)) == plan(study)
+    assert [(a.name, b.name) for a, b in compared(smoke(study))] == [(a.name, b.name) for a, b in compared(study)]
 
 
 def test_the_dry_run_says_what_it_would_take():
@@ -99,6 +103,59 @@ def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
     files = [study.sae(unit_of("pool_5")) / "sae_weights.safetensors" for study in (together, alone)]
     weights = [file.read_bytes() for file in files]
     assert weights[0] == weights[1]
+
+
+def test_saes_on_activations_from_a_file_share_one_pass_of_the_model(tmp_path, monkeypatch):
+    study = storage(tmp_path, smoke(SMOLLM2))
+    n_read, run_model = [], ActivationsStore.get_activations
+
+    def counted(store, tokens):
+        n_read.append(len(tokens))
+        return run_model(store, tokens)
+
+    monkeypatch.setattr(ActivationsStore, "get_activations", counted)
+    monkeypatch.setattr(ActivationsStore, "get_multi_hook_activations", lambda *_: pytest.fail("not from the file"))
+    units = [unit_of(name, seed, study.study) for seed in (0, 1) for name in ("batchtopk", "pool_5")]
+    train(study, units[:2])
+    n_passes = len(n_read)
+    assert n_passes > 0
+    train(study, units[2:])
+    assert len(n_read) == n_passes
+    saes = [load_checkpoint(study.sae(unit)) for unit in units]
+    assert [sae.cfg.metadata.hook_name for sae in saes] == [study.study.hook] * 4
+    assert not torch.equal(saes[1].W_dec, saes[3].W_dec)
+
+
+def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
+    for i in range(40):
+        novel = tmp_path / "novels" / f"Author{i:02}_Some_Title_{1850 + i}.txt"
+        novel.parent.mkdir(exist_ok=True)
+        novel.write_text("\ufeff" + f"Line of novel {i:02}, which is not long.\n" * 200, encoding="utf-8")
+    study = with_text(SMOLLM2, str(tmp_path / "novels"), tmp_path / "work")
+    titles = json.loads((Path(study.dataset).parent / TITLES).read_text())
+    assert titles["held_out"] == ["Author19, Some Title (1869)", "Author39, Some Title (1889)"]
+    assert len(titles["train"]) == 38
+    rows = {
+        part: [json.loads(line)["text"] for line in (Path(folder) / "train.jsonl").read_text().splitlines()]
+        for part, folder in (("train", study.dataset), ("held_out", study.held_out))
+    }
+    assert {row[14:16] for row in rows["held_out"]} == {"19", "39"}
+    assert sum(map(len, rows["train"])) == 38 * 200 * 37  # no character is lost, and no mark of the file's beginning
+    first = [row[14:16] for row in rows["train"][:10]]
+    assert first != sorted(first)  # passages of all novels are mixed
+    (tmp_path / "novels").rename(tmp_path / "elsewhere")
+    again = with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path / "other_work")
+    assert again.settings() == study.settings()
+    assert not any(str(tmp_path) in str(value) for value in study.settings().values())
+    (tmp_path / "elsewhere" / "Author00_Some_Title_1850.txt").write_text("changed")
+    assert with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path).settings() != study.settings()
+
+
+def test_a_text_of_one_file_is_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"there must be at least two \.txt files, one of them to be held out"):
+        with_text(SMOLLM2, str(tmp_path), tmp_path)
+    assert with_text(SMOLLM2, "monology/pile-uncopyrighted", tmp_path).dataset == "monology/pile-uncopyrighted"
 
 
 def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):

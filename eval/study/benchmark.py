@@ -4,7 +4,7 @@
     python eval/study/benchmark.py --config small --report       # only renders the page again
     python eval/study/benchmark.py --config tuning               # what its settings were chosen by
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
-    python eval/study/benchmark.py --config synth-sae-bench-16k --samples 5_000_000 --device cpu
+    python eval/study/benchmark.py --config synth-sae-bench-16k-cpu  # 2.5M samples
 
 All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
 where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
@@ -38,7 +38,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 
 from study.benchmark_plan import BENCHMARKS, Benchmark, BenchmarkUnit, new_sae, units
 from study.benchmark_report import result_table, write_nested_page
-from study.synthetic import evaluate_on_synthetic_data
+from study.synthetic import evaluate_on_synthetic_data, large_synthetic_model
 
 WHOLE = "whole"
 """Name of the file that a checkpoint has once all of it is there."""
@@ -47,9 +47,6 @@ WHOLE = "whole"
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     benchmark = BENCHMARKS[args.config]
-    if args.samples:
-        benchmark = replace(benchmark, name=f"{benchmark.name}-{args.samples}", samples=args.samples)
-    benchmark = replace(benchmark, device=args.device or benchmark.device)
     results = args.results_dir or EVAL / "results" / f"benchmark_{benchmark.name}"
     warnings.filterwarnings("ignore")  # of the hosts, about their own future
     logging.disable(logging.WARNING)
@@ -70,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(benchmark: Benchmark, together: Sequence[BenchmarkUnit], work: Path) -> Iterator[dict[str, Any]]:
     """Train the arms that share a stream of samples, and evaluate them."""
     first, saes = together[0], {}
-    data = SyntheticModel(benchmark.data[first.data].features, device=benchmark.device)
+    of_data = benchmark.data[first.data]
+    data = (large_synthetic_model if of_data.large else SyntheticModel)(of_data.features, device=benchmark.device)
     for unit in together:
         torch.manual_seed(unit.seed)  # the same weights in every arm
         saes[unit.arm] = new_sae(benchmark, unit)
@@ -130,9 +128,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=BENCHMARKS, required=True)
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'nested*'")
-    parser.add_argument("--samples", type=int, help="training samples, if not the config's")
     parser.add_argument("--report", action="store_true", help="compute nothing, only render the page")
-    parser.add_argument("--device", help="cpu or cuda, if not the config's")
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ from sae_lens.synthetic import (
 )
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from study.variants import VariantConfig
 
 RECIPE_16K = SyntheticModelConfig(
     num_features=16_384,
@@ -52,6 +53,8 @@ class Data:
     """Arms that are trained on it; None for all."""
     ks: tuple[int, ...] | None = None
     """Values of k; None for the benchmark's."""
+    large: bool = False
+    """The features are made by `large_synthetic_model`."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
 
 SAMPLED = SampledTopKTrainingSAEConfig
 GROUPS = {"pool_factor": 10, "pool_group_size": 16}
+HALF = 500
+"""Half of the steps of `SMALL` and `TUNING`."""
+SCHEDULED = GROUPS | {"first_pool_factor": 3.0, "moving_steps": HALF}
+WINSORISED = {"score": "winsorised_10"}
+THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
 
 
 def small_recipe(seed: int, **hierarchy: bool) -> SyntheticModelConfig:
@@ -198,6 +206,15 @@ SMALL = Benchmark(
             SAMPLED,
             {"pool_factor": 10**6, "matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
         ),
+        "scheduled": BenchmarkArm("groups, pool factor from 3 to 10", VariantConfig, SCHEDULED),
+        "winsorised": BenchmarkArm("groups, winsorised score", SAMPLED, GROUPS | WINSORISED),
+        "then_plain": BenchmarkArm(
+            "nested in groups, levels 4, 16, 64, then plain", SAMPLED, THEN_PLAIN | {"matryoshka_widths": INNER}
+        ),
+        "one_pool": BenchmarkArm("one pool", SAMPLED, {"pool_factor": 10}),
+        "one_pool_orthogonal": BenchmarkArm(
+            "one pool, orthogonality penalty", VariantConfig, {"pool_factor": 10, "orthogonality": 1.0}
+        ),
     },
     ks=(3, 4, 5),
     n_seeds=5,
@@ -249,6 +266,49 @@ TUNING = replace(
             )
             for i, quota in enumerate(([0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.3, 0.5]))
         },
+        **{
+            f"scheduled_{first}": BenchmarkArm(
+                f"groups, pool factor from {first} to 10", VariantConfig, SCHEDULED | {"first_pool_factor": first}
+            )
+            for first in (3, 20)
+        },
+        "winsorised": SMALL.arms["winsorised"],
+        **{
+            f"winsorised_factor_{factor}": BenchmarkArm(
+                f"groups, winsorised score, pool factor {factor}",
+                SAMPLED,
+                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_{factor}"},
+            )
+            for factor in (5, 20)
+        },
+        "winsorised_nested": BenchmarkArm(
+            f"nested in groups, {INNER}, winsorised score", SAMPLED, GROUPS | WINSORISED | {"matryoshka_widths": INNER}
+        ),
+        "winsorised_light": BenchmarkArm(
+            "nested in groups, [64], inner loss x 0.5, winsorised score",
+            SAMPLED,
+            GROUPS | WINSORISED | {"matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
+        ),
+        "winsorised_then_plain": BenchmarkArm(
+            f"nested in groups, {INNER}, then plain, winsorised score",
+            SAMPLED,
+            THEN_PLAIN | WINSORISED | {"matryoshka_widths": INNER},
+        ),
+        **{
+            f"then_plain_{'_'.join(map(str, levels))}": BenchmarkArm(
+                f"nested in groups, {levels}, then plain", SAMPLED, THEN_PLAIN | {"matryoshka_widths": levels}
+            )
+            for levels in LEVELS[:5]
+        },
+        "one_pool": SMALL.arms["one_pool"],
+        **{
+            f"one_pool_orthogonal_{weight:g}": BenchmarkArm(
+                f"one pool, orthogonality penalty x {weight:g}",
+                VariantConfig,
+                {"pool_factor": 10, "orthogonality": weight},
+            )
+            for weight in (0.1, 1.0, 10.0)
+        },
     },
     ks=(4,),
     n_seeds=2,
@@ -259,7 +319,7 @@ INNER_16K = [128, 512, 2048]
 
 SYNTH_SAE_BENCH_16K = Benchmark(
     name="synth-sae-bench-16k",
-    data={"features_42": Data("SynthSAEBench-16k", RECIPE_16K, 4096)},
+    data={"features_42": Data("SynthSAEBench-16k", RECIPE_16K, 4096, large=True)},
     arms={
         "batchtopk": BenchmarkArm("BatchTopK", BatchTopKTrainingSAEConfig),
         "matryoshka": BenchmarkArm(
@@ -290,4 +350,22 @@ SYNTH_SAE_BENCH_16K = Benchmark(
 )
 """The benchmark itself, with the settings of SAELens' documentation."""
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K)}
+SYNTH_SAE_BENCH_16K_CPU = replace(
+    SYNTH_SAE_BENCH_16K,
+    name="synth-sae-bench-16k-cpu",
+    ks=(25,),
+    n_seeds=1,
+    samples=2_500_000,
+    eval_samples=50_000,
+    n_checkpoints=10,
+    device="cpu",
+)
+"""The same with an eightieth of the samples: some two hours on one CPU core."""
+
+PUBLISHED_16K = {
+    25: {"BatchTopK": {"f1": 0.7316, "mcc": 0.7574}, "Matryoshka": {"f1": 0.8793, "mcc": 0.7927}},
+    20: {"BatchTopK": {"f1": 0.8183, "mcc": 0.7526}, "Matryoshka": {"f1": 0.8601, "mcc": 0.7455}},
+}
+"""What arXiv 2602.14687 has for 200M samples, by L0."""
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K, SYNTH_SAE_BENCH_16K_CPU)}

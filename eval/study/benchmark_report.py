@@ -1,13 +1,15 @@
 """The page about nested losses, `eval/NESTED.md`: tables over features and seeds, and answers looked up in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pages import markdown_table, render
 from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from study import tables
-from study.benchmark_plan import BENCHMARKS, Benchmark
+from study.benchmark_plan import BENCHMARKS, PUBLISHED_16K, Benchmark
 from study.configs import STUDIES
+from study.plan import GROUPED, pool_name
 from study.storage import Key, ResultTable, Storage
 from study.summary import Summary, shown
 
@@ -52,13 +54,18 @@ class BenchmarkSummary:
         both = [a[stream] - b[stream] for stream in a if stream in b]
         return estimate(both) if both else None
 
-    def table(self, k: int, data: tuple[str, ...] = REPORTED) -> str:
-        """All arms at one k."""
+    def table(
+        self, k: int, data: tuple[str, ...] = REPORTED, published: Mapping[str, Mapping[str, float]] | None = None
+    ) -> str:
+        """All arms at one k, and what others published, by label and metric."""
         rows = [
             [arm.label, *(shown(self.mean(name, k, metric, data), metric) for metric in COLUMNS.values())]
             for name, arm in self.benchmark.arms.items()
             if self.values(name, k, "f1", data)
         ]
+        for label, values in (published or {}).items():
+            cells = [f"{values[metric]:.3f}" if metric in values else "-" for metric in COLUMNS.values()]
+            rows.append([f"{label}, published", *cells])
         return markdown_table(["", *COLUMNS], rows)
 
     def causes_table(self, k: int = 4) -> str:
@@ -89,9 +96,9 @@ def write_nested_page(eval_folder: Path) -> Path:
 
 def render_nested_page(results: Path) -> str:
     """The page, from the results of the small benchmark and its tuning, and of the study on the language model."""
-    small, tuning = (
+    small, tuning, large = (
         BenchmarkSummary(BENCHMARKS[name], result_table(BENCHMARKS[name], results / f"benchmark_{name}").load())
-        for name in ("small", "tuning")
+        for name in ("small", "tuning", "synth-sae-bench-16k-cpu")
     )
     model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
 
@@ -110,6 +117,9 @@ def render_nested_page(results: Path) -> str:
         TEMPLATE,
         small=small,
         tuning=tuning,
+        large=large,
+        published=PUBLISHED_16K,
+        shuffled_groups=pool_name(model.study.fixed_pool_factor, GROUPED),
         model=model,
         tables=tables,
         number=number,

@@ -114,6 +114,15 @@ class Study:
     """SAEs trained in one run of SAELens, from one pass of the language model: a unit of work."""
     device: str = "cpu"
     """PyTorch's name of the device."""
+    arms: tuple[str, ...] = ("*",)
+    """Patterns of the names of arms that there are."""
+    dtype: str = "float32"
+    """PyTorch's name of the language model's type; SAEBench runs it in float32."""
+    cached: bool = False
+    """Whether SAEs are trained on activations from a file, in batches from the whole text: one pass of the model for
+    all arms and seeds. Otherwise `mixed_prompts` are mixed."""
+    text: str = ""
+    """Fingerprint of a text that the user named, which then stands for `dataset` and `held_out` in the settings."""
 
     def settings(self) -> dict[str, Any]:
         """What results on the language model depend on, as JSON has it; not where and in which portions it runs."""
@@ -121,6 +130,13 @@ class Study:
         # A clone in another folder is the same study.
         bundled = {name: fields[name].removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
         bundled["probing_datasets"] = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
+        if self.text:
+            del bundled["dataset"], bundled["held_out"], fields["dataset"], fields["held_out"]
+        # Fields that came later: results without them are those of their defaults.
+        later = {"dtype": "float32", "cached": False, "text": ""}
+        for name, default in later.items():
+            if fields[name] == default:
+                del fields[name]
         return json.loads(json.dumps(fields | bundled))
 
     def synthetic_settings(self) -> dict[str, Any]:
@@ -132,7 +148,7 @@ class Study:
 
 NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
-    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores"),
+    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores", "arms"),
 )
 """Fields of `Study` that add or leave out results, but change none."""
 
@@ -186,7 +202,68 @@ PYTHIA = Study(
 )
 """The paper's model, layer, batch size, learning rate, steps and auxiliary coefficient; needs a GPU and a network."""
 
-STUDIES = {study.name: study for study in (TINY, PYTHIA)}
+SMOLLM2 = Study(
+    name="smollm2",
+    model="smollm2",  # smollm2.py finds it
+    model_parameters=134_515_008,
+    dataset=str(TINY_LM / "text"),  # too short: --text names another
+    held_out=str(HELD_OUT_TEXT),
+    hook="blocks.10.hook_resid_post",
+    d_in=576,
+    d_sae=4096,
+    k=32,
+    batch_size=2048,
+    steps=976,
+    lr=1e-3,
+    dead_window=200,
+    context_size=128,
+    evals={
+        "core": {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 20},
+        "sparse_probing": {},
+        "absorption": {"min_feats_for_eval": 10},
+    },
+    probing_datasets=tuple(map(str, PROBING_DATASETS)),
+    arms=(
+        *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
+        *("pool_20_groups_16", "nested_10", "nested_20", "nested_20_quota", "nested_10_then_plain"),
+    ),
+    pool_factors=(5, 10, 20),
+    group_sizes=(16,),
+    scores=(),
+    n_stability_seeds=3,
+    saes_per_run=4,
+    dtype="bfloat16",
+    cached=True,
+)
+"""A model that people study, from a Python package: offline, on two CPU cores, in some ten hours."""
+
+OTHER_ARCHITECTURES = ("batchtopk", "pool_3", "pool_5", "pool_10_groups_16", "nested_10_then_plain")
+"""Arms of the studies that ask whether what holds for one model holds for others."""
+
+GPT2_XL = replace(
+    PYTHIA,
+    name="gpt2-xl",
+    model="gpt2-xl",
+    model_parameters=1_557_611_200,
+    hook="blocks.24.hook_resid_post",
+    d_in=1600,
+    arms=OTHER_ARCHITECTURES,
+)
+"""The paper's first open check, with the hyper-parameters of Pythia-160M; nothing is measured."""
+
+LLAMA_7B = replace(
+    PYTHIA,
+    name="llama-7b",
+    model="meta-llama/Llama-2-7b-hf",
+    model_parameters=6_738_415_616,
+    hook="blocks.16.hook_resid_post",
+    d_in=4096,
+    arms=OTHER_ARCHITECTURES,
+    dtype="bfloat16",
+)
+"""The same; one that is free to load stands for LLaMA-7B."""
+
+STUDIES = {study.name: study for study in (TINY, SMOLLM2, PYTHIA, GPT2_XL, LLAMA_7B)}
 
 
 def smoke(study: Study) -> Study:
@@ -204,6 +281,9 @@ def smoke(study: Study) -> Study:
         pool_factors=study.pool_factors,
         group_sizes=study.group_sizes,
         scores=study.scores,
+        arms=study.arms,
+        cached=study.cached,
+        dtype=study.dtype,
         n_seeds=2,
         n_stability_seeds=2,
         held_out_tokens=4096,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from sae_lens.util import str_to_dtype
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.kept_entries import choose_path
@@ -41,6 +42,7 @@ def format_plan(study: Study) -> str:
         f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
         "",
         f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
+        *([f"disk       {gib(2 * tokens * study.d_in)} of activations"] if study.cached else []),
         f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, "
         f"{gib(probing_scratch(study))} while probing, and a few MiB of results",
     ]
@@ -66,10 +68,11 @@ def memory(study: Study, run: Sequence[Unit]) -> int:
     The model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense SAEs, and
     one dense step.
     """
+    model = str_to_dtype(study.dtype).itemsize * study.model_parameters
     mixed = 2 * study.mixed_prompts * study.context_size * study.d_in
     n_dense = sum(step_path(study, unit) == "dense" for unit in run)
     dense = (DENSE_COPIES + KEPT_OUTPUTS * n_dense) * study.batch_size * study.d_sae
-    return 4 * (study.model_parameters + mixed + 4 * len(run) * sae_parameters(study) + dense)
+    return model + 4 * (mixed + 4 * len(run) * sae_parameters(study) + dense)
 
 
 def probing_scratch(study: Study) -> int:

@@ -45,7 +45,7 @@ class Dictionary:
             self.top.update(token_chunk, acts)
         self.live = self.statistics.counts.nonzero()[:, 0]
         self.all_rows, self.rows = sae.W_dec, sae.W_dec[self.live]
-        self.tokenizer = language_model(study.model, study.device).tokenizer
+        self.tokenizer = language_model(study).tokenizer
         sampled = isinstance(trained, SampledTopKTrainingSAE)
         self.pool_rows = self.all_rows[trained.pool_record.pool] if sampled else self.rows
 

@@ -17,6 +17,7 @@ from study.configs import Study
 from study.plan import Arm, Unit, sweep
 from study.storage import Storage
 from study.text import held_out, text_activations
+from study.training import model_path
 
 DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 """Edges of the histogram, in log10 of the share of tokens a latent fires on."""
@@ -37,7 +38,7 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
     results = run_evals(
         [(unit.name, _evaluated(study, unit.arm, trained[unit.trained], calibration)) for unit in units],
         list(study.evals),
-        study.model,
+        model_path(study.model),
         storage.cache / "sae_bench",
         text=held_out(storage),
         probing_datasets=study.probing_datasets,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -21,6 +22,8 @@ NESTED: dict[str, tuple[float, list[float] | None]] = {
     "nested_20_quota": (20, [0.2, 0.3, 0.5]),
 }
 """Pool factor and quota of the arms with nested losses in groups."""
+THEN_PLAIN = "nested_10_then_plain"
+"""The arm whose inner losses count in the first half of the training alone."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ def arms(study: Study) -> list[Arm]:
         label = f"nested, {pool_label(factor, GROUPED)}" + (", quota" if quota else "")
         fields = {"matryoshka_widths": widths, "pool_factor": factor, "pool_group_size": GROUPED, "pool_quota": quota}
         plan.append(Arm(name, label, sampled, n, fields))
+    fields = {"matryoshka_widths": widths, "pool_factor": 10, "pool_group_size": GROUPED}
+    label = f"nested, {pool_label(10, GROUPED)}, then plain"
+    plan.append(Arm(THEN_PLAIN, label, sampled, n, fields | {"inner_loss_steps": study.steps // 2}))
     for factor in NARROW:
         label = f"BatchTopK as wide as pool {factor:g}"
         plan.append(Arm(narrow_name(factor), label, BatchTopKTrainingSAEConfig, n, width_over_k=factor))
@@ -110,7 +116,7 @@ def arms(study: Study) -> list[Arm]:
         if (source := by_name.get(pool_name(factor, size))) is not None:
             label = f"{source.label}, global threshold at L0 {study.k:g}"
             plan.append(Arm(f"{source.name}_global", label, sampled, n, source.fields, exported_from=source.name))
-    return plan
+    return [arm for arm in plan if any(fnmatch(arm.name, pattern) for pattern in study.arms)]
 
 
 def nested_widths(d_sae: int) -> list[int]:
@@ -155,6 +161,8 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
         fields["matryoshka_widths"] = nested_widths(synthetic.d_sae)
     if arm.name == "pool_all":
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
+    if "inner_loss_steps" in fields:
+        fields["inner_loss_steps"] = synthetic.steps // 2
     seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
     d_sae = width(arm, synthetic.k, synthetic.d_sae)
     shared = {"d_in": synthetic.data.hidden_dim, "d_sae": d_sae, "k": synthetic.k, "device": study.device}
@@ -190,7 +198,7 @@ def sweep(study: Study) -> list[Arm]:
     """Every pool factor with every group size, then the pool of all latents."""
     names = [pool_name(factor, size) for size in (None, *study.group_sizes) for factor in study.pool_factors]
     by_name = {arm.name: arm for arm in arms(study)}
-    return [by_name[name] for name in [*names, "pool_all"]]
+    return [by_name[name] for name in [*names, "pool_all"] if name in by_name]
 
 
 def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
@@ -200,5 +208,5 @@ def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     names += [pool_name(fixed, size) for size in (None, GROUPED)]
     names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
     by_name = {arm.name: arm for arm in arms(study)}
-    yield from combinations_with_replacement([by_name[name] for name in names], 2)
-    yield from ((by_name[name], by_name[name]) for name in NESTED)
+    yield from combinations_with_replacement([by_name[name] for name in names if name in by_name], 2)
+    yield from ((by_name[name], by_name[name]) for name in (*NESTED, THEN_PLAIN) if name in by_name)

@@ -1,6 +1,7 @@
 """The paper's experiments: what Sampled-SAE does beside SAELens' TopK, BatchTopK and Matryoshka BatchTopK, and when.
 
     python eval/study/run.py --config tiny                   # all of eval/RESULTS.md, on 2 CPU cores, offline
+    python eval/study/run.py --config smollm2 --text FOLDER  # a model that people study, offline; FOLDER has .txt files
     python eval/study/run.py --config pythia-160m --dry-run  # the paper's model and settings: what it would cost
     python eval/study/run.py --config pythia-160m --smoke    # the same plan on the bundled model, in minutes
 
@@ -29,6 +30,7 @@ from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.dictionaries import Dictionaries, compare
 from study.evaluation import evaluate
+from study.named_text import with_text
 from study.plan import Arm, Unit, compared, runs, synthetic_units, units
 from study.report import write_report
 from study.storage import Storage
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device:
         study = replace(study, device=args.device)
     work = args.work_dir or Path("study_output") / study.name
+    if args.text:
+        study = with_text(study, args.text, work)
     results = args.results_dir or (work / "results" if args.smoke else EVAL / "results" / f"study_{study.name}")
     if args.dry_run:
         print(format_plan(study))
@@ -128,6 +132,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
     parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
+    parser.add_argument("--text", help="train on it: a folder of .txt files, some held out, or a Hub data set")
     parser.add_argument("--device", help="cpu or cuda, if not the config's")
     parser.add_argument("--work-dir", type=Path, help="SAEs and caches; default: study_output/CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/study_CONFIG")

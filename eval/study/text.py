@@ -32,7 +32,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     """Held-out tokens, shape (n_tokens,), and their activations, shape (n_tokens, d_in), without special tokens."""
     study = storage.study
     n_tokens = study.held_out_tokens
-    model = language_model(study.model, study.device)
+    model = language_model(study)
     sae = new_sae(study, Unit(arms(study)[0], 0))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
     store = ActivationsStore.from_sae(
@@ -47,7 +47,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
         batch = store.get_batch_tokens()
-        x = store.get_activations(batch).reshape(-1, study.d_in)
+        x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)
         tokens.append(batch.flatten()[kept])
         activations.append(x[kept])

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens import ActivationsStore, LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.util import get_special_token_ids, str_to_dtype
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches
 from sae_lens_sampled.files import complete
+from sae_lens_sampled.progress import live_bar
+from smollm2 import smollm2_folder
 from study.configs import Study
 from study.plan import Unit, sae_config
 from study.storage import Storage
@@ -24,22 +29,58 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
     runner = MultiSAETrainingRunner(
         runner_config(study, units, seed, shuffled),
-        override_model=language_model(study.model, study.device),
+        override_model=language_model(study),
         override_saes={unit.name: new_sae(study, unit) for unit in units},
     )
-    runner.activations_store.shuffle_input_dataset(seed=seed, buffer_size=1000)
-    torch.manual_seed(seed)  # mixes the activations
-    for name, sae in runner.run().items():
+    if study.cached:
+        activations = cached_activations(storage)
+        batches = shuffled_batches(activations, study.batch_size, seed)
+        provider = ({study.hook: batch.to(study.device)} for batch in batches)
+        runner.activations_store.get_multi_hook_data_loader = lambda: provider
+    else:
+        runner.activations_store.shuffle_input_dataset(seed=seed, buffer_size=1000)
+        torch.manual_seed(seed)  # mixes the activations
+    with live_bar():
+        trained = runner.run()
+    for name, sae in trained.items():
         with complete(storage.cache / "saes" / name) as folder:
             folder.mkdir(parents=True)
             sae.save_model(folder)
+
+
+def cached_activations(storage: Storage) -> Tensor:
+    """Activations that all SAEs of the study are trained on, shape (tokens, d_in); the first call runs the model."""
+    study = storage.study
+    model = language_model(study)
+    store = ActivationsStore(
+        model,
+        study.dataset,
+        streaming=True,
+        hook_name=study.hook,
+        hook_head_index=None,
+        context_size=study.context_size,
+        d_in=study.d_in,
+        n_batches_in_buffer=2,
+        total_training_tokens=study.steps * study.batch_size,
+        store_batch_size_prompts=32,
+        train_batch_size_tokens=study.batch_size,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(study.device),
+        dtype=study.dtype,
+        exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=study.device),
+    )
+    settings = {
+        name: storage.study.settings().get(name) for name in ("model", "dataset", "text", "hook", "context_size")
+    }
+    return cache_activations(store, study.steps * study.batch_size, storage.cache / "activations", settings)
 
 
 def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool) -> MultiSAETrainingRunnerConfig:
     return MultiSAETrainingRunnerConfig(
         saes={unit.name: sae_config(study, unit.arm, unit.seed) for unit in units},
         hook_names=study.hook,
-        model_name=study.model,
+        model_name=model_path(study.model),
         dataset_path=study.dataset,
         context_size=study.context_size,
         training_tokens=study.steps * study.batch_size,
@@ -67,6 +108,16 @@ def new_sae(study: Study, unit: Unit) -> TrainingSAE:
     return get_sae_training_class(config.architecture())[0](config)
 
 
+def language_model(study: Study) -> TransformerBridge:
+    """The study's model, loaded once."""
+    return _language_model(study.model, study.device, study.dtype)
+
+
 @cache
-def language_model(model: str, device: str) -> TransformerBridge:
-    return TransformerBridge.boot_transformers(model, device=device)
+def _language_model(model: str, device: str, dtype: str) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(model_path(model), device=device, dtype=str_to_dtype(dtype))
+
+
+def model_path(model: str) -> str:
+    """What loads the model: a Hub name or a folder; that of smollm2 is made when it is first asked for."""
+    return str(smollm2_folder()) if model == "smollm2" else model

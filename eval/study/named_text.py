@@ -1,0 +1,70 @@
+"""A text that the user names: novels and the like in plain text files, some of which are held out."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sae_lens_sampled.files import complete
+from study.configs import Study
+
+EVERY = 20
+"""Of the files in alphabetical order, every so many-th one is held out."""
+CHARACTERS = 2000
+"""Least length of a passage, the unit that is shuffled."""
+TITLES = "titles.json"
+
+
+def with_text(study: Study, text: str, work: Path) -> Study:
+    """The study on a text: a folder with .txt files, of which some are held out, or a data set of the Hub.
+
+    Raises:
+        ValueError: if the folder has fewer than two text files.
+    """
+    if not Path(text).is_dir():
+        return replace(study, dataset=text)
+    files = sorted(Path(text).glob("*.txt"))
+    if len(files) < 2:
+        raise ValueError(f"--text {text}: there must be at least two .txt files, one of them to be held out.")
+    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[
+        :16
+    ]
+    folder = work / f"text_{fingerprint}"
+    if not folder.is_dir():
+        with complete(folder) as unfinished:
+            split(files, unfinished)
+    return replace(study, dataset=str(folder / "train"), held_out=str(folder / "held_out"), text=fingerprint)
+
+
+def split(files: list[Path], folder: Path) -> None:
+    """Write `train/` and `held_out/`, passages in random order, and the titles of both."""
+    held_out = files[EVERY - 1 :: EVERY] or files[-1:]
+    parts = {"train": [file for file in files if file not in held_out], "held_out": held_out}
+    for name, part in parts.items():
+        rows = [passage for file in part for passage in passages(file.read_text(encoding="utf-8-sig"))]
+        random.Random(0).shuffle(rows)
+        (folder / name).mkdir(parents=True)
+        with (folder / name / "train.jsonl").open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+    titles = {name: [title(file) for file in part] for name, part in parts.items()}
+    (folder / TITLES).write_text(json.dumps(titles, indent=1))
+
+
+def passages(text: str) -> Iterator[str]:
+    """Whole lines of at least `CHARACTERS` together."""
+    passage = ""
+    for line in text.splitlines(keepends=True):
+        passage += line
+        if len(passage) >= CHARACTERS:
+            yield passage
+            passage = ""
+    if passage.strip():
+        yield passage
+
+
+def title(file: Path) -> str:
+    """`Dickens_Bleak_1853.txt` is "Dickens, Bleak (1853)"; other names stay as they are."""
+    parts = file.stem.split("_")
+    return f"{parts[0]}, {' '.join(parts[1:-1])} ({parts[-1]})" if len(parts) > 2 else file.stem
