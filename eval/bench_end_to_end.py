@@ -1,11 +1,13 @@
-"""Tokens per second of a whole training run: language model, activation store, SAE, Adam; BatchTopK and Sampled-SAE.
+"""Tokens per second of a whole training run, and what share of it language model, store and SAE have.
 
     python eval/bench_end_to_end.py                     # the bundled model, some minutes on two CPU cores
+    python eval/bench_end_to_end.py --model smollm2     # a model that people study, in bfloat16
     python eval/bench_end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --d-sae 65536 --k 64 --device cuda
 
-Each side is a `LanguageModelSAETrainingRunner` of its own, in turns. The first step of a run fills the store and is not
-counted, nor is saving.
+Each side is a `LanguageModelSAETrainingRunner` of its own, in turns: with SAELens' activation store, and with
+activations from a file (`activation_cache`), for which the language model has run once. The first step of a run fills
+the store and is not counted, nor is saving.
 """
 
 import argparse
@@ -15,7 +17,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -27,13 +31,17 @@ from sae_lens import (
     LoggingConfig,
     SAETrainer,
 )
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from bundled import TINY_LM
+from smollm2 import smollm2_folder
 
 RESULTS = Path(__file__).parent / "results"
 SIDES: dict[str, dict[str, Any] | None] = {
@@ -44,7 +52,14 @@ SIDES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def tokens_per_second(side: str, args: argparse.Namespace, model: TransformerBridge) -> float:
+DEFAULTS = {
+    str(TINY_LM): {"hook": "blocks.2.hook_resid_post", "d_sae": 8192, "k": 32, "steps": 40},
+    "smollm2": {"hook": "blocks.10.hook_resid_post", "d_sae": 4096, "k": 32, "steps": 20},
+}
+
+
+def measure(side: str, args: argparse.Namespace, model: TransformerBridge, cached: Tensor | None) -> dict[str, float]:
+    """Seconds of the steps but the first: all of them, and those that are the SAE's and the language model's."""
     shared = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "aux_loss_coefficient": 1 / 32}
     fields = SIDES[side]
     sae = (
@@ -69,42 +84,110 @@ def tokens_per_second(side: str, args: argparse.Namespace, model: TransformerBri
         output_path=None,
         logger=LoggingConfig(log_to_wandb=False),
     )
+    seconds = {"all": 0.0, "sae": 0.0, "model": 0.0}
     ends: list[float] = []
-    step = SAETrainer.step
 
-    def timed(trainer: SAETrainer, batch: torch.Tensor):
-        output = step(trainer, batch)
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        return output
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*run_args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*run_args)
+            if args.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if ends:  # the first step is over
+                seconds[name] += time.perf_counter() - start
+            if name == "sae":
+                ends.append(time.perf_counter())
+            return result
 
-    with mock.patch.object(SAETrainer, "step", timed), open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-        LanguageModelSAETrainingRunner(cfg, override_model=model).run()
-    return (len(ends) - 1) * args.batch_size / (ends[-1] - ends[0])
+        return run
+
+    runner = LanguageModelSAETrainingRunner(cfg, override_model=model)
+    if cached is not None:
+        batches = shuffled_batches(cached, args.batch_size, seed=0)
+        runner.activations_store.get_data_loader = lambda: batches  # type: ignore[method-assign]
+    with (
+        mock.patch.object(SAETrainer, "step", timed("sae", SAETrainer.step)),
+        mock.patch.object(ActivationsStore, "get_activations", timed("model", ActivationsStore.get_activations)),
+        open(os.devnull, "w") as null,
+        contextlib.redirect_stderr(null),
+    ):
+        runner.run()
+    return seconds | {"all": ends[-1] - ends[0]}
+
+
+def write_file(args: argparse.Namespace, model: TransformerBridge, folder: Path) -> tuple[Tensor, float]:
+    """Activations in a file, and the tokens per second with which the language model wrote them."""
+    store = ActivationsStore(
+        model,
+        args.dataset,
+        streaming=True,
+        hook_name=args.hook,
+        hook_head_index=None,
+        context_size=128,
+        d_in=model.cfg.d_model,
+        n_batches_in_buffer=16,
+        total_training_tokens=args.steps * args.batch_size,
+        store_batch_size_prompts=32,
+        train_batch_size_tokens=args.batch_size,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(args.device),
+        dtype="float32",
+    )
+    n_tokens, start = args.steps * args.batch_size, time.perf_counter()
+    activations = cache_activations(store, n_tokens, folder, settings={})
+    return activations, n_tokens / (time.perf_counter() - start)
 
 
 def main() -> None:
+    args = parse_args()
+    path, dtype = (smollm2_folder(), torch.bfloat16) if args.model == "smollm2" else (args.model, torch.float32)
+    model = TransformerBridge.boot_transformers(str(path), device=args.device, dtype=dtype)
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {}
+    with TemporaryDirectory() as scratch:
+        cached, written_per_second = write_file(args, model, Path(scratch))
+        for _ in range(args.repeats):
+            for side in SIDES:
+                for source, activations in (("store", None), ("file", cached)):
+                    runs.setdefault((side, source), []).append(measure(side, args, model, activations))
+    n_tokens = (args.steps - 1) * args.batch_size
+    rows = []
+    for (side, source), seconds in runs.items():
+        median = {part: statistics.median(run[part] for run in seconds) for part in seconds[0]}
+        rows.append(
+            {
+                "side": side,
+                "source": source,
+                "tokens_per_second": n_tokens / median["all"],
+                "sae_share": median["sae"] / median["all"],
+                "model_share": median["model"] / median["all"],
+            }
+        )
+    name = args.model if args.model in DEFAULTS and args.model != str(TINY_LM) else ""
+    name = "_".join(filter(None, ("bench_end_to_end", name, "" if args.device == "cpu" else args.device)))
+    settings = {field: value for field, value in vars(args).items() if isinstance(value, int)}
+    results = {"settings": settings, "written_per_second": written_per_second, "runs": rows}
+    (RESULTS / f"{name.replace(':', '_')}.json").write_text(json.dumps(results, indent=1) + "\n")
+    for row in rows:
+        print(
+            f"{row['side']:24} {row['source']:6} {row['tokens_per_second']:10,.0f} tokens/s, of its time SAE "
+            f"{row['sae_share']:.0%}, model {row['model_share']:.0%}"
+        )
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_LM))
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"))
-    parser.add_argument("--hook", default="blocks.2.hook_resid_post")
+    parser.add_argument("--hook")
     parser.add_argument("--device", default="cpu")
-    for name, value in {"d_sae": 8192, "k": 32, "batch_size": 2048, "steps": 40, "repeats": 3}.items():
+    for name, value in {"d_sae": None, "k": None, "steps": None, "batch_size": 2048, "repeats": 3}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
-    model = TransformerBridge.boot_transformers(args.model, device=args.device)
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(args.repeats):
-        for side, values in rates.items():
-            values.append(tokens_per_second(side, args, model))
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    name = "bench_end_to_end" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
-    settings = {field: value for field, value in vars(args).items() if isinstance(value, int)}
-    results = {"settings": settings, "tokens_per_second": medians}
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    for side, median in medians.items():
-        print(f"{side:24} {median:10,.0f} tokens/s   {median / medians['SAELens BatchTopK']:.2f}x")
+    for name, value in DEFAULTS.get(args.model, DEFAULTS[str(TINY_LM)]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 if __name__ == "__main__":

@@ -67,8 +67,25 @@ def draw(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
-def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
-    """The page, from the JSON of `bench_training_step.py` and of `bench_end_to_end.py`."""
+def runs_table(results: dict[str, Any]) -> str:
+    """Markdown: whole runs, beside SAELens' BatchTopK with SAELens' store."""
+    [base] = [run["tokens_per_second"] for run in results["runs"] if (run["side"], run["source"]) == (BASE, "store")]
+    lines = [
+        [
+            run["side"],
+            run["source"],
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['tokens_per_second'] / base:.1f}x",
+            *(f"{run[share]:.0%}" for share in ("sae_share", "model_share")),
+        ]
+        for run in results["runs"]
+    ]
+    header = ["side", "activations from", "tokens/s", "over BatchTopK", "SAE's share", "model's share"]
+    return markdown_table(header, lines)
+
+
+def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
+    """The page, from the JSON of `bench_training_step.py` and, by model, of `bench_end_to_end.py`."""
 
     def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
         """BatchTopK's time over that of a side."""
@@ -86,18 +103,21 @@ def render(steps: dict[str, Any], runs: dict[str, Any]) -> str:
         sections=steps["sections"],
         table=table,
         crossing_table=crossing_table,
+        runs_table=runs_table,
         times=times,
         limits=kept_entries,
     )
 
 
 def main() -> None:
-    steps, runs = (
-        json.loads((EVAL / "results" / f"{name}.json").read_text())
-        for name in ("bench_training_step", "bench_end_to_end")
-    )
+    steps = read("bench_training_step")
+    runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
     (EVAL / "SPEED.md").write_text(render(steps, runs))
     draw(steps["sections"]["d_sae"], EVAL / "results" / "bench_training_step.png")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((EVAL / "results" / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":

@@ -81,15 +81,15 @@ def test_auto_takes_what_was_measured_to_be_the_fastest():
 
 
 def test_the_page_is_the_one_that_the_results_give():
-    page = load("speed").render(results("bench_training_step"), results("bench_end_to_end"))
-    assert (EVAL / "SPEED.md").read_text() == page
+    runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
+    assert (EVAL / "SPEED.md").read_text() == load("speed").render(results("bench_training_step"), runs)
 
 
 def results(name):
     return json.loads((EVAL / "results" / f"{name}.json").read_text())
 
 
-def test_a_whole_run_is_measured(tiny_lm):
+def test_a_whole_run_is_measured_with_the_store_and_from_a_file(tiny_lm, tmp_path):
     from transformer_lens.model_bridge import TransformerBridge
 
     bench = load("bench_end_to_end")
@@ -100,8 +100,16 @@ def test_a_whole_run_is_measured(tiny_lm):
         device="cpu",
         d_sae=256,
         k=4,
-        batch_size=256,
-        steps=3,
+        batch_size=2048,
+        steps=4,
     )
     model = TransformerBridge.boot_transformers(args.model, device="cpu")
-    assert bench.tokens_per_second("one pool, factor 5", args, model) > 0
+    cached, per_second = bench.write_file(args, model, tmp_path)
+    assert cached.shape == (4 * 2048, 128)
+    assert per_second > 0
+    with_store = bench.measure("one pool, factor 5", args, model, None)
+    assert 0 < with_store["model"] < with_store["all"]
+    assert 0 < with_store["sae"] < with_store["all"]
+    from_file = bench.measure("one pool, factor 5", args, model, cached)
+    assert from_file["model"] == 0
+    assert 0 < from_file["sae"] < from_file["all"]

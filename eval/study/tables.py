@@ -45,7 +45,7 @@ def baselines() -> list[str]:
 
 
 def nested_arms() -> list[str]:
-    return ["batchtopk", pool_name(10, GROUPED), "matryoshka", *plan.NESTED]
+    return ["batchtopk", pool_name(10, GROUPED), "matryoshka", *plan.NESTED, plan.THEN_PLAIN]
 
 
 def controls() -> list[str]:

@@ -1,0 +1,104 @@
+"""What the most active latents of some SAEs are: where they look, what their contexts share, and a blind page to rate.
+
+    python eval/latents/run.py --saes batchtopk=FOLDER one_pool=FOLDER groups=FOLDER --out latents_output
+    python eval/latents/run.py --out latents_output --score ratings.csv   # what a reader's ratings say of each SAE
+
+SAEs are exported ones of one block of the language model; folders of training checkpoints are exported first. Needs
+captum (the extra `latents`), for integrated gradients. `--out` gets `page.html`, which a reader rates without knowing
+whose latents they are, and `latents.json`, which knows it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path.append(str(EVAL.parent / "examples"))
+
+import torch
+from datasets import load_dataset
+from sae_lens import ActivationsStore
+
+from bundled import HELD_OUT_TEXT, TINY_LM
+from latents.describe import describe
+from latents.rating import blind, read_ratings, score, write_page
+from pages import markdown_table
+from sae_lens_sampled.saebench import load_saes
+from sae_lens_sampled.saebench.models import attach, load_model
+from smollm2 import smollm2_folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.score:
+        rows = json.loads((args.out / "latents.json").read_text())
+        print(rating_table(score(rows, read_ratings(args.score))))
+        return
+    model = load_model(smollm2_folder() if args.model == "smollm2" else args.model)
+    saes = {}
+    for named in args.saes:
+        name, _, folder = named.partition("=")
+        [sae] = load_saes([folder], "cpu")
+        attach(sae, model)
+        saes[name] = sae.sae
+    prompts = held_out_prompts(model.hooked, next(iter(saes.values())), args)
+    rows = blind(describe(model.hooked, saes, prompts, args.latents), args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "latents.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_page(rows, args.out / "page.html")
+    print(table(rows, list(saes)))
+    print(f"\nTo rate: {args.out / 'page.html'}")
+
+
+def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Tensor:
+    """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token."""
+    of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
+    dataset = load_dataset(**of_file, split="train")
+    store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
+    return store.get_batch_tokens(args.tokens // args.context_size)
+
+
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Means over the latents of each SAE."""
+    lines = []
+    for name in names:
+        of_sae = [row for row in rows if row["sae"] == name]
+        fields = ("own_share", "n_tokens", "coherence", "chance", "completeness_error")
+        means = {field: sum(row[field] for row in of_sae) / len(of_sae) for field in fields}
+        lines.append([name, str(len(of_sae)), *(f"{value:.3f}" for value in means.values())])
+    header = ["SAE", "latents", "share of the token itself", "effective tokens", "coherence", "at random", "error"]
+    return markdown_table(header, lines)
+
+
+def rating_table(results: Sequence[dict[str, Any]]) -> str:
+    """What the reader found."""
+    rows = [
+        [row["sae"], str(row["rated"]), f"{row['mean']:.2f} ± {row['error']:.2f}", f"{row['clear']:.0%}"]
+        for row in results
+    ]
+    return markdown_table(["SAE", "rated", "mean rating", "one clear thing"], rows)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saes", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, an official TransformerLens name or a folder")
+    parser.add_argument("--text", default=str(HELD_OUT_TEXT), help="a JSONL file, a folder or a Hub data set")
+    parser.add_argument("--latents", type=int, default=50, help="of each SAE")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of the text")
+    parser.add_argument("--context-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="of the order on the page")
+    parser.add_argument("--out", type=Path, default=Path("latents_output"))
+    parser.add_argument("--score", type=Path, help="a CSV of ratings: print what they say of each SAE")
+    args = parser.parse_args(argv)
+    if not args.score and not args.saes:
+        parser.error("--saes NAME=FOLDER is needed, or --score")
+    return args
+
+
+if __name__ == "__main__":
+    main()
