@@ -58,8 +58,8 @@ def describe(
         statistics, places = most_active(sae, states, n_latents)
         if not places:
             raise ValueError(
-                f"SAE {name!r}: no latent is active in {N_CONTEXTS} parts of the text but on at most {MAX_DENSITY:.0%} of "
-                "its tokens; take more text."
+                f"SAE {name!r}: no latent is active in {N_CONTEXTS} parts of the text and on at most {MAX_DENSITY:.0%} "
+                "of its tokens; take more text."
             )
         for latent, of_latent in tqdm(places.items(), desc=name):
             contexts = [context(prompts, model.tokenizer, *place) for place in of_latent]
