@@ -47,7 +47,7 @@ from sae_lens_sampled.progress import live_bar
 from smollm2 import smollm2_folder
 
 TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}
-SMOLLM2 = {"d_sae": 4096, "k": 32, "batch_size": 2048, "steps": 150, "lr": 1e-3, "dead_window": 50}
+SMOLLM2 = {"d_sae": 4096, "k": 32, "batch_size": 2048, "steps": 200, "lr": 1e-3, "dead_window": 50}
 # The paper's summary does not give width and k; these are usual for Pythia-160M.
 PAPER = {"d_sae": 16384, "k": 64, "batch_size": 4096, "steps": 50_000, "lr": 3e-4, "dead_window": 1000}
 
@@ -59,7 +59,7 @@ def sae_configs(d_in: int, d_sae: int, k: float, device: str) -> dict[str, Train
         "pool_factor_1.5": {"pool_factor": 1.5},
         "pool_factor_4": {"pool_factor": 4},
         "pool_factor_16": {"pool_factor": 16},
-        "pool_factor_4_groups_of_16": {"pool_factor": 4, "pool_group_size": 16},
+        "pool_factor_10_groups_of_16": {"pool_factor": 10, "pool_group_size": 16},
     }
     return {
         "batchtopk": BatchTopKTrainingSAEConfig(**shared),

@@ -26,7 +26,7 @@ def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_pa
         "pool_factor_1.5",
         "pool_factor_4",
         "pool_factor_16",
-        "pool_factor_4_groups_of_16",
+        "pool_factor_10_groups_of_16",
     ]
     for name, (fvu, l0, *_) in rows.items():
         assert 0 < float(fvu) < 1.5, name
