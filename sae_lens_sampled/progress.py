@@ -55,7 +55,7 @@ def live_bar() -> Iterator[None]:
                 described = SimpleNamespace(set_description=pbar.set_description, update=lambda n_tokens: None)  # noqa: ARG005
                 update(trainer, output, described, 1)  # SAELens' text, whatever the step's number
                 pbar.set_postfix_str("", refresh=False)
-            pbar.update(trainer.cfg.train_batch_size_samples)
+            pbar.update(trainer.n_training_samples - pbar.n)  # a resumed run does not begin at 0
 
         return step
 

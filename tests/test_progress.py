@@ -50,6 +50,14 @@ def test_every_step_moves_the_bar(drawn):
     assert "3| mse_loss: " in drawn.getvalue()
 
 
+def test_a_resumed_run_begins_where_it_was(drawn):
+    resumed = trainer(3, (activations(8, seed=step) for step in range(1)))
+    resumed.n_training_samples, resumed.n_training_steps = 16, 2
+    with progress.live_bar():
+        resumed.fit()
+    assert re.findall(r"(\d+)/24 ", drawn.getvalue())[-1] == "24"
+
+
 def test_the_bar_says_what_the_language_model_has_read(drawn, monkeypatch):
     monkeypatch.setattr(ActivationsStore, "get_activations", lambda store, tokens: activations(8))
 
