@@ -15,6 +15,9 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "examples" / "tiny_probing"
 LABELS = {
     "authors": {"bronte", "eliot", "james", "morris"},
+    "late_authors": {"chesterton", "conrad", "corelli", "haggard"},
+    "periods": {"1850s", "1920"},
+    "speech": {"spoken", "narrated"},
     "sentence_polarity": {"positive", "negative"},
     "subjectivity": {"subjective", "objective"},
 }
@@ -24,7 +27,8 @@ FILES = {
     "subjective": "subjectivity/quote.tok.gt9.5000",
     "objective": "subjectivity/plot.tok.gt9.5000",
 }
-ROWS = {"authors": (250, 100), "sentence_polarity": (400, 100), "subjectivity": (400, 100)}
+OF_NOVELS = ("authors", "late_authors", "periods")
+ROWS = {name: (250, 100) if name in OF_NOVELS else (400, 100) for name in LABELS}
 
 
 def load_build():
@@ -90,6 +94,10 @@ def test_sets_are_balanced_and_share_no_text_between_splits(name):
     ("name", "label", "word"),
     [
         ("authors", "morris", "thou"),
+        ("late_authors", "conrad", "amongst"),
+        ("periods", "1850s", "upon"),
+        ("speech", "spoken", "you"),
+        ("speech", "narrated", "his"),
         ("sentence_polarity", "negative", "bad"),
         ("sentence_polarity", "positive", "best"),
         ("subjectivity", "subjective", "movie"),
@@ -102,8 +110,9 @@ def test_labels_mean_what_they_say(name, label, word):
     assert having[label] > 0.7 * having.total() > 7
 
 
-def test_author_passages_are_whole_sentences_of_40_to_60_words():
-    for row in [row for rows in read(FOLDER, "authors") for row in rows]:
+@pytest.mark.parametrize("name", OF_NOVELS)
+def test_passages_of_novels_are_whole_sentences_of_40_to_60_words(name):
+    for row in [row for rows in read(FOLDER, name) for row in rows]:
         assert 40 <= len(row["text"].split()) <= 60
         assert re.match(r"[A-Z]", row["text"])
         assert row["text"][-1] in ".!?"
@@ -122,7 +131,7 @@ def test_author_test_passages_were_unseen_by_the_bundled_model_and_its_saes(tiny
 
 
 def test_files_are_small():
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.suffix in (".jsonl", ".py", ".md")) < 1.2e6
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.suffix in (".jsonl", ".py", ".md")) < 1.6e6
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -163,9 +172,13 @@ def made_up_novel(name: str, rng: random.Random) -> str:
         part = "early" if chapter < 50 else "later"
         lines += ["CHAPTER IV. OF HEADINGS", "A Heading", "Chapter IV. Of headings and what is said of them.", ""]
         for _ in range(14):
-            first, *rest = rng.choices(WORDS, k=9)
+            first, *rest = rng.choices(WORDS, k=12)
             lines += [" ".join([first.capitalize(), *rest]) + f" and Mr.\n{name} {part}."]
         lines += ['"Speech," said the headings. "More of it."', f"A naïve heading of {name}.", ""]
+        words = [" ".join(rng.choices(WORDS, k=18)) for _ in range(2)]
+        lines += [f'"Spoken {words[0]} of {name}," said he. "Spoken {words[1]} of {name}."']
+        lines += [f'"Broken {words[0]}, without an end.'] if chapter == 0 else []
+        lines += [""]
     return "\ufeff" + "\n".join(lines)
 
 
@@ -184,7 +197,8 @@ def made_up_sentences(label: str, rng: random.Random) -> bytes:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> tuple[Path, Path]:
     rng, folder = random.Random(3), tmp_path_factory.mktemp("sources")
-    for name in (name for names in build.AUTHORS.values() for name in names):
+    names = {name for groups in build.NOVEL_SETS.values() for names in groups.values() for name in names}
+    for name in sorted(names | {*build.SPEECH_NOVELS}):
         (folder / f"{name}.txt").write_text(made_up_novel(name.split("_")[1], rng), encoding="utf-8")
     for label, file in FILES.items():
         (folder / file).parent.mkdir(exist_ok=True)
@@ -214,14 +228,21 @@ def test_script_labels_each_text_by_its_source(monkeypatch, sources, tmp_path):
     for name in ("sentence_polarity", "subjectivity"):
         for row in [row for rows in read(tmp_path, name) for row in rows]:
             assert row["text"].lower().startswith(row["label"])
-    train, test = read(tmp_path, "authors")
-    for author, (first, second, held_out) in build.AUTHORS.items():
-        titles = [name.split("_")[1] for name in (first, second, held_out)]
-        of_author = [[row["text"] for row in rows if row["label"] == author] for rows in (train, test)]
-        found = [[sum(f"Mr. {title} " in text for text in texts) for title in titles] for texts in of_author]
-        assert found == [[125, 125, 0], [0, 0, 100]]
-        assert all("later" in text and "early" not in text for text in of_author[1])
-        assert all(text.endswith(("later.", "early.")) for texts in of_author for text in texts)
+    for name in OF_NOVELS:
+        train, test = read(tmp_path, name)
+        for label, (first, second, held_out) in build.NOVEL_SETS[name].items():
+            titles = [novel.split("_")[1] for novel in (first, second, held_out)]
+            of_label = [[row["text"] for row in rows if row["label"] == label] for rows in (train, test)]
+            found = [[sum(f"Mr. {title} " in text for text in texts) for title in titles] for texts in of_label]
+            assert found == [[125, 125, 0], [0, 0, 100]]
+            assert all("later" in text and "early" not in text for text in of_label[1])
+            assert all(text.endswith(("later.", "early.")) for texts in of_label for text in texts)
+    *train_novels, test_novel = (name.split("_")[1] for name in build.SPEECH_NOVELS)
+    train, test = read(tmp_path, "speech")
+    for rows, novels in ((train, train_novels), (test, [test_novel])):
+        for row in rows:
+            assert row["text"].startswith("Spoken") == (row["label"] == "spoken")
+            assert any(novel in row["text"] for novel in novels)
 
 
 def test_script_is_deterministic_and_seeded(monkeypatch, sources, tmp_path):

@@ -11,7 +11,7 @@ from sae_lens.synthetic import (
     ZipfianFiringProbabilityConfig,
 )
 
-from bundled import EXAMPLES, HELD_OUT_TEXT, PROBING_DATASETS, TINY_LM
+from bundled import EXAMPLES, HELD_OUT_TEXT, MORE_PROBING_DATASETS, PROBING_DATASETS, TINY_LM
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ SMOLLM2 = Study(
         "sparse_probing": {},
         "absorption": {"min_feats_for_eval": 10},
     },
-    probing_datasets=tuple(map(str, PROBING_DATASETS)),
+    probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
     arms=(
         *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
         *("pool_20_groups_16", "nested_10", "nested_20", "nested_20_quota", "nested_10_then_plain"),

@@ -1,4 +1,4 @@
-"""Build the three labelled text sets of this folder: authors, sentence polarity and subjectivity.
+"""Build the labelled text sets of this folder: authors, periods, speech, sentence polarity and subjectivity.
 
     python examples/tiny_probing/build.py NOVELS_FOLDER LABELLED_FOLDER
 
@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 Rows = list[tuple[str, str]]  # (text, label)
@@ -28,6 +28,19 @@ AUTHORS = {
     "james": ("James_Roderick_1875", "James_Tragic_1890", "James_Ambassadors_1903"),
     "morris": ("Morris_Water_1897", "Morris_Wood_1894", "Morris_Roots_1890"),
 }
+LATE_AUTHORS = {
+    "chesterton": ("Chesterton_Innocence_1911", "Chesterton_Napoleon_1904", "Chesterton_Thursday_1908"),
+    "conrad": ("Conrad_Almayer_1895", "Conrad_Nostromo_1904", "Conrad_Rover_1923"),
+    "corelli": ("Corelli_Romance_1886", "Corelli_Satan_1895", "Corelli_Innocent_1914"),
+    "haggard": ("Haggard_Mines_1885", "Haggard_She_1887", "Haggard_Sheallan_1921"),
+}
+PERIODS = {
+    "1850s": ("Dickens_Bleak_1853", "Gaskell_Ruth_1855", "Lytton_What_1858"),
+    "1920": ("Galsworthy_Saints_1919", "Conrad_Rover_1923", "Ward_Harvest_1920"),
+}
+NOVEL_SETS = {"authors": AUTHORS, "late_authors": LATE_AUTHORS, "periods": PERIODS}
+SPEECH_NOVELS = ("Trollope_Angel_1881", "Gissing_Unclassed_1884", "Hardy_Madding_1874")
+"""Novels with double quotation marks that come in pairs; the last is for the test rows."""
 LABELLED = {
     "sentence_polarity": {"positive": "rt-polarity.pos", "negative": "rt-polarity.neg"},
     "subjectivity": {"subjective": "quote.tok.gt9.5000", "objective": "plot.tok.gt9.5000"},
@@ -35,6 +48,7 @@ LABELLED = {
 PASSAGE_WORDS = (40, 60)
 TRAIN_NOVEL_ROWS, TEST_NOVEL_ROWS = 125, 100
 TRAIN_LABEL_ROWS, TEST_LABEL_ROWS = 400, 100
+SPEECH_WORDS = (15, 40)
 
 HEADING = re.compile(r"(?i:chapter|book|volume)\s+[IVXLC\d]+\b")
 SENTENCE_END = re.compile(r"[.!?]+(?=\s+[A-Z])")
@@ -100,6 +114,24 @@ def passages(novel: str) -> Iterator[str]:
                 words = []
 
 
+def narrated(novel: str) -> Iterator[str]:
+    """Sentences of narration, `SPEECH_WORDS` words long."""
+    for block in blocks(novel):
+        yield from (sentence for sentence in sentences(block) if not SPEECH.search(sentence) and _fits(sentence))
+
+
+def spoken(novel: str) -> Iterator[str]:
+    """What stands between double quotation marks, without these, `SPEECH_WORDS` words long."""
+    for block in blocks(novel):
+        if block.count('"') % 2 == 0:  # else it is not clear what is inside
+            yield from (text for text in block.split('"')[1::2] if not SPEECH.search(text) and _fits(text))
+
+
+def _fits(text: str) -> bool:
+    shortest, longest = SPEECH_WORDS
+    return shortest <= len(text.split()) <= longest
+
+
 def second_half(novel: str) -> str:
     """The part of a novel that no passage in the bundled language model's folder is from."""
     return novel[len(novel) // 2 :]
@@ -130,15 +162,32 @@ def shuffled(rows: Rows, seed: int) -> Rows:
     return random.Random(seed).sample(rows, len(rows))
 
 
-def author_rows(novels: Mapping[str, str], seed: int) -> dict[str, Rows]:
-    """Equal numbers of passages from each author's novels, the test rows from another novel than the training rows."""
-    held_out = {names[-1] for names in AUTHORS.values()}
+def novel_rows(groups: Mapping[str, Sequence[str]], novels: Mapping[str, str], seed: int) -> dict[str, Rows]:
+    """Equal numbers of passages from each label's novels, the test rows from another novel than the training rows."""
+    held_out = {names[-1] for names in groups.values()}
+    novels = {name: novels[name] for names in groups.values() for name in names}
     texts = distinct({name: passages(second_half(text) if name in held_out else text) for name, text in novels.items()})
     splits: dict[str, Rows] = {"train": [], "test": []}
-    for author, names in AUTHORS.items():
+    for label, names in groups.items():
         for name in names:
             split, n = ("test", TEST_NOVEL_ROWS) if name in held_out else ("train", TRAIN_NOVEL_ROWS)
-            splits[split] += [(text, author) for text in sample(texts[name], n, name, seed)]
+            splits[split] += [(text, label) for text in sample(texts[name], n, name, seed)]
+    return {split: shuffled(rows, seed) for split, rows in splits.items()}
+
+
+def speech_rows(novels: Mapping[str, str], seed: int) -> dict[str, Rows]:
+    """Equal numbers of spoken and of narrated texts from each novel, the test rows from another one."""
+    *train, test = SPEECH_NOVELS
+    splits: dict[str, Rows] = {"train": [], "test": []}
+    of_label = {"spoken": spoken, "narrated": narrated}
+    texts = distinct(
+        {f"{name} {label}": find(novels[name]) for name in SPEECH_NOVELS for label, find in of_label.items()}
+    )
+    for label in of_label:
+        for name in SPEECH_NOVELS:
+            split, n = ("test", TEST_LABEL_ROWS) if name == test else ("train", TRAIN_LABEL_ROWS // len(train))
+            drawn = sample(texts[f"{name} {label}"], n, f"{name} {label}", seed)
+            splits[split] += [(text, label) for text in drawn]
     return {split: shuffled(rows, seed) for split, rows in splits.items()}
 
 
@@ -158,8 +207,10 @@ def read(file: Path) -> str:
 
 def build(novels: Path, labelled: Path, seed: int) -> dict[str, dict[str, Rows]]:
     """Rows of each set and split."""
-    texts = {name: read(novels / f"{name}.txt") for names in AUTHORS.values() for name in names}
-    sets = {"authors": author_rows(texts, seed)}
+    names = {name for groups in NOVEL_SETS.values() for names in groups.values() for name in names} | {*SPEECH_NOVELS}
+    texts = {name: read(novels / f"{name}.txt") for name in sorted(names)}
+    sets = {name: novel_rows(groups, texts, seed) for name, groups in NOVEL_SETS.items()}
+    sets["speech"] = speech_rows(texts, seed)
     for folder, files in LABELLED.items():
         # Not splitlines(), which takes other control characters for line ends too.
         texts = {label: read(labelled / folder / file).split("\n") for label, file in files.items()}
