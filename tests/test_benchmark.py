@@ -17,7 +17,6 @@ from study.benchmark_plan import (
     BENCHMARKS,
     SMALL,
     SYNTH_SAE_BENCH_16K,
-    SYNTH_SAE_BENCH_16K_CPU,
     TUNING,
     BenchmarkUnit,
     Data,
@@ -46,7 +45,7 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert render_nested_page(EVAL / "results") == (EVAL / "NESTED.md").read_text()
 
 
-@pytest.mark.parametrize("benchmark", [SMALL, TUNING, SYNTH_SAE_BENCH_16K_CPU], ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [SMALL, TUNING], ids=lambda benchmark: benchmark.name)
 def test_committed_results_are_those_of_the_plan(benchmark):
     results = result_table(benchmark, EVAL / "results" / f"benchmark_{benchmark.name}").load()
     assert {unit.key for unit in units(benchmark)} == results.keys()

@@ -4,7 +4,7 @@
     python eval/study/benchmark.py --config small --report       # only renders the page again
     python eval/study/benchmark.py --config tuning               # what its settings were chosen by
     python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
-    python eval/study/benchmark.py --config synth-sae-bench-16k-cpu  # 1M samples
+    python eval/study/benchmark.py --config synth-sae-bench-16k-cpu  # 5M samples
 
 All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
 where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
