@@ -56,8 +56,9 @@ def test_every_pass_is_counted_once(model):
         model.hooked(tokens[:, :3], return_type="both")
         _, cache = model.hooked.run_with_cache(tokens, stop_at_layer=2, names_filter=["blocks.1.hook_resid_post"])
         model.hooked(cache["blocks.1.hook_resid_post"], start_at_layer=2, tokens=tokens)
+        model.hooked.run_with_hooks(tokens, stop_at_layer=1)  # as sparse probing does
     model.hooked(tokens)
-    assert counts == [10, 6, 10, 10]
+    assert counts == [10, 6, 10, 10, 10]
 
 
 def test_the_bar_says_what_is_done_and_how_far_it_is(model, monkeypatch):
