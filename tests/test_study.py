@@ -37,7 +37,7 @@ from study.plan import (
     synthetic_units,
     units,
 )
-from study.report import render_page
+from study.report import render_page, write_report
 from study.storage import Storage
 from study.summary import Summary, estimate_over_pairs, shown
 from study.training import new_sae, train
@@ -124,6 +124,13 @@ def test_saes_on_activations_from_a_file_share_one_pass_of_the_model(tmp_path, m
     saes = [load_checkpoint(study.sae(unit)) for unit in units]
     assert [sae.cfg.metadata.hook_name for sae in saes] == [study.study.hook] * 4
     assert not torch.equal(saes[1].W_dec, saes[3].W_dec)
+
+
+@pytest.mark.parametrize("study", [smoke(study) for study in STUDIES.values()], ids=STUDIES)
+def test_every_study_has_a_page_of_the_arms_that_it_has(study, tmp_path):
+    page = write_report(storage(tmp_path, study), tmp_path).read_text()
+    assert all(arm.label in page for arm in arms(study) if arm.name in ("batchtopk", "pool_5", "nested_10_then_plain"))
+    assert ("topk" in {arm.name for arm in arms(study)}) == ("| TopK |" in page)
 
 
 def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from study.plan import GROUPED, pool_name
 from study.summary import Summary
-from study.tables import baselines, controls, score_arms
+from study.tables import baselines, controls, planned, score_arms
 
 COLOURS = {None: "#0072b2", 16: "#d55e00", 64: "#009e73", 256: "#cc79a7"}
 MARKS = {
@@ -99,7 +99,7 @@ def draw_densities(summary: Summary, file: Path) -> None:
 
 def draw_similarity(summary: Summary, file: Path) -> None:
     """MMCS of live latents between seeds: arms with themselves on the diagonal."""
-    names = [*baselines(), *controls(), *score_arms(summary)[1:]]
+    names = planned(summary, [*baselines(), *controls(), *score_arms(summary)[1:]])
     values = np.full((len(names), len(names)), np.nan)
     for i, a in enumerate(names):
         for j, b in enumerate(names):

@@ -68,11 +68,15 @@ def order_arms(summary: Summary) -> list[str]:
 def score_arms(summary: Summary) -> list[str]:
     """BatchTopK, and every score with one pool and with groups."""
     study = summary.study
-    return ["batchtopk"] + [
-        name
-        for size in (None, GROUPED)
-        for name in (pool_name(study.fixed_pool_factor, size), *(score_name(score, size) for score in study.scores))
-    ]
+    names = ["batchtopk"]
+    for size in (None, GROUPED):
+        names += [pool_name(study.fixed_pool_factor, size), *(score_name(score, size) for score in study.scores)]
+    return planned(summary, names)
+
+
+def planned(summary: Summary, names: Iterable[str]) -> list[str]:
+    """Those that are arms of the study."""
+    return [name for name in names if name in summary.arms]
 
 
 def synthetic_arms(summary: Summary) -> list[str]:
@@ -80,10 +84,10 @@ def synthetic_arms(summary: Summary) -> list[str]:
 
 
 def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str], synthetic: bool = False) -> str:
-    """Metrics, a row for each arm."""
+    """Metrics, a row for each arm that the study has."""
     rows = [
         [summary.label(arm), *(shown(summary.mean(arm, metric, synthetic), metric) for metric in columns.values())]
-        for arm in arms
+        for arm in planned(summary, arms)
     ]
     return markdown_table(["", *columns], rows)
 
