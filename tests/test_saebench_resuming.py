@@ -347,7 +347,9 @@ def test_probes_that_another_run_finished_first_are_taken(saes, tmp_path, monkey
             (place / "probe.pth").write_text(folder.parent.name)
 
     monkeypatch.setattr(absorption_common, "train_and_save_probes", train_probes)
-    model = SimpleNamespace(name="lm", hooked=SimpleNamespace(cfg=SimpleNamespace(model_name="lm")))
+    model = SimpleNamespace(
+        name="lm", hooked=SimpleNamespace(cfg=SimpleNamespace(model_name="lm"), run_with_cache=None)
+    )
     folders = {"scratch": tmp_path / "scratch", "artifacts": tmp_path / "kept"}
     setup = SimpleNamespace(model=model, seed=1, llm_batch_size=2, dtype="float32", d_sae=8, device="cpu", **folders)
     evaluation = EVALS["absorption"](setup, {})

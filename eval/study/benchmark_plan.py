@@ -18,7 +18,7 @@ from sae_lens.synthetic import (
 )
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from study.variants import VariantConfig
+from study.variants import VariantConfig, register_variants
 
 RECIPE_16K = SyntheticModelConfig(
     num_features=16_384,
@@ -131,6 +131,7 @@ def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
 
 def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
     """An untrained SAE."""
+    register_variants()
     arm, data = benchmark.arms[unit.arm], benchmark.data[unit.data]
     fields = dict(arm.fields)
     if widths := fields.get("matryoshka_widths"):

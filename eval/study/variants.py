@@ -1,7 +1,7 @@
 """Changes to the method that were tried on known features and are not in the package: `eval/NESTED.md` says why."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from sae_lens.registry import register_sae_training_class
@@ -80,6 +80,9 @@ def winsorised(acts: Tensor, n_candidates: int, pool_factor: int) -> Tensor:
     return torch.minimum(acts, cutoff[..., None, None]).square().sum(dim=-2)
 
 
-for factor in (5, 10, 20):
-    register_score(f"winsorised_{factor}", partial(winsorised, pool_factor=factor))
-register_sae_training_class("sampled_topk_variant", VariantSAE, VariantConfig)
+@cache
+def register_variants() -> None:
+    """Make the scores and the architecture known to this process."""
+    for factor in (5, 10, 20):
+        register_score(f"winsorised_{factor}", partial(winsorised, pool_factor=factor))
+    register_sae_training_class("sampled_topk_variant", VariantSAE, VariantConfig)
