@@ -62,7 +62,7 @@ def test_rows_are_those_of_the_store(store, tmp_path):
 def test_what_is_there_is_not_computed_again(store, tmp_path, monkeypatch):
     cached = cache_activations(store(), 100, tmp_path, SETTINGS)
     other = store()
-    monkeypatch.setattr(other, "get_activations", lambda tokens: pytest.fail("the model ran again"))
+    monkeypatch.setattr(other, "get_batch_tokens", lambda *_, **__: pytest.fail("the text was read again"))
     assert torch.equal(cache_activations(other, 100, tmp_path, SETTINGS), cached)
 
 

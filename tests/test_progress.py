@@ -10,6 +10,7 @@ from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training import sae_trainer
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_lens_sampled import progress
 
@@ -50,9 +51,11 @@ def test_every_step_moves_the_bar(drawn):
     assert "3| mse_loss: " in drawn.getvalue()
 
 
-def test_a_resumed_run_begins_where_it_was(drawn):
-    resumed = trainer(3, (activations(8, seed=step) for step in range(1)))
-    resumed.n_training_samples, resumed.n_training_steps = 16, 2
+def test_a_resumed_run_of_several_saes_begins_where_it_was(drawn):
+    resumed = MultiSAETrainer(trainer(3).cfg, {"one": sampled_sae()}, {"one": "hook"}, iter([{"hook": activations(8)}]))
+    [of_one] = resumed.trainers.values()
+    for of in (resumed, of_one):
+        of.n_training_samples, of.n_training_steps = 16, 2
     with progress.live_bar():
         resumed.fit()
     assert re.findall(r"(\d+)/24 ", drawn.getvalue())[-1] == "24"
@@ -89,8 +92,9 @@ def test_the_bar_ends_where_the_run_ends_however_it_ends(drawn):
         raise RuntimeError("the text has ended")
 
     update = SAETrainer._update_pbar
-    with pytest.raises(RuntimeError, match="the text has ended"), progress.live_bar():
+    with pytest.raises(RuntimeError, match="the text has ended") as caught, progress.live_bar():
         trainer(3, provider()).fit()
+    assert caught.traceback  # its frames still hold the bar
     assert drawn.getvalue().endswith("\n")
     assert SAETrainer._update_pbar is update
     assert sae_trainer.tqdm is not None

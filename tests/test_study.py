@@ -21,7 +21,7 @@ import pandas as pd
 from sae_lens import ActivationsStore
 
 from sae_lens_sampled import load_checkpoint
-from study import evaluation
+from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
@@ -115,12 +115,20 @@ def test_saes_on_activations_from_a_file_share_one_pass_of_the_model(tmp_path, m
 
     monkeypatch.setattr(ActivationsStore, "get_activations", counted)
     monkeypatch.setattr(ActivationsStore, "get_multi_hook_activations", lambda *_: pytest.fail("not from the file"))
+    seeds, shuffled = [], training.shuffled_batches
+
+    def noted(activations, batch_size, seed):
+        seeds.append(seed)
+        return shuffled(activations, batch_size, seed)
+
+    monkeypatch.setattr(training, "shuffled_batches", noted)
     units = [unit_of(name, seed, study.study) for seed in (0, 1) for name in ("batchtopk", "pool_5")]
     train(study, units[:2])
     n_passes = len(n_read)
     assert n_passes > 0
     train(study, units[2:])
     assert len(n_read) == n_passes
+    assert seeds == [0, 1]
     saes = [load_checkpoint(study.sae(unit)) for unit in units]
     assert [sae.cfg.metadata.hook_name for sae in saes] == [study.study.hook] * 4
     assert not torch.equal(saes[1].W_dec, saes[3].W_dec)
