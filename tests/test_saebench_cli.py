@@ -1,6 +1,7 @@
 """`sae-lens-sampled eval | report | mmcs`, with the extra `eval` and without it; and the scripts in `eval/`."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,28 +36,36 @@ def python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("command", "missing", "name"),
-    [
-        (["eval", "folder"], "sae_bench", "SAEBench"),
-        (["report", "folder"], "sae_bench", "SAEBench"),
-        (["mmcs", "folder", "folder"], "threadpoolctl", "threadpoolctl"),
-    ],
-    ids=["eval", "report", "mmcs"],
-)
-def test_without_the_extra_the_command_says_how_to_install_it(command, missing, name):
-    without = WITHOUT.replace("MISSING", missing) + "from sae_lens_sampled.cli import app; app(sys.argv[1:])"
-    result = python(without, *command)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith(
-        f"sae_lens_sampled.saebench needs {name}: pip install 'sae-lens-sampled[eval]' (see the README for machines "
-        "without a GPU)."
+def run_without(missing, *commands):
+    """Exit status and last line of the errors of each command, where an import of `missing` fails; in one process."""
+    code = (
+        WITHOUT.replace("MISSING", missing)
+        + f"""
+import contextlib, io, json
+from sae_lens_sampled.cli import app
+results = []
+for command in {[list(command) for command in commands]!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            app(command)
+        except SystemExit as end:
+            results.append((end.code, errors.getvalue().strip()))
+print(json.dumps(results))
+"""
     )
+    return json.loads(python(code).stdout.splitlines()[-1])
 
 
-def test_without_the_extra_the_package_works():
-    without = WITHOUT.replace("MISSING", "sae_bench") + "from sae_lens_sampled.cli import app; app(sys.argv[1:])"
-    assert python(without, "info").returncode == 0
+def test_without_the_extra_a_command_says_how_to_install_it_and_the_others_work():
+    install = "pip install 'sae-lens-sampled[eval]' (see the README for machines without a GPU)."
+    evaluating, reporting, (status, _) = run_without("sae_bench", ["eval", "folder"], ["report", "folder"], ["info"])
+    for code, errors in (evaluating, reporting):
+        assert code == 1
+        assert errors.endswith(f"sae_lens_sampled.saebench needs SAEBench: {install}")
+    assert status == 0
+    [(code, errors)] = run_without("threadpoolctl", ["mmcs", "folder", "folder"])
+    assert code == 1
+    assert errors.endswith(f"sae_lens_sampled.saebench needs threadpoolctl: {install}")
 
 
 def test_importing_the_package_never_imports_sae_bench():
@@ -158,13 +167,13 @@ def test_mmcs_of_one_sae_is_refused(folders):
 @pytest.mark.parametrize(
     ("script", "command"), [("run_saebench", "eval"), ("report", "report"), ("compare_seeds", "mmcs")]
 )
-def test_the_scripts_are_the_commands(script, command):
-    text = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "eval" / f"{script}.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_the_scripts_are_the_commands(script, command, monkeypatch, capsys):
+    file = str(ROOT / "eval" / f"{script}.py")
+    monkeypatch.setattr(sys, "argv", [file, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(file, run_name="__main__")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
     want = CliRunner().invoke(app, [command, "--help"]).output
     [summary] = [line.strip() for line in want.splitlines() if line.strip().startswith(SUMMARIES[command])]
     assert summary in text
