@@ -36,7 +36,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches
+from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches, text_store
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -117,23 +117,7 @@ def measure(side: str, args: argparse.Namespace, model: TransformerBridge, cache
 
 def write_file(args: argparse.Namespace, model: TransformerBridge, folder: Path) -> tuple[Tensor, float]:
     """Activations in a file, and the tokens per second with which the language model wrote them."""
-    store = ActivationsStore(
-        model,
-        args.dataset,
-        streaming=True,
-        hook_name=args.hook,
-        hook_head_index=None,
-        context_size=128,
-        d_in=model.cfg.d_model,
-        n_batches_in_buffer=16,
-        total_training_tokens=args.steps * args.batch_size,
-        store_batch_size_prompts=32,
-        train_batch_size_tokens=args.batch_size,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device(args.device),
-        dtype="float32",
-    )
+    store = text_store(model, args.dataset, args.hook, model.cfg.d_model, device=args.device)
     n_tokens, start = args.steps * args.batch_size, time.perf_counter()
     activations = cache_activations(store, n_tokens, folder, settings={})
     return activations, n_tokens / (time.perf_counter() - start)

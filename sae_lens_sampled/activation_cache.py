@@ -13,12 +13,47 @@ from typing import Any
 import torch
 from jaxtyping import BFloat16, Float
 from sae_lens import ActivationsStore
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_lens_sampled.files import reserve, write_whole
 
 DATA, PROGRESS, SETTINGS = "activations.bfloat16", "progress.json", "settings.json"
+
+
+def text_store(
+    model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int = 128, prompts: int = 32, device: str = "cpu"
+) -> ActivationsStore:
+    """A store that gives a text's activations in order, without those of special tokens.
+
+    Args:
+        model: the language model.
+        dataset: Hub name, folder or data set with a split `train`.
+        hook_name: where the activations are read.
+        d_in: their width.
+        context_size: tokens in a prompt, each of which begins with the tokenizer's first token.
+        prompts: number of prompts in a pass of the model.
+        device: where the activations are.
+    """
+    return ActivationsStore(
+        model,
+        dataset,
+        streaming=True,
+        hook_name=hook_name,
+        hook_head_index=None,
+        context_size=context_size,
+        d_in=d_in,
+        n_batches_in_buffer=1,
+        total_training_tokens=1,
+        store_batch_size_prompts=prompts,
+        train_batch_size_tokens=1,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(device),
+        dtype="float32",
+        exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=device),
+    )
 
 
 @torch.no_grad()
@@ -30,7 +65,8 @@ def cache_activations(
     What is there already is not computed again; a run that was killed goes on where it was.
 
     Args:
-        store: a store for one hook that has given nothing yet, always of the same text in the same order.
+        store: a store for one hook that has given nothing yet, always of the same text in the same order, such as a
+            `text_store`.
         n_tokens: number of tokens, special ones not counted if the store leaves them out.
         folder: where to keep them; 2 * d_in bytes for each token.
         settings: what the activations depend on, as JSON has it: model, text, hook and the like.

@@ -11,7 +11,7 @@ from datasets import Dataset
 from sae_lens import ActivationsStore
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled.activation_cache import DATA, PROGRESS, cache_activations, shuffled_batches
+from sae_lens_sampled.activation_cache import DATA, PROGRESS, cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.files import NoSpaceError
 
 SETTINGS = {"model": "m", "hook": "blocks.1.hook_resid_post"}
@@ -28,24 +28,8 @@ def store(language_model):
         texts = [
             f"It was number {i} of the many books that she had read, and so she slept. " * 3 for i in range(n_texts)
         ]
-        return ActivationsStore(
-            language_model,
-            Dataset.from_dict({"text": texts}),
-            streaming=False,
-            hook_name=SETTINGS["hook"],
-            hook_head_index=None,
-            context_size=16,
-            d_in=128,
-            n_batches_in_buffer=4,
-            total_training_tokens=1,
-            store_batch_size_prompts=3,
-            train_batch_size_tokens=32,
-            prepend_bos=True,
-            normalize_activations="none",
-            device=torch.device("cpu"),
-            dtype="float32",
-            exclude_special_tokens=torch.tensor([0]),
-        )
+        dataset = Dataset.from_dict({"text": texts})
+        return text_store(language_model, dataset, SETTINGS["hook"], d_in=128, context_size=16, prompts=3)
 
     return new
 

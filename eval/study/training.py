@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from sae_lens import ActivationsStore, LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.util import get_special_token_ids, str_to_dtype
+from sae_lens.util import str_to_dtype
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches
+from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.files import complete
 from sae_lens_sampled.progress import live_bar
 from smollm2 import smollm2_folder
@@ -51,28 +51,10 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
 def cached_activations(storage: Storage) -> Tensor:
     """Activations that all SAEs of the study are trained on, shape (tokens, d_in); the first call runs the model."""
     study = storage.study
-    model = language_model(study)
-    store = ActivationsStore(
-        model,
-        study.dataset,
-        streaming=True,
-        hook_name=study.hook,
-        hook_head_index=None,
-        context_size=study.context_size,
-        d_in=study.d_in,
-        n_batches_in_buffer=2,
-        total_training_tokens=study.steps * study.batch_size,
-        store_batch_size_prompts=32,
-        train_batch_size_tokens=study.batch_size,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device(study.device),
-        dtype=study.dtype,
-        exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=study.device),
+    store = text_store(
+        language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
     )
-    settings = {
-        name: storage.study.settings().get(name) for name in ("model", "dataset", "text", "hook", "context_size")
-    }
+    settings = {"model": study.model, "hook": study.hook}  # of what else they depend on the folder has the hash
     return cache_activations(store, study.steps * study.batch_size, storage.cache / "activations", settings)
 
 
