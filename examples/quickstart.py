@@ -236,7 +236,10 @@ def main() -> None:
     args = parse_args()
     args.dtype = torch.float32
     if args.model == "smollm2":
-        args.model, args.dtype = str(smollm2_folder()), torch.bfloat16  # as it was made; also the faster on a CPU
+        try:
+            args.model, args.dtype = str(smollm2_folder()), torch.bfloat16  # also the faster on a CPU
+        except ValueError as error:
+            sys.exit(str(error))
     model = TransformerBridge.boot_transformers(args.model, device=args.device, dtype=args.dtype)
     saes, seconds = train(args, model)
     batches = list(held_out_activations(args, model, saes["batchtopk"]).split(args.batch_size))

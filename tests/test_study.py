@@ -85,6 +85,8 @@ def test_the_dry_run_says_what_it_would_take():
     assert f"{50_000 * 4096 * trained:,} through SAEs" in text
     assert all(f"\n{arm.name} " in text for arm in arms(PYTHIA))
     assert "GPU hours" in text
+    once = f"{SMOLLM2.steps * SMOLLM2.batch_size:,}"
+    assert f"{once} tokens a run, {once} through the language model" in format_plan(SMOLLM2)
 
 
 def test_costs_count_the_products_of_the_way_a_step_takes():

@@ -235,7 +235,7 @@ SMOLLM2 = Study(
     dtype="bfloat16",
     cached=True,
 )
-"""A model that people study, from a Python package: offline, on two CPU cores, in some ten hours."""
+"""A model that people study, from a Python package: offline, on two CPU cores, in some hours."""
 
 OTHER_ARCHITECTURES = ("batchtopk", "pool_3", "pool_5", "pool_10_groups_16", "nested_10_then_plain")
 """Arms of the studies that ask whether what holds for one model holds for others."""
@@ -261,7 +261,7 @@ LLAMA_7B = replace(
     arms=OTHER_ARCHITECTURES,
     dtype="bfloat16",
 )
-"""The same; one that is free to load stands for LLaMA-7B."""
+"""The same; Llama 2 stands for LLaMA."""
 
 STUDIES = {study.name: study for study in (TINY, SMOLLM2, PYTHIA, GPT2_XL, LLAMA_7B)}
 

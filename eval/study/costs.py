@@ -34,7 +34,7 @@ def format_plan(study: Study) -> str:
         *(f"{arm.name:32}{arm.n_seeds:>6}  {arm.label}" for arm in arms(study)),
         "",
         f"train      {len(trained)} SAEs in {len(runs(study))} runs of up to {study.saes_per_run}; "
-        f"{tokens:,} tokens a run, {tokens * len(runs(study)):,} through the language model, "
+        f"{tokens:,} tokens a run, {tokens * model_passes(study):,} through the language model, "
         f"{tokens * len(trained):,} through SAEs",
         f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
         f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
@@ -81,11 +81,16 @@ def probing_scratch(study: Study) -> int:
 
 
 def training_flops(study: Study) -> float:
-    """Floating point operations of all training runs: one pass of the model for each, and the SAEs' products."""
+    """Floating point operations of all training runs: the passes of the model, and the SAEs' products."""
     tokens = study.steps * study.batch_size
     per_product = 2 * tokens * study.d_in * study.d_sae
     products = sum(products_of(study, unit) for run in runs(study) for unit in run)
-    return 2 * study.model_parameters * tokens * len(runs(study)) + products * per_product
+    return 2 * study.model_parameters * tokens * model_passes(study) + products * per_product
+
+
+def model_passes(study: Study) -> int:
+    """How often the language model reads the text: for every run, or once where activations are kept."""
+    return 1 if study.cached else len(runs(study))
 
 
 def products_of(study: Study, unit: Unit) -> float:

@@ -11,10 +11,11 @@ from sae_lens_sampled.files import complete
 from study.configs import Study
 
 EVERY = 20
-"""Of the files in alphabetical order, every so many-th one is held out."""
+"""Distance of two held-out files, in alphabetical order."""
 CHARACTERS = 2000
 """Least length of a passage, the unit that is shuffled."""
 TITLES = "titles.json"
+"""Name of the file that says which texts are in which part."""
 
 
 def with_text(study: Study, text: str, work: Path) -> Study:
@@ -53,7 +54,7 @@ def split(files: list[Path], folder: Path) -> None:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Whole lines of at least `CHARACTERS` together."""
+    """Whole lines of at least `CHARACTERS` together, and what is left."""
     passage = ""
     for line in text.splitlines(keepends=True):
         passage += line

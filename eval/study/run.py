@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = replace(study, device=args.device)
     work = args.work_dir or Path("study_output") / study.name
     if args.text:
-        study = with_text(study, args.text, work)
+        try:
+            study = with_text(study, args.text, work)
+        except ValueError as error:
+            sys.exit(str(error))
     results = args.results_dir or (work / "results" if args.smoke else EVAL / "results" / f"study_{study.name}")
     if args.dry_run:
         print(format_plan(study))

@@ -24,7 +24,7 @@ class Absorption(Eval):
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
         self.activations: dict[tuple[str, ...], Tensor] = {}
-        """Of the prompts that every SAE is evaluated on."""
+        """The model's activations on the prompts of every SAE, by hook and prompts of a batch."""
 
     def defaults(self) -> dict[str, Any]:
         """SAEBench's, but fast on a small model."""
