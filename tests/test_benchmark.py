@@ -13,16 +13,8 @@ from helpers import D_IN, D_SAE, activations, step_input
 from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, SyntheticModelConfig
 
 from study import benchmark as script
-from study.benchmark_plan import (
-    BENCHMARKS,
-    SMALL,
-    SYNTH_SAE_BENCH_16K,
-    TUNING,
-    BenchmarkUnit,
-    Data,
-    new_sae,
-    units,
-)
+from study.benchmark_configs import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING
+from study.benchmark_plan import BenchmarkUnit, Data, new_sae, units
 from study.benchmark_report import BenchmarkSummary, render_nested_page, result_table
 from study.synthetic import large_synthetic_model
 from study.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised

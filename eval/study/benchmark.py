@@ -36,7 +36,8 @@ EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 sys.path.append(str(EVAL.parent / "examples"))
 
-from study.benchmark_plan import BENCHMARKS, Benchmark, BenchmarkUnit, new_sae, units
+from study.benchmark_configs import BENCHMARKS
+from study.benchmark_plan import Benchmark, BenchmarkUnit, new_sae, units
 from study.benchmark_report import result_table, write_nested_page
 from study.synthetic import evaluate_on_synthetic_data, large_synthetic_model
 
