@@ -6,7 +6,7 @@
 
 A step is SAELens' whole trainer step, with clipping and Adam; its time is the median of repeats, in which the sides
 take turns, so that whatever else runs on the machine hits all alike. Ratios are what counts. `memory_mib` is what a
-step takes above parameters and optimiser at its peak, in a process of its own. `product` is the bare product of inputs
+step takes above parameters and optimiser at its peak. `product` is the bare product of inputs
 and encoder weights, the floor. Steps are timed at initialisation on Gaussian inputs, and after 200 steps of training on
 activations of the bundled language model (residual stream of block 2, width 128, turned into d_in dimensions by a fixed
 random rotation), with the bound that runs along.
@@ -233,14 +233,17 @@ def measure(case: Case, sides: list[str], repeats: int) -> dict[str, Any]:
 
 
 def peak_memory(side: str, case: Case) -> float:
-    """MiB that a step takes above what is there between steps, in a process of its own."""
+    """MiB that a step takes above what is there between steps; on the CPU in a process of its own."""
+    if case["device"].startswith("cuda"):
+        return own_memory(side, case)
     command = [sys.executable, "-W", "ignore", __file__, "--memory-of", side, "--case", json.dumps(case)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives back larger blocks at once, so none is hidden
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     return float(output.split()[-1])
 
 
-def print_own_memory(side: str, case: Case) -> None:
+def own_memory(side: str, case: Case) -> float:
+    """MiB that the third step takes, at its peak."""
     runner, batches, dead = make_side(side, case), gaussian_batches(case), dead_latents(case)
     for _ in range(3):  # the optimiser's moments, and whatever is loaded when it is first used
         runner.step(next(batches), dead)
@@ -249,12 +252,11 @@ def print_own_memory(side: str, case: Case) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         runner.step(x, dead)
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew (Linux)
     before = _status("VmRSS")
     runner.step(x, dead)
-    print((_status("VmHWM") - before) / 1024)
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
@@ -311,7 +313,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print_own_memory(args.memory_of, json.loads(args.case))
+        print(own_memory(args.memory_of, json.loads(args.case)))
         return
     name = "bench_training_step" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
     file = args.out or RESULTS / f"{name}.json"

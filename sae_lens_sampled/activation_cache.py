@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jaxtyping import BFloat16, Float
 from sae_lens import ActivationsStore
 from sae_lens.util import get_special_token_ids
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from sae_lens_sampled.files import reserve, write_whole
 
-DATA, PROGRESS, SETTINGS = "activations.bfloat16", "progress.json", "settings.json"
+DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "settings.json", "lock"
 
 
 def text_store(
@@ -62,7 +63,8 @@ def cache_activations(
 ) -> BFloat16[Tensor, "n_tokens d_in"]:
     """The first `n_tokens` rows that `store` gives, in the order of the text, from `folder`, where they are kept.
 
-    What is there already is not computed again; a run that was killed goes on where it was.
+    What is there already is not computed again; a run that was killed goes on where it was. Of several processes that
+    ask at the same time one runs the model, and the others wait.
 
     Args:
         store: a store for one hook that has given nothing yet, always of the same text in the same order, such as a
@@ -76,7 +78,14 @@ def cache_activations(
         NoSpaceError: if the disk is too small, before the model runs.
     """
     folder = Path(folder)
-    _check_settings(folder, {**settings, "n_tokens": n_tokens, "d_in": store.d_in})
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        _check_settings(folder, {**settings, "n_tokens": n_tokens, "d_in": store.d_in})
+        return _complete_activations(store, n_tokens, folder)
+
+
+def _complete_activations(store: ActivationsStore, n_tokens: int, folder: Path) -> BFloat16[Tensor, "n_tokens d_in"]:
+    """What of the file is missing is computed."""
     file, progress = folder / DATA, folder / PROGRESS
     n_entries = n_tokens * store.d_in
     done = json.loads(progress.read_text()) if progress.exists() else {"prompts": 0, "tokens": 0}

@@ -158,15 +158,16 @@ class _Decode(torch.autograd.Function):
 
 
 def _csr(values: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, ...]) -> Tensor:
-    _silence_the_beta_warning()
+    _silence_first_warnings()
     starts = torch.searchsorted(rows, torch.arange(size[0] + 1, device=rows.device))
     return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
 
 
 @functools.cache
-def _silence_the_beta_warning() -> None:
-    # torch says once in a process that CSR tensors are in beta, at the first that is made: this one.
+def _silence_first_warnings() -> None:
+    # torch says once in a process that CSR tensors are in beta, at the first that is made: this one. Torch 2.11 says
+    # there too that invariants are not checked, whatever `check_invariants` is.
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*beta state", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*(beta state|invariant checks)", category=UserWarning)
         starts, empty = torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         torch.sparse_csr_tensor(starts, empty, torch.zeros(0), (1, 1), check_invariants=False)

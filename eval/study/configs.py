@@ -220,7 +220,8 @@ SMOLLM2 = Study(
     evals={
         "core": {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 20},
         "sparse_probing": {},
-        "absorption": {"min_feats_for_eval": 10},
+        # The report shows probes of one latent; those of ten take most of the time.
+        "absorption": {"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
     },
     probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
     arms=(

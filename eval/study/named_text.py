@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from sae_lens_sampled.files import complete
+from sae_lens_sampled.files import complete, write_whole
 from study.configs import Study
+from study.storage import SETTINGS
 
 EVERY = 20
 """Distance of two held-out files, in alphabetical order."""
@@ -37,6 +38,21 @@ def with_text(study: Study, text: str, work: Path) -> Study:
         with complete(folder) as unfinished:
             split(files, unfinished)
     return replace(study, dataset=str(folder / "train"), held_out=str(folder / "held_out"), text=fingerprint)
+
+
+def with_text_of_results(study: Study, results: Path) -> Study:
+    """The study on the text that its results are of, where there are any; the text itself is not needed."""
+    settings = results / SETTINGS
+    if not settings.exists():
+        return study
+    return replace(study, text=json.loads(settings.read_text())["language_model"].get("text", ""))
+
+
+def keep_titles(study: Study, results: Path) -> None:
+    """Put the titles of both parts of the study's text beside its results; nothing for a data set of the Hub."""
+    titles = Path(study.dataset).parent / TITLES
+    if study.text and titles.is_file():
+        write_whole(results / TITLES, titles.read_text())
 
 
 def split(files: list[Path], folder: Path) -> None:

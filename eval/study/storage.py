@@ -13,6 +13,8 @@ from study.configs import Study
 from study.plan import Unit
 
 Key = tuple[Any, ...]
+SETTINGS = "settings.json"
+"""Name of the file beside the results that says what they depend on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ResultTable:
 
     @property
     def _settings_file(self) -> Path:
-        return self.file.with_name("settings.json")
+        return self.file.with_name(SETTINGS)
 
     def _check_settings(self) -> None:
         settings = self.settings[self.section]

@@ -6,6 +6,7 @@ from typing import Any
 
 import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.main as absorption
+from filelock import FileLock
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from sae_lens_sampled.files import finish
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
+
+LOCK = "absorption.lock"
 
 
 class Absorption(Eval):
@@ -49,29 +52,31 @@ class Absorption(Eval):
                 )
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Train the probes that are missing; a folder gets its name when all of it is there."""
-        hooked = self.setup.model.hooked
+        """Train the probes that are missing; one process does, and others wait."""
         for layer in {int(str(sae.sae.cfg.metadata.hook_name).split(".")[1]) for sae in saes}:
-            place = Path(hooked.cfg.model_name) / f"layer_{layer}"
-            final = self._probes / place
-            if final.exists():
-                continue
-            unfinished = self.setup.scratch / "probes"
-            with (
-                patches.restored_random_state(self.config.random_seed),
-                patches.ordered_vocabulary(),
-                patches.reserved_memory_maps(),
-                patches.short_passes(hooked, self.config.prompt_token_pos),
-            ):
-                absorption_common.train_and_save_probes(
-                    hooked,
-                    [layer],
-                    base_template=self.config.prompt_template,
-                    pos_idx=self.config.prompt_token_pos,
-                    probes_dir=unfinished,
-                    device=self.setup.device,
-                )
-            finish(unfinished / place, final)
+            folder = self._probes / self.setup.model.hooked.cfg.model_name / f"layer_{layer}"
+            with FileLock(self.setup.output_dir / "artifacts" / LOCK):
+                if not folder.exists():
+                    self._train_probes(layer, folder)
+
+    def _train_probes(self, layer: int, folder: Path) -> None:
+        """Train the probes of a layer; their folder gets its name when all of it is there."""
+        hooked, unfinished = self.setup.model.hooked, self.setup.scratch / "probes"
+        with (
+            patches.restored_random_state(self.config.random_seed),
+            patches.ordered_vocabulary(),
+            patches.reserved_memory_maps(),
+            patches.short_passes(hooked, self.config.prompt_token_pos),
+        ):
+            absorption_common.train_and_save_probes(
+                hooked,
+                [layer],
+                base_template=self.config.prompt_template,
+                pos_idx=self.config.prompt_token_pos,
+                probes_dir=unfinished,
+                device=self.setup.device,
+            )
+        finish(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """SAEBench's result; an error where it has too few letters to give one."""

@@ -1,0 +1,151 @@
+"""On a GPU: what a step, a run, an export and the evals do on the CPU. Skipped where there is none."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from eval_helpers import GIVEN, SMALL
+from helpers import D_SAE, activations, batchtopk_sae, gradients, sampled_sae, step_input
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from sae_lens_sampled import SampledTopKTrainingSAEConfig, calibrate_thresholds, load_checkpoint
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+POOLS = [
+    {},
+    {"pool_factor": D_SAE / 3},
+    {"pool_group_size": 8},
+    {"pool_group_size": 8, "matryoshka_widths": [10, D_SAE], "pool_quota": [0.5, 0.5]},
+    {"pool_sampling": "proportional", "score": "squared_l2"},
+    {"pool_group_size": 8, "score": "perplexity"},
+    {"score": "ridge_leverage"},
+    {"score": "entropy", "rescale_acts_by_decoder_norm": True},
+]
+
+
+def on(device, sae):
+    moved = copy.deepcopy(sae).to(device)
+    moved.cfg.device = device
+    return moved
+
+
+def step_on(device, sae, x, n_dead, number=0):
+    given = step_input(x.to(device), n_dead=n_dead, step=number)
+    given.dead_neuron_mask = given.dead_neuron_mask.to(device)
+    return sae.training_forward_pass(given)
+
+
+@pytest.mark.parametrize("n_dead", [0, 9])
+@pytest.mark.parametrize("path", ["kept", "dense"])
+@pytest.mark.parametrize("fields", POOLS, ids=str)
+def test_steps_are_those_of_the_cpu(fields, path, n_dead):
+    on_cpu, on_gpu = (on(device, sampled_sae(step=path, **fields)) for device in ("cpu", DEVICE))
+    for number in range(3):
+        x = activations(64, seed=number)
+        want = step_on("cpu", on_cpu, x, n_dead, number)
+        got = step_on(DEVICE, on_gpu, x, n_dead, number)
+        assert got.feature_acts.device.type == DEVICE
+        torch.testing.assert_close(dense(got.feature_acts).cpu(), dense(want.feature_acts), rtol=1e-4, atol=1e-4)
+        for name, loss in want.losses.items():
+            torch.testing.assert_close(got.losses[name].cpu(), loss, rtol=1e-4, atol=1e-4)
+        want_gradients = gradients(on_cpu, want)
+        for name, gradient in gradients(on_gpu, got).items():
+            torch.testing.assert_close(gradient.cpu(), want_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+    for name, buffer in on_cpu.state_dict().items():
+        torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), buffer, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def dense(acts):
+    return acts.to_dense() if acts.is_sparse else acts
+
+
+def test_a_pool_of_all_latents_is_batchtopk_to_the_last_bit():
+    ours = on(DEVICE, sampled_sae(pool_factor=D_SAE / 3, step="dense"))
+    theirs = on(DEVICE, batchtopk_sae())
+    for number in range(5):
+        mine, want = (step_on(DEVICE, sae, activations(64, seed=number), 5) for sae in (ours, theirs))
+        assert torch.equal(mine.feature_acts, want.feature_acts)
+        assert torch.equal(mine.loss, want.loss)
+        want_gradients = gradients(theirs, want)
+        assert all(torch.equal(gradient, want_gradients[n]) for n, gradient in gradients(ours, mine).items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8}, {"pool_factor": D_SAE / 3}], ids=str)
+@pytest.mark.parametrize("path", ["auto", "kept", "dense"])
+def test_autocast_trains(fields, path):
+    sae = on(DEVICE, sampled_sae(step=path, **fields))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    losses = []
+    for number in range(30):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            output = step_on(DEVICE, sae, activations(64, seed=100 + number), 3, number)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+    assert losses[-1] < losses[0]
+    assert sae.topk_threshold.dtype == torch.float64
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}], ids=str)
+def test_a_run_its_checkpoint_and_its_export_go_between_devices(fields, tiny_lm, tmp_path):
+    model = TransformerBridge.boot_transformers(str(tiny_lm), device=DEVICE)
+    shared = {"d_in": 128, "d_sae": 192, "k": 8, "pool_factor": 4, "device": DEVICE}
+    config = LanguageModelSAERunnerConfig(
+        sae=SampledTopKTrainingSAEConfig(**shared, **fields),
+        model_name=str(tiny_lm),
+        hook_name="blocks.2.hook_resid_post",
+        dataset_path=str(tiny_lm / "text"),
+        context_size=32,
+        training_tokens=512 * 20,
+        train_batch_size_tokens=512,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=32,
+        device=DEVICE,
+        checkpoint_path=str(tmp_path / "checkpoints"),
+        save_final_checkpoint=True,
+        output_path=str(tmp_path / "output"),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    runner = LanguageModelSAETrainingRunner(config, override_model=model)
+    trained = runner.run()
+    x = runner.activations_store.get_filtered_llm_batch()[:512].float()
+    [checkpoint] = Path(runner.cfg.checkpoint_path).glob("final_*")
+    on_cpu = load_checkpoint(checkpoint, device="cpu")
+    torch.testing.assert_close(on_cpu.select(x.cpu(), draw=0), trained.select(x, draw=0).cpu(), rtol=1e-3, atol=1e-3)
+    exported = {device: SAE.load_from_disk(tmp_path / "output", device=device) for device in ("cpu", DEVICE)}
+    torch.testing.assert_close(exported["cpu"](x.cpu()), exported[DEVICE](x).cpu(), rtol=1e-3, atol=1e-3)
+    calibrated, _ = calibrate_thresholds(trained, [x], "per_latent", show_progress=False)
+    assert calibrated.encode(x).count_nonzero() / len(x) == pytest.approx(8, rel=0.05)
+
+
+def test_the_evals_run(tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    from sae_lens_sampled.saebench import run_evals
+
+    saes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = SampledTopKTrainingSAEConfig(d_in=128, d_sae=160, k=8, pool_factor=5, device=DEVICE)
+        config.metadata.hook_name, config.metadata.context_size = "blocks.2.hook_resid_post", 48
+        saes.append((f"sampled_seed{seed}", trained_a_little(config)))
+    results = run_evals(saes, list(SMALL), output_dir=tmp_path, overrides=SMALL, device=DEVICE, **GIVEN)
+    assert {name: len(by_sae) for name, by_sae in results.items()} == dict.fromkeys(SMALL, 2)
+
+
+def trained_a_little(config):
+    from sae_lens_sampled import SampledTopKTrainingSAE
+
+    sae = SampledTopKTrainingSAE(config)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for number in range(20):
+        given = step_input(torch.randn(256, 128, device=DEVICE), step=number)
+        given.dead_neuron_mask = torch.zeros(160, dtype=torch.bool, device=DEVICE)
+        sae.training_forward_pass(given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return sae
