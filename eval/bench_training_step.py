@@ -28,7 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    SAETrainer,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -41,6 +46,7 @@ BASE = "SAELens BatchTopK"
 SIZES = {
     "large": {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64},
     "small": {"tokens": 2048, "d_in": 256, "d_sae": 8192, "k": 32},
+    "smollm2": {"tokens": 2048, "d_in": 576, "d_sae": 4096, "k": 32},
 }
 TRAINING_STEPS = 200
 Case = dict[str, Any]
@@ -49,10 +55,12 @@ Case = dict[str, Any]
 def side_config(side: str, case: Case) -> TrainingSAEConfig:
     """The config of a side, by its name: SAELens' own, or pools such as "nested groups of 16, factor 10 (dense)"."""
     d_sae = case["d_sae"]
-    levels = {"matryoshka_widths": [d_sae // 64, d_sae // 16, d_sae // 4, d_sae]}
+    levels = {"matryoshka_widths": case.get("levels") or [d_sae // 64, d_sae // 16, d_sae // 4, d_sae]}
     shared = {name: case[name] for name in ("d_in", "d_sae", "k", "device")} | {"aux_loss_coefficient": 1 / 32}
     if side.startswith(BASE):
         return BatchTopKTrainingSAEConfig(**shared)
+    if side == "SAELens TopK":
+        return TopKTrainingSAEConfig(**shared)
     if side == "SAELens Matryoshka":
         return MatryoshkaBatchTopKTrainingSAEConfig(**shared, **levels)
     pools, _, step = side.removeprefix("nested ").rstrip(")").partition(" (")
@@ -274,6 +282,9 @@ def plan(device: str, quick: bool) -> dict[str, list[tuple[Case, list[str]]]]:
         tiny = base | {"tokens": 256, "d_in": 128, "d_sae": 2048, "k": 8, "training_steps": 5}
         return {"large": [(tiny | {"trained": trained}, sides) for trained in (False, True)]}
     large, small = base | SIZES["large"], base | SIZES["small"]
+    smollm2 = base | SIZES["smollm2"] | {"trained": True, "levels": [256, 1024, 4096]}
+    study_pools = [f"groups of 16, factor {factor}{forced}" for factor in (5, 10, 20)]
+    study_pools += [f"nested groups of 16, factor {factor}{forced}" for factor in (10, 20)]
     earlier = ["groups of 16, factor 4" + forced, "one pool, factor 4", "sampled pool, factor 4"]
     dead = (0.0, 0.25, 0.9)
     fast = [BASE, every, groups, one]
@@ -285,6 +296,11 @@ def plan(device: str, quick: bool) -> dict[str, list[tuple[Case, list[str]]]]:
         "nested": [
             (large | {"dead": d, "trained": True}, [*sides, *(f"nested {side}" for side in (every, groups, one))])
             for d in (0.0, 0.25)
+        ],
+        # The arms of the study on SmolLM2, with about as many dead latents as they have.
+        "smollm2": [
+            (smollm2 | {"dead": 0.1}, [BASE, "SAELens TopK", "SAELens Matryoshka", every, *study_pools]),
+            (smollm2 | {"dead": 0.9}, [BASE, one]),
         ],
         "autocast": [(small | {"autocast": True, "dead": d}, fast) for d in dead],
         "d_sae": [(small | {"d_sae": n}, [BASE, every, groups, one]) for n in (2048, 4096, 8192, 16_384, 32_768)],

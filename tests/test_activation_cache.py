@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,6 +50,23 @@ def test_what_is_there_is_not_computed_again(store, tmp_path, monkeypatch):
     other = store()
     monkeypatch.setattr(other, "get_batch_tokens", lambda *_, **__: pytest.fail("the text was read again"))
     assert torch.equal(cache_activations(other, 100, tmp_path, SETTINGS), cached)
+
+
+def test_of_several_that_ask_at_once_one_runs_the_model(store, tmp_path, monkeypatch):
+    """Threads here: each call opens the lock's file anew, as a process of its own would."""
+    n_passes, get = itertools.count(), ActivationsStore.get_activations
+
+    def slow(store, tokens):
+        next(n_passes)
+        time.sleep(0.05)
+        return get(store, tokens)
+
+    monkeypatch.setattr(ActivationsStore, "get_activations", slow)
+    stores = [store() for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        cached = list(pool.map(lambda given: cache_activations(given, 100, tmp_path, SETTINGS), stores))
+    assert next(n_passes) == 3  # of some 45 tokens
+    assert all(torch.equal(other, cached[0]) for other in cached)
 
 
 def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):

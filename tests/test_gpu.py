@@ -120,7 +120,7 @@ def test_a_run_its_checkpoint_and_its_export_go_between_devices(fields, tiny_lm,
     exported = {device: SAE.load_from_disk(tmp_path / "output", device=device) for device in ("cpu", DEVICE)}
     torch.testing.assert_close(exported["cpu"](x.cpu()), exported[DEVICE](x).cpu(), rtol=1e-3, atol=1e-3)
     calibrated, _ = calibrate_thresholds(trained, [x], "per_latent", show_progress=False)
-    assert calibrated.encode(x).count_nonzero() / len(x) == pytest.approx(8, rel=0.05)
+    assert calibrated.encode(x).count_nonzero().item() / len(x) == pytest.approx(8, rel=0.05)
 
 
 def test_the_evals_run(tmp_path):

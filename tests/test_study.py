@@ -21,14 +21,17 @@ import pandas as pd
 from sae_lens import ActivationsStore
 
 from sae_lens_sampled import load_checkpoint
+from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
-from study.named_text import TITLES, with_text
+from study.named_text import TITLES, keep_titles, with_text, with_text_of_results
+from study.parts import Part, parse_part, part_of_array
 from study.plan import (
     Unit,
+    absorption_units,
     arms,
     compared,
     runs,
@@ -37,9 +40,11 @@ from study.plan import (
     synthetic_units,
     units,
 )
-from study.report import render_page, write_report
+from study.report import committed, render_page, render_tables, write_report
+from study.stages import STAGES, status, to_do
 from study.storage import Storage
 from study.summary import Summary, estimate_over_pairs, shown
+from study.tables import decision_table, mark
 from study.training import new_sae, train
 
 EVAL = Path(__file__).parent.parent / "eval"
@@ -96,6 +101,101 @@ def test_costs_count_the_products_of_the_way_a_step_takes():
     assert products(PYTHIA, "batchtopk") == products(PYTHIA, "pool_5_groups_16") == 5  # dense on a GPU
     assert products(PYTHIA, "pool_5") == pytest.approx(1 + 5 * 320 / 16_384)
     assert products(PYTHIA, "narrow_5") == pytest.approx(5 * 320 / 16_384)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_the_parts_of_a_study_are_all_of_it(count):
+    parts = [Part(index, count).of(units(TINY)) for index in range(1, count + 1)]
+    assert sorted(unit.name for part in parts for unit in part) == sorted(unit.name for unit in units(TINY))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "8", "-1/8", "1/x", "1/8/2", ""])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(ValueError, match=f"^--part {text}: give one like 2/8"):
+        parse_part(text)
+    assert parse_part("8/8") == Part(8, 8)
+
+
+def test_a_task_of_an_array_is_a_part():
+    def environ(index, first, last, count):
+        values = {"ID": index, "MIN": first, "MAX": last, "COUNT": count}
+        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+    assert part_of_array({}) == Part(1, 1)
+    assert part_of_array(environ(3, 1, 8, 8)) == Part(3, 8)
+    assert part_of_array(environ(0, 0, 3, 4)) == Part(1, 4)
+    with pytest.raises(ValueError, match=r"^the array has 2 tasks from 2 to 5; name the part with --part I/N\.$"):
+        part_of_array(environ(5, 2, 5, 2))
+
+
+def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tmp_path):
+    study = storage(tmp_path, replace(SMOKE, arms=("batchtopk", "topk", "pool_5", "pool_5_groups_16")))
+    lines = status(study, ["*"], 1).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "train 0 of 2 done",  # portions of a seed
+        "evaluate 0 of 8 done",
+        "absorption 0 of 0 done",
+        "synthetic 0 of 8 done",
+        "compare 0 of 10 done",
+    ]
+    for unit in units(study.study):
+        if unit.name != "topk_seed1":
+            study.evaluations.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": {}})
+    for arm, other in compared(study.study):
+        study.comparisons.append({"arm": arm.name, "other_arm": other.name, "pairs": []})
+    position = [unit.name for unit in units(study.study)].index("topk_seed1")
+    lines = [" ".join(line.split()) for line in status(study, ["*"], 3).splitlines()]
+    assert lines[0] == "train 1 of 2 done; parts with work: 2 of 3"  # the second seed's
+    assert lines[1] == f"evaluate 7 of 8 done; parts with work: {position % 3 + 1} of 3"
+    assert lines[4] == "compare 10 of 10 done"
+    assert [unit.name for unit in to_do(STAGES["evaluate"], study, ["*"], Part())] == ["topk_seed1"]
+    [run] = to_do(STAGES["train"], study, ["t*"], Part())
+    assert [unit.name for unit in run] == ["topk_seed1"]
+    assert not to_do(STAGES["train"], study, ["pool*"], Part())
+
+
+SBATCH = """#!/bin/bash
+# A Slurm of one machine: notes what is asked for, runs the tasks of an array at once, and prints the number of the job.
+echo "$@" >> "$LOG"
+while [[ $1 == -* ]]; do [[ $1 == --array=* ]] && range=${1#--array=}; shift; done
+first=${range%-*} last=${range#*-}
+for i in $(seq "$first" "$last"); do
+    SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_MIN=$first SLURM_ARRAY_TASK_MAX=$last \\
+        SLURM_ARRAY_TASK_COUNT=$((last - first + 1)) bash "$@" > "$LOG.$i" 2>&1 &
+done
+wait
+wc -l < "$LOG"
+"""
+
+
+def test_an_array_of_processes_has_the_results_of_one(tmp_path):
+    """Tasks of Slurm at once on one folder, started by `slurm.sh`; and a stage that begins after another."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"sbatch": SBATCH, "python": f'#!/bin/bash\nexec {sys.executable} -W ignore "$@"\n'}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "LOG": str(tmp_path / "log"), "PARTS": "2", "OMP_NUM_THREADS": "1"}
+    options = ["--smoke", "--arms", "batchtopk", "pool_5", "pool_5_groups_16", "--work-dir"]
+
+    def run(command, folder, **more):
+        return subprocess.run([*command, *options, folder], env=env | more, check=True, capture_output=True, text=True)
+
+    with ThreadPoolExecutor() as beside:
+        alone = beside.submit(run, [*COMMAND[:-2], "--stages", "synthetic"], tmp_path / "one")
+        array = run(["bash", EVAL / "slurm.sh", "tiny"], tmp_path / "two", STAGES="synthetic absorption")
+        alone.result()
+    assert array.stdout.splitlines() == ["synthetic: job 1", "absorption: job 2"]
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert first.startswith("--parsable --array=1-2 --job-name=tiny-synthetic ")
+    assert second.startswith("--parsable --array=1-2 --job-name=tiny-absorption --dependency=afterany:1 ")
+    one, two = (
+        sorted((tmp_path / folder / "results" / "synthetic.jsonl").read_bytes().splitlines())
+        for folder in ("one", "two")
+    )
+    assert len(one) == 6
+    assert one == two
 
 
 def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
@@ -164,6 +264,15 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
     again = with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path / "other_work")
     assert again.settings() == study.settings()
     assert not any(str(tmp_path) in str(value) for value in study.settings().values())
+    # Titles and fingerprint stay with the results, which can be shown without the text.
+    study_of_text = Storage(study, tmp_path / "results", tmp_path / "work")
+    assert with_text_of_results(SMOLLM2, study_of_text.results) == SMOLLM2
+    keep_titles(study, study_of_text.results)
+    study_of_text.evaluations.append({"arm": "topk", "seed": 0, "metrics": {}})
+    shown_later = with_text_of_results(SMOLLM2, study_of_text.results)
+    assert shown_later.settings() == study.settings()
+    assert json.loads((study_of_text.results / TITLES).read_text()) == titles
+    assert list(Storage(shown_later, study_of_text.results, tmp_path).evaluations.load()) == [("topk", 0)]
     (tmp_path / "elsewhere" / "Author00_Some_Title_1850.txt").write_text("changed")
     assert with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path).settings() != study.settings()
 
@@ -198,6 +307,34 @@ def test_an_sae_with_nan_is_left_out_of_the_evaluation_and_named(tmp_path, monke
     entries = sae.W_enc.numel()
     assert fault.startswith(f"3 of {entries:,} entries of W_enc are not finite, so '{study.sae(bad)}' is of no use: ")
     assert list(study.evaluations.load()) == [("batchtopk", 0)]
+
+
+def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_path, monkeypatch):
+    """SmolLM2's, where it takes minutes for each SAE: those of the plan, each once, and shown beside the others."""
+    study = storage(tmp_path, replace(smoke(SMOLLM2), n_stability_seeds=3))
+    for unit in units(study.study):
+        new_sae(study.study, unit).save_model(study.sae(unit))
+        study.evaluations.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": {"fvu": 0.1}, "pools": {}})
+    asked = []
+
+    def absorption(saes, evals, *_, overrides, **__):
+        asked.extend(name for name, _ in saes)
+        assert (evals, overrides) == (["absorption"], {"absorption": study.study.absorption})
+        means = {"mean_absorption_fraction_score": 0.25, "mean_full_absorption_score": 0.125}
+        result = {"eval_result_metrics": {"mean": means}, "eval_result_details": [{}] * 26}
+        return {"absorption": {f"{name}_custom_sae": result for name, _ in saes}}
+
+    monkeypatch.setattr(evaluation, "run_evals", absorption)
+    for _ in range(2):
+        for index in (1, 2):
+            if items := to_do(STAGES["absorption"], study, ["*"], Part(index, 2)):
+                STAGES["absorption"].do(study, items)
+    assert sorted(asked) == ["batchtopk_seed0", "pool_10_groups_16_seed0", "pool_5_seed0"]
+    summary = Summary(study)
+    assert summary.number("pool_5", "absorption_fraction") == "0.250"  # no error of one SAE
+    assert summary.number("pool_5_groups_16", "absorption_fraction") == "-"
+    assert summary.values("batchtopk", "absorption_letters") == {0: 26}
+    assert not absorption_units(TINY)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
@@ -241,13 +378,26 @@ def test_processes_that_add_results_at_the_same_time_lose_none(tmp_path):
     assert all(result in results for result in table.load().values())
 
 
-@pytest.mark.parametrize("name", ["evaluate", "compare", "synthetic"])
-def test_committed_results_have_a_row_for_each_unit_of_the_plan(name):
-    study = Storage(TINY, EVAL / "results" / "study_tiny", Path("not_needed"))
+def committed_study(config):
+    results = committed(config.name, EVAL)
+    return Storage(with_text_of_results(config, results), results, Path("not_needed"))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *((TINY, name) for name in ("evaluate", "compare", "synthetic")),
+        *((SMOLLM2, name) for name in ("evaluate", "compare")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_committed_results_have_a_row_for_each_unit_of_the_plan(config, name):
+    study = committed_study(config)
     planned = {
-        "evaluate": (study.evaluations, [unit.key for unit in units(TINY)]),
-        "synthetic": (study.synthetic, [unit.key for unit in synthetic_units(TINY)]),
-        "compare": (study.comparisons, [(arm.name, other.name) for arm, other in compared(TINY)]),
+        "evaluate": (study.evaluations, [unit.key for unit in units(config)]),
+        "absorption": (study.absorption, [unit.key for unit in absorption_units(config)]),
+        "synthetic": (study.synthetic, [unit.key for unit in synthetic_units(config)]),
+        "compare": (study.comparisons, [(arm.name, other.name) for arm, other in compared(config)]),
     }
     table, keys = planned[name]
     frame = pd.read_json(table.file, lines=True)
@@ -256,9 +406,39 @@ def test_committed_results_have_a_row_for_each_unit_of_the_plan(name):
     assert sorted(finished) == sorted(keys)  # arms may have been added later
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
-    study = Storage(TINY, EVAL / "results" / "study_tiny", Path("not_needed"))
-    assert render_page(study, EVAL) == (EVAL / "RESULTS.md").read_text()
+def test_the_committed_pages_are_those_of_the_committed_results():
+    assert render_page(EVAL) == (EVAL / "RESULTS.md").read_text()
+    for config in (TINY, SMOLLM2):
+        study = committed_study(config)
+        assert render_tables(study) == (study.results / "RESULTS.md").read_text()
+
+
+def test_what_differs_from_batchtopk_by_two_errors_is_marked(tmp_path):
+    study = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
+    values = {
+        "batchtopk": {"fvu": [0.10, 0.20, 0.30], "dead": [0.5, 0.5, 0.6]},
+        # FVU lower by 0.02 +- 0.01, at just two errors; dead more by 0.1 +- 0.
+        "pool_5": {"fvu": [0.10, 0.18, 0.26], "dead": [0.6, 0.6, 0.7]},
+    }
+    for arm, of_arm in values.items():
+        for seed in range(3):
+            metrics = {name: numbers[seed] for name, numbers in of_arm.items()}
+            study.evaluations.append({"arm": arm, "seed": seed, "metrics": metrics, "pools": {}, "thresholds": {}})
+    for arm, mmcs in {"batchtopk": (0.5, 0.5, 0.56), "pool_5": (0.3, 0.31, 0.3)}.items():
+        seeds = [[0, 1], [0, 2], [1, 2]]
+        pairs = [{"seeds": pair, "forward": {"mmcs": value}} for pair, value in zip(seeds, mmcs, strict=True)]
+        study.comparisons.append({"arm": arm, "other_arm": arm, "pairs": pairs})
+    summary = Summary(study)
+    assert summary.difference("pool_5", "batchtopk", "fvu").error == pytest.approx(0.0115, abs=1e-4)
+    assert mark(summary.difference("pool_5", "batchtopk", "fvu"), smaller_is_better=True) == ""
+    table = decision_table(summary, {"pool_5": 81.4})
+    [base, pool] = [line for line in table.splitlines() if line.startswith(("| BatchTopK |", "| pool 5, one pool |"))]
+    assert "▲" not in base
+    assert "▼" not in base
+    assert pool == ("| pool 5, one pool | 0.180 ± 0.046 | - | - | - | 0.633 ± 0.033 ▼ | 0.303 ± 0.007 ▼ | - | 81 s |")
+    assert mark(Estimate(-0.03, 0.01, 3), smaller_is_better=True) == mark(Estimate(0.03, 0.01, 3)) == " ▲"
+    assert mark(Estimate(0.03, 0.01, 3), smaller_is_better=True) == mark(Estimate(-0.03, 0.01, 3)) == " ▼"
+    assert mark(Estimate(0.03, None, 1)) == mark(None) == ""
 
 
 def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):

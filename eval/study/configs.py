@@ -116,11 +116,22 @@ class Study:
     """PyTorch's name of the device."""
     arms: tuple[str, ...] = ("*",)
     """Patterns of the names of arms that there are."""
+    on_synthetic_data: bool = True
+    """Whether the arms are trained on data with known features too, which are the same in every study."""
     dtype: str = "float32"
     """PyTorch's name of the language model's type; SAEBench runs it in float32."""
     cached: bool = False
     """Whether SAEs are trained on activations from a file, in batches from the whole text: one pass of the model for
     all arms and seeds. Otherwise `mixed_prompts` are mixed."""
+    pictures: tuple[str, ...] = ("pool_factor", "pareto", "densities", "similarity", "synthetic")
+    """Pictures of the page, by their names in `figures.py`."""
+    absorption: dict[str, Any] = field(default_factory=dict)
+    """Fields of absorption's configuration where it takes too long for every SAE, and is not among `evals`: it has a
+    stage of its own then, for the first `absorption_seeds` SAEs of `absorption_arms`."""
+    absorption_arms: tuple[str, ...] = ()
+    """Names of arms."""
+    absorption_seeds: int = 0
+    """SAEs of each."""
     text: str = ""
     """Fingerprint of a text that the user named, which then stands for `dataset` and `held_out` in the settings."""
 
@@ -139,6 +150,10 @@ class Study:
                 del fields[name]
         return json.loads(json.dumps(fields | bundled))
 
+    def absorption_settings(self) -> dict[str, Any]:
+        """What the results of absorption's own stage depend on, as JSON has it."""
+        return json.loads(json.dumps(self.settings() | {"evals": {"absorption": self.absorption}}))
+
     def synthetic_settings(self) -> dict[str, Any]:
         """What results on synthetic data depend on, as JSON has it."""
         shared = ("aux_loss_coefficient", "fixed_pool_factor", "sampled_scores")
@@ -149,6 +164,7 @@ class Study:
 NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
     *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores", "arms"),
+    *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds"),
 )
 """Fields of `Study` that add or leave out results, but change none."""
 
@@ -220,9 +236,11 @@ SMOLLM2 = Study(
     evals={
         "core": {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 20},
         "sparse_probing": {},
-        # The report shows probes of one latent; those of ten take most of the time.
-        "absorption": {"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
     },
+    # 4 million tokens for the probes before the first SAE, and minutes for each.
+    absorption={"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
+    absorption_arms=("batchtopk", "pool_5", "pool_10_groups_16"),
+    absorption_seeds=1,
     probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
     arms=(
         *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
@@ -232,6 +250,8 @@ SMOLLM2 = Study(
     group_sizes=(16,),
     scores=(),
     n_stability_seeds=3,
+    on_synthetic_data=False,
+    pictures=("densities", "similarity"),
     saes_per_run=4,
     dtype="bfloat16",
     cached=True,
@@ -269,6 +289,21 @@ STUDIES = {study.name: study for study in (TINY, SMOLLM2, PYTHIA, GPT2_XL, LLAMA
 
 def smoke(study: Study) -> Study:
     """The same plan with the bundled model, a few steps and small evaluations: every stage, in minutes."""
+    evals: dict[str, dict[str, Any]] = {
+        "core": {
+            "n_eval_reconstruction_batches": 1,
+            "n_eval_sparsity_variance_batches": 1,
+            "batch_size_prompts": 4,
+            "context_size": 48,
+        },
+        "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40, "context_length": 32},
+        "absorption": {
+            "max_k_value": 2,
+            "k_sparse_probe_num_epochs": 1,
+            "min_feats_for_eval": 5,
+            "min_GT_probe_f1": 0.3,
+        },
+    }
     return replace(
         TINY,
         name=f"{study.name}-smoke",
@@ -283,25 +318,16 @@ def smoke(study: Study) -> Study:
         group_sizes=study.group_sizes,
         scores=study.scores,
         arms=study.arms,
+        on_synthetic_data=study.on_synthetic_data,
+        pictures=study.pictures,
+        absorption_arms=study.absorption_arms,
+        absorption_seeds=study.absorption_seeds,
         cached=study.cached,
         dtype=study.dtype,
         n_seeds=2,
         n_stability_seeds=2,
         held_out_tokens=4096,
-        evals={
-            "core": {
-                "n_eval_reconstruction_batches": 1,
-                "n_eval_sparsity_variance_batches": 1,
-                "batch_size_prompts": 4,
-                "context_size": 48,
-            },
-            "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40, "context_length": 32},
-            "absorption": {
-                "max_k_value": 2,
-                "k_sparse_probe_num_epochs": 1,
-                "min_feats_for_eval": 5,
-                "min_GT_probe_f1": 0.3,
-            },
-        },
+        absorption=evals.pop("absorption") if study.absorption else {},
+        evals=evals,
         synthetic=replace(Synthetic(), d_sae=96, k=5, steps=8, eval_samples=1024),
     )

@@ -72,7 +72,7 @@ def compare(storage: Storage, dictionaries: Dictionaries, arm: Arm, other: Arm) 
     pairs = [
         compare_pair(dictionaries[a], dictionaries[b]) | {"seeds": [a.seed, b.seed]} for a, b in _pairs(arm, other)
     ]
-    result: dict[str, Any] = {"arm": arm.name, "other_arm": other.name, "pairs": pairs}
+    result: dict[str, Any] = {"arm": arm.name, "other_arm": other.name, "pairs": pairs, "device": storage.device}
     if arm != other:
         result["unmatched"] = unmatched_contexts(dictionaries[Unit(arm, 0)], dictionaries[Unit(other, 1)])
     storage.comparisons.append(result)

@@ -57,9 +57,27 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
                 **density(of_unit["core"]),
                 "thresholds": export_variants(study, unit.arm, sae, calibration, unseen),
                 "pools": sae.pool_statistics() if isinstance(sae, SampledTopKTrainingSAE) else {},
+                "device": storage.device,
             }
         )
     return list(broken.values())
+
+
+def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
+    """Run absorption alone on the exports of `units`."""
+    study = storage.study
+    results = run_evals(
+        [(unit.name, load_checkpoint(storage.sae(unit), device=study.device)) for unit in units],
+        ["absorption"],
+        model_path(study.model),
+        storage.cache / "sae_bench",
+        overrides={"absorption": study.absorption},
+        device=study.device,
+    )
+    for unit in units:
+        of_unit = {"absorption": results["absorption"][f"{unit.name}_custom_sae"]}
+        result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics(of_unit), "device": storage.device}
+        storage.absorption.append(result)
 
 
 def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
@@ -73,14 +91,16 @@ def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
 
 def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The numbers of SAEBench, and of what we add to its core, by our names for them."""
-    core, ours = results["core"]["eval_result_metrics"], results["core"]["eval_result_unstructured"]
-    by_name = {
-        "fvu": ours["exported"]["fvu"],
-        "l0": core["sparsity"]["l0"],
-        "loss_recovered": core["model_performance_preservation"]["ce_loss_score"],
-        "dead": ours["exported"]["dead_share"],
-        "gini": ours["exported"]["gini"],
-    }
+    by_name: dict[str, Any] = {}
+    if "core" in results:
+        core, ours = results["core"]["eval_result_metrics"], results["core"]["eval_result_unstructured"]
+        by_name |= {
+            "fvu": ours["exported"]["fvu"],
+            "l0": core["sparsity"]["l0"],
+            "loss_recovered": core["model_performance_preservation"]["ce_loss_score"],
+            "dead": ours["exported"]["dead_share"],
+            "gini": ours["exported"]["gini"],
+        }
     if "sparse_probing" in results:
         probing = results["sparse_probing"]["eval_result_metrics"]["sae"]
         by_name |= {f"probing_{k}": probing[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)}

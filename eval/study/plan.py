@@ -24,6 +24,8 @@ NESTED: dict[str, tuple[float, list[float] | None]] = {
 """Pool factor and quota of the arms with nested losses in groups."""
 THEN_PLAIN = "nested_10_then_plain"
 """The arm whose inner losses count in the first half of the training alone."""
+RECOMMENDED = "pool_10_groups_16"
+"""The arm that the README recommends."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,21 @@ def units(study: Study) -> list[Unit]:
     return [Unit(arm, seed) for arm in arms(study) for seed in range(arm.n_seeds)]
 
 
+def absorption_units(study: Study) -> list[Unit]:
+    """The SAEs whose absorption has a stage of its own."""
+    if not study.absorption:
+        return []
+    return [
+        unit for unit in units(study) if unit.arm.name in study.absorption_arms and unit.seed < study.absorption_seeds
+    ]
+
+
 def synthetic_units(study: Study) -> list[Unit]:
     """Every SAE on synthetic data, which have no order and whose exports are not compared."""
     return [
         Unit(arm, seed)
         for arm in arms(study)
-        if arm.shuffled and arm.exported_from is None
+        if study.on_synthetic_data and arm.shuffled and arm.exported_from is None
         for seed in range(study.n_seeds)
     ]
 
@@ -209,4 +220,4 @@ def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
     by_name = {arm.name: arm for arm in arms(study)}
     yield from combinations_with_replacement([by_name[name] for name in names if name in by_name], 2)
-    yield from ((by_name[name], by_name[name]) for name in (*NESTED, THEN_PLAIN) if name in by_name)
+    yield from ((by_name[name], by_name[name]) for name in (*NESTED, THEN_PLAIN, RECOMMENDED) if name in by_name)

@@ -1,54 +1,88 @@
-"""Stage `report`: the result page, from a template whose numbers are all looked up in the results."""
+"""Stage `report`: the result pages, from templates whose numbers are all looked up in the results."""
 
-import os
+import json
 from pathlib import Path
 
 from pages import render
 from study import tables
+from study.configs import SMOLLM2, TINY
 from study.figures import FIGURES
+from study.named_text import TITLES, with_text_of_results
 from study.storage import Storage
-from study.summary import Summary, shown
+from study.summary import Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "RESULTS.md"
 
 
 def write_report(storage: Storage, eval_folder: Path) -> Path:
-    """Draw the pictures, beside the results, and write the page."""
+    """Draw the pictures and write the tables beside the results, and the page in `eval/` if they are committed ones."""
     summary = Summary(storage)
     storage.results.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(summary, storage.results / f"{name}.png")
-    page = page_file(storage, eval_folder)
-    page.write_text(render_page(storage, eval_folder))
-    return page
+    for name in storage.study.pictures:
+        FIGURES[name](summary, storage.results / f"{name}.png")
+    page = storage.results / PAGE
+    page.write_text(render_tables(storage))
+    if storage.results.resolve() != committed(storage.study.name, eval_folder).resolve():
+        return page
+    (eval_folder / PAGE).write_text(render_page(eval_folder))
+    return eval_folder / PAGE
 
 
-def page_file(storage: Storage, eval_folder: Path) -> Path:
-    """`eval/RESULTS.md` for the tiny study, else beside the results."""
-    return (eval_folder if storage.study.name == "tiny" else storage.results) / "RESULTS.md"
+def committed(name: str, eval_folder: Path) -> Path:
+    """Folder of a study's results in the repository."""
+    return eval_folder / "results" / f"study_{name}"
 
 
-def render_page(storage: Storage, eval_folder: Path) -> str:
-    """The page. Text that interprets numbers is in the template of its study; others get tables and pictures alone."""
+def render_tables(storage: Storage) -> str:
+    """Everything that one study measured."""
     summary = Summary(storage)
-    own_template = TEMPLATES / f"{storage.study.name}.md"
-
-    def number(arm: str, metric: str, synthetic: bool = False) -> str:
-        return shown(summary.mean(arm, metric, synthetic), metric)
-
-    def difference(arm: str, other: str, metric: str, synthetic: bool = False) -> str:
-        return shown(summary.difference(arm, other, metric, synthetic), metric, signed=True)
-
-    def similar(arm: str, other: str, *path: str) -> str:
-        return shown(summary.similarity(arm, other, *path))
-
     return render(
-        own_template if own_template.exists() else TEMPLATES / "tables.md",
-        study=storage.study,
-        summary=summary,
-        tables=tables,
-        number=number,
-        difference=difference,
-        similar=similar,
-        pictures=Path(os.path.relpath(storage.results, page_file(storage, eval_folder).parent)).as_posix(),
+        TEMPLATES / "tables.md", study=storage.study, summary=summary, tables=tables, titles=titles(storage.results)
     )
+
+
+def render_page(eval_folder: Path) -> str:
+    """What the studies say, in words."""
+    summaries = {}
+    for study in (TINY, SMOLLM2):
+        results = committed(study.name, eval_folder)
+        study = with_text_of_results(study, results)
+        summaries[study.name] = Summary(Storage(study, results, Path("study_output")))
+    real = summaries[SMOLLM2.name]
+    seconds = tables.step_seconds(eval_folder / "results" / "bench_training_step.json")
+    return render(
+        TEMPLATES / "results.md",
+        tiny=summaries[TINY.name],
+        real=real,
+        tables=tables,
+        step_seconds=seconds,
+        time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
+        export=export_gaps(real),
+        titles=titles(committed(SMOLLM2.name, eval_folder)),
+        devices=" and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
+    )
+
+
+def titles(results: Path) -> dict[str, list[str]]:
+    """Titles of the texts, by part; empty where the study has a data set of the Hub or the bundled text."""
+    file = results / TITLES
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def export_gaps(summary: Summary) -> dict[str, str]:
+    """How far exports are from the selection of training: of all SAEs, and of BatchTopK's alone."""
+
+    def gaps(metric: str, arms: list[str]) -> list[float]:
+        metrics = [result["metrics"] for arm in arms for result in summary.on_model.get(arm, {}).values()]
+        return [of_one[metric] / of_one[f"{metric}_in_training"] - 1 for of_one in metrics]
+
+    ours = [arm for arm in summary.arms if arm not in tables.baselines() + tables.controls()]
+    text = {}
+    for name, arms in {"ours": ours, "batchtopk": ["batchtopk"]}.items():
+        for metric in ("l0", "fvu"):
+            values = gaps(metric, arms)
+            text[f"{name}_{metric}"] = f"{min(values):+.1%} to {max(values):+.1%}"
+    text["n"] = str(len(gaps("l0", ours)))
+    text["n_within"] = str(sum(abs(gap) <= 0.03 for gap in gaps("l0", ours)))
+    return text

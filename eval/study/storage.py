@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_lens_sampled.files import write_whole
 from study.configs import Study
 from study.plan import Unit
@@ -91,9 +93,20 @@ class Storage:
     """SAEs, SAEBench's own files, caches. A folder that is there is complete."""
 
     @property
+    def device(self) -> str:
+        """The device, as a result names it: what it was computed on."""
+        device = torch.device(self.study.device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    @property
     def evaluations(self) -> ResultTable:
         """What the exports do on the language model."""
         return self._table("evaluate", ("arm", "seed"), "language_model")
+
+    @property
+    def absorption(self) -> ResultTable:
+        """Absorption of the SAEs that get it in a stage of its own."""
+        return self._table("absorption", ("arm", "seed"), "absorption")
 
     @property
     def comparisons(self) -> ResultTable:
@@ -117,6 +130,8 @@ class Storage:
 
     def _table(self, stage: str, key_fields: tuple[str, ...], section: str) -> ResultTable:
         settings = {"language_model": self.study.settings(), "synthetic": self.study.synthetic_settings()}
+        if self.study.absorption:
+            settings["absorption"] = self.study.absorption_settings()
         return ResultTable(self.results / f"{stage}.jsonl", key_fields, settings, section)
 
 

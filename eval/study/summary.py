@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
-from study.plan import Unit, arms, compared, synthetic_units, units
+from study.plan import Unit, absorption_units, arms, compared, synthetic_units, units
 from study.storage import ResultTable, Storage
 
 FORMATS = {
@@ -24,6 +24,10 @@ class Summary:
         self.study = storage.study
         self.arms = {arm.name: arm for arm in arms(self.study)}
         self.on_model = _by_arm(storage.evaluations, units(self.study))
+        if self.study.absorption:
+            for arm, results in _by_arm(storage.absorption, absorption_units(self.study)).items():
+                for seed, result in results.items():
+                    self.on_model[arm][seed]["metrics"] |= result["metrics"]
         self.on_synthetic = _by_arm(storage.synthetic, synthetic_units(self.study))
         comparisons = storage.comparisons.load()
         names = [(arm.name, other.name) for arm, other in compared(self.study)]
@@ -62,6 +66,18 @@ class Summary:
         if None in values.values():  # dictionaries too large to be matched one to one
             return None
         return estimate_over_pairs(values)
+
+    def number(self, arm: str, metric: str, synthetic: bool = False) -> str:
+        """A mean, as text."""
+        return shown(self.mean(arm, metric, synthetic), metric)
+
+    def change(self, arm: str, other: str, metric: str, synthetic: bool = False) -> str:
+        """A difference, as text with its sign."""
+        return shown(self.difference(arm, other, metric, synthetic), metric, signed=True)
+
+    def similar(self, arm: str, other: str, *path: str) -> str:
+        """A similarity, as text."""
+        return shown(self.similarity(arm, other, *path))
 
     def label(self, arm: str) -> str:
         """The arm's name on the page."""

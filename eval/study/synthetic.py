@@ -25,7 +25,7 @@ from study.storage import Storage
 def run_synthetic(storage: Storage, unit: Unit) -> None:
     """Train one SAE, and compare its export with the features that the data were made of."""
     study, synthetic = storage.study, storage.study.synthetic
-    data = synthetic_data(json.dumps(synthetic.data.to_dict()))
+    data = synthetic_data(json.dumps(synthetic.data.to_dict()), study.device)
     cfg = SyntheticSAERunnerConfig(
         synthetic_model=synthetic.data,
         sae=synthetic_config(study, unit.arm, unit.seed),
@@ -47,7 +47,8 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
     trained = runner.run().sae
     metrics = evaluate_on_synthetic_data(trained, data, synthetic.eval_samples, synthetic.batch_size, study.device)
     pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}
-    storage.synthetic.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics, "pools": pools})
+    result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics, "pools": pools, "device": storage.device}
+    storage.synthetic.append(result)
 
 
 def evaluate_on_synthetic_data(
@@ -78,9 +79,9 @@ def evaluate_on_synthetic_data(
 
 
 @cache
-def synthetic_data(config: str) -> SyntheticModel:
+def synthetic_data(config: str, device: str) -> SyntheticModel:
     """The features of a config, which is JSON."""
-    return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)))
+    return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)), device=device)
 
 
 def large_synthetic_model(config: SyntheticModelConfig, device: str) -> SyntheticModel:

@@ -1,8 +1,12 @@
 """The tables of the result page, as Markdown; all numbers are means over seeds with their standard errors."""
 
+import json
+import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from pages import markdown_table
+from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from study import plan
 from study.plan import GROUPED, pool_name, score_name
 from study.summary import Summary, shown
@@ -32,6 +36,28 @@ SYNTHETIC = {
     "uniqueness": "uniqueness",
     "dead": "dead",
 }
+DECISION = {
+    "FVU": "fvu",
+    "loss recovered": "loss_recovered",
+    "probing, top 1": "probing_1",
+    "top 5": "probing_5",
+    "dead": "dead",
+}
+SMALLER_IS_BETTER = ("fvu", "dead")
+BETTER, WORSE = "▲", "▼"
+SIDES = {
+    "batchtopk": "SAELens BatchTopK",
+    "topk": "SAELens TopK",
+    "matryoshka": "SAELens Matryoshka",
+    "pool_5": "one pool, factor 5",
+    "pool_5_groups_16": "groups of 16, factor 5",
+    "pool_10_groups_16": "groups of 16, factor 10",
+    "pool_20_groups_16": "groups of 16, factor 20",
+    "nested_10": "nested groups of 16, factor 10",
+    "nested_20": "nested groups of 16, factor 20",
+    "nested_20_quota": "nested groups of 16, factor 20",
+}
+"""Names of the arms in the benchmark of training steps."""
 VARIANTS = {
     "as trained": "per_latent",
     "global": "global",
@@ -46,6 +72,10 @@ def baselines() -> list[str]:
 
 def nested_arms() -> list[str]:
     return ["batchtopk", pool_name(10, GROUPED), "matryoshka", *plan.NESTED, plan.THEN_PLAIN]
+
+
+def compared_arms(summary: Summary) -> list[str]:
+    return [*baselines(), *controls(), *sweep(summary)]
 
 
 def controls() -> list[str]:
@@ -90,6 +120,70 @@ def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str],
         for arm in planned(summary, arms)
     ]
     return markdown_table(["", *columns], rows)
+
+
+def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
+    """What to choose by, a row for each arm: metrics with marks for what differs from BatchTopK, seed agreement, time.
+
+    Args:
+        summary: of the study.
+        step_seconds: seconds of training steps for a million tokens, by arm.
+    """
+    rows = []
+    for arm in summary.arms:
+        mmcs, base = (summary.similarity(name, name, "forward", "mmcs") for name in (arm, "batchtopk"))
+        seconds = step_seconds.get(arm)
+        rows.append(
+            [
+                summary.label(arm),
+                *(
+                    shown(summary.mean(arm, metric), metric)
+                    + mark(summary.difference(arm, "batchtopk", metric), metric in SMALLER_IS_BETTER)
+                    for metric in DECISION.values()
+                ),
+                shown(mmcs) + mark(difference_of(mmcs, base)),
+                shown(summary.mean(arm, "absorption_fraction")),
+                "-" if seconds is None else f"{seconds:.0f} s",
+            ]
+        )
+    return markdown_table(["", *DECISION, "MMCS", "absorption", "time for 1M tokens"], rows)
+
+
+def mark(difference: Estimate | None, smaller_is_better: bool = False) -> str:
+    """Whether a difference is more than two of its standard errors, and which way."""
+    if difference is None or difference.error is None or abs(difference.mean) <= 2 * difference.error:
+        return ""
+    return f" {BETTER if (difference.mean < 0) == smaller_is_better else WORSE}"
+
+
+def difference_of(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+    """Difference of two means that have no SAEs in common."""
+    if a is None or b is None or a is b or a.error is None or b.error is None:
+        return None
+    return Estimate(a.mean - b.mean, math.hypot(a.error, b.error), min(a.n, b.n))
+
+
+def step_seconds(benchmark: Path) -> dict[str, float]:
+    """Seconds of training steps for a million tokens at the size of the study on SmolLM2, by arm."""
+    rows = json.loads(benchmark.read_text())["sections"]["smollm2"]
+    by_side = {side: ms / row["case"]["tokens"] * 1000 for row in reversed(rows) for side, ms in row["step_ms"].items()}
+    seconds = {arm: by_side[side] for arm, side in SIDES.items()}
+    return seconds | {plan.THEN_PLAIN: (seconds["nested_10"] + seconds["pool_10_groups_16"]) / 2}
+
+
+def probing_table(summary: Summary) -> str:
+    """Accuracy of probes on one latent, for each labelled set."""
+    arms = [arm for arm in compared_arms(summary) + nested_arms()[3:] if arm in summary.on_model]
+    results = {arm: list(summary.on_model[arm].values()) for arm in arms}
+    sets = list(next(iter(results.values()))[0]["metrics"].get("probing_sets", {})) if results else []
+    rows = [
+        [
+            summary.label(arm),
+            *(shown(estimate([r["metrics"]["probing_sets"][name][0] for r in of_arm])) for name in sets),
+        ]
+        for arm, of_arm in results.items()
+    ]
+    return markdown_table(["", *(name.removesuffix("_results").replace("_", " ") for name in sets)], rows)
 
 
 def threshold_table(summary: Summary) -> str:
