@@ -6,10 +6,10 @@
 #     PARTS=16 STAGES="evaluate compare" bash eval/slurm.sh pythia-160m --arms "pool_5*"
 #     python eval/study/run.py --config pythia-160m --status --part 1/8
 #
-# A stage begins when all tasks of the one before have ended, well or not. The last line says what is missing; run it
-# again then: what is there is not computed again.
+# A stage begins when all tasks of the one before have ended, well or not. Run it again if something is missing: what is
+# there is not computed again.
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
-    exec python "$RUN" "$@" # part i of n by the array itself
+    exec python "$RUN" "$@" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
 fi
 config=$1 && shift
 export RUN="$(cd "$(dirname "$0")" && pwd)/study/run.py"

@@ -23,6 +23,7 @@ from sae_lens_sampled import resumable_training
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 from sae_lens_sampled.kept_entries import choose_path
+from sae_lens_sampled.parts import parse_part
 from sae_lens_sampled.resumable_training import TrainError
 from sae_lens_sampled.sparse_codes import has_kernels
 
@@ -163,14 +164,20 @@ def evaluate(
     seed: Annotated[int, typer.Option()] = 42,
     offline: Annotated[bool, typer.Option("--offline", help="No network; the model and data of the examples.")] = False,
     force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace results that are there.")] = False,
+    part: Annotated[str, typer.Option(help="Such as 2/8: every eighth SAE, for processes on one folder.")] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
     with _told(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
     with _told(ValueError, OSError, EvalError):
+        mine, wanted = parse_part(part).of(saes), evals.split(",")
+        if len(mine) < len(saes) and "mmcs" in wanted:
+            raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have ended.")
+        if not mine:
+            raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs is none.")
         run_evals(
-            [parse_source(sae) for sae in saes],
-            evals.split(","),
+            [parse_source(sae) for sae in mine],
+            wanted,
             model,
             output_dir,
             probing_datasets=probing_data or (),

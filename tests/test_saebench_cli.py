@@ -130,6 +130,27 @@ def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
     assert result.output.splitlines()[-1] == "mmcs compares SAEs, so it needs at least two; leave it out for one."
 
 
+def test_a_part_evaluates_its_share_of_the_saes(monkeypatch):
+    import sae_lens_sampled.saebench
+
+    given = []
+    monkeypatch.setattr(sae_lens_sampled.saebench, "run_evals", lambda saes, *_, **__: given.append([*map(str, saes)]))
+    saes = [f"sae_{i}" for i in range(5)]
+    for index in (1, 2):
+        result = CliRunner().invoke(app, ["eval", *saes, "--evals", "core", "--part", f"{index}/2"])
+        assert result.exit_code == 0
+    assert given == [["sae_0", "sae_2", "sae_4"], ["sae_1", "sae_3"]]
+    for options, reason in {
+        ("--evals", "core,mmcs", "--part", "1/2"): "mmcs compares all SAEs",
+        ("--evals", "core", "--part", "6/6"): "--part 6/6 of 5 SAEs is none",
+        ("--evals", "core", "--part", "3/2"): "--part 3/2: give one like 2/8",
+    }.items():
+        result = CliRunner().invoke(app, ["eval", *saes, *options])
+        assert result.exit_code != 0
+        assert reason in " ".join(result.output.split())
+    assert len(given) == 2
+
+
 def test_mmcs_prints_both_directions_of_every_pair(folders):
     result = CliRunner().invoke(app, ["mmcs", *folders, folders[0] + "/../sampled_seed0"])
     assert result.exit_code == 1

@@ -21,6 +21,7 @@ import pandas as pd
 from sae_lens import ActivationsStore
 
 from sae_lens_sampled import load_checkpoint
+from sae_lens_sampled.parts import Part, parse_part
 from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
@@ -28,7 +29,6 @@ from study.costs import format_plan, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
 from study.named_text import TITLES, keep_titles, with_text, with_text_of_results
-from study.parts import Part, parse_part, part_of_array
 from study.plan import (
     Unit,
     absorption_units,
@@ -117,18 +117,6 @@ def test_what_is_no_part_is_refused(text):
     assert parse_part("8/8") == Part(8, 8)
 
 
-def test_a_task_of_an_array_is_a_part():
-    def environ(index, first, last, count):
-        values = {"ID": index, "MIN": first, "MAX": last, "COUNT": count}
-        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
-
-    assert part_of_array({}) == Part(1, 1)
-    assert part_of_array(environ(3, 1, 8, 8)) == Part(3, 8)
-    assert part_of_array(environ(0, 0, 3, 4)) == Part(1, 4)
-    with pytest.raises(ValueError, match=r"^the array has 2 tasks from 2 to 5; name the part with --part I/N\.$"):
-        part_of_array(environ(5, 2, 5, 2))
-
-
 def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tmp_path):
     study = storage(tmp_path, replace(SMOKE, arms=("batchtopk", "topk", "pool_5", "pool_5_groups_16")))
     lines = status(study, ["*"], 1).splitlines()
@@ -159,10 +147,9 @@ SBATCH = """#!/bin/bash
 # A Slurm of one machine: notes what is asked for, runs the tasks of an array at once, and prints the number of the job.
 echo "$@" >> "$LOG"
 while [[ $1 == -* ]]; do [[ $1 == --array=* ]] && range=${1#--array=}; shift; done
-first=${range%-*} last=${range#*-}
-for i in $(seq "$first" "$last"); do
-    SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_MIN=$first SLURM_ARRAY_TASK_MAX=$last \\
-        SLURM_ARRAY_TASK_COUNT=$((last - first + 1)) bash "$@" > "$LOG.$i" 2>&1 &
+last=${range#1-}
+for i in $(seq "$last"); do
+SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_COUNT=$last bash "$@" > "$LOG.$i" 2>&1 &
 done
 wait
 wc -l < "$LOG"

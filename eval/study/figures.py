@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from study.plan import GROUPED, pool_name
+from study.plan import GROUPED, RECOMMENDED, pool_name
 from study.summary import Summary
-from study.tables import baselines, controls, planned, score_arms
+from study.tables import baselines, controls, nested_arms, planned, score_arms
 
 COLOURS = {None: "#0072b2", 16: "#d55e00", 64: "#009e73", 256: "#cc79a7"}
 MARKS = {
@@ -75,11 +75,13 @@ def draw_pool_factor(summary: Summary, file: Path) -> None:
 
 
 def draw_densities(summary: Summary, file: Path) -> None:
-    """How often latents fire, means over seeds: pool factors and groups on the left, scores on the right."""
+    """How often latents fire, means over seeds: pools on the left, scores on the right, or levels if there are none."""
     fixed = summary.study.fixed_pool_factor
     smallest = min(summary.study.pool_factors)
-    left = ["batchtopk", pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED)]
-    right = [name for name in score_arms(summary) if name.endswith(f"groups_{GROUPED}")]
+    pools = [pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED), RECOMMENDED]
+    left = ["batchtopk", *dict.fromkeys(pools)]
+    scores = [name for name in score_arms(summary) if name.endswith(f"groups_{GROUPED}")]
+    right = scores if summary.study.scores else nested_arms()[2:]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axes, names in zip(panels, (left, right), strict=True):
         for i, name in enumerate(names):

@@ -14,7 +14,6 @@ a stage may run at the same time, with the same folders; start the parts of the 
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,10 +25,10 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 sys.path.append(str(EVAL.parent / "examples"))
 
 from sae_lens_sampled.files import NoSpaceError
+from sae_lens_sampled.parts import parse_part
 from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
-from study.parts import parse_part, part_of_array
 from study.report import write_report
 from study.stages import STAGES, status, to_do
 from study.storage import Storage
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = args.work_dir or Path("study_output") / study.name
     results = args.results_dir or (work / "results" if args.smoke else EVAL / "results" / f"study_{study.name}")
     try:
-        part = parse_part(args.part) if args.part else part_of_array(os.environ)
+        part = parse_part(args.part)
         study = with_text(study, args.text, work) if args.text else with_text_of_results(study, results)
     except ValueError as error:
         sys.exit(str(error))
@@ -80,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--stages", nargs="+", choices=[*STAGES, REPORT], default=[*STAGES, REPORT], help="default: all of them"
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
-    parser.add_argument("--part", help="such as 2/8: every eighth item of each stage; default: that of a Slurm array")
+    parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage")
     parser.add_argument("--status", action="store_true", help="print what is done and what is missing, and stop")
     parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sae_lens_sampled.parts import Part
 from study.configs import Study
 from study.dictionaries import Dictionaries, compare
 from study.evaluation import evaluate, evaluate_absorption
-from study.parts import Part
 from study.plan import Arm, Unit, absorption_units, compared, runs, synthetic_units, units
 from study.storage import ResultTable, Storage
 from study.synthetic import run_synthetic

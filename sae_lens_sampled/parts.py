@@ -1,6 +1,6 @@
-"""A part of a study's work, for several processes or machines at once."""
+"""A part of a list of work, for several processes or machines at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,17 +29,3 @@ def parse_part(text: str) -> Part:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ValueError(f"--part {text}: give one like 2/8, with a number from 1 to that of the parts.")
     return Part(int(index), int(count))
-
-
-def part_of_array(environ: Mapping[str, str]) -> Part:
-    """The part that a task of a Slurm array is, such as `sbatch --array=1-8`; all of it outside one.
-
-    Raises:
-        ValueError: if the array has holes: its tasks would not know of how many parts they are.
-    """
-    if "SLURM_ARRAY_TASK_ID" not in environ:
-        return Part()
-    index, first, last, count = (int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
-    if last - first + 1 != count:
-        raise ValueError(f"the array has {count} tasks from {first} to {last}; name the part with --part I/N.")
-    return Part(index - first + 1, count)
