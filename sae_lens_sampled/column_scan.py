@@ -12,8 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.chunks import chunk_length
+from sae_lens_sampled.rank_statistics import ColumnSums, column_sums, sketch_scores
+from sae_lens_sampled.ranks import ALONE, Ranks
 from sae_lens_sampled.scores import sketch_rows
-from sae_lens_sampled.selection import ColumnStatistics, PoolFields, column_statistics, score_of
+from sae_lens_sampled.selection import (
+    ColumnStatistics,
+    PoolFields,
+    column_statistics,
+    merged_column_statistics,
+    score_of,
+)
 from sae_lens_sampled.sparse_codes import Entries, Weights
 
 MAX_EXTRACTED_SHARE = 0.25
@@ -31,7 +39,7 @@ class ColumnScan(NamedTuple):
     n_fired: Int[Tensor, " d_sae"]
     """Tokens with a pre-activation above the latent's threshold."""
     peak: Float[Tensor, " d_sae"]
-    """Largest activation."""
+    """Largest activation; of all ranks where the statistics are."""
     dead_pre: Float[Tensor, "n_dead tokens"] | None
     """Pre-activations of the dead latents; None if they are too many."""
     extracted: "Extracted | None"
@@ -73,14 +81,16 @@ def scan_columns(
     dead: Int[Tensor, " n_dead"] | None,
     bound: Float[Tensor, ""] | None = None,
     member: Bool[Tensor, "groups d_sae"] | None = None,
+    ranks: Ranks = ALONE,
 ) -> ColumnScan:
     """Score every latent, count where it exceeds its threshold, and extract what exceeds the bound.
 
     `threshold` is in units of the (rescaled) pre-activations; the score judges each column by itself, or is
     "ridge_leverage" with one pool; `dead` are latents, ascending, whose pre-activations are wanted; extraction is of
-    latents that are `member` in their group of tokens (None: of all), and given up where the bound lies too low.
+    latents that are `member` in their group of tokens (None: of all), and given up where the bound lies too low. The
+    statistics of one pool are those of all `ranks`, everything else is of this one's tokens.
     """
-    by_sketch = cfg.score == "ridge_leverage"
+    by_sketch, merged = cfg.score == "ridge_leverage", ranks.count > 1 and cfg.pool_group_size is None
     n_fired, peaks, statistics, extracted, dead_pre, n_seen = [], [], [], Extracted(len(x)), None, 0
     max_extracted = MAX_EXTRACTED_SHARE * len(x) * cfg.d_sae
     if dead is not None and 4 * len(dead) * len(x) <= DEAD_BYTES:
@@ -95,18 +105,33 @@ def scan_columns(
         peaks.append(acts.amax(dim=1))
         if cfg.n_candidates < cfg.d_sae:
             score = "l2_norm" if by_sketch else cfg.score
-            statistics.append(column_statistics(acts.T, score, cfg.n_candidates, cfg.pool_group_size))
+            if merged:
+                statistics.append(column_sums(acts.T, score))
+            else:
+                statistics.append(column_statistics(acts.T, score, cfg.n_candidates, cfg.pool_group_size))
         if bound is not None and extracted.n_entries <= max_extracted:
             above = ~(acts <= bound)  # NaN, of broken weights, is not below: it must reach the loss
             if member is not None:
                 above &= member[:, part].T.repeat_interleave(cfg.pool_group_size or len(x), dim=1)[:, : len(x)]
             extracted.add(acts, above, part.start)
-    pooled = ColumnStatistics(*(torch.cat(c, dim=1) for c in zip(*statistics, strict=True))) if statistics else None
+    pooled, peak = None, torch.cat(peaks)
+    columns = [torch.cat(parts, dim=-1) for parts in zip(*statistics, strict=True)]
+    if columns and merged:
+        pooled, peak = merged_column_statistics(ColumnSums(*columns), cfg.score, len(x), ranks)
+    elif columns:
+        pooled = ColumnStatistics(*columns)
     if pooled is not None and by_sketch:  # needs all columns at once, but of a few rows only
-        sketch = weights.hidden_pre(x[sketch_rows(len(x), x.device)]).relu()
-        pooled = pooled._replace(scores=score_of(sketch[None], cfg.score, cfg.n_candidates))
+        pooled = pooled._replace(scores=_sketch_scores(x, weights, cfg, ranks if merged else ALONE)[None])
     too_many = bound is None or extracted.n_entries > max_extracted
-    return ColumnScan(pooled, torch.cat(n_fired), torch.cat(peaks), dead_pre, None if too_many else extracted)
+    return ColumnScan(pooled, torch.cat(n_fired), peak, dead_pre, None if too_many else extracted)
+
+
+def _sketch_scores(x: Tensor, weights: Weights, cfg: PoolFields, ranks: Ranks) -> Float[Tensor, " d_sae"]:
+    """`ridge_leverage`, of one pool."""
+    if ranks.count > 1:
+        return sketch_scores(lambda rows: weights.hidden_pre(x[rows]).relu(), len(x), cfg.n_candidates, x.device, ranks)
+    sketch = weights.hidden_pre(x[sketch_rows(len(x), x.device)]).relu()
+    return score_of(sketch[None], cfg.score, cfg.n_candidates)[0]
 
 
 def _chunks(x: Tensor, weights: Weights) -> Iterator[tuple[slice, Tensor]]:

@@ -9,6 +9,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
+from sae_lens_sampled.ranks import ALONE, Ranks
 from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
@@ -27,23 +28,48 @@ def check_shape(sae: TrainingSAE, x: Tensor) -> None:
         raise ValueError(f"got an empty batch, of shape {tuple(x.shape)}; there is nothing to select from.")
 
 
-def check_finite(step_input: TrainStepInput) -> int:
+def check_finite(step_input: TrainStepInput, ranks: Ranks = ALONE) -> int:
     """Refuse rows that are not finite; the number of dead latents, read from the device together with theirs.
 
     Raises:
-        ValueError: with the number of rows and the step.
+        ValueError: with the number of rows and the step; on all ranks, if the rows of any are at fault, or if they have
+            different numbers of them.
     """
     bad_rows = ~step_input.sae_in.isfinite().all(dim=-1)
-    mask = step_input.dead_neuron_mask
+    mask, n_rows = step_input.dead_neuron_mask, bad_rows.numel()
     dead = torch.zeros((), dtype=torch.int64, device=bad_rows.device) if mask is None else mask.sum()
-    n_bad, n_dead = torch.stack([bad_rows.sum(), dead]).tolist()  # the only wait for a GPU in a step
+    # The only wait for a GPU in a step.
+    n_bad, n_dead, *sizes = torch.stack([ranks.sum(bad_rows.sum()), dead, *_sizes(n_rows, dead.device, ranks)]).tolist()
+    if sizes and sizes[0] != -sizes[1]:
+        raise ValueError(
+            f"the ranks have between {-sizes[1]} and {sizes[0]} tokens at training step {step_input.n_training_steps}, "
+            "but each must have as many as the others."
+        )
     if n_bad:
         raise ValueError(
-            f"{n_bad} of {bad_rows.numel()} rows of sae_in are not finite at training step "
+            f"{n_bad} of {n_rows * ranks.count} rows of sae_in are not finite at training step "
             f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
             "the language model (float16?) or exclude the tokens at fault."
         )
     return n_dead
+
+
+def check_groups(n_tokens: int, group_size: int | None, ranks: Ranks) -> None:
+    """Refuse groups of tokens that two processes would have to share.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if ranks.count > 1 and group_size is not None and n_tokens % group_size:
+        raise ValueError(
+            f"a rank has {n_tokens} tokens of a batch, which is no multiple of pool_group_size={group_size}: a group "
+            "would lie on two ranks."
+        )
+
+
+def _sizes(n_rows: int, device: torch.device, ranks: Ranks) -> list[Tensor]:
+    """The largest number of rows that a rank has, and the negative of the smallest; nothing for one process."""
+    return list(ranks.max(torch.tensor([n_rows, -n_rows], device=device))) if ranks.count > 1 else []
 
 
 def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_lens_sampled.auxiliary import by_entries, dead_reconstruction
 from sae_lens_sampled.column_scan import Extracted, scan_columns
 from sae_lens_sampled.pool_record import PoolRecord
+from sae_lens_sampled.ranks import ALONE, Ranks, largest_of_ranks
 from sae_lens_sampled.scores import BY_COLUMNS
 from sae_lens_sampled.selection import PoolFields, choose_pool, sampled_topk
 from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode, has_kernels, level_of
@@ -80,6 +81,7 @@ def kept_step(
     record: PoolRecord,
     dead: Int[Tensor, " n_dead"],
     k_aux: int,
+    ranks: Ranks = ALONE,
 ) -> KeptStep | None:
     """Scan all columns, choose the pool and what is kept in it, and reconstruct; None if that is for the dense path.
 
@@ -92,24 +94,26 @@ def kept_step(
         record: of the steps before; it has the number of the draw, if the pool is sampled, and the last cutoff.
         dead: indices of the dead latents, ascending, of which each token keeps `k_aux` entries.
         k_aux: at most as many as the dead.
+        ranks: the processes that share the batch; all of them take the same path.
     """
-    n_keep, n_extracted, n_scans, bound = int(cfg.k * len(x)), 0, 1, None
+    n_keep, n_extracted, n_scans, bound = int(cfg.k * len(x) * ranks.count), 0, 1, None
     if path == "kept":
         known = record.cutoff > 0
-        bound = BOUND_OVER_CUTOFF * (record.cutoff if known else estimate_cutoff(x, weights, cfg, record.n_steps))
+        cutoff = record.cutoff if known else ranks.min(estimate_cutoff(x, weights, cfg, record.n_steps))
+        bound = BOUND_OVER_CUTOFF * cutoff
     passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
-    scan = scan_columns(x, weights, threshold, cfg, passed_on, bound)
-    pool = None if scan.statistics is None else choose_pool(scan.statistics, cfg, record.n_steps)
+    scan = scan_columns(x, weights, threshold, cfg, passed_on, bound, ranks=ranks)
+    pool = None if scan.statistics is None else choose_pool(scan.statistics, cfg, record.n_steps, ranks)
     if bound is None:
         assert pool is not None
-        kept, reconstructions = keep_columns(x, weights, pool[0], n_keep, cfg.inner_widths)
+        kept, reconstructions = keep_columns(x, weights, pool[0], n_keep, cfg.inner_widths, ranks)
     else:
         candidates, n_extracted, n_scans = find_candidates(
-            x, weights, threshold, cfg, record, pool, n_keep, bound, scan.extracted
+            x, weights, threshold, cfg, record, pool, n_keep, bound, scan.extracted, ranks
         )
         if candidates is None:
             return None
-        kept, reconstructions = encode_and_decode(x, weights, keep_largest(candidates, n_keep), cfg.inner_widths)
+        kept, reconstructions = encode_and_decode(x, weights, keep_largest(candidates, n_keep, ranks), cfg.inner_widths)
     of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
     counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, threshold)
     return KeptStep(reconstructions, of_dead, kept, pool, counts, n_extracted, n_scans)
@@ -126,33 +130,49 @@ def find_candidates(
     n_keep: int,
     bound: Float[Tensor, ""],
     extracted: Extracted | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Entries | None, int, int]:
     """Entries in the pools, by latent and then by token, with the `n_keep` largest or all positive ones among them.
 
     Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
     a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
-    they are too many for a sparse matrix. Also how many were extracted, in how many scans.
+    they are too many for a sparse matrix. Also how many were extracted, in how many scans. `n_keep` is of all `ranks`
+    together, which decide alike.
     """
     candidates, n_extracted, n_scans, member = None, 0, 1, None
     group_size = cfg.pool_group_size or len(x)
     if pool is not None:
         member = torch.zeros(len(pool), cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
-    if extracted is not None:
+    if (extracted := _of_all_or_none(extracted, x.device, ranks)) is not None:
         candidates, n_extracted = extracted.inside(member, group_size), extracted.n_entries
-        if len(candidates.values) >= n_keep or bound == 0:
+        if _number_of_all(candidates, ranks) >= n_keep or bound == 0:
             return candidates, n_extracted, n_scans
-    estimate = BOUND_OVER_CUTOFF * estimate_cutoff(x, weights, cfg, record.n_steps)
+    estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(x, weights, cfg, record.n_steps))
     for next_bound in (estimate, torch.zeros_like(estimate)):
         if candidates is not None and next_bound >= bound:
             continue  # would find no more
         extracted = scan_columns(x, weights, threshold, cfg, None, next_bound, member).extracted
         n_scans += 1
-        if extracted is None:
+        if (extracted := _of_all_or_none(extracted, x.device, ranks)) is None:
             return None, n_extracted, n_scans
         candidates, n_extracted = extracted.inside(None, group_size), n_extracted + extracted.n_entries
-        if len(candidates.values) >= n_keep:
+        if _number_of_all(candidates, ranks) >= n_keep:
             break
     return candidates, n_extracted, n_scans
+
+
+def _of_all_or_none(extracted: Extracted | None, device: torch.device, ranks: Ranks) -> Extracted | None:
+    """None if any rank had too many entries to extract."""
+    if ranks.count == 1:
+        return extracted
+    flooded = ranks.max(torch.tensor(int(extracted is None), device=device))
+    return None if flooded else extracted
+
+
+def _number_of_all(candidates: Entries, ranks: Ranks) -> int:
+    """Candidates of all ranks."""
+    n_own = len(candidates.values)
+    return n_own if ranks.count == 1 else int(ranks.sum(torch.tensor(n_own, device=candidates.values.device)))
 
 
 @torch.no_grad()
@@ -166,13 +186,17 @@ def estimate_cutoff(
 
 
 @torch.no_grad()
-def keep_largest(candidates: Entries, n_keep: int) -> Entries:
-    """The `n_keep` largest candidates, or all if there are fewer, ascending by token and then by latent.
+def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entries:
+    """The `n_keep` largest candidates of all ranks, or all if there are fewer, ascending by token and then by latent.
 
     Among equals at the cutoff the lowest (token, latent) stay, so that nothing depends on bounds and chunks. NaN comes
     first, as in `torch.topk`.
     """
     rank = candidates.values.nan_to_num(nan=torch.inf)
+    if ranks.count > 1:
+        in_order = candidates.at(candidates.tokens.argsort(stable=True))
+        kept = largest_of_ranks(in_order.values, n_keep, ranks)
+        return in_order.at(kept.nonzero()[:, 0])
     n_keep = min(n_keep, len(rank))
     cutoff = rank.topk(n_keep, sorted=False).values.amin() if n_keep else torch.inf
     near = (rank >= cutoff).nonzero()[:, 0]
@@ -187,13 +211,18 @@ def keep_columns(
     pool: Int[Tensor, " n_candidates"],
     n_keep: int,
     inner_widths: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> tuple[Entries, Float[Tensor, "levels tokens d_in"]]:
     """What is kept of the pooled columns and the reconstructions from it, by dense products, with gradient."""
     part = weights.of(pool)
     hidden_pre = x @ part.W_enc + part.b_enc
     acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
-    indices = acts.flatten().topk(min(n_keep, acts.numel()), sorted=False).indices.sort().values
-    is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
+    if ranks.count > 1:
+        is_kept = largest_of_ranks(acts, n_keep, ranks)
+        indices = is_kept.flatten().nonzero()[:, 0]
+    else:
+        indices = acts.flatten().topk(min(n_keep, acts.numel()), sorted=False).indices.sort().values
+        is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
     codes = torch.where(is_kept & ~(acts <= 0), hidden_pre, 0)  # NaN, of broken weights, is not below
     tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
     values = codes.flatten().gather(0, indices)

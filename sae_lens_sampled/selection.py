@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lens_sampled.rank_statistics import ColumnSums, column_sums, merged_statistics, sketch_scores
+from sae_lens_sampled.ranks import ALONE, Ranks, largest_of_ranks
 from sae_lens_sampled.scores import SCORES
 
 PoolSampling = Literal["top", "proportional"]
@@ -86,7 +88,7 @@ class ColumnStatistics(NamedTuple):
 
 
 def sampled_topk(
-    acts: Float[Tensor, "tokens d_sae"], cfg: PoolFields, draw: Int[Tensor, ""]
+    acts: Float[Tensor, "tokens d_sae"], cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
 ) -> tuple[Float[Tensor, "tokens d_sae"], Int[Tensor, "groups n_candidates"]]:
     """Both stages: the kept activations, 0 elsewhere, and the pools they were kept from.
 
@@ -94,18 +96,21 @@ def sampled_topk(
         acts: non-negative activations.
         cfg: how to choose the pool.
         draw: number of the random draw, if the pool is sampled.
+        ranks: the processes that share the batch, of which `acts` are this one's; all call this.
     """
-    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size)
-    pool = choose_pool(statistics, cfg, draw)
-    return keep_top_entries(acts, pool, int(cfg.k * len(acts)), cfg.pool_group_size), pool
+    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, ranks)
+    pool = choose_pool(statistics, cfg, draw, ranks)
+    n_keep = int(cfg.k * len(acts) * ranks.count)
+    return keep_top_entries(acts, pool, n_keep, cfg.pool_group_size, ranks), pool
 
 
 def choose_pool(
-    statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""]
+    statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
 ) -> Int[Tensor, "groups n_candidates"]:
     """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
-        statistics = perturb_scores(statistics, cfg.pool_seed, draw)
+        first_group = 0 if cfg.pool_group_size is None else ranks.rank * len(statistics.scores)
+        statistics = perturb_scores(statistics, cfg.pool_seed, draw, first_group)
     # Level after level is ascending already.
     chosen = []
     for part, size in cfg.pool_parts:
@@ -141,7 +146,7 @@ def count_candidates(k: float, pool_factor: float, d_sae: int) -> int:
 
 @torch.no_grad()
 def column_statistics(
-    acts: Float[Tensor, "tokens d_sae"], score: str, n_candidates: int, group_size: int | None
+    acts: Float[Tensor, "tokens d_sae"], score: str, n_candidates: int, group_size: int | None, ranks: Ranks = ALONE
 ) -> ColumnStatistics:
     """Score, norm and liveness of every latent in every group, in float32 at least.
 
@@ -150,13 +155,28 @@ def column_statistics(
         score: a key of `SCORES`.
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
+        ranks: the processes that share the batch, of which `acts` are this one's.
     """
+    if ranks.count > 1 and group_size is None:
+        statistics, _ = merged_column_statistics(column_sums(acts, score), score, len(acts), ranks)
+        if score != "ridge_leverage":
+            return statistics
+        scores = sketch_scores(lambda rows: acts[rows], len(acts), n_candidates, acts.device, ranks)
+        return statistics._replace(scores=scores[None])
     parts = []
     for groups in _in_groups(acts, group_size):
         norms = score_of(groups, "l2_norm", n_candidates)
         scores = norms if score == "l2_norm" else score_of(groups, score, n_candidates)
         parts.append(ColumnStatistics(scores, norms, groups.sum(dim=1) > 0))
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def merged_column_statistics(
+    sums: ColumnSums, score: str, n_own: int, ranks: Ranks
+) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
+    """Statistics of one pool over all ranks, of whose tokens `n_own` are this one's, and the largest activations."""
+    scores, norms, alive, peak = merged_statistics(sums, score, n_own * ranks.count, ranks)
+    return ColumnStatistics(scores[None], norms[None], alive[None]), peak
 
 
 @torch.no_grad()
@@ -188,21 +208,26 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
     return _mask_to_indices(above | chosen_by_index, n_candidates)
 
 
-def perturb_scores(statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""]) -> ColumnStatistics:
+def perturb_scores(
+    statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""], first_group: int = 0
+) -> ColumnStatistics:
     """Scores whose largest m are a random sample without replacement, with probability proportional to the score.
 
     Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Scores below 0 count as 0. The noise is
     a function of (seed, draw, group, latent), the same on every device; `draw` counts the draws and stays a tensor,
-    so that no device is waited for.
+    so that no device is waited for. `first_group` is the number of the first group, where other ranks have some before.
     """
     scores = statistics.scores.double()
     log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()
-    return statistics._replace(scores=log_scores + gumbel_noise(seed, draw, *scores.shape))
+    n_groups, d_sae = scores.shape
+    return statistics._replace(scores=log_scores + gumbel_noise(seed, draw, n_groups, d_sae, first_group))
 
 
-def gumbel_noise(seed: int, draw: Int[Tensor, ""], n_groups: int, d_sae: int) -> Float[Tensor, "groups d_sae"]:
+def gumbel_noise(
+    seed: int, draw: Int[Tensor, ""], n_groups: int, d_sae: int, first_group: int = 0
+) -> Float[Tensor, "groups d_sae"]:
     """Standard Gumbel noise, float64, as a function of (seed, draw, group, latent)."""
-    groups = torch.arange(n_groups, device=draw.device)[:, None]
+    groups = torch.arange(first_group, first_group + n_groups, device=draw.device)[:, None]
     latents = torch.arange(d_sae, device=draw.device)
     bits = _hash32(_hash32(_hash32(_hash32(torch.full_like(draw, seed)) ^ draw) ^ groups) ^ latents)
     uniform = (bits.double() + 0.5) / 2**32
@@ -214,6 +239,7 @@ def keep_top_entries(
     pool: Int[Tensor, "groups n_candidates"],
     n_keep: int,
     group_size: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Float[Tensor, "tokens d_sae"]:
     """BatchTopK among the candidates: the `n_keep` largest entries in pooled columns stay, all others become 0.
 
@@ -221,6 +247,9 @@ def keep_top_entries(
     """
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
+    if ranks.count > 1:
+        kept = torch.where(largest_of_ranks(candidates.detach(), n_keep, ranks), candidates, 0)
+        return torch.zeros_like(acts).scatter(1, columns, kept)
     indices = candidates.detach().flatten().topk(min(n_keep, candidates.numel()), sorted=False).indices
     values = candidates.flatten().gather(0, indices)
     kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lens_sampled.chunks import chunk_length
+from sae_lens_sampled.ranks import Ranks
 
 THRESHOLD_STEP = 0.05
 """Size of one threshold step in the long run, in units of the latent's own largest activations.
@@ -55,6 +56,17 @@ class StepCounts(NamedTuple):
     """Its largest activation, at least 0."""
     smallest: Float[Tensor, ""]
     """The smallest positive activation that was kept of any; infinite if none was."""
+
+
+@torch.no_grad()
+def counts_of_all(counts: StepCounts, ranks: Ranks, peak_is_of_all: bool = False) -> StepCounts:
+    """Over the tokens of all ranks; the peak may be known already."""
+    if ranks.count == 1:
+        return counts
+    numbers = torch.stack([n.int() for n in (counts.n_selected, counts.n_fired, counts.n_hits)])
+    n_selected, n_fired, n_hits = ranks.sum(numbers).long()
+    smallest = ranks.min(counts.smallest.float())
+    return StepCounts(n_selected, n_fired, n_hits, counts.peak if peak_is_of_all else ranks.max(counts.peak), smallest)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The training SAE: the thin shell between the pure functions of this package and SAELens."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,18 +15,21 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
-from sae_lens_sampled.input_checks import check_architecture, check_finite, check_loss, check_shape
+from sae_lens_sampled.gradient_sum import GradientSum, active_latents, start
+from sae_lens_sampled.input_checks import check_architecture, check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.ranks import ALONE, largest_of_ranks
 from sae_lens_sampled.selection import sampled_topk
 from sae_lens_sampled.sparse_codes import Weights, as_coo
-from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS, RateMatcher, StepCounts, count_dense
+from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS, RateMatcher, StepCounts, count_dense, counts_of_all
 
 STEP_METHODS = ("encode", "encode_with_hidden_pre", "decode", "calculate_aux_loss")
 """Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
@@ -52,6 +56,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         # What extraction has cost so far; it matters for speed alone, so it is not saved.
         self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
         self._pool, self._path = None, ""  # of the latest step; the host's forward pass has no place for the pool
+        # The processes that train it, those that a forward pass is one of all of, and what sums their gradients.
+        self._all_ranks, self._ranks, self._gradient_sum = ALONE, ALONE, None
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -77,14 +83,28 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             ValueError: if `sae_in` is empty, has another width or non-finite rows, before anything is changed; if the
                 loss is not finite at a step that logs.
         """
-        n_dead = check_finite(step_input)
+        self._ranks = self._all_ranks
+        try:
+            return self._training_forward_pass(step_input)
+        finally:
+            self._ranks = ALONE  # `encode` is of the process that calls it
+
+    def _training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        ranks = self._ranks
+        if ranks.count > 1 and step_input.dead_neuron_mask is not None:
+            # A latent is dead if it has fired on no rank for long enough.
+            mask = ranks.min(step_input.dead_neuron_mask).bool()
+            step_input = dataclasses.replace(step_input, dead_neuron_mask=mask)
+        n_dead = check_finite(step_input, ranks)
+        check_groups(math.prod(step_input.sae_in.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks)
         output = self._kept_forward_pass(step_input, n_dead)
         if output is None:
             # Past BatchTopK's own version, which would look for the smallest kept entry once more.
             output = super(BatchTopKTrainingSAE, self).training_forward_pass(step_input)
             matrices = (output.feature_acts, output.hidden_pre)
             acts, hidden_pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in matrices)
-            self._record(count_dense(acts, hidden_pre, self.latent_threshold), self._pool, len(acts))
+            counts = counts_of_all(count_dense(acts, hidden_pre, self.latent_threshold), ranks)
+            self._record(counts, self._pool, len(acts), step_input)
             self._pool = None
             if self.cfg.inner_widths:
                 # Matryoshka's own code, which takes rows only.
@@ -121,7 +141,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         dead = dead_latents(step_input.dead_neuron_mask, n_dead)
         width = sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
         thresholds, k_aux = self.latent_threshold, min(width // 2, n_dead)
-        step = kept_step(x, weights, thresholds, cfg, path, self.pool_record, dead, k_aux)
+        step = kept_step(x, weights, thresholds, cfg, path, self.pool_record, dead, k_aux, self._ranks)
         if step is None:
             self.scan_record["dense_steps"] += 1
             return None
@@ -134,7 +154,10 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         residual = (sae_in - sae_out).detach().reshape(x.shape)
         auxiliary = auxiliary_loss(step.dead_reconstruction, residual, n_dead, width, cfg.aux_loss_coefficient)
         losses["auxiliary_reconstruction_loss"] = auxiliary
-        self._record(step.counts, step.pool, len(x))
+        counts = counts_of_all(
+            step.counts, self._ranks, peak_is_of_all=cfg.pool_group_size is None and step.pool is not None
+        )
+        self._record(counts, step.pool, len(x), step_input)
         feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
         output = TrainStepOutput(
             sae_in=sae_in,
@@ -169,6 +192,22 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         Nothing is recorded. `draw` is the number of the random draw of a sampled pool; `encode` always takes draw 0.
         """
         return self._encode(x, torch.full_like(self.pool_record.n_steps, draw))[0]
+
+    def data_parallel(self, group: "ProcessGroup | None" = None) -> None:
+        """Train on the tokens of several processes, with the numbers of one on the whole batch.
+
+        Call it on every process of `group` (None: all) after building the SAE, before the trainer. Each process then
+        gives its own tokens of every batch to its trainer, all the same number of them: rank 0 the first ones, and so
+        on. Pools, cutoff, thresholds, records and gradients are those of the whole batch on all ranks, up to the order
+        of sums; losses and L0 in the trainer's metrics are of the rank's own tokens. With groups (`pool_group_size`)
+        and with a pool of all latents the gradients of all latents are exchanged, with one pool those of the pool.
+        Weights and buffers are those of rank 0 from here on.
+
+        Raises:
+            ValueError: for a registered score with one pool, and for float64: its cutoff is found in float32.
+        """
+        self._all_ranks = start(self, group)
+        self._gradient_sum = GradientSum(self, self._all_ranks)
 
     def pool_statistics(self) -> dict[str, float]:
         """The pools so far, in numbers; the same that are logged in training. See the README's table."""
@@ -233,22 +272,32 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     def _encode(self, x: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Feature activations, pre-activations and pool; `draw` numbers the random draw of a sampled pool."""
         check_shape(self, x)
-        if self.cfg.n_candidates == self.cfg.d_sae:
+        if self.cfg.n_candidates == self.cfg.d_sae and self._ranks.count == 1:
             return *super().encode_with_hidden_pre(x), None
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
-        kept, pool = sampled_topk(hidden_pre.relu().reshape(-1, self.cfg.d_sae), self.cfg, draw)
+        acts = hidden_pre.relu().reshape(-1, self.cfg.d_sae)
+        if self.cfg.n_candidates == self.cfg.d_sae:
+            n_keep = int(self.cfg.k * len(acts) * self._ranks.count)
+            kept, pool = torch.where(largest_of_ranks(acts.detach(), n_keep, self._ranks), acts, 0), None
+        else:
+            kept, pool = sampled_topk(acts, self.cfg, draw, self._ranks)
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
     @torch.no_grad()
-    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int) -> None:
-        """Update all that a step leaves behind besides gradients."""
+    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int, step_input: TrainStepInput) -> None:
+        """Update all that a step leaves behind besides gradients; alike on all ranks."""
+        ranks = self._ranks
+        if pool is not None and ranks.count > 1 and self.cfg.pool_group_size is not None:
+            pool = ranks.max(torch.zeros_like(counts.n_selected).index_fill_(0, pool.flatten(), 1)).nonzero().T
+        if self._gradient_sum is not None:
+            self._gradient_sum.active = active_latents(pool, step_input.dead_neuron_mask)
         smallest, lr = counts.smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest  # SAELens' rule, without waiting for the device
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
         record = self.pool_record
         record.update(counts.n_selected, counts.smallest, pool)
         self.rate_matcher.update(
-            counts, record.pooled_within(SILENT_AFTER_STEPS), record.cutoff, n_tokens, record.n_steps - 1
+            counts, record.pooled_within(SILENT_AFTER_STEPS), record.cutoff, n_tokens * ranks.count, record.n_steps - 1
         )

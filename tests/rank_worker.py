@@ -1,0 +1,73 @@
+"""One process of several that train one SAE, or the only one: `python rank_worker.py RANK COUNT FOLDER`.
+
+Trains an SAE for every entry of `FOLDER/cases.json` and writes what it has become to `FOLDER/COUNT_RANK.pt`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+
+D_IN, D_SAE, K, TOKENS = 16, 96, 3, 64
+
+
+def batches(n_steps, dyadic):
+    """Tokens of all ranks; dyadic ones have few bits, so that every sum of a step is exact."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(n_steps):
+        x = torch.randn(TOKENS, D_IN, generator=generator) * torch.linspace(0.5, 2, D_IN) + 0.3
+        yield (x * 4).round() / 4 if dyadic else x
+
+
+def train(case, rank, count):
+    case = dict(case)
+    n_steps, dyadic, window = case.pop("n_steps", 40), case.pop("dyadic", False), case.pop("window", 4)
+    torch.manual_seed(rank)  # other weights on every rank, until rank 0 hands out its own
+    fields = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 5, **case}
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**fields))
+    if dyadic:
+        for parameter in sae.parameters():
+            parameter.data.copy_((parameter.data * 8).round() / 8)
+    n_bytes = 0
+    if count > 1:
+        sae.data_parallel()
+    n_own = TOKENS // count
+    config = SAETrainerConfig(
+        total_training_samples=n_own * n_steps,
+        train_batch_size_samples=n_own,
+        lr=3e-3,
+        lr_end=3e-3,
+        dead_feature_window=window,
+    )
+    trainer = SAETrainer(config, sae, (x[rank * n_own :][:n_own] for x in batches(n_steps, dyadic)))
+    trainer.fit()
+    if count > 1:
+        n_bytes = sae._all_ranks.n_bytes / n_steps
+    gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
+    return {
+        "state": sae.state_dict(),
+        "gradients": gradients,
+        "since_fired": trainer.n_forward_passes_since_fired,
+        "n_bytes": n_bytes,
+    }
+
+
+def main():
+    rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init_{count}", rank=rank, world_size=count)
+    cases = json.loads((folder / "cases.json").read_text())
+    torch.save([train(case, rank, count) for case in cases], folder / f"{count}_{rank}.pt")
+    if count > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import sampled_sae, step_input
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_worker import D_IN, D_SAE, TOKENS, K
+
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
+from sae_lens_sampled.input_checks import check_finite, check_groups
+from sae_lens_sampled.ranks import ALONE, largest_of_ranks
+from sae_lens_sampled.scores import BY_COLUMNS, SCORES
+
+ALL = {"pool_factor": D_SAE / K}
+GROUPS = {"pool_group_size": 8}
+DRAWN = {"pool_sampling": "proportional"}
+DYADIC = {"dyadic": True, "n_steps": 1, "rescale_acts_by_decoder_norm": False}
+FAMILIES = [
+    {},
+    GROUPS,
+    ALL,
+    DRAWN,
+    DRAWN | GROUPS,
+    {"score": "entropy"},
+    {"score": "perplexity"},
+    {"score": "frequency"},
+    {"score": "ridge_leverage"},
+    {"score": "squared_l2"} | DRAWN,
+    {"score": "uniform"} | DRAWN,
+    {"matryoshka_widths": [12, 48, 96], "pool_quota": [0.4, 0.3, 0.3]} | GROUPS,
+]
+DENSE = [{}, GROUPS, ALL, {"score": "ridge_leverage"}, DRAWN | GROUPS]
+CASES = [
+    *({"step": "kept"} | family for family in FAMILIES),
+    *({"step": "dense"} | family for family in DENSE),
+    *({"step": step} | DYADIC | family for step in ("kept", "dense") for family in ({}, GROUPS)),
+    {"step": "kept", "window": 1000, "n_steps": 5},
+]
+ON_FOUR = [CASES[0], CASES[1]]
+
+
+def run(folder, cases, *counts):
+    """What each rank of each number of processes has made of the cases: `results[count][rank][case]`."""
+    folder.mkdir()
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "rank_worker.py")]
+    results = {}
+    for count in counts:
+        processes = [
+            subprocess.Popen([*command, str(rank), str(count), str(folder)], stderr=subprocess.PIPE, text=True)
+            for rank in range(count)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert not any(process.returncode for process in processes), errors
+        results[count] = [torch.load(folder / f"{count}_{rank}.pt") for rank in range(count)]
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return run(folder / "two", CASES, 1, 2), run(folder / "four", ON_FOUR, 4)
+
+
+def assert_same_training(one, ranks, dyadic=False):
+    for name, want in one["state"].items():
+        states = [rank["state"][name] for rank in ranks]
+        assert all(torch.equal(state, states[0]) for state in states), name
+        if dyadic or not want.is_floating_point():
+            assert torch.equal(states[0], want), name
+        else:
+            torch.testing.assert_close(states[0], want, rtol=0, atol=1e-6, msg=name)
+    since_fired = torch.stack([rank["since_fired"] for rank in ranks]).amin(dim=0)
+    assert torch.equal(since_fired, one["since_fired"])
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
+def test_two_ranks_have_the_numbers_of_one_process(trained, index):
+    results, _ = trained
+    one = results[1][0][index]
+    assert_same_training(one, [rank[index] for rank in results[2]], CASES[index].get("dyadic", False))
+    if CASES[index].get("n_steps", 40) == 40:
+        assert (one["since_fired"] > 4).any()  # AuxK is active
+
+
+@pytest.mark.parametrize("index", range(len(ON_FOUR)), ids=lambda index: str(ON_FOUR[index]))
+def test_four_ranks_have_them_too(trained, index):
+    results, of_four = trained
+    assert_same_training(results[1][0][index], [rank[index] for rank in of_four[4]])
+
+
+def test_what_one_pool_exchanges_is_small(trained):
+    n_bytes = trained[0][2][0][-1]["n_bytes"]
+    pool = 2 * 5 * K * D_IN
+    assert 0 < n_bytes <= (pool + 6 * D_SAE) * 4 + 64 * 1024
+
+
+class Simulated:
+    """Ranks that are threads of one process."""
+
+    def __init__(self, rank, count, barrier, box):
+        self.rank, self.count, self.barrier, self.box = rank, count, barrier, box
+
+    def sum(self, x):
+        return self._reduced(x, lambda stacked: stacked.sum(dim=0).to(x.dtype))
+
+    def max(self, x):
+        return self._reduced(x, lambda stacked: stacked.amax(dim=0))
+
+    def min(self, x):
+        return self._reduced(x, lambda stacked: stacked.amin(dim=0))
+
+    def _reduced(self, x, function):
+        self.box[self.rank] = x
+        self.barrier.wait(timeout=60)
+        result = function(torch.stack(list(self.box)))
+        self.barrier.wait(timeout=60)
+        return result
+
+
+def on_ranks(function, arguments):
+    """`function(argument, ranks)` on a rank for each argument, and what they returned or raised."""
+    count = len(arguments)
+    barrier, box = threading.Barrier(count), [None] * count
+
+    def call(rank):
+        try:
+            return function(arguments[rank], Simulated(rank, count, barrier, box))
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
+
+
+VALUES = st.one_of(
+    st.floats(0, 2.0**100, width=32), st.sampled_from([0.0, 1.0, 1.5, 2.0**-140, 3e38]), st.integers(0, 3).map(float)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.lists(VALUES, max_size=12), min_size=1, max_size=4), n_keep=st.integers(0, 50))
+def test_the_largest_of_all_ranks_are_those_of_the_whole(parts, n_keep):
+    """Of uneven and empty parts, with ties, zeros and every scale: as a stable sort of the whole has them."""
+    tensors = [torch.tensor(part, dtype=torch.float32) for part in parts]
+    kept = on_ranks(lambda values, ranks: largest_of_ranks(values, n_keep, ranks), tensors)
+    whole = torch.cat(tensors)
+    want = torch.zeros(len(whole), dtype=torch.bool)
+    want[whole.argsort(descending=True, stable=True)[:n_keep]] = True
+    assert torch.equal(torch.cat(kept), want)
+
+
+def test_a_row_that_is_not_finite_on_one_rank_stops_all_with_the_same_words():
+    x = torch.randn(3, 8, 12)
+    x[1, 2, 3] = torch.nan
+    errors = on_ranks(lambda rows, ranks: check_finite(step_input(rows), ranks), list(x))
+    assert len({str(error) for error in errors}) == 1
+    assert str(errors[0]).startswith("1 of 24 rows of sae_in are not finite at training step 0;")
+
+
+def test_ranks_with_different_numbers_of_tokens_all_stop():
+    x = torch.randn(18, 12)
+    errors = on_ranks(lambda rows, ranks: check_finite(step_input(rows), ranks), [x[:5], x[5:10], x[10:]])
+    assert {str(error) for error in errors} == {
+        "the ranks have between 5 and 8 tokens at training step 0, but each must have as many as the others."
+    }
+
+
+def test_what_cannot_be_exact_is_refused():
+    register_score("of_ones_own", lambda acts, _: acts.sum(dim=-2), by_columns=True)
+    try:
+        sae = sampled_sae(score="of_ones_own")
+        with pytest.raises(ValueError, match=r"registered score 'of_ones_own' of one pool .*; take pool_"):
+            sae.data_parallel()
+    finally:
+        SCORES.pop("of_ones_own")
+        BY_COLUMNS.discard("of_ones_own")
+    with pytest.raises(ValueError, match="dtype='float64' trains on one"):
+        SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=8, d_sae=32, k=2, dtype="float64")).data_parallel()
+
+
+def test_a_group_may_not_lie_on_two_ranks():
+    assert TOKENS % (2 * GROUPS["pool_group_size"]) == 0
+    check_groups(8, 5, ALONE)
+    errors = on_ranks(lambda n_tokens, ranks: check_groups(n_tokens, 5, ranks), [8, 8])
+    assert {str(error) for error in errors} == {
+        "a rank has 8 tokens of a batch, which is no multiple of pool_group_size=5: a group would lie on two ranks."
+    }
