@@ -39,15 +39,15 @@ class Alone:
     rank, count = 0, 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """`x` as it is."""
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """`x` as it is."""
         return x
 
     def min(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """`x` as it is."""
         return x
 
 

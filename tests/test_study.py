@@ -316,7 +316,7 @@ def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_pa
         for index in (1, 2):
             if items := to_do(STAGES["absorption"], study, ["*"], Part(index, 2)):
                 STAGES["absorption"].do(study, items)
-    assert sorted(asked) == ["batchtopk_seed0", "pool_10_groups_16_seed0", "pool_5_seed0"]
+    assert sorted(asked) == ["batchtopk_seed0", "pool_10_groups_16_seed0", "pool_5_seed0", "topk_seed0"]
     summary = Summary(study)
     assert summary.number("pool_5", "absorption_fraction") == "0.250"  # no error of one SAE
     assert summary.number("pool_5_groups_16", "absorption_fraction") == "-"
@@ -374,7 +374,7 @@ def committed_study(config):
     ("config", "name"),
     [
         *((TINY, name) for name in ("evaluate", "compare", "synthetic")),
-        *((SMOLLM2, name) for name in ("evaluate", "compare")),
+        *((SMOLLM2, name) for name in ("evaluate", "compare", "absorption")),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

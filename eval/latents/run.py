@@ -26,7 +26,7 @@ from sae_lens import ActivationsStore
 from bundled import HELD_OUT_TEXT, TINY_LM
 from latents.describe import describe
 from latents.rating import blind, read_ratings, score, write_page
-from pages import markdown_table
+from latents.tables import rating_table, table
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import attach, load_model
 from smollm2 import smollm2_folder
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "latents.json").write_text(json.dumps(rows, indent=1) + "\n")
     write_page(rows, args.out / "page.html")
-    print(table(rows, list(saes)))
+    print(table(rows, {name: name for name in saes}))
     print(f"\nTo rate: {args.out / 'page.html'}")
 
 
@@ -60,27 +60,6 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
     dataset = load_dataset(**of_file, split="train")
     store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
     return store.get_batch_tokens(args.tokens // args.context_size)
-
-
-def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Means over the latents of each SAE."""
-    lines = []
-    for name in names:
-        of_sae = [row for row in rows if row["sae"] == name]
-        fields = ("own_share", "n_tokens", "coherence", "chance", "completeness_error")
-        means = {field: sum(row[field] for row in of_sae) / len(of_sae) for field in fields}
-        lines.append([name, str(len(of_sae)), *(f"{value:.3f}" for value in means.values())])
-    header = ["SAE", "latents", "share of the token itself", "effective tokens", "coherence", "at random", "error"]
-    return markdown_table(header, lines)
-
-
-def rating_table(results: Sequence[dict[str, Any]]) -> str:
-    """What the reader found."""
-    rows = [
-        [row["sae"], str(row["rated"]), f"{row['mean']:.2f} ± {row['error']:.2f}", f"{row['clear']:.0%}"]
-        for row in results
-    ]
-    return markdown_table(["SAE", "rated", "mean rating", "one clear thing"], rows)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

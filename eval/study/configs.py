@@ -239,7 +239,7 @@ SMOLLM2 = Study(
     },
     # 4 million tokens for the probes before the first SAE, and minutes for each.
     absorption={"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
-    absorption_arms=("batchtopk", "pool_5", "pool_10_groups_16"),
+    absorption_arms=("batchtopk", "topk", "pool_5", "pool_10_groups_16"),
     absorption_seeds=1,
     probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
     arms=(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from latents import tables as latents
 from pages import render
 from study import tables
 from study.configs import SMOLLM2, TINY
@@ -13,6 +14,12 @@ from study.summary import Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "RESULTS.md"
+LATENTS_OF = {
+    "batchtopk": "BatchTopK",
+    "one_pool_5": "pool 5, one pool",
+    "groups_16_factor_10": "pool 10, groups of 16",
+}
+"""SAEs whose latents were looked at, and how they are shown."""
 
 
 def write_report(storage: Storage, eval_folder: Path) -> Path:
@@ -60,8 +67,14 @@ def render_page(eval_folder: Path) -> str:
         time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         export=export_gaps(real),
         titles=titles(committed(SMOLLM2.name, eval_folder)),
+        latents=latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
         devices=" and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
     )
+
+
+def latents_table(file: Path) -> str:
+    """Where the latents look, by SAE; empty before that was measured."""
+    return latents.table(json.loads(file.read_text()), LATENTS_OF) if file.exists() else ""
 
 
 def titles(results: Path) -> dict[str, list[str]]:

@@ -1,0 +1,34 @@
+"""What was found of the latents of each SAE, as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pages import markdown_table
+from sae_lens_sampled.saebench.report.metrics import estimate
+
+COLUMNS = {
+    "share of the token itself": "own_share",
+    "effective tokens": "n_tokens",
+    "coherence": "coherence",
+    "at random": "chance",
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """Means over the latents of each SAE, with their standard errors; `names` says how the SAEs are shown."""
+    lines = []
+    for name, label in names.items():
+        of_sae = [row for row in rows if row["sae"] == name]
+        means = [estimate([row[field] for row in of_sae]) for field in COLUMNS.values()]
+        worst = max(row["completeness_error"] for row in of_sae)
+        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.error or 0:.3f}" for m in means), f"{worst:.0e}"])
+    return markdown_table(["SAE", "latents", *COLUMNS, "largest completeness error"], lines)
+
+
+def rating_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """What a reader found."""
+    rows = [
+        [row["sae"], str(row["rated"]), f"{row['mean']:.2f} ± {row['error']:.2f}", f"{row['clear']:.0%}"]
+        for row in results
+    ]
+    return markdown_table(["SAE", "rated", "mean rating", "one clear thing"], rows)
