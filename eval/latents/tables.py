@@ -1,5 +1,6 @@
 """What was found of the latents of each SAE, as Markdown."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     for name, label in names.items():
         of_sae = [row for row in rows if row["sae"] == name]
         means = [estimate([row[field] for row in of_sae]) for field in COLUMNS.values()]
-        worst = max(row["completeness_error"] for row in of_sae)
-        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.error or 0:.3f}" for m in means), f"{worst:.0e}"])
-    return markdown_table(["SAE", "latents", *COLUMNS, "largest completeness error"], lines)
+        errors = [row["completeness_error"] for row in of_sae]
+        error = f"{statistics.median(errors):.1g} (largest {max(errors):.1g})"
+        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.error or 0:.3f}" for m in means), error])
+    return markdown_table(["SAE", "latents", *COLUMNS, "completeness error"], lines)
 
 
 def rating_table(results: Sequence[Mapping[str, Any]]) -> str:
