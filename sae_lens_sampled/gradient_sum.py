@@ -24,14 +24,16 @@ class GradientSum:
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
-        self.ranks, self.active = ranks, None
+        self.ranks, self.pool, self.dead = ranks, None, None
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.n_ready = 0
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._ready)
 
-    active: Tensor | None
-    """Indices of the latents with a gradient in this step, on any rank, ascending; None for all."""
+    pool: Tensor | None
+    """Indices of the latents in a pool of this step, on any rank; None for all."""
+    dead: Tensor | None
+    """Which latents are dead, and so have a gradient by AuxK; None for none."""
 
     def _ready(self, _parameter: Tensor) -> None:
         self.n_ready += 1
@@ -41,14 +43,15 @@ class GradientSum:
 
     @torch.no_grad()
     def _sum(self) -> None:
+        active = active_latents(self.pool, self.dead)
         for name, parameter in self.parameters.items():
             gradient, dimension = parameter.grad, LATENT_DIMENSION.get(name)
             assert gradient is not None
-            if self.active is None or dimension is None:
+            if active is None or dimension is None:
                 gradient.copy_(self.ranks.sum(gradient) / self.ranks.count)
             else:
-                part = self.ranks.sum(gradient.index_select(dimension, self.active)) / self.ranks.count
-                gradient.index_copy_(dimension, self.active, part)
+                part = self.ranks.sum(gradient.index_select(dimension, active)) / self.ranks.count
+                gradient.index_copy_(dimension, active, part)
 
 
 def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:

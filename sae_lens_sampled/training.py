@@ -22,7 +22,7 @@ from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
-from sae_lens_sampled.gradient_sum import GradientSum, active_latents, start
+from sae_lens_sampled.gradient_sum import GradientSum, start
 from sae_lens_sampled.input_checks import check_architecture, check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
@@ -95,6 +95,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             # A latent is dead if it has fired on no rank for long enough.
             mask = ranks.min(step_input.dead_neuron_mask).bool()
             step_input = dataclasses.replace(step_input, dead_neuron_mask=mask)
+        if self._gradient_sum is not None:
+            self._gradient_sum.dead = step_input.dead_neuron_mask
         n_dead = check_finite(step_input, ranks)
         check_groups(math.prod(step_input.sae_in.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks)
         output = self._kept_forward_pass(step_input, n_dead)
@@ -104,7 +106,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             matrices = (output.feature_acts, output.hidden_pre)
             acts, hidden_pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in matrices)
             counts = counts_of_all(count_dense(acts, hidden_pre, self.latent_threshold), ranks)
-            self._record(counts, self._pool, len(acts), step_input)
+            self._record(counts, self._pool, len(acts))
             self._pool = None
             if self.cfg.inner_widths:
                 # Matryoshka's own code, which takes rows only.
@@ -157,7 +159,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         counts = counts_of_all(
             step.counts, self._ranks, peak_is_of_all=cfg.pool_group_size is None and step.pool is not None
         )
-        self._record(counts, step.pool, len(x), step_input)
+        self._record(counts, step.pool, len(x))
         feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
         output = TrainStepOutput(
             sae_in=sae_in,
@@ -286,13 +288,13 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
     @torch.no_grad()
-    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int, step_input: TrainStepInput) -> None:
+    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int) -> None:
         """Update all that a step leaves behind besides gradients; alike on all ranks."""
         ranks = self._ranks
         if pool is not None and ranks.count > 1 and self.cfg.pool_group_size is not None:
             pool = ranks.max(torch.zeros_like(counts.n_selected).index_fill_(0, pool.flatten(), 1)).nonzero().T
         if self._gradient_sum is not None:
-            self._gradient_sum.active = active_latents(pool, step_input.dead_neuron_mask)
+            self._gradient_sum.pool = pool
         smallest, lr = counts.smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest  # SAELens' rule, without waiting for the device
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)

@@ -1,11 +1,8 @@
-"""One process of several that train one SAE, or the only one: `python rank_worker.py RANK COUNT FOLDER`.
+"""One process of several that train one SAE, or the only one; what it needs is imported before it is forked."""
 
-Trains an SAE for every entry of `FOLDER/cases.json` and writes what it has become to `FOLDER/COUNT_RANK.pt`.
-"""
-
-import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,16 +55,11 @@ def train(case, rank, count):
     }
 
 
-def main():
-    rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def work(rank: int, count: int, cases: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Train an SAE for every case, and write what it has become to `folder/COUNT_RANK.pt`."""
     torch.set_num_threads(1)
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/init_{count}", rank=rank, world_size=count)
-    cases = json.loads((folder / "cases.json").read_text())
     torch.save([train(case, rank, count) for case in cases], folder / f"{count}_{rank}.pt")
     if count > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,15 @@
 """One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import sampled_sae, step_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_worker import D_IN, D_SAE, TOKENS, K
+from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.input_checks import check_finite, check_groups
@@ -47,21 +44,21 @@ CASES = [
 ON_FOUR = [CASES[0], CASES[1]]
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["rank_worker"])
+
+
 def run(folder, cases, *counts):
     """What each rank of each number of processes has made of the cases: `results[count][rank][case]`."""
     folder.mkdir()
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "rank_worker.py")]
-    results = {}
-    for count in counts:
-        processes = [
-            subprocess.Popen([*command, str(rank), str(count), str(folder)], stderr=subprocess.PIPE, text=True)
-            for rank in range(count)
-        ]
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-        assert not any(process.returncode for process in processes), errors
-        results[count] = [torch.load(folder / f"{count}_{rank}.pt") for rank in range(count)]
-    return results
+    ranks = [(rank, count) for count in counts for rank in range(count)]
+    processes = [FORKS.Process(target=work, args=(*which, cases, folder)) for which in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0] * len(ranks)
+    return {count: [torch.load(folder / f"{count}_{rank}.pt") for rank in range(count)] for count in counts}
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,8 @@ def test_probes_that_another_run_finished_first_are_taken(saes, tmp_path, monkey
     model = SimpleNamespace(
         name="lm", hooked=SimpleNamespace(cfg=SimpleNamespace(model_name="lm"), run_with_cache=None)
     )
-    folders = {"scratch": tmp_path / "scratch", "artifacts": tmp_path / "kept"}
+    folders = {"scratch": tmp_path / "scratch", "artifacts": tmp_path / "kept", "output_dir": tmp_path}
+    (tmp_path / "artifacts").mkdir()
     setup = SimpleNamespace(model=model, seed=1, llm_batch_size=2, dtype="float32", d_sae=8, device="cpu", **folders)
     evaluation = EVALS["absorption"](setup, {})
     evaluation.prepare(load_saes(saes[2:3]))
