@@ -45,7 +45,7 @@ ON_FOUR = [CASES[0], CASES[1]]
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["rank_worker"])
+FORKS.set_forkserver_preload(["sae_lens_sampled"])  # what takes long; Python 3.11 does not find the tests' own modules
 
 
 def run(folder, cases, *counts):
