@@ -62,7 +62,7 @@ def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
     return indices if dead is None else torch.cat([indices, dead.nonzero()[:, 0]]).unique()
 
 
-def start(sae: Any, group: ProcessGroup | None) -> Ranks:
+def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
     """The processes of a group, which have rank 0's weights and buffers from now on; see `data_parallel`."""
     cfg = sae.cfg
     if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and cfg.score not in MERGEABLE:

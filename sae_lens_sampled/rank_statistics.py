@@ -35,7 +35,7 @@ class MergedStatistics(NamedTuple):
 
 @torch.no_grad()
 def column_sums(acts: Float[Tensor, "tokens latents"], score: str) -> ColumnSums:
-    """Of one rank's tokens, in float32 at least; `acts` are not negative."""
+    """The sums of one rank's tokens, in float32 at least; `acts` are not negative."""
     acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
     peak = acts.amax(dim=0)
     return ColumnSums(peak, torch.stack([acts.square().sum(dim=0), *SUMS.get(score, _no_sums)(acts, peak)]))

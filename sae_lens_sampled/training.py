@@ -22,7 +22,7 @@ from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
-from sae_lens_sampled.gradient_sum import GradientSum, start
+from sae_lens_sampled.gradient_sum import GradientSum, join_group
 from sae_lens_sampled.input_checks import check_architecture, check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
@@ -208,7 +208,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         Raises:
             ValueError: for a registered score with one pool, and for float64: its cutoff is found in float32.
         """
-        self._all_ranks = start(self, group)
+        self._all_ranks = join_group(self, group)
         self._gradient_sum = GradientSum(self, self._all_ranks)
 
     def pool_statistics(self) -> dict[str, float]:

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
+from sae_lens_sampled.column_scan import Extracted
 from sae_lens_sampled.input_checks import check_finite, check_groups
+from sae_lens_sampled.kept_entries import _number_of_all, _of_all_or_none
 from sae_lens_sampled.ranks import ALONE, largest_of_ranks
 from sae_lens_sampled.scores import BY_COLUMNS, SCORES
+from sae_lens_sampled.sparse_codes import Entries
 
 ALL = {"pool_factor": D_SAE / K}
 GROUPS = {"pool_group_size": 8}
@@ -153,6 +156,14 @@ def test_the_largest_of_all_ranks_are_those_of_the_whole(parts, n_keep):
     want = torch.zeros(len(whole), dtype=torch.bool)
     want[whole.argsort(descending=True, stable=True)[:n_keep]] = True
     assert torch.equal(torch.cat(kept), want)
+
+
+def test_whether_to_scan_again_is_decided_by_all():
+    """A rank alone that took another way would hang the others."""
+    extracted = [Extracted(4), None]
+    assert on_ranks(lambda own, ranks: _of_all_or_none(own, torch.device("cpu"), ranks), extracted) == [None, None]
+    candidates = [Entries(*(torch.arange(n) for _ in range(3))) for n in (2, 5)]
+    assert on_ranks(_number_of_all, candidates) == [7, 7]
 
 
 def test_a_row_that_is_not_finite_on_one_rank_stops_all_with_the_same_words():

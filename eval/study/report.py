@@ -56,7 +56,8 @@ def render_page(eval_folder: Path) -> str:
         results = committed(study.name, eval_folder)
         study = with_text_of_results(study, results)
         summaries[study.name] = Summary(Storage(study, results, Path("study_output")))
-    real = summaries[SMOLLM2.name]
+    real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
+    years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
     seconds = tables.step_seconds(eval_folder / "results" / "bench_training_step.json")
     return render(
         TEMPLATES / "results.md",
@@ -66,7 +67,8 @@ def render_page(eval_folder: Path) -> str:
         step_seconds=seconds,
         time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         export=export_gaps(real),
-        titles=titles(committed(SMOLLM2.name, eval_folder)),
+        titles=texts,
+        years=f"{min(years)} to {max(years)}",
         latents=latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
         devices=" and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
     )

@@ -146,4 +146,4 @@ STAGES = {
     "synthetic": Stage(_plan_units(synthetic_units), _without_result(lambda storage: storage.synthetic), _synthetic),
     "compare": Stage(_plan_pairs, _not_compared, _compare),
 }
-"""In the order in which they need each other's results."""
+"""The stages by name, in the order in which they need each other's results; `report` comes after them."""
