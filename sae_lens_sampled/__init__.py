@@ -9,6 +9,7 @@ from sae_lens.registry import (
 
 from sae_lens_sampled.calibration import CalibrationReport, calibrate_thresholds
 from sae_lens_sampled.config import SampledTopKSAEConfig, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.data_parallel import DataParallelRunner
 from sae_lens_sampled.export import to_jumprelu
 from sae_lens_sampled.hub import HubError, upload_to_hub
 from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SCORES",
     "CalibrationReport",
+    "DataParallelRunner",
     "HubError",
     "SampledTopKSAE",
     "SampledTopKSAEConfig",

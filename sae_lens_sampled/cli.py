@@ -19,13 +19,13 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from tabulate import tabulate
 
 import sae_lens_sampled
-from sae_lens_sampled import resumable_training
+from sae_lens_sampled import train_command
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.parts import parse_part
-from sae_lens_sampled.resumable_training import TrainError
 from sae_lens_sampled.sparse_codes import has_kernels
+from sae_lens_sampled.train_command import TrainError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -63,7 +63,7 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
 def train(context: typer.Context) -> None:
     """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
     with _told(TrainError):
-        status = resumable_training.train(context.args)
+        status = train_command.train(context.args)
     raise typer.Exit(status)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.rank_statistics import MERGEABLE
 from sae_lens_sampled.ranks import GroupRanks, Ranks
 
@@ -64,15 +65,23 @@ def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
 
 def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
     """The processes of a group, which have rank 0's weights and buffers from now on; see `data_parallel`."""
-    cfg = sae.cfg
+    check_is_exact(sae.cfg)
+    ranks = GroupRanks(group)
+    for tensor in (*sae.parameters(), *sae.buffers()):
+        ranks.broadcast(tensor.data)
+    return ranks
+
+
+def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
+    """Refuse what several processes cannot work out exactly.
+
+    Raises:
+        ValueError: for a registered score with one pool, and for float64.
+    """
     if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and cfg.score not in MERGEABLE:
         raise ValueError(
             f"the registered score {cfg.score!r} of one pool cannot be worked out from what several processes have; "
             f"take pool_group_size, or one of {sorted(MERGEABLE)}."
         )
-    if sae.W_enc.dtype == torch.float64:
+    if cfg.dtype == "float64":
         raise ValueError("several processes find their cutoff in float32; dtype='float64' trains on one.")
-    ranks = GroupRanks(group)
-    for tensor in (*sae.parameters(), *sae.buffers()):
-        ranks.broadcast(tensor.data)
-    return ranks

@@ -54,13 +54,13 @@ def check_finite(step_input: TrainStepInput, ranks: Ranks = ALONE) -> int:
     return n_dead
 
 
-def check_groups(n_tokens: int, group_size: int | None, ranks: Ranks) -> None:
+def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
     """Refuse groups of tokens that two processes would have to share.
 
     Raises:
         ValueError: with both numbers.
     """
-    if ranks.count > 1 and group_size is not None and n_tokens % group_size:
+    if n_ranks > 1 and group_size is not None and n_tokens % group_size:
         raise ValueError(
             f"a rank has {n_tokens} tokens of a batch, which is no multiple of pool_group_size={group_size}: a group "
             "would lie on two ranks."

@@ -7,18 +7,28 @@ minutes.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from sae_lens import ActivationsStore, SAETrainer
-from sae_lens.training import multi_sae_trainer, sae_trainer
+from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
 SECONDS = 1.0
 """Least time between two changes of the text; losses are read from the device for it."""
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Training runs of SAELens inside it have no bar: another process has one."""
+    with ExitStack() as stack:
+        for module in (sae_trainer, activation_scaler):
+            stack.enter_context(mock.patch.object(module, "tqdm", partial(tqdm, disable=True)))
+        yield
 
 
 @contextmanager

@@ -3,12 +3,16 @@
 A rank is one of the processes; each has its own tokens of every batch, the next ones after those of the rank before.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -78,13 +82,37 @@ class GroupRanks:
     def broadcast(self, x: Tensor) -> None:
         """Overwrite `x` with what rank 0 has."""
         root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        dist.broadcast(x, root, group=self.group)
+        with _lost_ranks_told(self):
+            dist.broadcast(x, root, group=self.group)
+
+    def gather(self, x: T) -> list[T]:
+        """What each process has handed over: anything that can be pickled."""
+        everyone: list[Any] = [None] * self.count
+        with _lost_ranks_told(self):
+            dist.all_gather_object(everyone, x, group=self.group)
+        return everyone
 
     def _reduced(self, x: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         x = x.to(torch.uint8).contiguous() if x.dtype == torch.bool else x.contiguous().clone()
         self.n_bytes += x.numel() * x.element_size()
-        dist.all_reduce(x, operation, group=self.group)
+        with _lost_ranks_told(self):
+            dist.all_reduce(x, operation, group=self.group)
         return x
+
+
+class LostRankError(ConnectionError):
+    """Another process has ended, or has not answered in time."""
+
+
+@contextmanager
+def _lost_ranks_told(ranks: GroupRanks) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"process {ranks.rank} of {ranks.count} has waited for the others in vain: one has ended or hangs, and has "
+            f"said why if it could. Nothing is saved of what came after the newest checkpoint. ({error})"
+        ) from error
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`sae-lens-sampled train`: SAELens' training on a language model from flags, made to lose nothing when it is stopped.
+"""SAELens' runner and trainer on a language model, made to lose nothing when they are stopped.
 
 What this mends of SAELens 6.54 (its runner for many SAEs has only the last two): an interrupt saves the state of the
 activations store alone, into a folder that does not exist, and dies of that; it comes in the middle of a step; and a
@@ -6,57 +6,24 @@ checkpoint whose writing was killed looks like a whole one.
 """
 
 import os
-import shlex
 import shutil
-import traceback
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
-from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
-from sae_lens_sampled.checkpoint_folder import find_checkpoint
-from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.files import whole_folder
 from sae_lens_sampled.input_checks import check_hook
 from sae_lens_sampled.normalisation import UNFOLDED
-from sae_lens_sampled.progress import live_bar
 from sae_lens_sampled.signals import Interrupted, Signals
-
-
-class TrainError(RuntimeError):
-    """Training could not begin or go on; the message is the reason."""
-
-
-def train(arguments: Sequence[str]) -> int:
-    """Train with SAELens' flags; the exit status. A run that is stopped says how to go on with it.
-
-    Raises:
-        TrainError: with the reason, of whatever kind it was; an error that no flag or file causes is raised as it is.
-    """
-    runner = None
-    with _reasons(), Signals() as signals:
-        try:
-            with live_bar():
-                runner = ResumableRunner(_configure(arguments), arguments, signals)
-                runner.run()
-        except Interrupted as interrupted:
-            checkpoint = None if runner is None else runner.checkpoint
-            done = "before its first step" if checkpoint is None else f"with all that it did in {checkpoint}"
-            typer.echo(
-                f"Stopped by {interrupted.signal_name} {done}. Go on with\n{format_command(arguments, checkpoint)}",
-                err=True,
-            )
-            return interrupted.exit_status
-    return 0
 
 
 class ResumableTrainer(SAETrainer[Any, Any]):
@@ -64,9 +31,13 @@ class ResumableTrainer(SAETrainer[Any, Any]):
 
     signals: Signals
 
+    def stop_if_asked(self) -> None:
+        """Obey a signal that has come: nothing is half done now, nor while the step that begins waits for data."""
+        self.signals.release()
+
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
-        self.signals.release()  # nothing is half done here, nor while the step that begins waits for data
+        self.stop_if_asked()
         # A window that was emptied right before a run was stopped is not logged again: its log would be of 0 / 0.
         return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
 
@@ -89,28 +60,48 @@ class ResumableTrainer(SAETrainer[Any, Any]):
 class ResumableRunner(LanguageModelSAETrainingRunner):
     """SAELens' runner that trains with it, says where checkpoints are, and writes one more when it is stopped."""
 
+    signals: Signals | None = None
+    """Where somebody listens to signals already; otherwise `run` does, while it runs."""
+    resume_command: Callable[[Path | None], str] | None = None
+    """What makes the command that resumes from a checkpoint, to be printed; None prints nothing."""
     checkpoint: Path | None = None
     """The one written when the run was stopped."""
 
-    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], arguments: Sequence[str], signals: Signals) -> None:
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
         try:
-            super().__init__(cfg)
+            super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:
             if hasattr(self, "model"):  # errors of what is loaded after it name what they are about
                 raise
             raise ValueError(f"model_name={cfg.model_name!r} cannot be loaded: {error}") from error
         if not cfg.use_cached_activations:
             check_hook(self.model, cfg)
-        self.arguments = arguments
-        self.signals = signals
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        if self.signals is not None:
+            return super().run()
+        with Signals() as self.signals:
+            return super().run()
+
+    def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
+        """Make the trainer, which SAELens' `run` has made itself, one of ours."""
+        trainer.__class__ = ResumableTrainer
+        trainer.signals = self.signals  # type: ignore[attr-defined]
+        # Those passed before would all be written again, one a step.
+        resumed_at = trainer.n_training_samples
+        trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         resumed_at, run_folder = trainer.n_training_samples, self.cfg.checkpoint_path
-        trainer.__class__ = ResumableTrainer  # SAELens' `run` makes the trainer itself
-        trainer.signals = self.signals  # type: ignore[attr-defined]
-        # Those passed before would all be written again, one a step.
-        trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
+        self.adopt(trainer)
         if resumed_at > 0 and _is_folded(trainer):
             return self._end_again(trainer)
         if run_folder is not None:
@@ -135,59 +126,15 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     def _announce(self, run_folder: Path) -> None:
         """Say how to resume from the newest checkpoint: whoever kills the run leaves no time to say it later."""
+        if self.resume_command is None:
+            return
         if self.cfg.resume_from_checkpoint is not None:
             _link_into(run_folder, Path(self.cfg.resume_from_checkpoint))
         typer.echo(
             f"Checkpoints go to {run_folder}: {self.cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM "
-            f"stops the run. Go on from the newest with\n{format_command(self.arguments, run_folder)}",
+            f"stops the run. Go on from the newest with\n{self.resume_command(run_folder)}",
             err=True,
         )
-
-
-def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
-    """The command with these flags, resuming from `checkpoint`."""
-    words, flag = list(arguments), "--resume_from_checkpoint"
-    if checkpoint is not None:
-        words = [
-            word
-            for before, word in zip(["", *words], words, strict=False)
-            if flag not in (before, word) and not word.startswith(f"{flag}=")
-        ]
-        words += [flag, str(checkpoint)]
-    return shlex.join(["sae-lens-sampled", "train", *words])
-
-
-@contextmanager
-def _reasons() -> Iterator[None]:
-    try:
-        yield
-    except (AssertionError, AttributeError, NameError, TypeError):
-        raise
-    except Exception as error:  # those of parser, Hub, files and torch have no common base
-        raise TrainError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)[:1000]  # TransformerLens names every model that it knows
-    if isinstance(error, (ValueError, OSError, ArgumentError)):
-        return text
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text} ({innermost.filename}, line {innermost.lineno})"
-
-
-def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
-    try:
-        cfg = _parse_cfg_args(arguments)
-    except ZeroDivisionError as error:
-        names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
-        raise ValueError(f"one of {names} is 0, and SAELens divides by each.") from error
-    if cfg.training_tokens <= 0:
-        raise ValueError(f"training_tokens={cfg.training_tokens} must be above 0.")
-    for name in ("device", "llm_device", "act_store_device"):
-        check_device(getattr(cfg, name), name)
-    if cfg.resume_from_checkpoint is not None:
-        cfg.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))
-    return cfg
 
 
 def _is_folded(trainer: SAETrainer[Any, Any]) -> bool:

@@ -32,6 +32,11 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> int:
+        """Number of the signal that has come; 0 if none has."""
+        return self._received or 0
+
     def hold(self) -> None:
         """Let signals wait from here on."""
         self._held = True

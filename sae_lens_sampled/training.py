@@ -98,7 +98,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         if self._gradient_sum is not None:
             self._gradient_sum.dead = step_input.dead_neuron_mask
         n_dead = check_finite(step_input, ranks)
-        check_groups(math.prod(step_input.sae_in.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks)
+        check_groups(math.prod(step_input.sae_in.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks.count)
         output = self._kept_forward_pass(step_input, n_dead)
         if output is None:
             # Past BatchTopK's own version, which would look for the smallest kept entry once more.
