@@ -4,6 +4,7 @@
 #
 #     bash eval/slurm.sh pythia-160m              # 8 tasks a stage, each with a GPU
 #     PARTS=16 STAGES="evaluate compare" bash eval/slurm.sh pythia-160m --arms "pool_5*"
+#     python eval/study/run.py --config pythia-160m --stages prepare     # before it, where tasks have no network
 #     python eval/study/run.py --config pythia-160m --status --part 1/8
 #
 # A stage begins when all tasks of the one before have ended, well or not. Run it again if something is missing: what is

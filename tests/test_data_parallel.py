@@ -1,6 +1,5 @@
 """One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
 
-import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +8,7 @@ import torch
 from helpers import sampled_sae, step_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_helpers import FORKS
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
@@ -45,10 +45,6 @@ CASES = [
     {"step": "kept", "window": 1000, "n_steps": 5},
 ]
 ON_FOUR = [CASES[0], CASES[1]]
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lens_sampled"])  # what takes long; Python 3.11 does not find the tests' own modules
 
 
 def run(folder, cases, *counts):

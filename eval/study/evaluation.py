@@ -14,10 +14,10 @@ from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.saebench import run_evals
 from study.configs import Study
-from study.plan import Arm, Unit, sweep
+from study.plan import Arm, Unit, arms, sweep
 from study.storage import Storage
 from study.text import held_out, text_activations
-from study.training import model_path
+from study.training import model_path, new_sae
 
 DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 """Edges of the histogram, in log10 of the share of tokens a latent fires on."""
@@ -78,6 +78,22 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
         of_unit = {"absorption": results["absorption"][f"{unit.name}_custom_sae"]}
         result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics(of_unit), "device": storage.device}
         storage.absorption.append(result)
+
+
+def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
+    """Train absorption's probes, which are the language model's and serve all SAEs."""
+    study = storage.study
+    untrained = new_sae(study, Unit(arms(study)[0], 0))
+    untrained.cfg.metadata.hook_name = study.hook
+    run_evals(
+        [("untrained", untrained)],
+        ["absorption"],
+        model_path(study.model),
+        storage.cache / "sae_bench",
+        overrides={"absorption": settings},
+        device=study.device,
+        prepare_only=True,
+    )
 
 
 def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:

@@ -4,6 +4,7 @@
     python eval/study/run.py --config smollm2 --text FOLDER  # a model that people study, offline; FOLDER has .txt files
     python eval/study/run.py --config pythia-160m --dry-run  # the paper's model and settings: what it would cost
     python eval/study/run.py --config pythia-160m --smoke    # the same plan on the bundled model, in minutes
+    python eval/study/run.py --config pythia-160m --stages prepare             # once, before several processes
     python eval/study/run.py --config pythia-160m --stages train --part 2/8    # the second of eight processes
 
 Trains every arm with several seeds on the same activations, evaluates the exported SAEs with SAEBench and on synthetic
@@ -30,11 +31,11 @@ from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
 from study.report import write_report
-from study.stages import STAGES, status, to_do
+from study.stages import STAGES, prepare, status, to_do
 from study.storage import Storage
 
-REPORT = "report"
-"""Name of the stage that renders the pages; it has no parts."""
+PREPARE, REPORT = "prepare", "report"
+"""Names of what comes before the stages, where it is asked for, and after them; they have no parts."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,9 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.stages:
             if name == REPORT:
                 print(f"Report: {write_report(storage, EVAL)}")
-            elif items := to_do(STAGES[name], storage, args.arms, part):
-                if study.text and not args.text:
-                    sys.exit("what is missing needs the text that the results are of; name it with --text.")
+                continue
+            items = [] if name == PREPARE else to_do(STAGES[name], storage, args.arms, part)
+            if (items or name == PREPARE) and study.text and not args.text:
+                sys.exit("what is missing needs the text that the results are of; name it with --text.")
+            if name == PREPARE:
+                prepare(storage)
+            elif items:
                 STAGES[name].do(storage, items)
     except NoSpaceError as error:
         sys.exit(str(error))
@@ -76,7 +81,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=STUDIES, required=True)
     parser.add_argument(
-        "--stages", nargs="+", choices=[*STAGES, REPORT], default=[*STAGES, REPORT], help="default: all of them"
+        "--stages",
+        nargs="+",
+        choices=[PREPARE, *STAGES, REPORT],
+        default=[*STAGES, REPORT],
+        help="default: all but prepare, which makes what the processes of the others would wait for",
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage")

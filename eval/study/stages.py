@@ -11,11 +11,12 @@ from tqdm import tqdm
 from sae_lens_sampled.parts import Part
 from study.configs import Study
 from study.dictionaries import Dictionaries, compare
-from study.evaluation import evaluate, evaluate_absorption
+from study.evaluation import evaluate, evaluate_absorption, train_probes
 from study.plan import Arm, Unit, absorption_units, compared, runs, synthetic_units, units
 from study.storage import ResultTable, Storage
 from study.synthetic import run_synthetic
-from study.training import train
+from study.text import held_out
+from study.training import cached_activations, language_model, train
 
 EXPORTS_TOGETHER = 12
 """Number of exports in one run of SAEBench. More are faster; `run_evals` keeps what it has finished if it is killed."""
@@ -44,6 +45,17 @@ def to_do(stage: Stage, storage: Storage, arms: Sequence[str], part: Part) -> li
     """
     mine = part.of(planned(stage, storage, arms))
     return list(filter(stage.missing(storage), mine)) if mine else []
+
+
+def prepare(storage: Storage) -> None:
+    """Make what all processes of the stages need, for which all but one would wait: model, activations, probes."""
+    study = storage.study
+    language_model(study)
+    held_out(storage)
+    if study.cached:
+        cached_activations(storage)
+    if settings := study.absorption or study.evals.get("absorption"):
+        train_probes(storage, settings)
 
 
 def status(storage: Storage, arms: Sequence[str], n_parts: int) -> str:

@@ -54,6 +54,7 @@ def run_evals(
     offline: bool = False,
     force_rerun: bool = False,
     show_progress: bool = True,
+    prepare_only: bool = False,
 ) -> dict[str, dict[str, Result]]:
     """Run SAEBench's evals, and MMCS, on SAEs of any architecture; the results by eval and name of the SAE.
 
@@ -77,6 +78,7 @@ def run_evals(
             bundled with the repository.
         force_rerun: compute and replace results that are there.
         show_progress: whether to show a bar over (SAE, eval).
+        prepare_only: make what later runs use again, absorption's probes, and evaluate nothing.
 
     Raises:
         ValueError: if an argument is wrong, or a result is there of another SAE, model or configuration.
@@ -129,6 +131,13 @@ def run_evals(
         stamps = {evaluation.name: _stamps(evaluation, loaded) for evaluation in planned if not evaluation.compares}
         if not force_rerun:
             _check_results(stamps, loaded, setup)
+        if prepare_only:
+            with tqdm(total=len(planned), desc="Preparing", disable=not show_progress) as progress:
+                for evaluation in planned:
+                    with _working_on(evaluation, "preparing", progress):
+                        evaluation.prepare(loaded)
+                    progress.update()
+            return {}
         # One eval after the other, each on all SAEs.
         results, failed = _evaluate_in_turn(planned, loaded, stamps, force_rerun, show_progress)
     if failures := failures | failed:
@@ -196,13 +205,8 @@ def _evaluate_all(
     if not pending:
         return results, failures
     # Work for all SAEs.
-    log = setup.output_dir / "artifacts" / "sae_bench.log"
     try:
-        with (
-            no_space_told(setup.output_dir),
-            patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
-            _tokens_shown(setup.model, progress, f"{name}: language model"),
-        ):
+        with _working_on(evaluation, "language model", progress):
             evaluation.prepare(saes if evaluation.compares else pending)
     except NoSpaceError:  # whatever comes next would not fit either
         raise
@@ -213,11 +217,7 @@ def _evaluate_all(
     # Each SAE for itself.
     for sae in pending:
         try:
-            with (
-                no_space_told(setup.output_dir),
-                patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
-                _tokens_shown(setup.model, progress, f"{name}: {sae.name}"),
-            ):
+            with _working_on(evaluation, sae.name, progress):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])
@@ -228,6 +228,19 @@ def _evaluate_all(
             failures[sae.name] = error
         progress.update()
     return results, failures
+
+
+@contextmanager
+def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
+    """What every piece of work needs around it."""
+    setup = evaluation.setup
+    log = setup.output_dir / "artifacts" / "sae_bench.log"
+    with (
+        no_space_told(setup.output_dir),
+        patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
+        _tokens_shown(setup.model, progress, f"{evaluation.name}: {doing}"),
+    ):
+        yield
 
 
 @contextmanager

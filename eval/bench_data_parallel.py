@@ -1,0 +1,180 @@
+"""What several processes that train one SAE exchange in a step, and whether they have the numbers of one.
+
+    python eval/bench_data_parallel.py                                      # the JSON behind its part of eval/SPEED.md
+    python eval/bench_data_parallel.py --device cuda --processes 1 2 4 8    # on a machine with as many GPUs
+    python eval/bench_data_parallel.py --quick                              # a small SAE, to see that it runs
+
+The same batches are trained on by one process and, cut into parts, by several, inside SAELens' trainer. Bytes are
+counted where they are handed to torch.distributed, those of gradients apart. On a CPU every process has one thread, and
+where there are more processes than cores no time is given. Inputs are Gaussian, with uneven scales.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.ranks import GroupRanks
+
+RESULTS = Path(__file__).parent / "results"
+SIZE = {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64, "steps": 8}
+QUICK = {"tokens": 256, "d_in": 64, "d_sae": 1024, "k": 8, "steps": 4}
+Case = dict[str, Any]
+
+
+def cases(size: dict[str, int]) -> dict[str, Case]:
+    """Fields of the SAE's config, and the share of dead latents, by the name of the case."""
+    one_pool: Case = {"pool_factor": 5}
+    return {
+        "one pool, factor 5": one_pool,
+        "one pool, factor 10": {"pool_factor": 10},
+        "one pool, factor 5, entropy": one_pool | {"score": "entropy"},
+        "one pool, factor 5, frequency": one_pool | {"score": "frequency"},
+        "one pool, factor 5, ridge_leverage": one_pool | {"score": "ridge_leverage"},
+        "sampled pool, factor 5": one_pool | {"pool_sampling": "proportional"},
+        "one pool, factor 5, 90% dead": one_pool | {"dead": 0.9},
+        "groups of 16, factor 10": {"pool_factor": 10, "pool_group_size": 16},
+        "all latents": {"pool_factor": size["d_sae"] / size["k"]},
+    }
+
+
+def batch(step: int, size: dict[str, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    scale = torch.linspace(0.5, 2, size["d_in"])
+    return torch.randn(size["tokens"], size["d_in"], generator=generator) * scale + 0.3
+
+
+def train(case: Case, size: dict[str, int], rank: int, count: int, device: str) -> dict[str, Any]:
+    """Train on this process's part of every batch: what it took, and what the SAE has become."""
+    torch.manual_seed(0)
+    dims = {name: size[name] for name in ("d_in", "d_sae", "k")}
+    fields = {name: value for name, value in case.items() if name != "dead"}
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**dims, **fields, device=device))
+    n_own, of_gradients = size["tokens"] // count, None
+    if count > 1:
+        sae.data_parallel()
+        assert sae._gradient_sum is not None
+        of_gradients = sae._gradient_sum.ranks = GroupRanks()  # counts for itself
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=n_own, lr=1e-3, lr_end=1e-3, device=device
+    )
+    trainer = SAETrainer(config, sae, iter(()))
+    dead = torch.arange(size["d_sae"], device=device) < case.get("dead", 0) * size["d_sae"]
+    seconds = []
+    for step in range(size["steps"]):
+        trainer.n_forward_passes_since_fired.copy_(torch.where(dead, 10**6, 0))
+        own = batch(step, size)[rank * n_own :][:n_own].to(device)
+        _synchronise(device)
+        start = time.perf_counter()
+        trainer.step(own)
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    exchanged = {} if of_gradients is None else _bytes_of(sae, of_gradients, size["steps"])
+    record = {name: buffer.cpu() for name, buffer in sae.named_buffers()}
+    return {
+        "seconds": seconds,
+        "weights": {n: p.detach().cpu() for n, p in sae.named_parameters()},
+        "record": record,
+    } | (exchanged)
+
+
+def _bytes_of(sae: SampledTopKTrainingSAE, of_gradients: GroupRanks, n_steps: int) -> dict[str, float]:
+    of_rest = sae._all_ranks
+    assert isinstance(of_rest, GroupRanks)
+    return {"gradient_bytes": of_gradients.n_bytes / n_steps, "other_bytes": of_rest.n_bytes / n_steps}
+
+
+def _synchronise(device: str) -> None:
+    if dist.is_initialized():
+        dist.barrier()
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def work(rank: int, count: int, size: dict[str, int], kind: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    device = kind if kind == "cpu" else f"cuda:{rank}"
+    if kind != "cpu":
+        torch.cuda.set_device(device)
+    if count > 1:
+        backend = "gloo" if kind == "cpu" else "nccl"
+        dist.init_process_group(backend, init_method=f"file://{folder}/init_{count}", rank=rank, world_size=count)
+    for name, case in cases(size).items():
+        torch.save(train(case, size, rank, count, device), folder / f"{name}_{count}_{rank}.pt")
+        if rank == 0:
+            print(f"{count} process{'es' * (count > 1)}: {name}", flush=True)
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def compare(name: str, count: int, folder: Path) -> dict[str, Any]:
+    """What `count` processes took, beside one, and how far they are from it and from each other."""
+    one = torch.load(folder / f"{name}_1_0.pt")
+    ranks = [torch.load(folder / f"{name}_{count}_{rank}.pt") for rank in range(count)]
+    weights = [rank["weights"] for rank in ranks]
+    row: dict[str, Any] = {
+        "case": name,
+        "processes": count,
+        "ranks_equal": all(torch.equal(own[part], weights[0][part]) for own in weights for part in own),
+        "largest_difference": max(
+            (weights[0][part] - one["weights"][part]).abs().max().item() for part in one["weights"]
+        ),
+        "records_equal": all(
+            torch.equal(ranks[0]["record"][part], want)
+            for part, want in one["record"].items()
+            if not want.is_floating_point()
+        ),
+        "gradient_bytes": ranks[0]["gradient_bytes"],
+        "other_bytes": ranks[0]["other_bytes"],
+    }
+    if count <= (os.cpu_count() or 1):
+        after_first = [statistics.median(result["seconds"][1:]) for result in (one, ranks[0])]
+        row |= {"one_over_it": after_first[0] / after_first[1]}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    size = QUICK if args.quick else SIZE
+    start = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for count in sorted({1, *args.processes}):
+            processes = [
+                start.Process(target=work, args=(rank, count, size, args.device, folder)) for rank in range(count)
+            ]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+            if any(process.exitcode for process in processes):
+                raise SystemExit(f"{count} processes: one has failed, see above")
+        rows = [compare(name, count, folder) for name in cases(size) for count in args.processes if count > 1]
+    device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
+    machine = f"{device}, {os.cpu_count()} cores, {platform.system()}"
+    results = {"machine": machine, "torch": torch.__version__, "size": size, "rows": rows}
+    name = "bench_data_parallel" + ("" if args.device == "cpu" else "_cuda")
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""One process of several that runs `DataParallelRunner`, on every case in turn; imported before it is forked."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer
+from torch import Tensor
+
+from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.processes import leave_processes
+from sae_lens_sampled.signals import Interrupted
+
+BATCH, N_STEPS, TIMEOUT = 128, 16, timedelta(seconds=3)
+NORMALISED = ("expected_average_only_in", "covariance_whitening")
+
+
+def sae(seed: int, normalize: str) -> SampledTopKTrainingSAE:
+    torch.manual_seed(seed)
+    config = SampledTopKTrainingSAEConfig(
+        d_in=128,
+        d_sae=192,
+        k=4,
+        pool_factor=3,
+        normalize_activations=normalize,
+        pool_group_size=16 if normalize == "covariance_whitening" else None,
+    )
+    return SampledTopKTrainingSAE(config)
+
+
+def runner_config(model: Path, folder: Path, normalize: str, **fields: Any) -> LanguageModelSAERunnerConfig[Any]:
+    """Activations come in the order of the text, so that those of two stores can be put side by side."""
+    data: dict[str, Any] = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(model),
+        "hook_name": "gpt_neox.layers.2",
+        "dataset_path": str(model / "text"),
+        "is_dataset_tokenized": False,
+        "context_size": 32,
+        "activations_mixing_fraction": 0,
+        "training_tokens": BATCH * N_STEPS,
+        "train_batch_size_tokens": BATCH,
+        "store_batch_size_prompts": 2,
+        "n_batches_in_buffer": 4,
+        "n_batches_for_norm_estimate": 3,
+        "lr": 1e-3,
+        "dead_feature_window": 3,
+        "feature_sampling_window": 6,
+        "n_checkpoints": 1,
+        "save_final_checkpoint": True,
+        "checkpoint_path": str(folder / "checkpoints"),
+        "output_path": str(folder / "output"),
+        "logger": LoggingConfig(log_to_wandb=False),
+        "verbose": False,
+    }
+    return LanguageModelSAERunnerConfig(**({"sae": sae(0, normalize).cfg} | data | fields))
+
+
+def runner(rank: int, cfg: LanguageModelSAERunnerConfig[Any], timeout: float = 60) -> DataParallelRunner:
+    """With other weights on every rank, of which those of rank 0 count."""
+    own = sae(rank, cfg.sae.normalize_activations)
+    return DataParallelRunner(cfg, override_sae=own, timeout=timedelta(seconds=timeout))
+
+
+def result_of(run: DataParallelRunner) -> dict[str, Any]:
+    """What the trainer, its SAE and the scaler are at the end of a run, and where this process is in its text."""
+    made: list[SAETrainer] = []
+    fit, estimates = SAETrainer.fit, []
+
+    def spied_fit(self):
+        made.append(self)
+        estimate = {name: getattr(self.activation_scaler, name) for name in SCALERS}
+
+        def estimating(name):
+            estimate[name](self.sae.cfg.d_in, self.data_provider, self.cfg.n_batches_for_norm_estimate)
+            estimates.append((self.activation_scaler.scaling_factor, self.activation_scaler.whitening))
+
+        for name in SCALERS:
+            setattr(self.activation_scaler, name, lambda name=name, **given: estimating(name))
+        return fit(self)
+
+    SAETrainer.fit = spied_fit
+    try:
+        run.run()
+    finally:
+        SAETrainer.fit = fit
+    (trainer,) = made
+    return {
+        "state": trainer.sae.state_dict(),
+        "counters": [trainer.n_training_samples, trainer.n_training_steps, trainer.n_frac_active_samples],
+        "act_freq_scores": trainer.act_freq_scores,
+        "since_fired": trainer.n_forward_passes_since_fired,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "estimates": estimates,
+        "l0": trainer.sae.cfg.metadata.l0,
+        "checkpoint_path": run.cfg.checkpoint_path,
+        "place": run.activations_store.n_dataset_processed,
+    }
+
+
+SCALERS = ("estimate_scaling_factor", "estimate_whitening")
+
+
+def _resumed_run(rank: int, model: Path, folder: Path) -> dict[str, Any]:
+    """With wandb on and an evaluation, of which the first process alone knows."""
+    logged: list[dict[str, Any]] = []
+    wandb.log = lambda values, step=None: logged.append(values)
+    wandb.init = wandb.finish = lambda **_: None
+    LoggingConfig.log = lambda *_, **__: None
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=3)
+    (run_folder,) = (folder / NORMALISED[0] / "checkpoints").iterdir()
+    checkpoint = min(run_folder.iterdir(), key=lambda path: len(path.name))
+    cfg = runner_config(
+        model,
+        folder / "resumed",
+        NORMALISED[0],
+        resume_from_checkpoint=str(checkpoint),
+        logger=logger,
+        n_eval_batches=1,
+    )
+    run, places = runner(rank, cfg), []
+    load = type(run.activations_store).load
+    run.activations_store.load = lambda path: (  # type: ignore[method-assign]
+        places.append((Path(path).name, load(run.activations_store, path), run.activations_store.n_dataset_processed))
+    )
+    result = result_of(run)
+    assert cfg.logger.log_to_wandb  # the user's own config is as it was
+    return result | {"resumed_at": places, "logged": [name for values in logged for name in values]}
+
+
+def _told(function: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        function()
+    except (Interrupted, ValueError, ConnectionError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def _in_step(n: int, what: Callable[[], None]) -> Callable[..., Any]:
+    """`training_forward_pass` that does something before the n-th."""
+    original, steps = SampledTopKTrainingSAE.training_forward_pass, iter(range(1000))
+
+    def forward(self, step_input):
+        if next(steps) == n:
+            what()
+        return original(self, step_input)
+
+    return forward
+
+
+def _stopped_run(rank: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Only rank 1 gets a signal."""
+    run = runner(rank, runner_config(model, folder / "stopped", "none"))
+    if rank == 1:
+        run.sae.training_forward_pass = _in_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)).__get__(run.sae)
+    return {"error": _told(run.run), "checkpoint": run.checkpoint, "steps": int(run.sae.pool_record.n_steps)}
+
+
+def _batches(store: ActivationsStore, change: Callable[[int, Tensor], Tensor]) -> Iterator[Tensor]:
+    loader = store.get_data_loader()
+    return (change(step, batch) for step, batch in enumerate(loader))
+
+
+def _not_finite(rank: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Only rank 1 has a row that is not finite."""
+    run = runner(rank, runner_config(model, folder / "not_finite", "none"))
+    if rank == 1:
+        run.activations_store._dataloader = _batches(
+            run.activations_store, lambda step, batch: batch * (torch.inf if step == 2 else 1)
+        )
+    return {"error": _told(run.run), "steps": int(run.sae.pool_record.n_steps)}
+
+
+def _hanging(rank: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Rank 1 waits for its text, first within the time-out and then longer than that."""
+    run = runner(rank, runner_config(model, folder / "hanging", "none"), timeout=TIMEOUT.total_seconds())
+
+    def dawdle(step: int, batch: Tensor) -> Tensor:
+        time.sleep({1: 1.5, 3: 3 * TIMEOUT.total_seconds()}.get(step, 0))
+        return batch
+
+    if rank == 1:
+        run.activations_store._dataloader = _batches(run.activations_store, dawdle)
+    started = time.monotonic()
+    return {
+        "error": _told(run.run),
+        "seconds": time.monotonic() - started,
+        "steps": int(run.sae.pool_record.n_steps),
+    }
+
+
+def work(rank: int, count: int, ports: list[int], model: Path, folder: Path) -> None:
+    """Run every case, and write what came of them to `folder/rank_RANK.pt`."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ports[0]),
+    }
+    results: dict[str, Any] = {}
+    for normalize in NORMALISED:
+        results[normalize] = result_of(runner(rank, runner_config(model, folder / normalize, normalize)))
+    results["resumed"] = _resumed_run(rank, model, folder)
+    results["stopped"] = _stopped_run(rank, model, folder)
+    results["not finite"] = _not_finite(rank, model, folder)
+    leave_processes()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    results["hanging"] = _hanging(rank, model, folder)
+    torch.save(results, folder / f"rank_{rank}.pt")
