@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check notebook clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
@@ -19,8 +19,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/deptry .
 
 check: lint test
+
+# Runs all of it and writes its outputs into it; fails where the text says something else than the numbers.
+notebook: $(INSTALLED)
+	$(BIN)/jupyter execute --inplace --timeout=600 examples/tutorial.ipynb
 
 # torch first: what is installed after it then keeps to it, and does not choose another build.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

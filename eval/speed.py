@@ -1,6 +1,6 @@
 """Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
 
-Run it after `bench_training_step.py` and `bench_end_to_end.py`: `python eval/speed.py`.
+Run it after `bench_training_step.py`, `bench_end_to_end.py` and `bench_data_parallel.py`: `python eval/speed.py`.
 """
 
 import json
@@ -16,6 +16,12 @@ from sae_lens_sampled import kept_entries
 EVAL = Path(__file__).parent
 BASE = "SAELens BatchTopK"
 Row = dict[str, Any]
+WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
+"""A size that one trains on several GPUs."""
+BANDWIDTHS = {"NVLink": 460e9, "RoCE": 35e9}
+"""Bytes per second that an all-reduce between GPUs of one machine, and of several, is published to move."""
+HISTOGRAM_BYTES = 4 * (2048 + 2048 + 512)
+"""What finding the cutoff takes, at any size."""
 
 
 def table(rows: list[Row]) -> str:
@@ -84,8 +90,70 @@ def runs_table(results: dict[str, Any]) -> str:
     return markdown_table(header, lines)
 
 
-def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
-    """The page, from the JSON of `bench_training_step.py` and, by model, of `bench_end_to_end.py`."""
+def ranks_table(results: dict[str, Any]) -> str:
+    """Markdown: what several processes exchange, and how far they are from one."""
+    lines = [
+        [
+            row["case"],
+            f"{row['processes']}",
+            "yes" if row["ranks_equal"] else "no",
+            f"{row['other_selections']:,} of {row['selections']:,}",
+            f"{row['largest_difference']:.0e}",
+            f"{row['gradient_bytes'] / 1e6:,.2f} MB",
+            f"{row['other_bytes'] / 1e6:,.2f} MB",
+            f"{row['one_over_it']:.2f}x" if "one_over_it" in row else "",
+        ]
+        for row in results["rows"]
+    ]
+    header = [
+        "",
+        "processes",
+        "ranks bit-equal",
+        "other entries kept",
+        "largest difference",
+        "gradients",
+        "rest",
+        "time",
+    ]
+    return markdown_table(header, lines)
+
+
+def active_latents(fields: dict[str, Any], d_sae: int, k: int) -> int:
+    """Latents whose gradients are exchanged, at most: those of the pool and the dead ones; with groups all."""
+    if "pool_group_size" in fields:
+        return d_sae
+    return min(int(fields["pool_factor"] * k + fields.get("dead", 0) * d_sae), d_sae)
+
+
+def gradient_bytes(n_latents: int, d_in: int) -> int:
+    """Bytes of the gradients of so many latents, and of the decoder's bias, in float32."""
+    return 4 * (n_latents * (2 * d_in + 1) + d_in)
+
+
+def groups_share(results: dict[str, Any]) -> float:
+    """How much of all gradients groups of tokens exchange, as counted."""
+    counted, *_ = [row["gradient_bytes"] for row in results["rows"] if "pool_group_size" in row["fields"]]
+    return counted / gradient_bytes(results["size"]["d_sae"], results["size"]["d_in"])
+
+
+def arithmetic_table(results: dict[str, Any]) -> str:
+    """Markdown: the bytes of a step at `WIDE`, and the time they would take."""
+    lines = []
+    for row in results["rows"]:
+        if row["processes"] != 2:
+            continue
+        all_latents = row["fields"]["pool_factor"] * results["size"]["k"] >= results["size"]["d_sae"]
+        n_latents = WIDE["d_sae"] if all_latents else active_latents(row["fields"], WIDE["d_sae"], WIDE["k"])
+        gradients = gradient_bytes(n_latents, WIDE["d_in"])
+        rest = HISTOGRAM_BYTES + (row["other_bytes"] - HISTOGRAM_BYTES) // results["size"]["d_sae"] * WIDE["d_sae"]
+        on_the_wire = (gradients + rest) * 2 * (WIDE["gpus"] - 1) / WIDE["gpus"]  # of a ring
+        times = [f"{1e3 * on_the_wire / bandwidth:.1f} ms" for bandwidth in BANDWIDTHS.values()]
+        lines.append([row["case"], f"{gradients / 1e6:,.1f} MB", f"{rest / 1e6:,.1f} MB", *times])
+    return markdown_table(["", "gradients", "rest", *BANDWIDTHS], lines)
+
+
+def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any]) -> str:
+    """The page, from what the three benchmarks have written; `runs` by model."""
 
     def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
         """BatchTopK's time over that of a side."""
@@ -100,6 +168,12 @@ def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         EVAL / "templates" / "SPEED.md",
         steps=steps,
         runs=runs,
+        ranks=ranks,
+        ranks_table=ranks_table,
+        arithmetic_table=arithmetic_table,
+        groups_share=groups_share,
+        wide=WIDE,
+        bandwidths=BANDWIDTHS,
         sections=steps["sections"],
         table=table,
         crossing_table=crossing_table,
@@ -112,7 +186,7 @@ def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     steps = read("bench_training_step")
     runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
-    (EVAL / "SPEED.md").write_text(render(steps, runs))
+    (EVAL / "SPEED.md").write_text(render(steps, runs, read("bench_data_parallel")))
     draw(steps["sections"]["d_sae"], EVAL / "results" / "bench_training_step.png")
 
 

@@ -47,12 +47,8 @@ class DataParallelTrainer(ResumableTrainer):
     """The processes, to exchange what is not on a GPU."""
 
     @override
-    def fit(self) -> TrainingSAE[Any]:
-        self.signals.hold()  # until all agree to stop
-        return super().fit()
-
-    @override
     def stop_if_asked(self) -> None:
+        # The first step has made signals wait, and only this obeys them: all processes stop, or none.
         if received := int(self.ranks.max(torch.tensor(self.signals.received))):
             raise Interrupted(received)
 

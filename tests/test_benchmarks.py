@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench_data_parallel
+import bench_training_step
 from sae_lens_sampled.kept_entries import choose_path
 
 EVAL = Path(__file__).parent.parent / "eval"
@@ -82,7 +84,37 @@ def test_auto_takes_what_was_measured_to_be_the_fastest():
 
 def test_the_page_is_the_one_that_the_results_give():
     runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
-    assert (EVAL / "SPEED.md").read_text() == load("speed").render(results("bench_training_step"), runs)
+    steps, ranks = results("bench_training_step"), results("bench_data_parallel")
+    assert (EVAL / "SPEED.md").read_text() == load("speed").render(steps, runs, ranks)
+
+
+def test_what_several_processes_exchange_is_what_the_page_calculates_with():
+    """To the byte, where no group and no dead latent makes it depend on the data."""
+    speed, ranks = load("speed"), results("bench_data_parallel")
+    exact = [row for row in ranks["rows"] if not {"pool_group_size", "dead"} & row["fields"].keys()]
+    assert len(exact) >= 12
+    for row in ranks["rows"]:
+        n_latents = speed.active_latents(row["fields"], ranks["size"]["d_sae"], ranks["size"]["k"])
+        counted, calculated = row["gradient_bytes"], speed.gradient_bytes(n_latents, ranks["size"]["d_in"])
+        assert counted == calculated if row in exact else counted <= calculated, row
+        assert row["ranks_equal"]
+        assert row["other_selections"] < 1e-4 * row["selections"]
+
+
+def test_several_processes_are_measured_beside_one(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench_training_step, "language_model_activations", lambda: torch.randn(2000, 128))
+    bench_data_parallel.main(["--quick", "--processes", "2", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "bench_data_parallel.json").read_text())["rows"]
+    assert len(rows) == 9
+    assert {row["processes"] for row in rows} == {2}
+    for row in rows:
+        assert row["ranks_equal"]
+        assert 0 < row["largest_difference"] < 1e-5
+        assert row["selections"] == 4 * 256 * 8
+        assert row["other_selections"] == 0
+        assert row["one_over_it"] > 0
+    by_case = {row["case"]: row["gradient_bytes"] for row in rows}
+    assert by_case["one pool, factor 5"] < by_case["one pool, factor 10"] < by_case["all latents"]
 
 
 def results(name):

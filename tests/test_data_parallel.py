@@ -8,7 +8,7 @@ import torch
 from helpers import sampled_sae, step_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_helpers import FORKS
+from process_helpers import FORKS
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from helpers import config, train_arguments
-from rank_helpers import FORKS
+from process_helpers import FORKS
 from runner_worker import BATCH, N_STEPS, NORMALISED, TIMEOUT, runner_config, sae, work
 from sae_lens import SAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.load_model import load_model

@@ -1,14 +1,7 @@
-"""The study in eval/: its plan, and that what it computes does not depend on when it was stopped."""
+"""The study in eval/: its plan, what it computes, and its pages."""
 
 import json
 import math
-import multiprocessing
-import os
-import random
-import signal
-import subprocess
-import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +12,10 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 import pandas as pd
 from sae_lens import ActivationsStore
+from study_helpers import EVAL, SMOKE, storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
-from sae_lens_sampled.parts import Part, parse_part
+from sae_lens_sampled.parts import Part
 from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
@@ -30,7 +24,6 @@ from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
 from study.named_text import TITLES, keep_titles, with_text, with_text_of_results
 from study.plan import (
-    Unit,
     absorption_units,
     arms,
     compared,
@@ -41,26 +34,11 @@ from study.plan import (
     units,
 )
 from study.report import committed, render_page, render_tables, write_report
-from study.stages import STAGES, status, to_do
+from study.stages import STAGES, to_do
 from study.storage import Storage
 from study.summary import Summary, estimate_over_pairs, shown
 from study.tables import decision_table, mark
 from study.training import new_sae, train
-
-EVAL = Path(__file__).parent.parent / "eval"
-SMOKE = smoke(TINY)
-COMMAND = [sys.executable, "-W", "ignore", str(EVAL / "study" / "run.py"), "--config", "tiny", "--smoke", "--arms"]
-ARMS = ["batchtopk", "pool_5", "pool_5_global"]
-N_KILLS = int(os.environ.get("STUDY_KILLS", "1"))
-"""`STUDY_KILLS=10 pytest tests/test_study.py -k killed` takes some minutes."""
-
-
-def storage(folder, study=SMOKE):
-    return Storage(study, folder / "results", folder / "work")
-
-
-def unit_of(name, seed=0, study=SMOKE):
-    return Unit({arm.name: arm for arm in arms(study)}[name], seed)
 
 
 @pytest.mark.parametrize("study", [*STUDIES.values(), smoke(PYTHIA)], ids=lambda study: study.name)
@@ -101,90 +79,6 @@ def test_costs_count_the_products_of_the_way_a_step_takes():
     assert products(PYTHIA, "batchtopk") == products(PYTHIA, "pool_5_groups_16") == 5  # dense on a GPU
     assert products(PYTHIA, "pool_5") == pytest.approx(1 + 5 * 320 / 16_384)
     assert products(PYTHIA, "narrow_5") == pytest.approx(5 * 320 / 16_384)
-
-
-@pytest.mark.parametrize("count", [1, 3, 8, 40])
-def test_the_parts_of_a_study_are_all_of_it(count):
-    parts = [Part(index, count).of(units(TINY)) for index in range(1, count + 1)]
-    assert sorted(unit.name for part in parts for unit in part) == sorted(unit.name for unit in units(TINY))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("text", ["0/8", "9/8", "8", "-1/8", "1/x", "1/8/2", ""])
-def test_what_is_no_part_is_refused(text):
-    with pytest.raises(ValueError, match=f"^--part {text}: give one like 2/8"):
-        parse_part(text)
-    assert parse_part("8/8") == Part(8, 8)
-
-
-def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tmp_path):
-    study = storage(tmp_path, replace(SMOKE, arms=("batchtopk", "topk", "pool_5", "pool_5_groups_16")))
-    lines = status(study, ["*"], 1).splitlines()
-    assert [" ".join(line.split()) for line in lines] == [
-        "train 0 of 2 done",  # portions of a seed
-        "evaluate 0 of 8 done",
-        "absorption 0 of 0 done",
-        "synthetic 0 of 8 done",
-        "compare 0 of 10 done",
-    ]
-    for unit in units(study.study):
-        if unit.name != "topk_seed1":
-            study.evaluations.append({"arm": unit.arm.name, "seed": unit.seed, "metrics": {}})
-    for arm, other in compared(study.study):
-        study.comparisons.append({"arm": arm.name, "other_arm": other.name, "pairs": []})
-    position = [unit.name for unit in units(study.study)].index("topk_seed1")
-    lines = [" ".join(line.split()) for line in status(study, ["*"], 3).splitlines()]
-    assert lines[0] == "train 1 of 2 done; parts with work: 2 of 3"  # the second seed's
-    assert lines[1] == f"evaluate 7 of 8 done; parts with work: {position % 3 + 1} of 3"
-    assert lines[4] == "compare 10 of 10 done"
-    assert [unit.name for unit in to_do(STAGES["evaluate"], study, ["*"], Part())] == ["topk_seed1"]
-    [run] = to_do(STAGES["train"], study, ["t*"], Part())
-    assert [unit.name for unit in run] == ["topk_seed1"]
-    assert not to_do(STAGES["train"], study, ["pool*"], Part())
-
-
-SBATCH = """#!/bin/bash
-# A Slurm of one machine: notes what is asked for, runs the tasks of an array at once, and prints the number of the job.
-echo "$@" >> "$LOG"
-while [[ $1 == -* ]]; do [[ $1 == --array=* ]] && range=${1#--array=}; shift; done
-last=${range#1-}
-for i in $(seq "$last"); do
-SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_COUNT=$last bash "$@" > "$LOG.$i" 2>&1 &
-done
-wait
-wc -l < "$LOG"
-"""
-
-
-def test_an_array_of_processes_has_the_results_of_one(tmp_path):
-    """Tasks of Slurm at once on one folder, started by `slurm.sh`; and a stage that begins after another."""
-    (tmp_path / "bin").mkdir()
-    # Absorption has nothing to do here: it stands for a stage that comes later.
-    python = f'#!/bin/bash\n[[ "$*" == *absorption* ]] && exit\nexec {sys.executable} -W ignore "$@"\n'
-    for name, text in {"sbatch": SBATCH, "python": python}.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "LOG": str(tmp_path / "log"), "PARTS": "2", "OMP_NUM_THREADS": "1"}
-    options = ["--smoke", "--arms", "batchtopk", "pool_5", "pool_5_groups_16", "--work-dir"]
-
-    def run(command, folder, **more):
-        return subprocess.run([*command, *options, folder], env=env | more, check=True, capture_output=True, text=True)
-
-    with ThreadPoolExecutor() as beside:
-        alone = beside.submit(run, [*COMMAND[:-2], "--stages", "synthetic"], tmp_path / "one")
-        array = run(["bash", EVAL / "slurm.sh", "tiny"], tmp_path / "two", STAGES="synthetic absorption")
-        alone.result()
-    assert array.stdout.splitlines() == ["synthetic: job 1", "absorption: job 2"]
-    first, second = (tmp_path / "log").read_text().splitlines()
-    assert first.startswith("--parsable --array=1-2 --job-name=tiny-synthetic ")
-    assert second.startswith("--parsable --array=1-2 --job-name=tiny-absorption --dependency=afterany:1 ")
-    one, two = (
-        sorted((tmp_path / folder / "results" / "synthetic.jsonl").read_bytes().splitlines())
-        for folder in ("one", "two")
-    )
-    assert len(one) == 6
-    assert one == two
 
 
 def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):
@@ -342,31 +236,6 @@ def test_results_of_other_settings_are_refused(tmp_path):
     assert storage(tmp_path, replace(SMOKE, lr=1e-4)).synthetic.load() == {}  # of which the rate is no setting
 
 
-@pytest.mark.parametrize("n_bytes", [0, 1, 30])
-def test_a_torn_last_line_is_ignored_and_replaced(tmp_path, n_bytes):
-    table = storage(tmp_path).evaluations
-    results = [{"arm": "topk", "seed": seed, "metrics": {"fvu": 0.1 + seed}} for seed in range(3)]
-    for result in results[:2]:
-        table.append(result)
-    whole = table.file.read_bytes()
-    line = whole.splitlines(keepends=True)[1]
-    table.file.write_bytes(whole + line.replace(b'"seed": 1', b'"seed": 2')[:n_bytes])  # killed while writing it
-    assert table.load() == {("topk", seed): results[seed] for seed in range(2)}
-    table.append(results[2])
-    assert table.load() == {("topk", seed): results[seed] for seed in range(3)}
-    assert table.file.read_bytes().startswith(whole)
-    assert len(pd.read_json(table.file, lines=True)) == 3
-
-
-def test_processes_that_add_results_at_the_same_time_lose_none(tmp_path):
-    table = storage(tmp_path).evaluations
-    results = [{"arm": "topk", "seed": seed, "metrics": {"text": "x" * 10_000}} for seed in range(40)]
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
-        list(pool.map(table.append, results))
-    assert sorted(table.load()) == [("topk", seed) for seed in range(40)]
-    assert all(result in results for result in table.load().values())
-
-
 def committed_study(config):
     results = committed(config.name, EVAL)
     return Storage(with_text_of_results(config, results), results, Path("not_needed"))
@@ -502,46 +371,3 @@ def test_the_halves_of_a_text_take_turns():
 def test_saes_of_other_settings_are_not_taken_for_these(tmp_path):
     assert storage(tmp_path).sae(unit_of("topk")) != storage(tmp_path, replace(SMOKE, lr=1e-4)).sae(unit_of("topk"))
     assert storage(tmp_path).sae(unit_of("topk")) == storage(tmp_path, replace(SMOKE, n_seeds=9)).sae(unit_of("topk"))
-
-
-def results_of(folder):
-    """Lines of each table, in any order: a run that goes on does what is missing in portions of its own."""
-    return {file.name: sorted(file.read_text().splitlines()) for file in folder.glob("*.jsonl")}
-
-
-def run_study(folder, kill_after=math.inf):
-    """To the end, or until it is killed after so many seconds; whether it came to the end."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    file = folder.with_suffix(".log")
-    with file.open("a") as log:
-        process = subprocess.Popen([*COMMAND, *ARMS, "--work-dir", str(folder)], stdout=log, stderr=log, env=env)
-        try:
-            process.wait(None if kill_after == math.inf else kill_after)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    assert process.returncode in (0, -signal.SIGKILL), file.read_text()[-2000:]
-    return process.returncode == 0
-
-
-def test_a_study_that_was_killed_ends_with_the_same_results(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    moments = random.Random(0)
-    with ThreadPoolExecutor() as beside:
-        undisturbed = beside.submit(run_study, whole)
-        for _ in range(N_KILLS):
-            # From before anything is there (imports take some seconds) to some way into it.
-            run_study(killed, kill_after=moments.uniform(5, 20))
-        assert run_study(killed)
-        assert undisturbed.result()
-    want, got = results_of(whole / "results"), results_of(killed / "results")
-    assert want == got
-    assert {name: len(lines) for name, lines in want.items()} == {
-        "evaluate.jsonl": 6,  # three arms, two seeds
-        "synthetic.jsonl": 4,  # no exports of their own
-        "compare.jsonl": 3,  # two arms that train
-    }
-    pages = [(folder / "results" / "RESULTS.md").read_text() for folder in (whole, killed)]
-    assert pages[0] == pages[1]
-    assert "pool 5, one pool" in pages[0]
-    assert (whole / "results" / "similarity.png").exists()

@@ -31,7 +31,7 @@ from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
 from study.report import write_report
-from study.stages import STAGES, prepare, status, to_do
+from study.stages import PREPARATION, STAGES, status, to_do
 from study.storage import Storage
 
 PREPARE, REPORT = "prepare", "report"
@@ -66,13 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == REPORT:
                 print(f"Report: {write_report(storage, EVAL)}")
                 continue
-            items = [] if name == PREPARE else to_do(STAGES[name], storage, args.arms, part)
-            if (items or name == PREPARE) and study.text and not args.text:
-                sys.exit("what is missing needs the text that the results are of; name it with --text.")
-            if name == PREPARE:
-                prepare(storage)
-            elif items:
-                STAGES[name].do(storage, items)
+            stage = PREPARATION if name == PREPARE else STAGES[name]
+            if items := to_do(stage, storage, args.arms, part):
+                if study.text and not args.text:
+                    sys.exit("what is missing needs the text that the results are of; name it with --text.")
+                stage.do(storage, items)
     except NoSpaceError as error:
         sys.exit(str(error))
 

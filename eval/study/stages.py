@@ -47,17 +47,6 @@ def to_do(stage: Stage, storage: Storage, arms: Sequence[str], part: Part) -> li
     return list(filter(stage.missing(storage), mine)) if mine else []
 
 
-def prepare(storage: Storage) -> None:
-    """Make what all processes of the stages need, for which all but one would wait: model, activations, probes."""
-    study = storage.study
-    language_model(study)
-    held_out(storage)
-    if study.cached:
-        cached_activations(storage)
-    if settings := study.absorption or study.evals.get("absorption"):
-        train_probes(storage, settings)
-
-
 def status(storage: Storage, arms: Sequence[str], n_parts: int) -> str:
     """What is done and what is missing, a line for each stage, and the parts of `n_parts` that have work left."""
     lines = []
@@ -149,6 +138,18 @@ def _compare(storage: Storage, pairs: list[tuple[Arm, Arm]]) -> None:
         compare(storage, dictionaries, arm, other)
 
 
+def _prepare(storage: Storage, _: list[Study]) -> None:
+    study = storage.study
+    language_model(study)
+    held_out(storage)
+    if study.cached:
+        cached_activations(storage)
+    if settings := study.absorption or study.evals.get("absorption"):
+        train_probes(storage, settings)
+
+
+PREPARATION = Stage(lambda study, _: [study], lambda _: lambda _: True, _prepare)
+"""What all processes of the stages need, and all but one would wait for: model, activations, absorption's probes."""
 STAGES = {
     "train": Stage(_plan_runs, _any_untrained, _train),
     "evaluate": Stage(_plan_units(units), _without_result(lambda storage: storage.evaluations), _evaluate),

@@ -45,10 +45,10 @@ class ResultTable:
         results = [json.loads(line) for line in lines.splitlines()]
         if results or self._settings_file.exists():  # refused before the work, not when its result is added
             self._check_settings()
-        return {tuple(result[field] for field in self.key_fields): result for result in results}
+        return {self._key(result): result for result in results}
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a result.
+        """Add a result; one that another process has added meanwhile stays.
 
         Raises:
             ValueError: if those that are there are of other settings.
@@ -58,14 +58,20 @@ class ResultTable:
         with self.file.open("a+b") as table:
             fcntl.lockf(table, fcntl.LOCK_EX)
             table.seek(0)
-            n_whole = table.read().rfind(b"\n") + 1
+            lines = table.read()
+            n_whole = lines.rfind(b"\n") + 1
             if n_whole == 0 and not self._settings_file.exists():
                 write_whole(self._settings_file, json.dumps(self.settings, indent=1) + "\n")
             self._check_settings()
+            if self._key(result) in {self._key(json.loads(whole)) for whole in lines[:n_whole].splitlines()}:
+                return
             table.truncate(n_whole)
             table.write(line)
             table.flush()
             os.fsync(table.fileno())
+
+    def _key(self, result: dict[str, Any]) -> Key:
+        return tuple(result[field] for field in self.key_fields)
 
     @property
     def _settings_file(self) -> Path:

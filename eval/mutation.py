@@ -1,0 +1,213 @@
+"""Whether the tests notice: breaks one thing at a time in the modules that compute, and runs the tests of each.
+
+    python eval/mutation.py                        # all, some hours on two cores; run it again and it goes on
+    python eval/mutation.py --sample 100           # up to a hundred of each module
+    python eval/mutation.py --modules scores       # one module
+    python eval/mutation.py --survivors            # what no test has noticed, as differences
+    python eval/mutation.py --report               # the table in eval/README.md
+
+A mutant is a module with one change of mutmut's (`pip install mutmut`): an operator, a constant, an argument, a name.
+It is killed if a test fails, or takes longer than `TIMEOUT_SECONDS`. mutmut itself leaves out decorated functions,
+which most of ours are, so they are run here: in a copy of the repository, by a process that has imported everything
+else and forks. They are taken at random, in an order that is always the same. Results are known by the mutant's source,
+so those of a module that has changed are run again.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm import tqdm
+
+from pages import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "sae_lens_sampled"
+RESULTS = ROOT / "eval" / "results" / "mutation.jsonl"
+EQUIVALENT = ROOT / "eval" / "results" / "mutation_survivors.json"
+TIMEOUT_SECONDS = 120
+MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
+MODULES = {
+    "scores": ["test_scores"],
+    "selection": ["test_selection", "test_nested"],
+    "column_scan": ["test_kept_entries", "test_step_paths"],
+    "sparse_codes": ["test_sparse_codes", "test_kept_entries", "test_step_paths"],
+    "kept_entries": ["test_kept_entries", "test_step_paths"],
+    "auxiliary": ["test_auxiliary", "test_step_paths"],
+    "thresholds": ["test_thresholds"],
+    "calibration": ["test_calibration"],
+    "export": ["test_export"],
+    "dictionary_similarity": ["test_dictionary_similarity"],
+}
+"""The tests that belong to each module."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module with one change."""
+
+    module: str
+    source: str
+    """All of the changed module."""
+    change: str
+    """The lines that differ."""
+
+    @property
+    def key(self) -> str:
+        """Known by it in the results; orders mutants at random."""
+        return hashlib.sha256(f"{self.module}\n{self.source}".encode()).hexdigest()[:16]
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """All mutants of a module, in the order of its lines; decorated functions have theirs too."""
+    import libcst as cst
+    from libcst.metadata import MetadataWrapper
+    from mutmut.mutation.file_mutation import MutationVisitor
+    from mutmut.mutation.mutators import mutation_operators
+    from mutmut.mutation.pragma_handling import get_ignored_lines
+
+    class Visitor(MutationVisitor):
+        def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
+            return not isinstance(node, cst.FunctionDef) and super()._skip_node_and_children(node)
+
+    code = (ROOT / PACKAGE / f"{module}.py").read_text()
+    wrapper = MetadataWrapper(cst.parse_module(code))
+    visitor = Visitor(mutation_operators, get_ignored_lines(module, code, wrapper, None))
+    tree = wrapper.visit(visitor)
+    seen = {code}
+    for mutation in visitor.mutations:
+        source = tree.deep_replace(mutation.original_node, mutation.mutated_node).code  # type: ignore[union-attr]
+        if source not in seen:
+            seen.add(source)
+            lines = difflib.unified_diff(code.splitlines(), source.splitlines(), lineterm="", n=0)
+            yield Mutant(module, source, "\n".join(list(lines)[2:]))
+
+
+def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
+    """In a process of its own: exits with 1 if a test fails."""
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        sys.dont_write_bytecode = True
+        import pytest
+
+        paths = [f"tests/{name}.py" for name in names]
+        status = pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *paths])
+    os._exit(int(status != 0))
+
+
+def work(jobs: Any, results: Any, folder: Path) -> None:
+    """Try one mutant after the other in a copy of the repository, until there is none."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    # All that takes long to import, but not the package.
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import sae_lens  # noqa: F401
+    import scipy.optimize  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", "results", "*.pyc"))
+    fork = multiprocessing.get_context("fork")
+    while (mutant := jobs.get()) is not None:
+        file = folder / PACKAGE / f"{mutant.module}.py"
+        whole = file.read_text()
+        file.write_text(mutant.source)
+        start, process = (
+            time.monotonic(),
+            fork.Process(target=run_tests, args=(folder, MODULES[mutant.module], folder / "log")),
+        )
+        process.start()
+        process.join(TIMEOUT_SECONDS)
+        outcome = {0: "survived", None: "timeout"}.get(process.exitcode, "killed")
+        process.kill()
+        process.join()
+        file.write_text(whole)
+        seconds = round(time.monotonic() - start, 1)
+        results.put({"key": mutant.key, "module": mutant.module, "outcome": outcome, "seconds": seconds})
+
+
+def run(wanted: Sequence[Mutant], n_workers: int) -> None:
+    """Try the mutants, and add a line for each as soon as it is known."""
+    spawn = multiprocessing.get_context("spawn")
+    jobs, results = spawn.Queue(), spawn.Queue()
+    for mutant in [*wanted, *[None] * n_workers]:
+        jobs.put(mutant)
+    with TemporaryDirectory() as scratch, RESULTS.open("a") as file:
+        folders = [Path(scratch) / str(i) / "repository" for i in range(n_workers)]
+        workers = [spawn.Process(target=work, args=(jobs, results, folder)) for folder in folders]
+        for worker in workers:
+            worker.start()
+        for _ in tqdm(wanted, desc="Mutants"):
+            file.write(json.dumps(results.get()) + "\n")
+            file.flush()
+        for worker in workers:
+            worker.join()
+
+
+def outcomes() -> dict[str, dict[str, Any]]:
+    """Results so far, by key of the mutant."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {result["key"]: result for result in map(json.loads, lines)}
+
+
+def table() -> str:
+    """Markdown: how many mutants of each module are killed, and why the others are not."""
+    known = outcomes()
+    reasons = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    lines = []
+    for module in MODULES:
+        all_of_module = list(mutants(module))
+        keys = [mutant.key for mutant in all_of_module if mutant.key in known]
+        survivors = [key for key in keys if known[key]["outcome"] == "survived"]
+        named = sum(key in reasons for key in survivors)
+        share = f"{1 - len(survivors) / len(keys):.1%}" if keys else ""
+        lines.append(
+            [f"`{module}`", f"{len(keys):,} of {len(all_of_module):,}", share, str(len(survivors)), str(named)]
+        )
+    return markdown_table(["module", "mutants run", "killed", "survivors", "with a reason"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--sample", type=int, help="mutants of each module; default: all")
+    parser.add_argument("--survivors", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if args.report:
+        page = ROOT / "eval" / "README.md"
+        begin, end = map(re.escape, MARKS)
+        text = f"{MARKS[0]}\n{table()}\n{MARKS[1]}"
+        page.write_text(re.sub(f"{begin}.*{end}", lambda _: text, page.read_text(), flags=re.DOTALL))
+        return
+    known = outcomes()
+    of_modules = [
+        mutant
+        for module in args.modules
+        for mutant in sorted(mutants(module), key=lambda mutant: mutant.key)[: args.sample]
+    ]
+    if args.survivors:
+        for mutant in of_modules:
+            if known.get(mutant.key, {}).get("outcome") == "survived":
+                print(f"{mutant.module} {mutant.key}\n{mutant.change}\n")
+        return
+    run([mutant for mutant in of_modules if mutant.key not in known], args.workers)
+
+
+if __name__ == "__main__":
+    main()

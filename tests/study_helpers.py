@@ -1,0 +1,18 @@
+"""The study at the size of the tests."""
+
+from pathlib import Path
+
+from study.configs import TINY, smoke
+from study.plan import Unit, arms
+from study.storage import Storage
+
+EVAL = Path(__file__).parent.parent / "eval"
+SMOKE = smoke(TINY)
+
+
+def storage(folder, study=SMOKE):
+    return Storage(study, folder / "results", folder / "work")
+
+
+def unit_of(name, seed=0, study=SMOKE):
+    return Unit({arm.name: arm for arm in arms(study)}[name], seed)
