@@ -74,3 +74,19 @@ def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(t
     densities = [float(share) / 100 for share in re.findall(r"DENSITY = ([\d.]+)%", page)]
     assert len(densities) == 10
     assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings, of a share that is rounded
+
+
+def test_the_tutorial_was_run_from_top_to_bottom_and_says_what_came_out():
+    notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    # The last cell compares what the text says; here, that it names the same numbers as the text.
+    text = " ".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    stated = re.findall(r", ([\d.]+), [\d.]+\),$", "".join(cells[-1]["source"]), flags=re.MULTILINE)
+    assert len(stated) == 14
+    for number in stated:
+        percent = f"{100 * float(number):.0f} %"
+        assert number in text or percent in text or number == "0", number
