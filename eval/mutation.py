@@ -9,8 +9,9 @@
 A mutant is a module with one change of mutmut's (`pip install mutmut`): an operator, a constant, an argument, a name.
 It is killed if a test fails, or takes longer than `TIMEOUT_SECONDS`. mutmut itself leaves out decorated functions,
 which most of ours are, so they are run here: in a copy of the repository, by a process that has imported everything
-else and forks. They are taken at random, in an order that is always the same. Results are known by the mutant's source,
-so those of a module that has changed are run again.
+else and forks. They are taken at random, in an order that is always the same; those that nothing could notice on a CPU,
+such as another `device=`, are left out. Results are known by the mutant's source, so those of a module that has changed
+are run again.
 """
 
 import argparse
@@ -87,13 +88,18 @@ def mutants(module: str) -> Iterator[Mutant]:
     wrapper = MetadataWrapper(cst.parse_module(code))
     visitor = Visitor(mutation_operators, get_ignored_lines(module, code, wrapper, None))
     tree = wrapper.visit(visitor)
-    seen = {code}
+    seen = {_noticeable(code)}
     for mutation in visitor.mutations:
         source = tree.deep_replace(mutation.original_node, mutation.mutated_node).code  # type: ignore[union-attr]
-        if source not in seen:
-            seen.add(source)
+        if (noticeable := _noticeable(source)) not in seen:
+            seen.add(noticeable)
             lines = difflib.unified_diff(code.splitlines(), source.splitlines(), lineterm="", n=0)
             yield Mutant(module, source, "\n".join(list(lines)[2:]))
+
+
+def _noticeable(source: str) -> str:
+    """The source without what changes no result on a CPU: devices, and checks that two lengths are equal."""
+    return re.sub(r"(, )?\b(device|strict|stacklevel)=[^,()]+(\([^()]*\))?(, (?=\)))?|, (?=\))", "", source)
 
 
 def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:

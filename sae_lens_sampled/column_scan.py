@@ -137,7 +137,7 @@ def _sketch_scores(x: Tensor, weights: Weights, cfg: PoolFields, ranks: Ranks) -
 def _chunks(x: Tensor, weights: Weights) -> Iterator[tuple[slice, Tensor]]:
     """Pre-activations of some latents, shape (latents, tokens): so a latent's lie together, and reducing is fast."""
     x_t = x.T.contiguous()
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves as it is
         x_t = x_t.to(torch.get_autocast_dtype(x.device.type))  # once, not for every chunk
     d_sae, width = len(weights.b_enc), chunk_length(len(x), x.device)
     for start in range(0, d_sae, width):

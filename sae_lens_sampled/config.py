@@ -86,6 +86,11 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
             f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
         )
         _check(
+            self.d_in >= 2,
+            f"d_in={self.d_in} is less than 2: SAELens' auxiliary loss keeps d_in // 2 dead latents per token, and "
+            "divides by that.",
+        )
+        _check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
             f"normalize_activations={self.normalize_activations!r} does not work with SAELens' auxiliary loss, which "
             "would stop the run at the first dead latent; use 'none', 'expected_average_only_in' or "

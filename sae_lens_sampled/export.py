@@ -62,12 +62,12 @@ def learnt_thresholds(sae: "SampledTopKTrainingSAE") -> Float[Tensor, " d_sae"]:
             f"{sae.topk_threshold.item():g}. calibrate_thresholds(sae, activations) sets them from data.",
             stacklevel=4,
         )
-        return sae.topk_threshold.expand(sae.cfg.d_sae)
+        return sae.topk_threshold.repeat(sae.cfg.d_sae)
     if sae.cfg.inference_threshold == "per_latent":
         return sae.rate_matcher.export(n_steps, sae.pool_record.pooled_within(SILENT_AFTER_STEPS))
     # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
     correction = 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
-    return (sae.topk_threshold / correction).expand(sae.cfg.d_sae)
+    return (sae.topk_threshold / correction).repeat(sae.cfg.d_sae)
 
 
 def export_metrics(sae: "SampledTopKTrainingSAE", sae_in: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -3,7 +3,7 @@ import torch
 from helpers import D_IN, activations
 
 import sae_lens_sampled.auxiliary
-from sae_lens_sampled.auxiliary import auxiliary_loss, dead_reconstruction
+from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents, dead_reconstruction
 from sae_lens_sampled.sparse_codes import Weights
 
 N_LATENTS, K_AUX = 60, 6
@@ -52,3 +52,10 @@ def test_the_loss_by_hand():
     got = auxiliary_loss(torch.tensor([[1.0, 2], [0, 1]]), torch.zeros(2, 2), n_dead=1, width=4, coefficient=0.1)
     assert got == pytest.approx(0.1 * 3 * 0.5 * 2)
     assert auxiliary_loss(None, torch.zeros(2, 2), 0, 4, 0.1) == 0
+
+
+def test_the_dead_latents_are_indices_in_order():
+    mask = torch.tensor([False, True, False, True])
+    assert dead_latents(mask, 2).tolist() == [1, 3]
+    none = dead_latents(None, 0)
+    assert (none.tolist(), none.dtype) == ([], torch.int64)

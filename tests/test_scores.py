@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from sae_lens_sampled import SCORES, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.scores import LEVERAGE_ROWS, entropy, frequency, l2_norm, perplexity, ridge_leverage, squared_l2
+from sae_lens_sampled.scores import (
+    BY_COLUMNS,
+    LEVERAGE_ROWS,
+    entropy,
+    frequency,
+    l2_norm,
+    perplexity,
+    ridge_leverage,
+    squared_l2,
+)
 
 COLUMNWISE = [name for name in SCORES if name != "ridge_leverage"]
 
@@ -137,3 +146,20 @@ def test_score_that_returns_nan_is_refused(registered):
 def test_unknown_score_lists_the_known_ones(registered):
     with pytest.raises(ValueError, match=r"score='l2' is not known; known are l2_norm, squared_l2.*register_score"):
         SampledTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2, score="l2")
+
+
+def test_scores_are_as_precise_as_their_activations():
+    acts = random_acts(13, 9)
+    want = [oracles.score("entropy", column) for column in acts.T.tolist()]
+    torch.testing.assert_close(entropy(acts, 3), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_have_the_shape_of_the_groups_and_the_type_of_the_activations(name):
+    for shape in ((1, 5), (2, 1, 5), (2, 3, 1, 5), (2, 3, 4, 5)):
+        got = SCORES[name](random_acts(*shape, dtype=torch.float32), 3)
+        assert (got.shape, got.dtype) == ((*shape[:-2], 5), torch.float32)
+
+
+def test_the_built_in_scores_that_judge_each_latent_by_itself():
+    assert set(COLUMNWISE) == BY_COLUMNS

@@ -6,6 +6,7 @@ from sae_lens_sampled import to_jumprelu
 from sae_lens_sampled.thresholds import (
     EMA_RATE,
     GAIN_STEP,
+    MAX_ERROR,
     MIN_SELECTION_RATE,
     PRECISION_EMA_RATE,
     SILENT_AFTER_STEPS,
@@ -162,3 +163,31 @@ def test_global_threshold_is_saelens_without_the_bias_of_its_start():
     want = sae.topk_threshold.item() / (1 - 0.9**4)
     torch.testing.assert_close(to_jumprelu(sae).threshold, torch.full((D_SAE,), want))
     assert to_jumprelu(sampled_sae(inference_threshold="global")).threshold.tolist() == [0] * D_SAE
+
+
+def test_a_step_is_bounded_on_both_sides():
+    """After a long silence one latent fires on every token, and another is selected on every one without firing."""
+    matcher, zero = RateMatcher(2, torch.device("cpu")), torch.zeros(2)
+    matcher.threshold.fill_(5)
+    matcher.peak.fill_(1)
+    counts = StepCounts(torch.tensor([0, 1000]), torch.tensor([1000, 0]), zero, torch.ones(2), torch.tensor(0.5))
+    matcher.update(counts, torch.ones(2, dtype=torch.bool), torch.tensor(0.5), 1000, torch.tensor(10**6))
+    step = THRESHOLD_STEP * MAX_ERROR
+    torch.testing.assert_close(matcher.threshold, torch.tensor([5 + step, 5 - step]))
+
+
+def test_thresholds_follow_activations_that_are_scaled():
+    matcher = RateMatcher(3, torch.device("cpu"))
+    matcher.threshold.copy_(torch.tensor([1.0, 2, 3]))
+    matcher.peak.copy_(torch.tensor([4.0, 5, 6]))
+    matcher.scale(0.5)
+    assert (matcher.threshold.tolist(), matcher.peak.tolist()) == ([0.5, 1, 1.5], [2, 2.5, 3])
+
+
+def test_buffers_are_float32_whatever_is_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        buffers = dict(RateMatcher(3, torch.device("cpu")).named_buffers())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
