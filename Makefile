@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM = false
+export OMP_NUM_THREADS = 1
 
 .PHONY: demo test lint check notebook clean
 
@@ -13,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

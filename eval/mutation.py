@@ -4,6 +4,7 @@
     python eval/mutation.py --sample 100           # up to a hundred of each module
     python eval/mutation.py --modules scores       # one module
     python eval/mutation.py --survivors            # what no test has noticed, as differences
+    python eval/mutation.py --again                # runs these again, with the tests of today
     python eval/mutation.py --report               # the table in eval/README.md
 
 A mutant is a module with one change of mutmut's (`pip install mutmut`): an operator, a constant, an argument, a name.
@@ -43,12 +44,12 @@ TIMEOUT_SECONDS = 120
 MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
 MODULES = {
     "scores": ["test_scores"],
-    "selection": ["test_selection", "test_nested"],
-    "column_scan": ["test_kept_entries", "test_step_paths"],
+    "selection": ["test_selection", "test_nested", "test_step_paths", "test_data_parallel"],
+    "column_scan": ["test_kept_entries", "test_step_paths", "test_data_parallel"],
     "sparse_codes": ["test_sparse_codes", "test_kept_entries", "test_step_paths"],
-    "kept_entries": ["test_kept_entries", "test_step_paths"],
+    "kept_entries": ["test_kept_entries", "test_step_paths", "test_data_parallel"],
     "auxiliary": ["test_auxiliary", "test_step_paths"],
-    "thresholds": ["test_thresholds"],
+    "thresholds": ["test_thresholds", "test_data_parallel"],
     "calibration": ["test_calibration"],
     "export": ["test_export"],
     "dictionary_similarity": ["test_dictionary_similarity"],
@@ -99,7 +100,7 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 def _noticeable(source: str) -> str:
     """The source without what changes no result on a CPU: devices, and checks that two lengths are equal."""
-    return re.sub(r"(, )?\b(device|strict|stacklevel)=[^,()]+(\([^()]*\))?(, (?=\)))?|, (?=\))", "", source)
+    return re.sub(r"(, )?\b(device|strict|stacklevel|sorted)=[^,()]+(\([^()]*\))?(, (?=\)))?|, (?=\))", "", source)
 
 
 def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--sample", type=int, help="mutants of each module; default: all")
     parser.add_argument("--survivors", action="store_true")
+    parser.add_argument("--again", action="store_true", help="run the survivors again, with the tests of today")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
@@ -211,6 +213,10 @@ def main() -> None:
         for mutant in of_modules:
             if known.get(mutant.key, {}).get("outcome") == "survived":
                 print(f"{mutant.module} {mutant.key}\n{mutant.change}\n")
+        return
+    if args.again:
+        of_modules = [mutant for module in args.modules for mutant in mutants(module)]
+        run([m for m in of_modules if known.get(m.key, {}).get("outcome") == "survived"], args.workers)
         return
     run([mutant for mutant in of_modules if mutant.key not in known], args.workers)
 

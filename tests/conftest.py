@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,17 @@ jaxtyping.install_import_hook(
     [f"sae_lens_sampled.{module}" for module in PURE],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+torch.set_num_threads(1)  # all sizes here are small, and the tests run in several processes
+
+
+SLOW = ("study_processes", "saebench_resuming", "examples", "data_parallel", "data_parallel_runner", "calibration")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no process of several is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +119,12 @@ def saes(activations):
 def output_dir(tmp_path_factory):
     """The output folder of `results`."""
     return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture
+def copy_probes(results, output_dir):
+    """Puts absorption's probes of the bundled model, which take long to train, into another output folder."""
+    return lambda folder: shutil.copytree(output_dir / "artifacts", folder / "artifacts", dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -52,9 +52,18 @@ def test_synthetic_example_reports_every_variant(tmp_path):
     ]
 
 
-def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path):
+def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, monkeypatch, capsys):
+    """In this process, with smaller evals: the only script that takes minutes as it is."""
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
-    output = re.sub(" +", " ", run("evaluate.py", "--steps", "10", "--d-sae", "192", cwd=tmp_path))
+    from eval_helpers import SMALL
+
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "OVERRIDES", SMALL)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--steps", "10", "--d-sae", "192"])
+    evaluate.main()
+    output = re.sub(" +", " ", capsys.readouterr().out)
     assert "- Evals: core (4 SAEs), sparse_probing (4 SAEs), absorption (4 SAEs), mmcs (4 SAEs)" in output
     for kind in ("batchtopk", "sampled_topk"):
         assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table

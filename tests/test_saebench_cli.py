@@ -68,11 +68,6 @@ def test_without_the_extra_a_command_says_how_to_install_it_and_the_others_work(
     assert errors.endswith(f"sae_lens_sampled.saebench needs threadpoolctl: {install}")
 
 
-def test_importing_the_package_never_imports_sae_bench():
-    code = "import sys, sae_lens_sampled, sae_lens_sampled.cli; print('sae_bench' in sys.modules)"
-    assert python(code).stdout.strip() == "False"
-
-
 def test_settings_are_fields_of_configurations():
     assert _overrides(["core.context_size=64", "core.dataset=a=b", "sparse_probing.k_values=[1, 2]"]) == {
         "core": {"context_size": 64, "dataset": "a=b"},

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -28,6 +29,7 @@ from eval_helpers import (
     ALL,
     EXAMPLES,
     GIVEN,
+    HOOK,
     PROBING,
     SMALL,
     TINY_LM,
@@ -39,6 +41,7 @@ from sae_lens_sampled import files
 from sae_lens_sampled.files import NoSpaceError, complete, no_space_told, reserve, scratch_folder, write_whole
 from sae_lens_sampled.saebench import EvalError, load_saes, run_evals
 from sae_lens_sampled.saebench.evals import EVALS
+from sae_lens_sampled.saebench.evals.absorption import Absorption
 
 
 def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, tmp_path, monkeypatch):
@@ -230,7 +233,8 @@ def test_what_core_swallows_is_raised(saes, tmp_path, monkeypatch):
         run_small([("one", saes[2][1])], ["core"], tmp_path)
 
 
-def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path):
+def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path, copy_probes):
+    copy_probes(tmp_path)
     overrides = {"absorption": SMALL["absorption"] | {"min_GT_probe_f1": 0.999, "min_feats_for_eval": 26}}
     with pytest.raises(EvalError, match=r"fewer than min_feats_for_eval=26 letters have a probe with F1 above"):
         run_small(saes[2:3], ["absorption"], tmp_path, overrides=overrides)
@@ -356,3 +360,23 @@ def test_probes_that_another_run_finished_first_are_taken(saes, tmp_path, monkey
     evaluation = EVALS["absorption"](setup, {})
     evaluation.prepare(load_saes(saes[2:3]))
     assert (evaluation._probes / "lm" / "layer_2" / "probe.pth").read_text() == "absorption"
+
+
+def test_probes_are_trained_by_one_process_and_the_others_wait(tmp_path, monkeypatch):
+    trained = []
+
+    def train_slowly(evaluation, layer, folder):
+        trained.append(layer)
+        time.sleep(0.3)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(Absorption, "_train_probes", train_slowly)
+    monkeypatch.setattr(Absorption, "_probes", tmp_path / "probes")
+    model = SimpleNamespace(hooked=SimpleNamespace(cfg=SimpleNamespace(model_name="a_model")))
+    evaluation = Absorption.__new__(Absorption)
+    evaluation.setup = SimpleNamespace(output_dir=tmp_path, model=model)
+    (tmp_path / "artifacts").mkdir()
+    sae = SimpleNamespace(sae=SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(hook_name=HOOK))))
+    with ThreadPoolExecutor(3) as beside:
+        list(beside.map(lambda _: evaluation.prepare([sae]), range(3)))
+    assert trained == [2]

@@ -146,7 +146,7 @@ def width(arm: Arm, k: float, d_sae: int) -> int:
     """Number of the arm's latents, where the other arms have `d_sae`."""
     if arm.width_over_k is None:
         return d_sae
-    return SampledTopKTrainingSAEConfig(d_in=1, d_sae=d_sae, k=k, pool_factor=arm.width_over_k).n_candidates
+    return SampledTopKTrainingSAEConfig(d_in=2, d_sae=d_sae, k=k, pool_factor=arm.width_over_k).n_candidates
 
 
 def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
