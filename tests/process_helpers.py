@@ -1,7 +1,38 @@
 """Starting processes that need not import everything anew."""
 
+import contextlib
 import multiprocessing
+import os
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import torch
 
 FORKS = multiprocessing.get_context("forkserver")
 # What takes long; Python 3.11 does not find the tests' own modules, and what is not installed is left out.
 FORKS.set_forkserver_preload(["sae_lens_sampled", "sae_lens_sampled.saebench"])
+
+
+def _run_script(script: Path, arguments: tuple[str, ...], folder: Path, log: Path) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+    warnings.simplefilter("ignore")
+    with (
+        log.open("w") as out,
+        log.with_suffix(".err").open("w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def run_script(script: Path, *arguments: str, folder: Path, log: Path) -> str:
+    """What a script prints that is run by its path, from `folder`; it must end well."""
+    process = FORKS.Process(target=_run_script, args=(script, arguments, folder, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.with_suffix(".err").read_text()[-2000:]
+    return log.read_text()

@@ -3,7 +3,7 @@ import torch
 from helpers import D_IN, activations
 
 import sae_lens_sampled.auxiliary
-from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents, dead_reconstruction
+from sae_lens_sampled.auxiliary import auxiliary_loss, by_entries, dead_latents, dead_reconstruction
 from sae_lens_sampled.sparse_codes import Weights
 
 N_LATENTS, K_AUX = 60, 6
@@ -59,3 +59,8 @@ def test_the_dead_latents_are_indices_in_order():
     assert dead_latents(mask, 2).tolist() == [1, 3]
     none = dead_latents(None, 0)
     assert (none.tolist(), none.dtype) == ([], torch.int64)
+
+
+def test_entries_pay_on_a_cpu_where_dead_latents_are_more_than_twice_as_many_as_are_kept():
+    assert [by_entries(n_dead, 10, torch.device("cpu")) for n_dead in (20, 21)] == [False, True]
+    assert not by_entries(1000, 10, torch.device("meta"))

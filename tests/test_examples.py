@@ -2,21 +2,22 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from process_helpers import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, *arguments: str, cwd: Path) -> str:
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
+@pytest.fixture
+def run(tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "log"
+    return lambda script, *arguments, cwd: run_script(EXAMPLES / script, *arguments, folder=cwd, log=log)
 
 
-def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_path):
+def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_path, run):
     output = run("quickstart.py", "--steps", "12", "--d-sae", "256", "--batch-size", "256", cwd=tmp_path)
     rows = {
         line.split()[0]: line.split()[1:] for line in output.splitlines() if line.startswith(("batchtopk", "pool_"))
@@ -35,13 +36,13 @@ def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_pa
     assert (tmp_path / "quickstart_output" / "quickstart.png").stat().st_size > 20_000
 
 
-def test_papers_run_works_on_the_bundled_model(tmp_path):
+def test_papers_run_works_on_the_bundled_model(tmp_path, run):
     output = run("train_pythia.py", "--smoke", cwd=tmp_path)
     assert "'pooled_latents': 80" in output
     assert (tmp_path / "pythia_output" / "sae" / "sae_weights.safetensors").exists()
 
 
-def test_synthetic_example_reports_every_variant(tmp_path):
+def test_synthetic_example_reports_every_variant(tmp_path, run):
     lines = [line for line in run("synthetic.py", "--steps", "10", cwd=tmp_path).splitlines() if line.strip()]
     assert [line[:30].strip() for line in lines[-5:]] == [
         "BatchTopK",
@@ -71,7 +72,7 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
 
 
-def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(tmp_path):
+def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(tmp_path, run):
     pytest.importorskip("sae_dashboard", reason="needs the extra `dashboard`")
     output = run("dashboard.py", "--steps", "12", cwd=tmp_path)
     latents, n_tokens = re.search(r"Latents ([\d, ]+) of 1024, on ([\d,]+) tokens", output).groups()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from eval_helpers import D_IN, D_SAE
+from process_helpers import run_script
 from sae_lens.saes.sae import TrainingSAE
 from typer.testing import CliRunner
 
@@ -112,10 +113,8 @@ def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     ]
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
-    report = subprocess.run(
-        [sys.executable, ROOT / "eval" / "report.py", tmp_path], capture_output=True, text=True, check=True
-    )
-    assert str(tmp_path / "report.html") in report.stdout
+    report = run_script(ROOT / "eval" / "report.py", str(tmp_path), folder=tmp_path, log=tmp_path / "log")
+    assert str(tmp_path / "report.html") in report
 
 
 def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
