@@ -51,7 +51,7 @@ MODULES = {
     "auxiliary": ["test_auxiliary", "test_step_paths"],
     "thresholds": ["test_thresholds", "test_data_parallel"],
     "calibration": ["test_calibration"],
-    "export": ["test_export"],
+    "export": ["test_export", "test_thresholds"],
     "dictionary_similarity": ["test_dictionary_similarity"],
 }
 """The tests that belong to each module."""

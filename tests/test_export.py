@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
+from sae_lens_sampled.export import METRIC_TOKENS, export_metrics
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 LOAD_AND_ENCODE = """
@@ -277,3 +278,18 @@ def test_training_logs_l0_and_fvu_of_the_export(rescale, inference_threshold):
     torch.testing.assert_close(metrics["export_l0"](), (exported.encode(batch) > 0).sum(dim=1).float().mean())
     fvu = fraction_of_variance_unexplained(batch, exported(batch).detach())
     torch.testing.assert_close(metrics["export_fvu"](), fvu)
+
+
+def test_the_metrics_of_heads_are_those_of_their_flat_activations_and_look_at_some_tokens():
+    x = activations(METRIC_TOKENS + 50)
+    flat, heads = sampled_sae(), sampled_sae()
+    for sae in (flat, heads):
+        train(sae, 3)
+    heads.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    heads.turn_on_forward_pass_hook_z_reshaping()
+    broken = x.clone()
+    broken[METRIC_TOKENS:] = torch.nan  # not looked at
+    want = {name: metric().item() for name, metric in export_metrics(flat, x).items()}
+    for given, sae in ((broken, flat), (broken.view(-1, 3, D_IN // 3), heads)):
+        got = {name: metric().item() for name, metric in export_metrics(sae, given).items()}
+        assert got == pytest.approx(want)

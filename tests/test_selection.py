@@ -1,6 +1,7 @@
 import oracles
 import pytest
 import torch
+from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -9,6 +10,7 @@ from sae_lens_sampled.scores import SCORES
 from sae_lens_sampled.selection import (
     ColumnStatistics,
     candidate_pool,
+    choose_pool,
     column_statistics,
     count_candidates,
     gumbel_noise,
@@ -190,3 +192,13 @@ def test_a_score_that_is_nan_ranks_last():
     for n_candidates, want in ((2, [2, 3]), (4, [0, 2, 3, 5])):
         assert candidate_pool(ColumnStatistics(scores, scores, alive), n_candidates)[0].tolist() == want
     assert candidate_pool(ColumnStatistics(scores, scores, alive), 5)[0].unique().numel() == 5
+
+
+def test_the_scores_of_sampled_pools_alone_are_perturbed():
+    acts = torch.rand(20, 40)
+    for sampling, score in (("top", "l2_norm"), ("proportional", "squared_l2")):
+        cfg = config(pool_sampling=sampling, score=score, pool_seed=5)
+        statistics = column_statistics(acts, score, cfg.n_candidates, None)
+        for draw in map(torch.tensor, range(2)):
+            scored = statistics if sampling == "top" else perturb_scores(statistics, 5, draw)
+            assert torch.equal(choose_pool(statistics, cfg, draw), candidate_pool(scored, cfg.n_candidates))
