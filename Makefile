@@ -6,13 +6,14 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM = false
-export OMP_NUM_THREADS = 1
 
 .PHONY: demo test lint check notebook clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
+# Processes of one thread each, as many as there are cores.
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 

@@ -104,7 +104,7 @@ def _noticeable(source: str) -> str:
 
 
 def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
-    """In a process of its own: exits with 1 if a test fails."""
+    """Run test files and end the process, with 1 if a test fails."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.chdir(folder)
         sys.path.insert(0, str(folder))
@@ -133,10 +133,8 @@ def work(jobs: Any, results: Any, folder: Path) -> None:
         file = folder / PACKAGE / f"{mutant.module}.py"
         whole = file.read_text()
         file.write_text(mutant.source)
-        start, process = (
-            time.monotonic(),
-            fork.Process(target=run_tests, args=(folder, MODULES[mutant.module], folder / "log")),
-        )
+        process = fork.Process(target=run_tests, args=(folder, MODULES[mutant.module], folder / "log"))
+        start = time.monotonic()
         process.start()
         process.join(TIMEOUT_SECONDS)
         outcome = {0: "survived", None: "timeout"}.get(process.exitcode, "killed")
@@ -209,16 +207,11 @@ def main() -> None:
         for module in args.modules
         for mutant in sorted(mutants(module), key=lambda mutant: mutant.key)[: args.sample]
     ]
+    survivors = [mutant for mutant in of_modules if known.get(mutant.key, {}).get("outcome") == "survived"]
     if args.survivors:
-        for mutant in of_modules:
-            if known.get(mutant.key, {}).get("outcome") == "survived":
-                print(f"{mutant.module} {mutant.key}\n{mutant.change}\n")
+        print("\n".join(f"{mutant.module} {mutant.key}\n{mutant.change}\n" for mutant in survivors))
         return
-    if args.again:
-        of_modules = [mutant for module in args.modules for mutant in mutants(module)]
-        run([m for m in of_modules if known.get(m.key, {}).get("outcome") == "survived"], args.workers)
-        return
-    run([mutant for mutant in of_modules if mutant.key not in known], args.workers)
+    run(survivors if args.again else [mutant for mutant in of_modules if mutant.key not in known], args.workers)
 
 
 if __name__ == "__main__":

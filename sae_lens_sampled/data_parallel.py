@@ -64,11 +64,9 @@ class DataParallelTrainer(ResumableTrainer):
         return output
 
     @override
-    def save_checkpoint(
-        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
-    ) -> None:
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.ranks.rank == 0:
-            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+            super().save_checkpoint(*args, **kwargs)
         elif self.save_checkpoint_fn is not None:
             self.save_checkpoint_fn(checkpoint_path=None)  # the place in its text goes to the process that writes
 

@@ -88,7 +88,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         if self.signals is not None:
             return super().run()
         with Signals() as self.signals:
-            return super().run()
+            try:
+                return super().run()
+            finally:
+                self.signals = None
 
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
         """Make the trainer, which SAELens' `run` has made itself, one of ours."""
