@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -106,13 +107,21 @@ def quantile_threshold(
     Infinite where `counts` is 0. Where entries are equal at that place, fewer may exceed it. No threshold is negative,
     so counts beyond the positive entries are not reached.
     """
-    ordered = column.relu().sort(dim=0, descending=True).values
+    ordered = _descending(column.relu())
     below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # nothing is below the last but 0
     last = ordered.gather(0, (counts - 1).clamp(min=0)[None])[0]
     first = below.gather(0, counts[None])[0]
     # Halfway may round up to the last entry, which then would not exceed it.
     middle = torch.minimum((last + first) / 2, torch.nextafter(last, torch.zeros_like(last)))
     return middle.masked_fill(counts == 0, torch.inf)
+
+
+def _descending(columns: Tensor) -> Tensor:
+    """Each column sorted."""
+    if columns.device.type == "cpu" and columns.dtype == torch.float32:
+        # A quarter of the time of torch's, which moves the places of the values along with them.
+        return torch.from_numpy(np.sort(columns.T.contiguous().numpy(), axis=1)).flip(1).T
+    return columns.sort(dim=0, descending=True).values
 
 
 def scale_counts(

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 import sys
@@ -117,8 +118,9 @@ def saes(activations):
 
 @pytest.fixture(scope="session")
 def output_dir(tmp_path_factory):
-    """The output folder of `results`."""
-    return tmp_path_factory.mktemp("results")
+    """The output folder of `results`; where tests run in several processes the second finds the first one's there."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "results"
 
 
 @pytest.fixture
@@ -128,10 +130,23 @@ def copy_probes(results, output_dir):
 
 
 @pytest.fixture(scope="session")
-def results(saes, output_dir):
-    """All evals on all `saes`."""
-    from eval_helpers import ALL, GIVEN, SMALL
+def run_of_all(saes, output_dir, tmp_path_factory):
+    """All evals on all `saes`: their results, and the files before and after in folders that are only to be read."""
+    import sae_bench
+    from eval_helpers import ALL, GIVEN, PROBING, SMALL, files_in
+    from filelock import FileLock
 
     from sae_lens_sampled.saebench import run_evals
 
-    return run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)
+    read_only = Path(sae_bench.__file__).parent, GIVEN["model"], PROBING, tmp_path_factory.mktemp("cwd")
+    before = list(map(files_in, read_only))
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{output_dir}.lock"):
+        patch.chdir(read_only[-1])
+        results = run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)
+    return SimpleNamespace(results=results, before=before, after=list(map(files_in, read_only)))
+
+
+@pytest.fixture(scope="session")
+def results(run_of_all):
+    """All evals on all `saes`."""
+    return run_of_all.results

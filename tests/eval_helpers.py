@@ -47,6 +47,12 @@ PROBING = EXAMPLES / "tiny_probing" / "sentence_polarity"
 GIVEN = {"model": TINY_LM, "text": TINY_LM / "text", "probing_datasets": [PROBING], "show_progress": False}
 
 
+def files_in(folder: Path) -> set[tuple[str, int]]:
+    """Files with the times of their last change; Python's own caches are left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {(str(path), path.stat().st_mtime_ns) for path in files}
+
+
 def trained_sae(kind: str, seed: int, x: Tensor, n_steps: int = 60) -> TrainingSAE[Any]:
     torch.manual_seed(seed)
     config_class, fields = KINDS[kind]

@@ -55,6 +55,13 @@ def test_precision_keeps_latents_whose_firings_are_selections_and_quietens_the_o
     assert torch.corrcoef(torch.stack([gain, precision])[:, alive])[0, 1] > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_threshold_lies_between_the_last_entry_above_and_the_first_below(dtype):
+    column = torch.tensor([[3, 1, -1], [5, 4, -2], [4, 2, 0]], dtype=dtype)
+    want = torch.tensor([3.5, 0.5, torch.inf], dtype=dtype)  # halfway; below the last is 0; none is wanted
+    assert torch.equal(quantile_threshold(column, torch.tensor([2, 3, 0])), want)
+
+
 @pytest.mark.parametrize("target", [0.5, 2.0, 6.0, 11.3])
 @pytest.mark.parametrize("mode", ["per_latent", "global"])
 def test_target_l0_is_reached_exactly(mode, target):

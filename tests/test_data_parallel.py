@@ -1,5 +1,6 @@
 """One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from rank_worker import D_IN, D_SAE, TOKENS, K, work
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.column_scan import Extracted
 from sae_lens_sampled.input_checks import check_finite, check_groups
-from sae_lens_sampled.kept_entries import _number_of_all, _of_all_or_none
+from sae_lens_sampled.kept_entries import _number_of_all, _of_all_or_none, choose_path
 from sae_lens_sampled.ranks import largest_of_ranks
 from sae_lens_sampled.scores import BY_COLUMNS, SCORES
 from sae_lens_sampled.sparse_codes import Entries
@@ -22,6 +23,7 @@ from sae_lens_sampled.sparse_codes import Entries
 ALL = {"pool_factor": D_SAE / K}
 GROUPS = {"pool_group_size": 8}
 DRAWN = {"pool_sampling": "proportional"}
+COLUMNS = {"pool_factor": 2}  # so small a pool goes by its columns
 DYADIC = {"dyadic": True, "n_steps": 1, "rescale_acts_by_decoder_norm": False}
 FAMILIES = [
     {},
@@ -36,12 +38,14 @@ FAMILIES = [
     {"score": "squared_l2"} | DRAWN,
     {"score": "uniform"} | DRAWN,
     {"matryoshka_widths": [12, 48, 96], "pool_quota": [0.4, 0.3, 0.3]} | GROUPS,
+    COLUMNS,
+    {"matryoshka_widths": [12, 48, 96]} | COLUMNS,
 ]
 DENSE = [{}, GROUPS, ALL, {"score": "ridge_leverage"}, DRAWN | GROUPS]
 CASES = [
     *({"step": "kept"} | family for family in FAMILIES),
     *({"step": "dense"} | family for family in DENSE),
-    *({"step": step} | DYADIC | family for step in ("kept", "dense") for family in ({}, GROUPS)),
+    *({"step": step} | DYADIC | family for step in ("kept", "dense") for family in ({}, GROUPS, COLUMNS)),
     {"step": "kept", "window": 1000, "n_steps": 5},
 ]
 ON_FOUR = [CASES[0], CASES[1]]
@@ -91,6 +95,15 @@ def test_two_ranks_have_the_numbers_of_one_process(trained, index):
 def test_four_ranks_have_them_too(trained, index):
     results, of_four = trained
     assert_same_training(results[1][0][index], [rank[index] for rank in of_four[4]])
+
+
+def test_a_small_pool_goes_by_its_columns():
+    for fields in CASES:
+        names = {field.name for field in dataclasses.fields(SampledTopKTrainingSAEConfig)}
+        own = {name: value for name, value in fields.items() if name in names}
+        cfg = SampledTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, **{"pool_factor": 5} | own)
+        path = choose_path(cfg, cfg.step, TOKENS, torch.device("cpu"))
+        assert (path == "columns") == (fields["step"] == "kept" and COLUMNS.items() <= fields.items())
 
 
 def test_what_one_pool_exchanges_is_small(trained):

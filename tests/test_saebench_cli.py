@@ -21,11 +21,14 @@ WITHOUT = """
 import sys
 
 class Missing:
+    name = "sae_bench"
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "MISSING":
+        if name.partition(".")[0] == self.name:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-sys.meta_path.insert(0, Missing())
+missing = Missing()
+sys.meta_path.insert(0, missing)
 """
 
 
@@ -37,15 +40,15 @@ def python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def run_without(missing, *commands):
-    """Exit status and last line of the errors of each command, where an import of `missing` fails; in one process."""
+def run_without(*commands):
+    """Exit status and errors of each command, where an import of what it begins with fails; in one process."""
     code = (
-        WITHOUT.replace("MISSING", missing)
+        WITHOUT
         + f"""
 import contextlib, io, json
 from sae_lens_sampled.cli import app
 results = []
-for command in {[list(command) for command in commands]!r}:
+for missing.name, *command in {commands!r}:
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             app(command)
@@ -59,14 +62,16 @@ print(json.dumps(results))
 
 def test_without_the_extra_a_command_says_how_to_install_it_and_the_others_work():
     install = "pip install 'sae-lens-sampled[eval]' (see the README for machines without a GPU)."
-    evaluating, reporting, (status, _) = run_without("sae_bench", ["eval", "folder"], ["report", "folder"], ["info"])
-    for code, errors in (evaluating, reporting):
+    *refused, (status, _) = run_without(
+        ("sae_bench", "eval", "folder"),
+        ("sae_bench", "report", "folder"),
+        ("threadpoolctl", "mmcs", "folder", "folder"),
+        ("sae_bench", "info"),
+    )
+    for (code, errors), name in zip(refused, ["SAEBench", "SAEBench", "threadpoolctl"], strict=True):
         assert code == 1
-        assert errors.endswith(f"sae_lens_sampled.saebench needs SAEBench: {install}")
+        assert errors.endswith(f"sae_lens_sampled.saebench needs {name}: {install}")
     assert status == 0
-    [(code, errors)] = run_without("threadpoolctl", ["mmcs", "folder", "folder"])
-    assert code == 1
-    assert errors.endswith(f"sae_lens_sampled.saebench needs threadpoolctl: {install}")
 
 
 def test_settings_are_fields_of_configurations():

@@ -22,7 +22,6 @@ import torch
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-import sae_bench
 import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.core.main as core
 from eval_helpers import (
@@ -120,23 +119,11 @@ def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
             assert result["eval_result_metrics"] == results[eval_name][name]["eval_result_metrics"]
 
 
-def snapshot(folder):
-    return {
-        (str(path), path.stat().st_mtime_ns)
-        for path in Path(folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def test_nothing_is_written_outside_the_output_folder(saes, tmp_path, monkeypatch):
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    packages = Path(sae_bench.__file__).parent
-    before = snapshot(packages), snapshot(TINY_LM), snapshot(PROBING)
-    run_small(saes[:2], ALL, tmp_path / "out")
-    assert (snapshot(packages), snapshot(TINY_LM), snapshot(PROBING)) == before
-    assert os.listdir(tmp_path / "cwd") == []
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"eval_results", "artifacts"}
+def test_nothing_is_written_outside_the_output_folder(run_of_all, output_dir):
+    assert run_of_all.after == run_of_all.before
+    assert len(run_of_all.before[0]) > 100
+    assert run_of_all.before[-1] == set()  # the working directory
+    assert {path.name for path in output_dir.iterdir()} == {"eval_results", "artifacts"}
 
 
 def test_the_callers_saes_random_state_and_gradients_stay_as_they_are(saes, tmp_path):

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import D_SAE, activations, batchtopk_sae, sampled_sae, step_input, train
@@ -104,23 +101,6 @@ def test_exported_sae_is_a_jumprelu_in_plain_saelens(tmp_path, rescale, fields):
     assert 0 < fires.sum() < 30 * D_SAE / 2
     torch.testing.assert_close(exported.encode(batch), hidden_pre * units * fires)
     torch.testing.assert_close(exported(batch), sae.decode(hidden_pre * fires))
-
-
-def test_exported_sae_loads_where_the_plugin_was_never_imported(tmp_path):
-    sae, batch = sampled_sae(), activations(30)
-    train(sae, 4)
-    sae.save_inference_model(tmp_path)
-    torch.save(batch, tmp_path / "batch.pt")
-    script = """
-import sys, torch
-from sae_lens import SAE
-folder = sys.argv[1]
-sae = SAE.load_from_disk(folder)
-torch.save(sae.encode(torch.load(folder + "/batch.pt")).detach(), folder + "/acts.pt")
-assert not [name for name in sys.modules if name.startswith("sae_lens_sampled")]
-"""
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "acts.pt"), SAE.load_from_disk(tmp_path).encode(batch))
 
 
 def test_saving_leaves_the_live_sae_alone(tmp_path):
