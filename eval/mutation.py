@@ -39,7 +39,7 @@ from pages import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "sae_lens_sampled"
 RESULTS = ROOT / "eval" / "results" / "mutation.jsonl"
-EQUIVALENT = ROOT / "eval" / "results" / "mutation_survivors.json"
+REASONS = ROOT / "eval" / "results" / "mutation_survivors.json"
 TIMEOUT_SECONDS = 120
 MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
 MODULES = {
@@ -50,11 +50,11 @@ MODULES = {
     "kept_entries": ["test_kept_entries", "test_step_paths", "test_nested", "test_data_parallel"],
     "auxiliary": ["test_auxiliary", "test_step_paths"],
     "thresholds": ["test_thresholds", "test_data_parallel"],
-    "calibration": ["test_calibration"],
+    "calibration": ["test_calibration", "-k", "not million"],
     "export": ["test_export", "test_thresholds"],
     "dictionary_similarity": ["test_dictionary_similarity"],
 }
-"""The tests that belong to each module."""
+"""The tests that belong to each module, with pytest's options."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Mutant:
     def key(self) -> str:
         """Known by it in the results; orders mutants at random."""
         return hashlib.sha256(f"{self.module}\n{self.source}".encode()).hexdigest()[:16]
+
+    @property
+    def line(self) -> str:
+        """The module and what it has now; known by it among the reasons, which stay when another line is changed."""
+        added = [line[1:].strip() for line in self.change.splitlines() if line.startswith("+")]
+        return f"{self.module}: {' '.join(added)}"
 
 
 def mutants(module: str) -> Iterator[Mutant]:
@@ -111,8 +117,8 @@ def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
         sys.dont_write_bytecode = True
         import pytest
 
-        paths = [f"tests/{name}.py" for name in names]
-        status = pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *paths])
+        chosen = [f"tests/{name}.py" if name.startswith("test_") else name for name in names]
+        status = pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *chosen])
     os._exit(int(status != 0))
 
 
@@ -172,17 +178,15 @@ def outcomes() -> dict[str, dict[str, Any]]:
 def table() -> str:
     """Markdown: how many mutants of each module are killed, and why the others are not."""
     known = outcomes()
-    reasons = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    reasons = json.loads(REASONS.read_text())
     lines = []
     for module in MODULES:
         all_of_module = list(mutants(module))
-        keys = [mutant.key for mutant in all_of_module if mutant.key in known]
-        survivors = [key for key in keys if known[key]["outcome"] == "survived"]
-        named = sum(key in reasons for key in survivors)
-        share = f"{1 - len(survivors) / len(keys):.1%}" if keys else ""
-        lines.append(
-            [f"`{module}`", f"{len(keys):,} of {len(all_of_module):,}", share, str(len(survivors)), str(named)]
-        )
+        run = [mutant for mutant in all_of_module if mutant.key in known]
+        survivors = [mutant for mutant in run if known[mutant.key]["outcome"] == "survived"]
+        named = sum(mutant.line in reasons for mutant in survivors)
+        share = f"{1 - len(survivors) / len(run):.1%}" if run else ""
+        lines.append([f"`{module}`", f"{len(run):,} of {len(all_of_module):,}", share, str(len(survivors)), str(named)])
     return markdown_table(["module", "mutants run", "killed", "survivors", "with a reason"], lines)
 
 
@@ -209,7 +213,9 @@ def main() -> None:
     ]
     survivors = [mutant for mutant in of_modules if known.get(mutant.key, {}).get("outcome") == "survived"]
     if args.survivors:
-        print("\n".join(f"{mutant.module} {mutant.key}\n{mutant.change}\n" for mutant in survivors))
+        reasons = json.loads(REASONS.read_text())
+        for mutant in survivors:
+            print(f"{mutant.line}\n{mutant.change}\n{reasons.get(mutant.line, '')}\n")
         return
     run(survivors if args.again else [mutant for mutant in of_modules if mutant.key not in known], args.workers)
 

@@ -1,4 +1,4 @@
-"""Sampled-SAE (arXiv 2508.21324) for SAELens: importing this registers the architecture `sampled_topk`."""
+"""Sampled-SAE (arXiv 2508.21324) for SAELens: importing this registers `sampled_topk` and its transcoder."""
 
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
@@ -15,6 +15,8 @@ from sae_lens_sampled.hub import HubError, upload_to_hub
 from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.scores import SCORES, register_score
 from sae_lens_sampled.training import SampledTopKTrainingSAE
+from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
+from sae_lens_sampled.transcoder_runner import TranscoderRunner
 from sae_lens_sampled.warm_start import from_batchtopk
 
 __version__ = "0.1.0"
@@ -28,6 +30,9 @@ __all__ = [
     "SampledTopKSAEConfig",
     "SampledTopKTrainingSAE",
     "SampledTopKTrainingSAEConfig",
+    "SampledTopKTranscoder",
+    "SampledTopKTranscoderConfig",
+    "TranscoderRunner",
     "calibrate_thresholds",
     "from_batchtopk",
     "load_checkpoint",
@@ -39,5 +44,7 @@ __all__ = [
 # SAELens refuses a name twice; reloading this module must be harmless.
 if "sampled_topk" not in SAE_TRAINING_CLASS_REGISTRY:
     register_sae_training_class("sampled_topk", SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig)
+if "sampled_topk_transcoder" not in SAE_TRAINING_CLASS_REGISTRY:
+    register_sae_training_class("sampled_topk_transcoder", SampledTopKTranscoder, SampledTopKTranscoderConfig)
 if "sampled_topk" not in SAE_CLASS_REGISTRY:
     register_sae_class("sampled_topk", SampledTopKSAE, SampledTopKSAEConfig)

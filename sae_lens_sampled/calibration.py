@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.export import to_jumprelu
-from sae_lens_sampled.input_checks import check_weights
+from sae_lens_sampled.export import ExportedSAE, to_jumprelu
+from sae_lens_sampled.input_checks import check_weights, check_width
+from sae_lens_sampled.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 MIN_TOKENS = 256
@@ -50,7 +50,7 @@ def calibrate_thresholds(
     target_l0: float | None = None,
     max_tokens: int = 1_000_000,
     show_progress: bool = True,
-) -> tuple[JumpReLUSAE, CalibrationReport]:
+) -> tuple[ExportedSAE, CalibrationReport]:
     """Set the thresholds of the exported SAE by quantiles over given activations.
 
     Each batch passed is one selection batch: pass batches of the size used in training. A latent's target rate is the
@@ -60,7 +60,8 @@ def calibrate_thresholds(
 
     Args:
         sae: the trained SAE, with its activation normalisation folded.
-        activations: batches of shape (..., d_in), or one such tensor, which then is one selection batch.
+        activations: batches as in training, of shape (..., d_in), for a transcoder (..., d_in + d_out) with the outputs
+            behind the inputs; or one such tensor, which then is one selection batch.
         mode: "per_latent": every latent fires at its target rate. "global": one threshold for all, at the same L0.
         target_l0: the wanted mean L0; None for that of the selection. Per-latent target rates are scaled alike, as far
             as a latent has positive activations.
@@ -82,21 +83,22 @@ def calibrate_thresholds(
     if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
         raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
-    counts = _count_selected(sae, batches, above=torch.zeros(()))
-    x = torch.cat(batches)
+    inputs = [sae.inputs_and_targets(batch)[0] for batch in batches]
+    counts = _count_selected(sae, inputs, above=torch.zeros(()))
+    x, target = sae.inputs_and_targets(torch.cat(batches))
     n_target = int(counts.sum()) if target_l0 is None else round(target_l0 * len(x))
     if mode == "global":
         thresholds = _global_threshold(_columns(sae, x, show_progress), n_target).expand(sae.cfg.d_sae)
     else:
         thresholds, n_positive = _quantile_thresholds(_columns(sae, x, show_progress), counts)
-        hits = _count_selected(sae, batches, above=thresholds)
+        hits = _count_selected(sae, inputs, above=thresholds)
         if target_l0 is not None or not torch.equal(hits, counts):
             # At least one, so that every selected latent stays and there are always enough positive entries.
             counts = scale_counts(hits.clamp(min=1).masked_fill(counts == 0, 0), n_positive, n_target)
             thresholds, _ = _quantile_thresholds(_columns(sae, x, show_progress), counts)
         _warn_of_rare_latents(counts, len(x))
     exported = to_jumprelu(sae, thresholds)
-    return exported, _report(to_jumprelu(sae), exported, x, counts, n_target)
+    return exported, _report(to_jumprelu(sae), exported, x, target, counts, n_target)
 
 
 def quantile_threshold(
@@ -155,9 +157,8 @@ def scale_counts(
 def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tokens: int) -> list[Tensor]:
     batches, n_tokens = [], 0
     for batch in activations:
-        if batch.shape[-1:] != (sae.cfg.d_in,):
-            raise ValueError(f"activations of shape {tuple(batch.shape)} do not end in d_in={sae.cfg.d_in}.")
-        batch = batch.reshape(-1, sae.cfg.d_in).to(sae.device)
+        check_width(batch, sae.cfg.batch_parts)
+        batch = batch.flatten(end_dim=-2).to(sae.device)
         n_bad = int((~batch.isfinite()).any(dim=1).sum())
         if n_bad:
             raise ValueError(f"{n_bad} of {len(batch)} rows of batch {len(batches)} are not finite.")
@@ -225,9 +226,11 @@ def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
         )
 
 
-def _report(before: JumpReLUSAE, after: JumpReLUSAE, x: Tensor, counts: Tensor, n_target: int) -> CalibrationReport:
-    rates_before, fvu_before = _firing_rates_and_fvu(before, x)
-    rates_after, fvu_after = _firing_rates_and_fvu(after, x)
+def _report(
+    before: ExportedSAE, after: ExportedSAE, x: Tensor, target: Tensor, counts: Tensor, n_target: int
+) -> CalibrationReport:
+    rates_before, fvu_before = _firing_rates_and_fvu(before, x, target)
+    rates_after, fvu_after = _firing_rates_and_fvu(after, x, target)
     error = (rates_after - counts / len(x)).abs().mean() / (n_target / len(x) / after.cfg.d_sae)
     return CalibrationReport(
         n_tokens=len(x),
@@ -241,13 +244,14 @@ def _report(before: JumpReLUSAE, after: JumpReLUSAE, x: Tensor, counts: Tensor, 
     )
 
 
-def _firing_rates_and_fvu(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, float]:
+def _firing_rates_and_fvu(sae: ExportedSAE, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
     """Share of tokens that each latent fires on, and FVU, with one chunk of activations in memory."""
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=x.device)
-    squared_error = torch.zeros((), dtype=torch.double, device=x.device)
-    for part in x.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
-        acts = sae.encode(part)
+    squared_error, variance = torch.zeros(2, dtype=torch.double, device=x.device)
+    mean, n_rows = target.mean(dim=0).double(), max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+    for inputs, wanted in zip(x.split(n_rows), target.double().split(n_rows), strict=True):
+        acts, reconstruction = encode_and_reconstruct(sae, inputs)
         fired += (acts > 0).sum(dim=0)
-        squared_error += (sae.decode(acts).double() - part.double()).square().sum()
-    variance = sum((part.double() - x.mean(dim=0).double()).square().sum() for part in x.split(2**16))
+        squared_error += (reconstruction.double() - wanted).square().sum()
+        variance += (wanted - mean).square().sum()
     return fired / len(x), (squared_error / variance).item()

@@ -26,6 +26,7 @@ from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.parts import parse_part
 from sae_lens_sampled.sparse_codes import has_kernels
 from sae_lens_sampled.train_command import TrainError
+from sae_lens_sampled.transcoder_runner import read_both
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -99,29 +100,32 @@ def calibrate(
 def activation_batches(
     sae: TrainingSAE, model_name: str, dataset: str, batch_size: int, device: str
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of the activations that `sae` was trained on, shape (batch_size, d_in), by its metadata."""
+    """Endless batches of the activations that `sae` was trained on, by its metadata, shape (batch_size, width)."""
+    hooks = [sae.cfg.metadata.hook_name]
+    if is_transcoder := isinstance(sae, sae_lens_sampled.SampledTopKTranscoder):
+        hooks.append(sae.cfg.metadata.hook_name_out)
     try:
-        model = _hooked_model(sae, model_name, device)
+        model = _hooked_model(str(sae.cfg.metadata.model_class_name), model_name, hooks, device)
     except OSError as error:
         raise ValueError(f"model={model_name!r} cannot be loaded: {error}") from error
-    return iter(
-        ActivationsStore.from_sae(
-            model,
-            sae,
-            dataset=dataset,
-            train_batch_size_tokens=batch_size,
-            store_batch_size_prompts=32,
-            n_batches_in_buffer=64,
-            device=device,
-        )
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        dataset=dataset,
+        train_batch_size_tokens=batch_size,
+        store_batch_size_prompts=32,
+        n_batches_in_buffer=64,
+        device=device,
     )
+    if is_transcoder:
+        read_both(store, hooks, sae.cfg.batch_parts)
+    return iter(store)
 
 
-def _hooked_model(sae: TrainingSAE, model_name: str, device: str) -> Any:
+def _hooked_model(model_class_name: str, model_name: str, hooks: list[str], device: str) -> Any:
     """As SAELens' stores take it; their annotation does not know of the bridge yet."""
-    if sae.cfg.metadata.model_class_name == "AutoModelForCausalLM":
-        hook = sae.cfg.metadata.hook_name
-        return load_model("AutoModelForCausalLM", model_name, device=device, hook_names=[hook])
+    if model_class_name == "AutoModelForCausalLM":
+        return load_model(model_class_name, model_name, device=device, hook_names=hooks)
     # Imported here: transformer-lens 2, which SAELens takes too, has no bridge, and most commands need none.
     from transformer_lens.model_bridge import TransformerBridge
 

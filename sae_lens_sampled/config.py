@@ -64,33 +64,38 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     def architecture(cls) -> str:
         return "sampled_topk"
 
+    @property
+    def batch_parts(self) -> dict[str, int]:
+        """Widths of what a training batch holds side by side, by the names of their fields."""
+        return {"d_in": self.d_in}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool_fields(self)
-        _check(self.step in get_args(Step), f"step={self.step!r} must be one of {', '.join(get_args(Step))}.")
-        _check(
+        check(self.step in get_args(Step), f"step={self.step!r} must be one of {', '.join(get_args(Step))}.")
+        check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",
         )
-        _check(
+        check(
             isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
             f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
         )
         steps = self.inner_loss_steps
-        _check(
+        check(
             steps is None or (_is_list_of([steps], int) and steps >= 1),
             f"inner_loss_steps={steps!r} must be a whole number of training steps, at least 1, or None for all.",
         )
-        _check(
+        check(
             steps is None or len(self.inner_widths) > 0,
             f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
         )
-        _check(
+        check(
             self.d_in >= 2,
             f"d_in={self.d_in} is less than 2: SAELens' auxiliary loss keeps d_in // 2 dead latents per token, and "
             "divides by that.",
         )
-        _check(
+        check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
             f"normalize_activations={self.normalize_activations!r} does not work with SAELens' auxiliary loss, which "
             "would stop the run at the first dead latent; use 'none', 'expected_average_only_in' or "
@@ -117,7 +122,7 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool_fields(self)
-        _check(
+        check(
             self.normalize_activations == "none",
             f"this is a checkpoint from the middle of a run with normalize_activations={self.normalize_activations!r}, "
             "which is not folded into the weights yet; sae_lens_sampled.load_checkpoint(folder) folds it.",
@@ -136,30 +141,30 @@ def check_pool_fields(cfg: PoolFields) -> None:
             setattr(cfg, name, int(value))  # 16.0, as JSON and spreadsheets write it, is 16
     for name, types, what in FIELD_TYPES:
         value = getattr(cfg, name)
-        _check(
+        check(
             isinstance(value, types) and not isinstance(value, bool),
             f"{name}={value!r} is a {type(value).__name__}; it must be {what}.",
         )
-    _check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
-    _check(
+    check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
+    check(
         math.isfinite(cfg.pool_factor) and cfg.pool_factor >= 1,
         f"pool_factor={cfg.pool_factor} must be finite and at least 1: each token keeps k={cfg.k} entries "
         f"of k * pool_factor candidates. pool_factor={cfg.d_sae / cfg.k:g} (d_sae / k) makes every latent one.",
     )
-    _check(
+    check(
         cfg.score in SCORES,
         f"score={cfg.score!r} is not known; known are {', '.join(SCORES)}. Add your own with register_score.",
     )
-    _check(
+    check(
         cfg.pool_sampling in get_args(PoolSampling),
         f"pool_sampling={cfg.pool_sampling!r} must be one of {', '.join(get_args(PoolSampling))}.",
     )
-    _check(
+    check(
         not (cfg.score == "uniform" and cfg.pool_sampling == "top"),
         "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to choose by; "
         "use pool_sampling='proportional'.",
     )
-    _check(
+    check(
         cfg.pool_group_size is None or cfg.pool_group_size >= 1,
         f"pool_group_size={cfg.pool_group_size} must be at least 1 token, or None for one pool per batch.",
     )
@@ -168,29 +173,29 @@ def check_pool_fields(cfg: PoolFields) -> None:
 
 def _check_levels(cfg: PoolFields) -> None:
     widths, quota = cfg.matryoshka_widths, cfg.pool_quota
-    _check(
+    check(
         widths is None or (_is_list_of(widths, int) and widths[-1] == cfg.d_sae),
         f"matryoshka_widths={widths} must be a list of whole numbers that ends in d_sae={cfg.d_sae}, or None.",
     )
     ends: list[int] = [0, *(widths or [])]
-    _check(
+    check(
         all(inner < outer for inner, outer in pairwise(ends)),
         f"matryoshka_widths={widths} must be positive and strictly increasing.",
     )
     if quota is None:
         return
-    _check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
+    check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
     n_levels = len(cfg.inner_widths) + 1
-    _check(
+    check(
         _is_list_of(quota, (int, float)) and len(quota) == n_levels,
         f"pool_quota={quota} must be a list with a share for each of the {n_levels} levels of matryoshka_widths.",
     )
-    _check(
+    check(
         min(quota) >= 0 and math.isclose(sum(quota), 1, abs_tol=1e-6),
         f"pool_quota={quota} must be shares of at least 0 that sum to 1; they sum to {sum(quota):g}.",
     )
     sizes = [size for _, size in cfg.pool_parts]
-    _check(
+    check(
         min(sizes) > 0,
         f"pool_quota={quota} gives the levels {sizes} of the {cfg.n_candidates} candidates; each needs at least one, "
         "by a larger share or a larger pool_factor.",
@@ -203,6 +208,7 @@ def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
     return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Refuse a config with a ValueError, unless the condition holds."""
     if not condition:
         raise ValueError(message)

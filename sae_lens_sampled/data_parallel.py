@@ -164,16 +164,6 @@ class ScalerOfAll(ActivationScaler):
         return (torch.cat(self.ranks.gather(batch.cpu())) for batch in own)
 
 
-class _StoreOfOne(ActivationsStore):
-    """SAELens' store of one process, which takes its own place from a checkpoint."""
-
-    rank: int
-
-    @override
-    def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        self.load(str(Path(checkpoint_path) / place_file(self.rank)))
-
-
 def place_file(rank: int) -> str:
     """Name of the file in a checkpoint that has a process's place in its text; SAELens' for the first."""
     name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
@@ -195,8 +185,8 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
     if store.dataset is not None:
         store.iterable_sequences = store._iterate_tokenized_sequences()
     store.train_batch_size_tokens //= count
-    store.__class__ = _StoreOfOne
-    store.rank = rank  # type: ignore[attr-defined]
+    # Each takes its own place from a checkpoint.
+    store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / place_file(rank)))
 
 
 def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> None:

@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from sae_lens import logger
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import SAEConfig, TrainingSAE
+from sae_lens.saes.transcoder import JumpReLUTranscoder
 from torch import Tensor
 
 from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.reconstruction import add_skip
 from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS
 
 if TYPE_CHECKING:
     from sae_lens_sampled.training import SampledTopKTrainingSAE
+
+ExportedSAE = JumpReLUSAE | JumpReLUTranscoder
+"""What an SAE, and what a transcoder is exported as."""
 
 METRIC_TOKENS = 256
 """Tokens of a batch on which the export is looked at while training."""
@@ -25,8 +31,10 @@ METRIC_TOKENS = 256
 @torch.no_grad()
 def to_jumprelu(
     sae: TrainingSAE, thresholds: Float[Tensor, " d_sae"] | None = None, prune: bool = False
-) -> JumpReLUSAE:
+) -> ExportedSAE:
     """The inference SAE of a SampledTopK or BatchTopK training SAE, with unit-norm decoder rows. `sae` stays as it is.
+
+    A transcoder becomes a JumpReLU transcoder, with `skip` one with a skip connection.
 
     Args:
         sae: the training SAE. An activation normalisation that is not folded yet stays in the config.
@@ -43,7 +51,7 @@ def to_jumprelu(
     sae.process_state_dict_for_saving_inference(state_dict)
     learnt = state_dict["threshold"]
     state_dict["threshold"] = _checked(learnt if thresholds is None else thresholds, sae.cfg.d_sae).to(learnt)
-    cfg = JumpReLUSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    cfg = sae.cfg.get_inference_config_class().from_dict(sae.cfg.get_inference_sae_cfg_dict())
     exported = _build(cfg, state_dict)
     if not sae.cfg.rescale_acts_by_decoder_norm:
         exported.fold_W_dec_norm()
@@ -75,29 +83,34 @@ def export_metrics(sae: "SampledTopKTrainingSAE", sae_in: Tensor) -> dict[str, C
 
     Args:
         sae: the SAE in training.
-        sae_in: the batch, shape (..., d_in), of which the first `METRIC_TOKENS` are looked at.
+        sae_in: the training batch, shape (..., d_batch), of which the first `METRIC_TOKENS` are looked at.
     """
 
+    def rows() -> tuple[Tensor, Tensor]:
+        shape = sae_in.shape[sae_in.ndim - (2 if sae.hook_z_reshaping_mode else 1) :]
+        return sae.inputs_and_targets(sae_in.reshape(-1, *shape)[:METRIC_TOKENS])
+
     @torch.no_grad()
-    def acts_and_inputs() -> tuple[Tensor, Tensor]:
-        x = sae_in.reshape(-1, *sae_in.shape[sae_in.ndim - (2 if sae.hook_z_reshaping_mode else 1) :])[:METRIC_TOKENS]
+    def acts_of(x: Tensor) -> Tensor:
         hidden_pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
         if sae.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * sae.W_dec.norm(dim=-1)
-        return torch.where(hidden_pre > learnt_thresholds(sae), hidden_pre, 0), x
+        return torch.where(hidden_pre > learnt_thresholds(sae), hidden_pre, 0)
 
     @torch.no_grad()
     def fvu() -> Tensor:
-        acts, x = acts_and_inputs()
-        return fraction_of_variance_unexplained(x.flatten(1), sae.decode(acts).flatten(1))
+        x, target = rows()
+        reconstruction = add_skip(sae, x, sae.decode(acts_of(x)))
+        return fraction_of_variance_unexplained(target.flatten(1), reconstruction.flatten(1))
 
-    return {"export_l0": lambda: (acts_and_inputs()[0] > 0).sum(dim=-1).float().mean(), "export_fvu": fvu}
+    return {"export_l0": lambda: (acts_of(rows()[0]) > 0).sum(dim=-1).float().mean(), "export_fvu": fvu}
 
 
-def _build(cfg: JumpReLUSAEConfig, state_dict: dict[str, Tensor]) -> JumpReLUSAE:
+def _build(cfg: SAEConfig, state_dict: dict[str, Tensor]) -> ExportedSAE:
     """As SAELens loads an SAE: built on the meta device, so that no memory and no random numbers are spent."""
     device, cfg.device = cfg.device, "meta"
-    exported = JumpReLUSAE(cfg)
+    exported = get_sae_class(cfg.architecture())[0](cfg)
+    assert isinstance(exported, ExportedSAE)
     cfg.device = device
     exported.load_state_dict(state_dict, assign=True)
     return exported.to(device=device)
@@ -112,20 +125,19 @@ def _checked(thresholds: Tensor, d_sae: int) -> Tensor:
     return thresholds
 
 
-def _prune(sae: JumpReLUSAE) -> JumpReLUSAE:
+def _prune(sae: ExportedSAE) -> ExportedSAE:
     kept = sae.threshold.isfinite().nonzero().flatten()
     n_dropped = sae.cfg.d_sae - len(kept)
     if len(kept) == 0:
         raise ValueError(f"none of the {sae.cfg.d_sae} latents can fire, so pruning would leave nothing.")
     logger.warning(f"pruning drops {n_dropped} of {sae.cfg.d_sae} latents, which cannot fire")
-    state_dict = {
+    state_dict = sae.state_dict() | {
         "W_enc": sae.W_enc[:, kept].contiguous(),
         "W_dec": sae.W_dec[kept],
         "b_enc": sae.b_enc[kept],
         "threshold": sae.threshold[kept],
-        "b_dec": sae.b_dec,
     }
-    cfg = JumpReLUSAEConfig.from_dict({**sae.cfg.to_dict(), "d_sae": len(kept)})
+    cfg = type(sae.cfg).from_dict({**sae.cfg.to_dict(), "d_sae": len(kept)})
     cfg.metadata.kept_latents = kept.tolist()
     cfg.metadata.unpruned_d_sae = sae.cfg.d_sae
     return _build(cfg, state_dict)

@@ -13,6 +13,7 @@ from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.normalisation import check_folded
 from sae_lens_sampled.sae_folder import is_checkpoint, read_config
+from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 
@@ -36,7 +37,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     if not isinstance(sae, SAE):
         raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
     if isinstance(sae, TrainingSAE):
-        if sae.cfg.architecture() == "sampled_topk":
+        if isinstance(sae, SampledTopKTrainingSAE):
             _exported(sae, name).save_model(target)
         else:
             sae.save_inference_model(target)

@@ -1,5 +1,6 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,22 @@ def check_shape(sae: TrainingSAE, x: Tensor) -> None:
     Raises:
         ValueError: with the shape.
     """
-    if x.shape[-1:] != (sae.cfg.d_in,) and not sae.hook_z_reshaping_mode:
-        raise ValueError(f"activations of shape {tuple(x.shape)} do not end in d_in={sae.cfg.d_in}.")
+    if not sae.hook_z_reshaping_mode:
+        check_width(x, {"d_in": sae.cfg.d_in})
     if x.numel() == 0:
         raise ValueError(f"got an empty batch, of shape {tuple(x.shape)}; there is nothing to select from.")
+
+
+def check_width(x: Tensor, parts: Mapping[str, int]) -> None:
+    """Refuse activations that are not as wide as their parts together, which have their fields' names in the message.
+
+    Raises:
+        ValueError: with the shape.
+    """
+    width = sum(parts.values())
+    if x.shape[-1:] != (width,):
+        how = "" if len(parts) == 1 else ": outputs stand behind the inputs, as TranscoderRunner yields them"
+        raise ValueError(f"activations of shape {tuple(x.shape)} do not end in {' + '.join(parts)}={width}{how}.")
 
 
 def check_finite(step_input: TrainStepInput, ranks: Ranks = ALONE) -> int:
@@ -129,14 +142,7 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
     Raises:
         ValueError: with the hook, and its width.
     """
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    # Past `compile_llm`, which would compile for this shape too.
-    cache = type(model).run_with_cache(
-        model, token, names_filter=[cfg.hook_name], prepend_bos=False, **cfg.model_kwargs
-    )[1]
-    if cfg.hook_name not in cache:
-        raise ValueError(f"hook_name={cfg.hook_name!r} is not a hook of {cfg.model_name}.")
-    acts = cache[cfg.hook_name][0, 0]
+    acts = one_token(model, cfg, "hook_name", cfg.hook_name)[0, 0]
     if cfg.hook_head_index is not None:
         if acts.ndim < 2 or cfg.hook_head_index >= len(acts):
             raise ValueError(
@@ -146,3 +152,18 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
         acts = acts[cfg.hook_head_index]
     if acts.numel() != cfg.sae.d_in:
         raise ValueError(f"d_in={cfg.sae.d_in}, but {cfg.hook_name} of {cfg.model_name} is {acts.numel()} wide.")
+
+
+@torch.no_grad()
+def one_token(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], field: str, hook_name: str) -> Tensor:
+    """Activations of one token at a hook, which `field` of the config has named.
+
+    Raises:
+        ValueError: if the model has no such hook.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    # Past `compile_llm`, which would compile for this shape too.
+    cache = type(model).run_with_cache(model, token, names_filter=[hook_name], prepend_bos=False, **cfg.model_kwargs)[1]
+    if hook_name not in cache:
+        raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
+    return cache[hook_name]

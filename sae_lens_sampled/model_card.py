@@ -67,7 +67,7 @@ def model_card(
     """
     evaluation = evaluation or {}
     name = repo_id.split("/")[-1]
-    sampled = any(_metadata(cfg).get("training_architecture") == "sampled_topk" for cfg in configs.values())
+    sampled = any(_trained_as(cfg).startswith("sampled_topk") for cfg in configs.values())
     data = ModelCardData(
         library_name="saelens",
         license=license_id,
@@ -79,14 +79,15 @@ def model_card(
     )
     rows = [_compare(sae_id, cfg, evaluation.get(sae_id, {})) for sae_id, cfg in configs.items()]
     sae_id, cfg = next(iter(configs.items()))
-    hook = _metadata(cfg).get("hook_name")
+    hook, hook_out = (_metadata(cfg).get(name) for name in ("hook_name", "hook_name_out"))
     body = BODY.format(
         name=name,
         about_sampled=ABOUT_SAMPLED if sampled else "",
         repo_id=repo_id,
         sae_id=sae_id,
         d_in=cfg.get("d_in"),
-        site=f" of `{hook}`" if hook else "",
+        site=(f" of `{hook}`" if hook else "")
+        + (f"; `sae(activations)` reconstructs `{hook_out}`" if hook_out else ""),
         comparison=_table(rows),
         notes=_notes(rows),
         config=_table(_fields([{**cfg, **_details(cfg)} for cfg in configs.values()])),
@@ -97,6 +98,10 @@ def model_card(
 
 def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg.get("metadata") or {}
+
+
+def _trained_as(cfg: dict[str, Any]) -> str:
+    return _metadata(cfg).get("training_architecture") or ""
 
 
 def _details(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def _compare(sae_id: str, cfg: dict[str, Any], measured: Mapping[str, Number]) -
     }
     return {
         "SAE": f"`{sae_id}`",
-        "trained as": metadata.get("training_architecture"),
+        "trained as": _trained_as(cfg) or None,
         **{field: fields.get(field) for field in COMPARED},
         "d_sae before pruning": metadata.get("unpruned_d_sae"),
         **results,
@@ -144,6 +149,7 @@ def _provenance(metadata: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     rows = {
         "model": each("model_name"),
         "hook": each("hook_name"),
+        "hook of the outputs": each("hook_name_out"),
         "dataset": each("dataset_path"),
         "context size": each("context_size"),
         "trained with SAELens": each("sae_lens_training_version"),

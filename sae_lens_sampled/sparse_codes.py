@@ -29,10 +29,9 @@ class Weights(NamedTuple):
     a vector in place of their matrix."""
 
     def of(self, latents: Int[Tensor, " some"]) -> "Weights":
-        """Copies of those of some latents, with gradient."""
+        """Copies of those of some latents, with gradient; for dense products, which need no `input_bias`."""
         W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
-        norms = None if self.norms is None else self.norms[latents]
-        return Weights(W_enc, self.b_enc[latents], W_dec, norms, self.input_bias)
+        return Weights(W_enc, self.b_enc[latents], W_dec, None if self.norms is None else self.norms[latents])
 
     def hidden_pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens latents"]:
         """Pre-activations, rescaled where decoder norms rescale them."""

@@ -20,6 +20,8 @@ from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.processes import leave_processes, number_of_processes, own_device
 from sae_lens_sampled.progress import live_bar
 from sae_lens_sampled.signals import Interrupted, Signals
+from sae_lens_sampled.transcoder import SampledTopKTranscoderConfig
+from sae_lens_sampled.transcoder_runner import TranscoderRunner
 
 
 class TrainError(RuntimeError):
@@ -39,7 +41,9 @@ def train(arguments: Sequence[str]) -> int:
         stack.callback(leave_processes)
         try:
             stack.enter_context(live_bar())
-            runner = DataParallelRunner(_configure(arguments))
+            cfg = _configure(arguments)
+            reads_two_hooks = isinstance(cfg.sae, SampledTopKTranscoderConfig)
+            runner = (TranscoderRunner if reads_two_hooks else DataParallelRunner)(cfg)
             runner.signals = signals
             if is_first:
                 runner.resume_command = partial(format_command, arguments)

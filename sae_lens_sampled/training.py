@@ -27,6 +27,7 @@ from sae_lens_sampled.input_checks import check_architecture, check_finite, chec
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.ranks import ALONE, largest_of_ranks
+from sae_lens_sampled.reconstruction import add_skip
 from sae_lens_sampled.selection import sampled_topk
 from sae_lens_sampled.sparse_codes import Weights, as_coo
 from sae_lens_sampled.thresholds import SILENT_AFTER_STEPS, RateMatcher, StepCounts, count_dense, counts_of_all
@@ -98,11 +99,11 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         if self._gradient_sum is not None:
             self._gradient_sum.dead = step_input.dead_neuron_mask
         n_dead = check_finite(step_input, ranks)
-        check_groups(math.prod(step_input.sae_in.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks.count)
-        output = self._kept_forward_pass(step_input, n_dead)
+        x, target = self.inputs_and_targets(step_input.sae_in)
+        check_groups(math.prod(x.shape) // self.cfg.d_in, self.cfg.pool_group_size, ranks.count)
+        output = self._kept_forward_pass(x, target, step_input.dead_neuron_mask, n_dead)
         if output is None:
-            # Past BatchTopK's own version, which would look for the smallest kept entry once more.
-            output = super(BatchTopKTrainingSAE, self).training_forward_pass(step_input)
+            output = self._dense_forward_pass(step_input)
             matrices = (output.feature_acts, output.hidden_pre)
             acts, hidden_pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in matrices)
             counts = counts_of_all(count_dense(acts, hidden_pre, self.latent_threshold), ranks)
@@ -111,12 +112,26 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             if self.cfg.inner_widths:
                 # Matryoshka's own code, which takes rows only.
                 levels = MatryoshkaBatchTopKTrainingSAE._iterable_decode(self, output.feature_acts.flatten(0, -2))  # type: ignore[arg-type]
-                self._add_inner_losses(output, [reconstruction for _, reconstruction in levels])
+                rows = x.reshape(-1, x.shape[-1])
+                self._add_inner_losses(output, [add_skip(self, rows, decoded) for _, decoded in levels])
         check_loss(output.loss, step_input)
         output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
         of_pools = {name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()}
         output.metrics.update(of_pools | export_metrics(self, step_input.sae_in))
         return output
+
+    def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a training batch, shape (..., d_batch), is encoded and what is reconstructed: all of it.
+
+        Raises:
+            ValueError: if it is empty or of another width.
+        """
+        check_shape(self, batch)
+        return batch, batch
+
+    def _dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        # Past BatchTopK's own version, which would look for the smallest kept entry once more.
+        return super(BatchTopKTrainingSAE, self).training_forward_pass(step_input)
 
     def _choose_path(self, sae_in: Tensor) -> StepPath:
         ours = SampledTopKTrainingSAE
@@ -130,18 +145,19 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return path
 
     @torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
-    def _kept_forward_pass(self, step_input: TrainStepInput, n_dead: int) -> TrainStepOutput | None:
+    def _kept_forward_pass(
+        self, sae_in: Tensor, target: Tensor, dead_neuron_mask: Tensor | None, n_dead: int
+    ) -> TrainStepOutput | None:
         """The host's forward pass with `kept_step` in its place; None if this step is for the dense path."""
-        sae_in, cfg = step_input.sae_in, self.cfg
+        cfg = self.cfg
         if (path := self._choose_path(sae_in)) == "dense":
             return None
-        check_shape(self, sae_in)
         x = (processed := self.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
         norms = self.W_dec.norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
         input_bias = self.b_dec if cfg.apply_b_dec_to_input and not sae_in.requires_grad else None
         weights = Weights(self.W_enc, self.b_enc, self.W_dec, norms, input_bias)
-        dead = dead_latents(step_input.dead_neuron_mask, n_dead)
-        width = sae_in.shape[-1]  # that of a head, where the heads are merged for the encoder
+        dead = dead_latents(dead_neuron_mask, n_dead)
+        width = target.shape[-1]  # that of a head, where the heads are merged for the encoder
         thresholds, k_aux = self.latent_threshold, min(width // 2, n_dead)
         step = kept_step(x, weights, thresholds, cfg, path, self.pool_record, dead, k_aux, self._ranks)
         if step is None:
@@ -149,11 +165,11 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
             return None
         self.scan_record["second_scans"] += step.n_scans - 1
         self.scan_record["extracted_per_kept"] = step.n_extracted / max(len(step.kept.values), 1)
-        *inner, reconstruction = step.reconstructions + self.b_dec
-        sae_out = self.run_time_activation_norm_fn_out(reconstruction.view_as(processed))
+        *inner, reconstruction = add_skip(self, x, step.reconstructions + self.b_dec)
+        sae_out = self.run_time_activation_norm_fn_out(reconstruction.view(*processed.shape[:-1], -1))
         sae_out = self.reshape_fn_out(sae_out, self.d_head)
-        losses = {"mse_loss": self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()}
-        residual = (sae_in - sae_out).detach().reshape(x.shape)
+        losses = {"mse_loss": self.mse_loss_fn(sae_out, target).sum(dim=-1).mean()}
+        residual = (target - sae_out).detach().reshape(reconstruction.shape)
         auxiliary = auxiliary_loss(step.dead_reconstruction, residual, n_dead, width, cfg.aux_loss_coefficient)
         losses["auxiliary_reconstruction_loss"] = auxiliary
         counts = counts_of_all(
@@ -162,7 +178,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self._record(counts, step.pool, len(x))
         feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
         output = TrainStepOutput(
-            sae_in=sae_in,
+            sae_in=target,
             sae_out=sae_out,
             feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
             hidden_pre=x.new_empty(0),  # nothing of the host reads it

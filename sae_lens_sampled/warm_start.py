@@ -30,6 +30,9 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
         ValueError: if the SAE is of another kind, or `cfg` gives its weights another meaning.
     """
     given = source if isinstance(source, TrainingSAE) else load_checkpoint(source, device=cfg.device)
+    transcoder = next((name for name in (given.cfg.architecture(), cfg.architecture()) if "transcoder" in name), None)
+    if transcoder is not None:
+        raise ValueError(f"weights of SAEs and transcoders do not mean the same: {transcoder} starts from its own.")
     if not isinstance(given, TopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  like every other refusal
             f"a {type(given).__name__} cannot become a sampled_topk SAE; training SAEs of TopK, BatchTopK and "

@@ -52,6 +52,7 @@ def train(case, rank, count):
         "gradients": gradients,
         "since_fired": trainer.n_forward_passes_since_fired,
         "n_bytes": n_bytes,
+        "scans": sae.scan_record,
     }
 
 

@@ -86,7 +86,9 @@ def assert_same_training(one, ranks, dyadic=False):
 def test_two_ranks_have_the_numbers_of_one_process(trained, index):
     results, _ = trained
     one = results[1][0][index]
-    assert_same_training(one, [rank[index] for rank in results[2]], CASES[index].get("dyadic", False))
+    two = [rank[index] for rank in results[2]]
+    assert_same_training(one, two, CASES[index].get("dyadic", False))
+    assert all(rank["scans"]["dense_steps"] == one["scans"]["dense_steps"] == 0 for rank in two)
     if CASES[index].get("n_steps", 40) == 40:
         assert (one["since_fired"] > 4).any()  # AuxK is active
 

@@ -83,6 +83,16 @@ def test_a_dictionary_permuted_and_rescaled_is_found_entirely(dtype):
         assert similarity.matched == pytest.approx(1, abs=1e-6)
 
 
+def test_no_cosine_leaves_its_range_by_rounding():
+    rows = dictionary(300)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    assert (unit * unit).sum(dim=1).max() > 1
+    for ours in max_cosines(rows, rows.clone()):
+        assert ours.max() <= 1
+    for row in rows[:, None]:
+        assert max_cosines(row, -row).a >= -1
+
+
 def test_a_negated_dictionary_is_found_by_absolute_cosine_only():
     similarity = dictionary_similarity(dictionary(30), -dictionary(30))
     assert similarity.forward.mmcs_absolute == pytest.approx(1, abs=1e-6)

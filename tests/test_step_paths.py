@@ -33,6 +33,13 @@ def test_a_bound_too_high_or_too_low_costs_a_scan_and_changes_nothing(fields):
         assert 1 < statistics["extracted_per_kept"] < 0.25 * 70 * 200 / 210 + 1
 
 
+def test_the_columns_of_a_pool_are_not_extracted():
+    sae, x = an_sae(pool_factor=1.5), activations(70)
+    step(sae, x)
+    assert sae._path == "columns"
+    assert sae.pool_statistics()["extracted_per_kept"] == 0
+
+
 def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
     sae, x = an_sae(**ALL), activations(70)
     want = step(copy.deepcopy(sae), x).feature_acts

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sae_lens.saes.transcoder import Transcoder
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
@@ -79,28 +80,37 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     """Write into the SAE's metadata what SAEBench reads there, in the terms of `model`.
 
     Raises:
-        ValueError: if the SAE's hook is not in the model, or the model's residual stream is of another width.
+        ValueError: if a hook of the SAE is not in the model, or the model's residual stream is of another width.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
-    hook_name = transformer_lens_hook(metadata.hook_name)
-    if not re.match(r"blocks\.\d+\.", hook_name):
-        raise ValueError(
-            f"SAE {sae.name!r} is of hook {hook_name!r}; SAEBench takes hooks inside a block, blocks.N...."
-        )
-    if hook_name not in model.hooked.hook_dict:
-        where = f"SAE {sae.name!r} is of hook {metadata.hook_name!r}"
-        raise ValueError(f"{where}, which model {model.name!r} does not have.")
-    if "hook_resid" in hook_name and sae.sae.cfg.d_in != model.hooked.cfg.d_model:
-        raise ValueError(
-            f"SAE {sae.name!r} has d_in={sae.sae.cfg.d_in}, but model {model.name!r} has "
-            f"d_model={model.hooked.cfg.d_model}: it was trained on another one ({metadata.model_name})."
-        )
-    metadata.hook_name, metadata.model_name = hook_name, model.name
-    metadata.hook_layer = int(hook_name.split(".")[1])
+    metadata.hook_name = _hook_in(model, sae, metadata.hook_name, sae.sae.cfg.d_in)
+    if isinstance(sae.sae, Transcoder):
+        if metadata.hook_name_out is None:
+            raise ValueError(
+                f"transcoder {sae.name!r} has no hook_name_out in its metadata: where it writes is unknown."
+            )
+        metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out, sae.sae.cfg.d_out)
+    metadata.model_name = model.name
+    metadata.hook_layer = int(metadata.hook_name.split(".")[1])
     if metadata.prepend_bos is None:
         metadata.prepend_bos = model.hooked.cfg.default_prepend_bos
+
+
+def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str, width: int) -> str:
+    """The name of one of the SAE's hooks in `model`."""
+    known = transformer_lens_hook(hook_name)
+    if not re.match(r"blocks\.\d+\.", known):
+        raise ValueError(f"SAE {sae.name!r} is of hook {known!r}; SAEBench takes hooks inside a block, blocks.N....")
+    if known not in model.hooked.hook_dict:
+        raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which model {model.name!r} does not have.")
+    if "hook_resid" in known and width != model.hooked.cfg.d_model:
+        raise ValueError(
+            f"SAE {sae.name!r} has d_in={width}, but model {model.name!r} has d_model={model.hooked.cfg.d_model}: it "
+            f"was trained on another one ({sae.sae.cfg.metadata.model_name})."
+        )
+    return known
 
 
 def _check_folder(folder: Path) -> None:

@@ -278,6 +278,25 @@ def core_errors_raised() -> Iterator[None]:
 
 
 @contextmanager
+def two_widths() -> Iterator[None]:
+    """Core takes the cosine of each encoder and decoder row, which are of two widths in some transcoders: 0 there."""
+    original = core.get_featurewise_weight_based_metrics
+
+    def metrics(sae: Any) -> dict[str, Any]:
+        if len(sae.W_enc) == sae.W_dec.shape[1]:
+            return original(sae)
+        one_width: list[Any] = [
+            SimpleNamespace(cfg=sae.cfg, b_enc=sae.b_enc, W_enc=W, W_dec=W.T) for W in (sae.W_enc, sae.W_dec.T)
+        ]
+        encoder, decoder = map(original, one_width)
+        none = {"encoder_decoder_cosine_sim": [0.0] * sae.cfg.d_sae}
+        return encoder | none | {"max_decoder_cosine_sim": decoder["max_decoder_cosine_sim"]}
+
+    with mock.patch.object(core, "get_featurewise_weight_based_metrics", metrics):
+        yield
+
+
+@contextmanager
 def own_probing_datasets(datasets: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
     """SAEBench knows its own eight data sets only, and chooses how to read one by its name."""
     by_name = {dataset.name: dataset for dataset in datasets}

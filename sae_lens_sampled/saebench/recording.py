@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import sae_bench.evals.core.main as core
@@ -20,11 +20,13 @@ import torch
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE
+from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.files import reserve
+from sae_lens_sampled.reconstruction import add_skip, encode_and_reconstruct
 from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
 
 SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -33,27 +35,47 @@ Losses = dict[str, Tensor]
 Reconstruct = Callable[[Tensor], Tensor]
 
 
+class Site(NamedTuple):
+    """Where SAEs are in the model: the hook that they read, and the one that they reconstruct; for a transcoder two."""
+
+    inputs: str
+    outputs: str
+
+    @property
+    def hooks(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(self))
+
+
 @dataclass(frozen=True)
 class Recording:
-    """Tokens, losses and activations of the model on the evaluation text; the same for all SAEs of one hook."""
+    """Tokens, losses and activations of the model on the evaluation text; the same for all SAEs of one site."""
 
     tokens: list[Tensor]
     """Every batch, first those of the reconstruction part, then those of the sparsity part."""
     losses: list[list[Losses]]
     """Cross-entropy and KL divergence of every token, by reconstruction batch and SAE."""
     activations: Tensor
-    """Activations of the sparsity part, shape (batches, prompts, context, d_in); on disk."""
+    """Activations of the sparsity part, shape (batches, prompts, context, d_in), on disk; where outputs are others than
+    inputs they are behind them."""
+    d_in: int
+    """Width of the inputs."""
     ignored: set[int | None]
     """Special tokens, which count nowhere."""
     failures: dict[int, Exception]
     """Why an SAE cannot reconstruct, by its place. The others have their losses."""
+
+    def parts(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs."""
+        is_one = activations.shape[-1] == self.d_in
+        return activations[..., : self.d_in], activations if is_one else activations[..., self.d_in :]
 
 
 @torch.no_grad()
 def record(
     model: HookedTransformer,
     store: ActivationsStore,
-    hook_name: str,
+    site: Site,
     reconstructions: Sequence[Reconstruct],
     config: CoreEvalConfig,
     file: Path,
@@ -69,10 +91,10 @@ def record(
     store.reset_input_dataset()
     encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
     # The sparsity part: activations. It comes first, for these are what a disk may have no room for.
-    layer = int(hook_name.split(".")[1])
-    activations = torch.empty(0)
+    activations, d_in = torch.empty(0), 0
     for i, tokens in enumerate(encoded):
-        x = _activations(model, tokens, hook_name, layer)
+        inputs, *outputs = _activations(model, tokens, site)
+        x, d_in = torch.cat([inputs, *outputs], dim=-1), inputs.shape[-1]
         if i == 0:
             n_entries = n_batches * x.numel()
             reserve(file, n_entries * x.element_size(), "the activations that core records")
@@ -84,16 +106,16 @@ def record(
     excluded = ignored if config.exclude_special_tokens_from_reconstruction else set()
     failures: dict[int, Exception] = {}
     losses = [
-        reconstruction_losses(model, tokens, hook_name, reconstructions, excluded, failures) for tokens in reconstructed
+        reconstruction_losses(model, tokens, site, reconstructions, excluded, failures) for tokens in reconstructed
     ]
-    return Recording(reconstructed + encoded, losses, activations, ignored, failures)
+    return Recording(reconstructed + encoded, losses, activations, d_in, ignored, failures)
 
 
 @torch.no_grad()
 def reconstruction_losses(
     model: HookedTransformer,
     tokens: Tensor,
-    hook_name: str,
+    site: Site,
     reconstructions: Sequence[Reconstruct],
     excluded: set[int | None],
     failures: dict[int, Exception],
@@ -109,13 +131,16 @@ def reconstruction_losses(
         tokens,
         return_type="both",
         loss_per_token=True,
-        fwd_hooks=[(hook_name, lambda activations, hook: kept.update(x=activations))],  # noqa: ARG005
+        fwd_hooks=[
+            (site.inputs, lambda activations, hook: kept.update(x=activations)),  # noqa: ARG005
+            (site.outputs, lambda activations, hook: kept.update(y=activations)),  # noqa: ARG005
+        ],
     )
     ablated_logits, ablated_ce = model.run_with_hooks(
         tokens,
         return_type="both",
         loss_per_token=True,
-        fwd_hooks=[(hook_name, lambda activations, hook: torch.zeros_like(activations))],  # noqa: ARG005
+        fwd_hooks=[(site.outputs, lambda activations, hook: torch.zeros_like(activations))],  # noqa: ARG005
     )
     # How far other logits are from the model's own.
     mask = ~_is_any(tokens, excluded)
@@ -138,8 +163,8 @@ def reconstruction_losses(
         if isinstance(x_hat, Exception):
             losses.append({})
             continue
-        x_hat = torch.where(mask[..., None], x_hat.to(kept["x"].dtype), kept["x"])
-        new_logits, new_ce = _continue_from(model, tokens, hook_name, x_hat)
+        x_hat = torch.where(mask[..., None], x_hat.to(kept["y"].dtype), kept["y"])
+        new_logits, new_ce = _continue_from(model, tokens, site.outputs, x_hat)
         losses.append(
             {
                 "kl_div_with_sae": kl_divergence(new_logits),
@@ -160,7 +185,7 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
     batches = iter(recording.activations)
 
     def run_with_cache(batch: Tensor, names_filter: list[str], **_kwargs: Any) -> tuple[None, dict[str, Tensor]]:
-        return None, {names_filter[0]: next(batches).to(batch.device)}
+        return None, {names_filter[0]: recording.parts(next(batches).to(batch.device))[1]}
 
     special = sorted(token for token in recording.ignored if token is not None)
     names = ("pad_token_id", "eos_token_id", "bos_token_id")
@@ -190,30 +215,36 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
 def observed(
     recording: Recording, sae: SAE[Any], on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Calls `on_batch` with tokens, inputs, activations and reconstructions of each batch that core replays.
+    """Makes `sae` encode the inputs of each batch that core replays, whose outputs core knows, and watches it.
 
-    So nothing is encoded twice. Special tokens are left out.
+    `on_batch` is called with tokens, outputs, activations and reconstructions; so nothing is encoded twice. Special
+    tokens are left out.
     """
-    decode, batches = sae.decode, _sparsity_batches(recording)
+    encode, decode, batches = sae.encode, sae.decode, _sparsity_batches(recording)
+    batch = next(batches)
+
+    def encode_inputs(_outputs: Tensor) -> Tensor:
+        return encode(batch.x.to(sae.device))
 
     def watched(acts: Tensor) -> Tensor:
-        x_hat = decode(acts)
-        tokens, x, keep = next(batches)
-        on_batch(tokens[keep], x[keep].to(x_hat), acts[keep], x_hat[keep])
-        return x_hat
+        nonlocal batch
+        reconstruction = add_skip(sae, batch.x.to(sae.device), decode(acts))
+        keep = batch.keep
+        on_batch(batch.tokens[keep], batch.y[keep].to(reconstruction), acts[keep], reconstruction[keep])
+        batch = next(batches, batch)
+        return reconstruction
 
-    with mock.patch.object(sae, "decode", watched):
+    with mock.patch.object(sae, "encode", encode_inputs), mock.patch.object(sae, "decode", watched):
         yield
 
 
 @torch.no_grad()
 def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationStatistics:
     """FVU, L0 and the like with the selection of training: over each batch, without its special tokens."""
-    result = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
-    for _, x, keep in _sparsity_batches(recording):
-        x = x[keep].to(sae.device, sae.dtype)
-        acts = sae.encode(x)
-        result.update(x, acts, sae.decode(acts))
+    result = ActivationStatistics(sae.W_dec.shape[1], sae.cfg.d_sae, sae.device)
+    for batch in _sparsity_batches(recording):
+        acts, reconstruction = encode_and_reconstruct(sae, batch.x[batch.keep].to(sae.device, sae.dtype))
+        result.update(batch.y[batch.keep].to(sae.device, sae.dtype), acts, reconstruction)
     return result
 
 
@@ -235,22 +266,36 @@ def mean_losses(recording: Recording, number: int) -> dict[str, float]:
     }
 
 
+def site_of(sae: SAE[Any]) -> Site:
+    """Where it is; an SAE reconstructs what it reads."""
+    metadata = sae.cfg.metadata
+    return Site(metadata.hook_name, metadata.hook_name_out if isinstance(sae, Transcoder) else metadata.hook_name)
+
+
 def is_shareable(sae: SAE[Any]) -> bool:
     """Whether `record` can serve this SAE: not those on the split heads of attention, which core reshapes itself."""
-    metadata = sae.cfg.metadata
-    return metadata.hook_head_index is None and not any(part in str(metadata.hook_name) for part in SPLIT_INTO_HEADS)
+    split = any(part in hook for hook in site_of(sae) for part in SPLIT_INTO_HEADS)
+    return sae.cfg.metadata.hook_head_index is None and not split
 
 
-def _sparsity_batches(recording: Recording) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens and activations of each batch, and where the tokens are no special ones."""
+class _Batch(NamedTuple):
+    tokens: Tensor
+    x: Tensor
+    y: Tensor
+    keep: Tensor
+    """Where the tokens are no special ones."""
+
+
+def _sparsity_batches(recording: Recording) -> Iterator[_Batch]:
     tokens = recording.tokens[-len(recording.activations) :]
-    for batch, x in zip(tokens, recording.activations, strict=True):
-        yield batch, x.to(batch.device), ~_is_any(batch, recording.ignored)
+    for batch, activations in zip(tokens, recording.activations, strict=True):
+        yield _Batch(batch, *recording.parts(activations.to(batch.device)), ~_is_any(batch, recording.ignored))
 
 
-def _activations(model: HookedTransformer, tokens: Tensor, hook_name: str, layer: int) -> Tensor:
-    cache = model.run_with_cache(tokens, prepend_bos=False, names_filter=[hook_name], stop_at_layer=layer + 1)[1]
-    return cache[hook_name]
+def _activations(model: HookedTransformer, tokens: Tensor, site: Site) -> list[Tensor]:
+    layer = max(int(hook.split(".")[1]) for hook in site.hooks)
+    cache = model.run_with_cache(tokens, prepend_bos=False, names_filter=site.hooks, stop_at_layer=layer + 1)[1]
+    return [cache[hook] for hook in site.hooks]
 
 
 def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:

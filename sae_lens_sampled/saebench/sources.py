@@ -22,6 +22,7 @@ from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.normalisation import check_folded
 from sae_lens_sampled.sae_folder import is_checkpoint
+from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 CUSTOM_SAE_ID = "custom_sae"
 """SAEBench's id for an SAE that is not from the Hub."""
@@ -184,7 +185,7 @@ def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
 
 def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
     """The SAE that users of `sae` will get."""
-    if sae.cfg.architecture() == "sampled_topk":
+    if isinstance(sae, SampledTopKTrainingSAE):
         return to_jumprelu(sae)
     with TemporaryDirectory() as folder:
         sae.save_inference_model(folder)

@@ -8,6 +8,7 @@ import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.main as absorption
 from filelock import FileLock
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_sampled.files import finish
@@ -42,8 +43,13 @@ class Absorption(Eval):
         }
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Refuse hooks that absorption would not read."""
+        """Refuse transcoders, and hooks that absorption would not read."""
         for sae in saes:
+            if isinstance(sae.sae, Transcoder):
+                raise ValueError(  # noqa: TRY004  like every other refusal
+                    f"{sae.name!r} is a transcoder; absorption compares decoders with directions of what is encoded. "
+                    "Leave absorption out for it."
+                )
             hook_name = str(sae.sae.cfg.metadata.hook_name)
             if not hook_name.endswith(".hook_resid_post"):
                 raise ValueError(

@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.saebench import patches, recording
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE
@@ -57,17 +58,16 @@ class Core(Eval):
         return {"config": asdict(self.config) | {"dataset": _fingerprint_files(text)}} if text.is_dir() else {}
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Record the model once for all SAEs of one hook."""
+        """Record the model once for all SAEs of one place."""
         self.recorded: dict[str, Recorded] = {}
-        by_hook: dict[tuple[Any, ...], list[EvalSAE]] = {}
+        by_site: dict[tuple[recording.Site, Any], list[EvalSAE]] = {}
         for sae in saes:
             if recording.is_shareable(sae.sae):
-                metadata = sae.sae.cfg.metadata
-                by_hook.setdefault((metadata.hook_name, metadata.prepend_bos), []).append(sae)
-        for i, ((hook_name, _), members) in enumerate(by_hook.items()):
-            self._record(hook_name, members, self.setup.scratch / f"activations_{i}")
+                by_site.setdefault((recording.site_of(sae.sae), sae.sae.cfg.metadata.prepend_bos), []).append(sae)
+        for i, ((site, _), members) in enumerate(by_site.items()):
+            self._record(site, members, self.setup.scratch / f"activations_{i}")
 
-    def _record(self, hook_name: str, saes: Sequence[EvalSAE], file: Path) -> None:
+    def _record(self, site: recording.Site, saes: Sequence[EvalSAE], file: Path) -> None:
         hooked = self.setup.model.hooked
         store = ActivationsStore.from_sae(
             hooked,
@@ -80,7 +80,7 @@ class Core(Eval):
         # The training SAEs come last: core itself asks for the first ones only.
         training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}
         reconstructions = [functools.partial(_reconstruct, sae) for sae in [s.sae for s in saes] + [*training.values()]]
-        recorded = recording.record(hooked, store, hook_name, reconstructions, self.config, file)
+        recorded = recording.record(hooked, store, site, reconstructions, self.config, file)
         places = {name: len(saes) + i for i, name in enumerate(training)}
         self.recorded |= {sae.name: Recorded(recorded, i, places.get(sae.name)) for i, sae in enumerate(saes)}
 
@@ -94,14 +94,15 @@ class Core(Eval):
         place = self.recorded[sae.name]
         _raise_failure(place.recording, place.exported)
         # Core on the recording; what it encodes is counted on the way.
-        statistics = ActivationStatistics(sae.sae.cfg.d_in, sae.sae.cfg.d_sae, self.setup.device)
+        statistics = ActivationStatistics(sae.sae.W_dec.shape[1], sae.sae.cfg.d_sae, self.setup.device)
         top = TopActivations(sae.sae.cfg.d_sae, self.setup.device)
 
-        def count(tokens: Tensor, x: Tensor, acts: Tensor, x_hat: Tensor) -> None:
-            statistics.update(x, acts, x_hat)
+        def count(tokens: Tensor, y: Tensor, acts: Tensor, y_hat: Tensor) -> None:
+            statistics.update(y, acts, y_hat)
             top.update(tokens, acts)
 
         with (
+            patches.two_widths(),
             recording.replay(place.recording, place.exported),
             recording.observed(place.recording, sae.sae, count),
         ):
@@ -139,7 +140,7 @@ class Core(Eval):
 
 
 def _reconstruct(sae: SAE[Any], x: Tensor) -> Tensor:
-    return sae.decode(sae.encode(x.to(sae.device))).to(x.device)
+    return encode_and_reconstruct(sae, x.to(sae.device))[1].to(x.device)
 
 
 def _raise_failure(recorded: recording.Recording, number: int) -> None:

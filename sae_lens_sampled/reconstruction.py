@@ -1,0 +1,24 @@
+"""What an SAE or a transcoder makes of activations; SAELens' `decode` leaves a transcoder's skip connection out."""
+
+from typing import Any
+
+from sae_lens.saes.sae import SAE
+from torch import Tensor, nn
+
+
+def add_skip(sae: SAE[Any], x: Tensor, reconstruction: Tensor) -> Tensor:
+    """What is decoded, shape (..., d_out), with what a skip connection adds to it, if `sae` has one.
+
+    Args:
+        sae: for training or inference.
+        x: its inputs, shape (..., d_in).
+        reconstruction: of these inputs; other dimensions may come before theirs.
+    """
+    W_skip = getattr(sae, "W_skip", None)
+    return reconstruction if W_skip is None else reconstruction + nn.functional.linear(x.to(W_skip.dtype), W_skip)
+
+
+def encode_and_reconstruct(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of the latents, shape (..., d_sae), and the whole reconstruction from them, (..., d_out)."""
+    acts = sae.encode(x)
+    return acts, add_skip(sae, x, sae.decode(acts))

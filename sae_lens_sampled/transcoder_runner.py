@@ -1,0 +1,153 @@
+"""SAELens' runner for transcoders: it reads two hooks of the model, and evaluates what is put in at the second."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.types import DataProvider
+from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
+from typing_extensions import override
+
+from sae_lens_sampled.data_parallel import DataParallelRunner
+from sae_lens_sampled.input_checks import one_token
+from sae_lens_sampled.reconstruction import add_skip
+from sae_lens_sampled.transcoder import SampledTopKTranscoderConfig
+
+
+class TranscoderRunner(DataParallelRunner):
+    """SAELens' runner with inputs at its `hook_name` and outputs at the `hook_name_out` of the transcoder's config.
+
+    All else is as for `DataParallelRunner`, on one process or several: text, buffers, checkpoints, logging.
+    Evaluations replace what is at `hook_name_out` by its reconstruction.
+
+    Raises:
+        ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
+            numbers of tokens, one is of a single head, or activations are to be read from a cache.
+    """
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
+        _check_config(cfg)
+        super().__init__(cfg, *args, **kwargs)
+        hooks = [cfg.hook_name, cfg.sae.hook_name_out]
+        if isinstance(self.model, HookedProxyLM):  # SAELens has asked it for the hook of the inputs alone
+            self.model = HookedProxyLM(self.model.model, self.model.tokenizer, hooks)
+            self._compile_llm_if_needed()
+        check_outputs(self.model, cfg)
+        self.activations_store.model = self.model
+        read_both(self.activations_store, hooks, cfg.sae.batch_parts)
+        evaluator = self.evaluator
+        self.evaluator = TranscoderEvaluator(
+            self.model,
+            self.activations_store,
+            evaluator.eval_batch_size_prompts,
+            evaluator.n_eval_batches,
+            evaluator.model_kwargs,
+        )
+
+
+class TranscoderEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens' evaluation, of the model with outputs reconstructed from inputs."""
+
+    @override
+    def __call__(
+        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: ActivationScaler
+    ) -> dict[str, Any]:
+        with as_sae_on_outputs(sae, self.model) as view:
+            return super().__call__(view, data_provider, activation_scaler)
+
+
+class _StoreOfBoth(ActivationsStore):
+    """Yields inputs and outputs side by side; what mixes, filters and resumes is SAELens' own."""
+
+    @override
+    def get_activations(self, batch_tokens: Tensor) -> Tensor:
+        by_hook = self.get_multi_hook_activations(batch_tokens)
+        assert self._hook_names is not None
+        return torch.cat([by_hook[name].to(self.device, torch.float32) for name in self._hook_names], dim=-1)
+
+
+class _OutputsSAE:
+    """A transcoder as an SAE on its outputs, which encodes the inputs that the model has last had."""
+
+    def __init__(self, transcoder: SAE[Any]) -> None:
+        self.transcoder, self.inputs = transcoder, torch.empty(0)
+        self.cfg = copy.deepcopy(transcoder.cfg)
+        self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transcoder, name)
+
+    def encode(self, _outputs: Tensor) -> Tensor:
+        self.inputs = self.inputs.to(self.transcoder.device)
+        return self.transcoder.encode(self.inputs)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return add_skip(self.transcoder, self.inputs, self.transcoder.decode(acts))
+
+
+@contextmanager
+def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator[Any]:
+    """For SAELens' evaluations on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
+
+    Its `encode` must come after a pass of the model, and takes its inputs, whatever it is given.
+    """
+    view = _OutputsSAE(transcoder)
+
+    def remember(_hook: Any, _arguments: Any, inputs: Tensor) -> None:
+        view.inputs = inputs
+
+    handle = model.hook_dict[transcoder.cfg.metadata.hook_name].register_forward_hook(remember)
+    try:
+        yield view
+    finally:
+        handle.remove()
+
+
+def read_both(store: ActivationsStore, hooks: list[str], widths: dict[str, int]) -> None:
+    """Make a store of one hook yield inputs and outputs side by side, shape (tokens, d_in + d_out)."""
+    store._hook_names = hooks
+    store._hook_d_ins = dict(zip(hooks, widths.values(), strict=True))
+    store.d_in = sum(widths.values())
+    store.__class__ = _StoreOfBoth
+
+
+def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    sae = cfg.sae
+    if not isinstance(sae, SampledTopKTranscoderConfig):
+        raise ValueError(  # noqa: TRY004  of a flag
+            f"architecture={sae.architecture()!r} reads one hook; LanguageModelSAETrainingRunner trains it."
+        )
+    if sae.hook_name_out is None:
+        raise ValueError("hook_name_out is None: name the hook whose activations are to be reconstructed.")
+    if cfg.hook_head_index is not None:
+        raise ValueError(f"hook_head_index={cfg.hook_head_index}: a transcoder reads and writes whole hooks, no heads.")
+    if cfg.use_cached_activations:
+        raise ValueError("use_cached_activations=True: SAELens caches one hook, and a transcoder reads two.")
+
+
+@torch.no_grad()
+def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a hook of the outputs that the model does not have, or that does not go with the one of the inputs.
+
+    Raises:
+        ValueError: with the hook, and its width or number of tokens.
+    """
+    name, width = cfg.sae.hook_name_out, cfg.sae.d_out
+    inputs = one_token(model, cfg, "hook_name", cfg.hook_name)
+    outputs = one_token(model, cfg, "hook_name_out", name)
+    if outputs.shape[:2] != inputs.shape[:2]:
+        raise ValueError(
+            f"{cfg.hook_name} and {name} have activations of shapes {tuple(inputs.shape)} and {tuple(outputs.shape)} "
+            "for one token: a transcoder needs the same tokens at both."
+        )
+    if outputs[0, 0].numel() != width:
+        raise ValueError(f"d_out={width}, but {name} of {cfg.model_name} is {outputs[0, 0].numel()} wide.")
