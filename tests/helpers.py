@@ -8,13 +8,27 @@ from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled import (
+    SampledTopKTrainingSAE,
+    SampledTopKTrainingSAEConfig,
+    SampledTopKTranscoder,
+    SampledTopKTranscoderConfig,
+)
 
 D_IN, D_SAE, K = 12, 40, 3
 
 
+def config_of(fields: dict[str, Any]) -> SampledTopKTrainingSAEConfig:
+    """That of a transcoder if they have `d_out`."""
+    return (SampledTopKTranscoderConfig if "d_out" in fields else SampledTopKTrainingSAEConfig)(**fields)
+
+
+def sae_of(cfg: SampledTopKTrainingSAEConfig) -> SampledTopKTrainingSAE:
+    return (SampledTopKTranscoder if cfg.architecture() == "sampled_topk_transcoder" else SampledTopKTrainingSAE)(cfg)
+
+
 def config(**fields: Any) -> SampledTopKTrainingSAEConfig:
-    return SampledTopKTrainingSAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 4, **fields})
+    return config_of({"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 4, **fields})
 
 
 def randomise(sae: TrainingSAE[Any]) -> None:

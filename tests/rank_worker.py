@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import config_of, sae_of
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-
-from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 
 D_IN, D_SAE, K, TOKENS = 16, 96, 3, 64
 
@@ -27,7 +26,7 @@ def train(case, rank, count):
     n_steps, dyadic, window = case.pop("n_steps", 40), case.pop("dyadic", False), case.pop("window", 4)
     torch.manual_seed(rank)  # other weights on every rank, until rank 0 hands out its own
     fields = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 5, **case}
-    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**fields))
+    sae = sae_of(config_of(fields))
     if dyadic:
         for parameter in sae.parameters():
             parameter.data.copy_((parameter.data * 8).round() / 8)
@@ -42,7 +41,10 @@ def train(case, rank, count):
         lr_end=3e-3,
         dead_feature_window=window,
     )
-    trainer = SAETrainer(config, sae, (x[rank * n_own :][:n_own] for x in batches(n_steps, dyadic)))
+    own = (x[rank * n_own :][:n_own] for x in batches(n_steps, dyadic))
+    if "d_out" in case:
+        own = (torch.cat([x, x[:, : case["d_out"]].relu()], dim=1) for x in own)
+    trainer = SAETrainer(config, sae, own)
     trainer.fit()
     if count > 1:
         n_bytes = sae._all_ranks.n_bytes / n_steps

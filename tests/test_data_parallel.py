@@ -40,6 +40,7 @@ FAMILIES = [
     {"matryoshka_widths": [12, 48, 96], "pool_quota": [0.4, 0.3, 0.3]} | GROUPS,
     COLUMNS,
     {"matryoshka_widths": [12, 48, 96]} | COLUMNS,
+    {"d_out": 6, "skip": True},
 ]
 DENSE = [{}, GROUPS, ALL, {"score": "ridge_leverage"}, DRAWN | GROUPS]
 CASES = [

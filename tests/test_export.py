@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import D_IN, D_SAE, K, activations, config, sampled_sae, step_input, train
+from helpers import D_IN, D_SAE, K, activations, config, sae_of, sampled_sae, step_input, train
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
@@ -27,16 +27,17 @@ assert not [name for name in sys.modules if name.startswith("sae_lens_sampled")]
 """
 
 
-def batches():
+def batches(d_out=0):
     step = 0
     while True:
-        yield activations(64, seed=step)
+        x = activations(64, seed=step)
+        yield torch.cat([x, x[:, :d_out].relu()], dim=1)
         step += 1
 
 
 def trained(tmp_path, resume=False, **fields):
     """Six trainer steps, folded at the end; with `resume` interrupted half-way."""
-    sae = SampledTopKTrainingSAE(config(**fields))
+    sae, d_out = sae_of(config(**fields)), fields.get("d_out", 0)
     settings = {
         "total_training_samples": 6 * 64,
         "train_batch_size_samples": 64,
@@ -46,11 +47,11 @@ def trained(tmp_path, resume=False, **fields):
         "n_checkpoints": 1 if resume else 0,
         "checkpoint_path": str(tmp_path / "checkpoints") if resume else None,
     }
-    SAETrainer(SAETrainerConfig(**settings), sae, batches()).fit()
+    SAETrainer(SAETrainerConfig(**settings), sae, batches(d_out)).fit()
     if resume:
         (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-        sae = SampledTopKTrainingSAE(config(**fields))
-        trainer = SAETrainer(SAETrainerConfig(**{**settings, "n_checkpoints": 0}), sae, batches())
+        sae = sae_of(config(**fields))
+        trainer = SAETrainer(SAETrainerConfig(**{**settings, "n_checkpoints": 0}), sae, batches(d_out))
         trainer.load_trainer_state(checkpoint)
         sae.load_weights_from_checkpoint(checkpoint)
         trainer.fit()
@@ -71,6 +72,8 @@ COMBINATIONS = [
     {"pool_group_size": 16, "apply_b_dec_to_input": False},
     {"inference_threshold": "global"},
     {"fold": True},
+    {"d_out": 7},
+    {"d_out": 7, "skip": True, "dtype": "bfloat16", "resume": True},
 ]
 
 

@@ -1,0 +1,358 @@
+"""Transcoders: with outputs that are the inputs they are SAEs; otherwise the definition, by loops and by autograd."""
+
+import copy
+import re
+
+import oracles
+import pytest
+import torch
+from helpers import D_IN, D_SAE, K, activations, assert_equal_training, gradients, randomise, sampled_sae, step_input
+from sae_lens import SAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_sampled import (
+    SampledTopKTranscoder,
+    SampledTopKTranscoderConfig,
+    calibrate_thresholds,
+    from_batchtopk,
+    load_checkpoint,
+    to_jumprelu,
+    upload_to_hub,
+)
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.reconstruction import encode_and_reconstruct
+
+D_OUT = 7
+VARIANTS = [
+    {},
+    {"skip": True},
+    {"pool_factor": 4},
+    {"pool_factor": 4, "pool_group_size": 8, "skip": True},
+    {"pool_factor": 2, "pool_sampling": "proportional"},
+    {"rescale_acts_by_decoder_norm": False, "skip": True},
+    {"matryoshka_widths": [10, 25, D_SAE], "skip": True},
+    {"matryoshka_widths": [10, D_SAE], "pool_factor": 4, "pool_group_size": 8, "inner_loss_coefficient": 0.5},
+]
+variants = pytest.mark.parametrize("fields", VARIANTS, ids=str)
+
+
+def transcoder(**fields):
+    given = {"d_in": D_IN, "d_out": D_OUT, "d_sae": D_SAE, "k": K, **fields}
+    made = SampledTopKTranscoder(SampledTopKTranscoderConfig(**given))
+    randomise(made)
+    return made
+
+
+def outputs(x):
+    """What a nonlinear layer makes of inputs."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(*shape, generator=generator) * 0.5 for shape in ((D_IN, 20), (20, D_OUT)))
+    return (x.float() @ first).relu() @ second + 0.2
+
+
+def batch(*shape, seed=0, dtype=torch.float32):
+    x = activations(*shape, seed=seed)
+    return torch.cat([x, outputs(x)], dim=-1).to(dtype)
+
+
+def trained(n_steps=20, **fields):
+    made = transcoder(**fields)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for step in range(n_steps):
+        made.training_forward_pass(step_input(batch(64, seed=step), step=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return made
+
+
+class OnBoth(SampledTopKTranscoder):
+    """Takes what an SAE takes, and reconstructs it."""
+
+    def training_forward_pass(self, step_input):
+        given = copy.copy(step_input)
+        given.sae_in = torch.cat([step_input.sae_in, step_input.sae_in], dim=-1)
+        return super().training_forward_pass(given)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("step", ["dense", "kept"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pool_factor": 4}, {"pool_factor": 4, "pool_group_size": 8}, {"matryoshka_widths": [10, 25, D_SAE]}],
+    ids=str,
+)
+def test_with_outputs_that_are_the_inputs_it_is_an_sae_to_the_last_bit(fields, step, bfloat16):
+    shared = {"step": step, "use_sparse_activations": False, "pool_factor": D_SAE / K, **fields}
+    sae = sampled_sae(apply_b_dec_to_input=False, **shared)
+    ours = OnBoth(SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=K, **shared))
+    ours.load_state_dict(sae.state_dict())
+    assert_equal_training(ours, sae, bfloat16)
+    for name, buffer in sae.named_buffers():
+        assert torch.equal(dict(ours.named_buffers())[name], buffer), name
+
+
+@pytest.mark.parametrize("step", ["dense", "kept"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_batchtopk_transcoder_is_the_one_of_plain_loops(skip, step):
+    made, given = transcoder(skip=skip, step=step), step_input(batch(12), n_dead=9)
+    output = made.training_forward_pass(given)
+    rows, out = given.sae_in[:, :D_IN].tolist(), given.sae_in[:, D_IN:].tolist()
+    weights = {name: parameter.tolist() for name, parameter in made.named_parameters()}
+    norms = [sum(w * w for w in row) ** 0.5 for row in weights["W_dec"]]
+    hidden_pre = [
+        [
+            (sum(row[i] * weights["W_enc"][i][j] for i in range(D_IN)) + weights["b_enc"][j]) * norms[j]
+            for j in range(D_SAE)
+        ]
+        for row in rows
+    ]
+    acts = [[max(value, 0.0) for value in row] for row in hidden_pre]
+    kept = oracles.kept_places(acts, [set(range(D_SAE))], K * 12, None)
+    want = torch.zeros(12, D_SAE)
+    for token, latent in kept:
+        want[token, latent] = acts[token][latent]
+    torch.testing.assert_close(output.feature_acts.to_dense().detach(), want)
+
+    def decoded(codes, token):
+        return [sum(codes[j] / norms[j] * weights["W_dec"][j][i] for j in range(D_SAE)) for i in range(D_OUT)]
+
+    loss, auxiliary = 0.0, 0.0
+    for token in range(12):
+        skipped = [
+            sum(weights["W_skip"][i][j] * rows[token][j] for j in range(D_IN)) if skip else 0.0 for i in range(D_OUT)
+        ]
+        parts = zip(decoded(want[token].tolist(), token), weights["b_dec"], skipped, strict=True)
+        residual = [y - sum(part) for y, part in zip(out[token], parts, strict=True)]
+        loss += sum(e * e for e in residual)
+        # AuxK: the d_out // 2 largest of the dead explain what is left of the outputs.
+        dead = sorted(range(5, 14), key=lambda j: -hidden_pre[token][j])[: D_OUT // 2]
+        codes = [hidden_pre[token][j] if j in dead else 0.0 for j in range(D_SAE)]
+        auxiliary += sum((e - a) ** 2 for e, a in zip(residual, decoded(codes, token), strict=True))
+    assert output.losses["mse_loss"].item() == pytest.approx(loss / 12, rel=1e-5)
+    assert output.losses["auxiliary_reconstruction_loss"].item() == pytest.approx(auxiliary / 12 / 32, rel=1e-5)
+    assert output.loss.item() == pytest.approx((loss + auxiliary / 32) / 12, rel=1e-5)
+    assert torch.equal(output.sae_in, given.sae_in[:, D_IN:])
+
+
+@pytest.mark.parametrize("step", ["dense", "kept"])
+@variants
+def test_gradients_are_those_of_the_kept_entries(fields, step):
+    """Every gradient against autograd through a plain formula with the selection held fixed."""
+    dtype = torch.float64 if step == "dense" else torch.float32
+    made, given = transcoder(step=step, dtype=str(dtype).removeprefix("torch."), **fields), batch(20, dtype=dtype)
+    output = made.training_forward_pass(step_input(given))
+    got, kept = gradients(made, output), output.feature_acts.to_dense() > 0
+    made.zero_grad()
+    x, y = given[:, :D_IN], given[:, D_IN:]
+    norms = made.W_dec.norm(dim=1) if made.cfg.rescale_acts_by_decoder_norm else 1.0
+    acts = torch.where(kept, (x @ made.W_enc + made.b_enc) * norms, 0)
+    torch.testing.assert_close(output.feature_acts.to_dense(), acts)
+    loss = 0.0
+    for width in [*made.cfg.inner_widths, D_SAE]:
+        y_hat = (acts / norms)[:, :width] @ made.W_dec[:width] + made.b_dec
+        if made.cfg.skip:
+            y_hat = y_hat + x @ made.W_skip.T
+        weight = 1.0 if width == D_SAE else made.cfg.inner_loss_coefficient
+        loss = loss + weight * (y_hat - y).square().sum(dim=1).mean()
+    torch.testing.assert_close(output.sae_out, y_hat)
+    torch.testing.assert_close(output.loss, loss)
+    loss.backward()
+    assert got.keys() == {"W_enc", "b_enc", "W_dec", "b_dec", *(["W_skip"] if made.cfg.skip else [])}
+    for name, parameter in made.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, msg=name, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_dead", [0, 3, 20])
+@variants
+def test_both_steps_agree(fields, n_dead):
+    results = {}
+    for step in ("kept", "dense"):
+        made = transcoder(step=step, **fields)
+        output = made.training_forward_pass(step_input(batch(5, 16), n_dead=n_dead))
+        assert output.feature_acts.shape == (5, 16, D_SAE)
+        assert output.sae_out.shape == (5, 16, D_OUT)
+        assert output.feature_acts.is_sparse == (step == "kept")
+        results[step] = output, gradients(made, output), dict(made.named_buffers())
+    (kept, *mine), (dense, *theirs) = results["kept"], results["dense"]
+    torch.testing.assert_close(kept.feature_acts.to_dense(), dense.feature_acts)
+    torch.testing.assert_close(kept.sae_out, dense.sae_out)
+    torch.testing.assert_close(kept.losses, dense.losses)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@variants
+def test_training_explains_outputs(fields):
+    before, after = transcoder(**fields), trained(300, **fields)
+    losses = [
+        made.training_forward_pass(step_input(batch(200, seed=999))).losses["mse_loss"] for made in (before, after)
+    ]
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_initial_weights_and_buffers():
+    made = SampledTopKTranscoder(SampledTopKTranscoderConfig(d_in=D_IN, d_out=D_OUT, d_sae=D_SAE, k=K, skip=True))
+    shapes = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+    assert shapes == {
+        "W_enc": (D_IN, D_SAE),
+        "b_enc": (D_SAE,),
+        "W_dec": (D_SAE, D_OUT),
+        "b_dec": (D_OUT,),
+        "W_skip": (D_OUT, D_IN),
+    }
+    torch.testing.assert_close(made.W_dec.norm(dim=1), torch.full((D_SAE,), 0.1))
+    torch.testing.assert_close(made.W_enc.norm(dim=0), torch.full((D_SAE,), 0.1))
+    assert not any(parameter.any() for parameter in (made.b_enc, made.b_dec, made.W_skip))
+    free = SampledTopKTranscoder(SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=K, decoder_init_norm=None))
+    assert free.W_dec.shape == (D_SAE, D_IN)
+    assert free.W_dec.norm(dim=1).std() > 0.01
+    assert not torch.equal(free.W_dec, free.W_enc.T)
+    meta = SampledTopKTranscoder(SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=K, device="meta", skip=True))
+    assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
+
+
+@pytest.mark.parametrize("k", [K, 0.3, D_SAE])
+def test_by_default_every_latent_is_a_candidate(k):
+    cfg = SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=k)
+    assert cfg.n_candidates == D_SAE
+    assert cfg.pool_factor == D_SAE / k
+    assert cfg.d_out == D_IN
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input=True has no meaning for a transcoder"),
+        ({"normalize_activations": "expected_average_only_in"}, "two spaces, by one factor. Use 'none'."),
+        ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' has no mean"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' merges the heads of one place"),
+        ({"d_out": 1}, "d_out=1 is less than 2: SAELens' auxiliary loss keeps d_out // 2 dead latents"),
+        ({"k": 0}, "k=0 must be above 0 and at most d_sae=40."),
+        ({"pool_factor": 0.5}, "pool_factor=0.5 must be finite and at least 1"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        transcoder(**fields)
+
+
+def test_batches_of_another_width_are_refused():
+    made = transcoder()
+    want = r"activations of shape \(5, 12\) do not end in d_in \+ d_out=19: outputs stand behind the inputs, as Trans"
+    for step in ("kept", "dense"):
+        made.cfg.step = step
+        with pytest.raises(ValueError, match=want):
+            made.training_forward_pass(step_input(activations(5)))
+        with pytest.raises(ValueError, match=r"got an empty batch, of shape \(0, 12\)"):
+            made.training_forward_pass(step_input(batch(0)))
+    with pytest.raises(ValueError, match=r"activations of shape \(5, 19\) do not end in d_in=12\."):
+        made.encode(batch(5))
+    with pytest.raises(ValueError, match="1 of 5 rows of sae_in are not finite"):
+        made.training_forward_pass(step_input(batch(5).index_fill(0, torch.tensor([2]), torch.nan)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@variants
+def test_checkpoints_keep_every_bit_and_go_on(tmp_path, fields, dtype):
+    made = trained(3, dtype=dtype, **fields)
+    made.save_model(tmp_path)
+    for loaded in (TrainingSAE.load_from_disk(tmp_path), load_checkpoint(tmp_path)):
+        assert type(loaded) is SampledTopKTranscoder
+        assert loaded.cfg.to_dict() == made.cfg.to_dict()
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    resumed = transcoder(dtype=dtype, **fields)
+    resumed.load_weights_from_checkpoint(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = [each.training_forward_pass(step_input(batch(30, seed=50))) for each in (made, resumed)]
+    assert torch.equal(steps[0].loss, steps[1].loss)
+    assert steps[0].loss.isfinite()
+
+
+@variants
+def test_the_export_is_saelens_transcoder_and_does_what_training_did(tmp_path, fields):
+    made = trained(400, **fields)
+    exported = to_jumprelu(made)
+    assert type(exported) is (JumpReLUSkipTranscoder if made.cfg.skip else JumpReLUTranscoder)
+    torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(D_SAE))
+    made.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    x, _ = made.inputs_and_targets(batch(2048, seed=777))
+    assert torch.equal(loaded(x), exported(x))
+    acts, y_hat = encode_and_reconstruct(exported, x)
+    assert torch.equal(y_hat, exported.forward_with_activations(x)[0])
+    with torch.no_grad():
+        in_training = torch.cat([made.encode(part) for part in x.split(64)])
+        selected, reconstructed = (in_training > 0).sum(), made(x[:64])
+    torch.testing.assert_close(reconstructed, encode_and_reconstruct(made, x[:64])[1])
+    assert (acts > 0).sum() / selected == pytest.approx(1, abs=0.1)
+    # Logged in training.
+    metrics = made.training_forward_pass(step_input(batch(100, seed=778))).metrics
+    few = batch(100, seed=778)
+    l0 = (to_jumprelu(made).encode(few[:, :D_IN]) > 0).sum(dim=1).float().mean()
+    assert metrics["export_l0"]().item() == pytest.approx(l0.item(), abs=0.1)
+    fvu = fraction_of_variance_unexplained(few[:, D_IN:], to_jumprelu(made)(few[:, :D_IN]))
+    assert metrics["export_fvu"]().item() == pytest.approx(fvu.item(), rel=0.02)
+
+
+def test_pruning_leaves_outputs_as_they_are():
+    made = trained(30, skip=True)
+    thresholds = made.latent_threshold.clone()
+    thresholds[[2, 5, 31]] = torch.inf
+    whole, pruned = (to_jumprelu(made, thresholds, prune=prune) for prune in (False, True))
+    x = batch(50)[:, :D_IN]
+    assert pruned.cfg.d_sae == D_SAE - 3
+    assert pruned.cfg.metadata.unpruned_d_sae == D_SAE
+    torch.testing.assert_close(pruned(x), whole(x))
+
+
+@pytest.mark.parametrize("mode", ["per_latent", "global"])
+def test_calibration_reaches_the_wanted_l0_and_reports_the_fvu_of_outputs(mode):
+    made = trained(50, skip=True, pool_factor=5, pool_group_size=8)
+    given = [batch(64, seed=300 + i) for i in range(6)]
+    exported, report = calibrate_thresholds(made, given, mode=mode, target_l0=2.5, show_progress=False)
+    x, y = made.inputs_and_targets(torch.cat(given))
+    assert (exported.encode(x) > 0).sum() == 2.5 * len(x)
+    assert report.fvu_after == pytest.approx(fraction_of_variance_unexplained(y, exported(x)).item(), rel=1e-5)
+    assert report.fvu_before == pytest.approx(
+        fraction_of_variance_unexplained(y, to_jumprelu(made)(x)).item(), rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"do not end in d_in \+ d_out=19"):
+        calibrate_thresholds(made, activations(300), show_progress=False)
+
+
+def test_saelens_trainer_trains_it_and_counts_as_for_saes():
+    made = transcoder(skip=True)
+    cfg = SAETrainerConfig(total_training_samples=1280, train_batch_size_samples=64, lr=1e-3, lr_end=1e-3)
+    trainer = SAETrainer(cfg, made, (batch(64, seed=step) for step in range(20)))
+    trainer.fit()
+    output = made.training_forward_pass(step_input(batch(64, seed=21)))
+    log = trainer.build_train_step_log_dict(output, 1280)
+    _, y = made.inputs_and_targets(batch(64, seed=21))
+    unexplained = (output.sae_out - y).square().sum() / (y - y.mean(dim=0)).square().sum()
+    assert log["metrics/explained_variance"] == pytest.approx(1 - unexplained.item(), rel=1e-4)
+    assert made.cfg.metadata.l0 == pytest.approx(K)
+    assert made.W_skip.any()
+
+
+def test_weights_of_saes_and_transcoders_do_not_mix():
+    cfg = sampled_sae(apply_b_dec_to_input=False).cfg
+    for source, target in ((transcoder(), cfg), (sampled_sae(), transcoder().cfg)):
+        with pytest.raises(ValueError, match=r"do not mean the same: sampled_topk_transcoder starts from its own\."):
+            from_batchtopk(source, target)
+
+
+def test_the_hub_gets_a_card_that_says_what_it_reads_and_writes(tmp_path):
+    made = trained(3, hook_name_out="blocks.1.hook_mlp_out")
+    made.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
+    upload_to_hub({"one": made}, "user/name", dry_run_folder=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of `blocks.1.ln2.hook_normalized`; `sae(activations)` reconstructs `blocks.1.hook_mlp_out`." in card
+    assert "sampled-sae" in card
+    assert "| `one` | sampled_topk_transcoder | 40 | 3 |" in card
+    loaded = SAE.load_from_disk(tmp_path / "out" / "one")
+    assert type(loaded) is JumpReLUTranscoder
+    assert loaded.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
