@@ -13,7 +13,14 @@ import wandb
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer
 from torch import Tensor
 
-from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled import (
+    DataParallelRunner,
+    SampledTopKTrainingSAE,
+    SampledTopKTrainingSAEConfig,
+    SampledTopKTranscoder,
+    SampledTopKTranscoderConfig,
+    TranscoderRunner,
+)
 from sae_lens_sampled.processes import leave_processes
 from sae_lens_sampled.signals import Interrupted
 
@@ -32,6 +39,17 @@ def sae(seed: int, normalize: str) -> SampledTopKTrainingSAE:
         pool_group_size=16 if normalize == "covariance_whitening" else None,
     )
     return SampledTopKTrainingSAE(config)
+
+
+def transcoder(seed: int) -> SampledTopKTranscoder:
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {"d_in": 128, "d_sae": 192, "k": 4, "pool_factor": 3, "skip": True}
+    return SampledTopKTranscoder(SampledTopKTranscoderConfig(hook_name_out="gpt_neox.layers.2.mlp", **fields))
+
+
+def transcoder_config(model: Path, folder: Path) -> LanguageModelSAERunnerConfig[Any]:
+    hook_name = "gpt_neox.layers.2.post_attention_layernorm"
+    return runner_config(model, folder, "none", sae=transcoder(0).cfg, hook_name=hook_name)
 
 
 def runner_config(model: Path, folder: Path, normalize: str, **fields: Any) -> LanguageModelSAERunnerConfig[Any]:
@@ -207,6 +225,8 @@ def work(rank: int, count: int, ports: list[int], model: Path, folder: Path) -> 
     results: dict[str, Any] = {}
     for normalize in NORMALISED:
         results[normalize] = result_of(runner(rank, runner_config(model, folder / normalize, normalize)))
+    cfg = transcoder_config(model, folder / "transcoder")
+    results["transcoder"] = result_of(TranscoderRunner(cfg, override_sae=transcoder(rank)))
     results["resumed"] = _resumed_run(rank, model, folder)
     results["stopped"] = _stopped_run(rank, model, folder)
     results["not finite"] = _not_finite(rank, model, folder)

@@ -19,17 +19,18 @@ from datasets import Dataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from helpers import config, train_arguments
 from process_helpers import FORKS
-from runner_worker import BATCH, N_STEPS, NORMALISED, TIMEOUT, runner_config, sae, work
+from runner_worker import BATCH, N_STEPS, NORMALISED, TIMEOUT, runner_config, sae, transcoder, transcoder_config, work
 from sae_lens import SAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.load_model import load_model
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
-from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE
+from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTranscoder
 from sae_lens_sampled.checkpoint_folder import find_checkpoint
 from sae_lens_sampled.data_parallel import check_can_be_split, check_same_number, place_file, split_text
 from sae_lens_sampled.processes import own_device
 from sae_lens_sampled.train_command import format_command
+from sae_lens_sampled.transcoder_runner import read_both
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 
@@ -67,25 +68,31 @@ def checkpoints(folder):
     return sorted(run_folder.iterdir(), key=lambda path: (len(path.name), path.name))
 
 
-def whole_text_on_one_process(tiny_lm, folder, normalize):
+def whole_text_on_one_process(cfg, given):
     """SAELens' own trainer on one process, whose batches are those of two stores, each of half of the text."""
-    cfg = runner_config(tiny_lm, folder / "one", normalize)
     text = load_dataset(cfg.dataset_path, split="train", streaming=True)
-    model = load_model(cfg.model_class_name, cfg.model_name, device="cpu", hook_names=[cfg.hook_name])
+    hooks = [cfg.hook_name, *([given.cfg.hook_name_out] if isinstance(given, SampledTopKTranscoder) else [])]
+    model = load_model(cfg.model_class_name, cfg.model_name, device="cpu", hook_names=hooks)
     stores = [ActivationsStore.from_config(model, cfg, split_dataset_by_node(text, rank, 2)) for rank in range(2)]
     for store in stores:
         store.train_batch_size_tokens = BATCH // 2
+        if len(hooks) == 2:
+            read_both(store, hooks, cfg.sae.batch_parts)
     batches = (torch.cat(parts) for parts in zip(*stores, strict=True))
-    trainer = SAETrainer(cfg.to_sae_trainer_config(), sae(0, normalize), batches)
+    trainer = SAETrainer(cfg.to_sae_trainer_config(), given, batches)
     trainer.fit()
     return trainer, stores
 
 
-@pytest.mark.parametrize("normalize", NORMALISED)
-def test_two_processes_end_as_one_with_both_their_texts(ranks, tiny_lm, tmp_path, normalize):
-    one, stores = whole_text_on_one_process(tiny_lm, tmp_path, normalize)
+@pytest.mark.parametrize("case", [*NORMALISED, "transcoder"])
+def test_two_processes_end_as_one_with_both_their_texts(ranks, tiny_lm, tmp_path, case):
+    if case == "transcoder":
+        cfg, given = transcoder_config(tiny_lm, tmp_path / "one"), transcoder(0)
+    else:
+        cfg, given = runner_config(tiny_lm, tmp_path / "one", case), sae(0, case)
+    one, stores = whole_text_on_one_process(cfg, given)
     for rank, store in zip(ranks, stores, strict=True):
-        run = rank[normalize]
+        run = rank[case]
         assert run["counters"] == [one.n_training_samples, one.n_training_steps, one.n_frac_active_samples]
         assert run["counters"][:2] == [BATCH * N_STEPS, N_STEPS]
         assert torch.equal(run["act_freq_scores"], one.act_freq_scores)
@@ -93,14 +100,16 @@ def test_two_processes_end_as_one_with_both_their_texts(ranks, tiny_lm, tmp_path
         assert (run["lr"], run["l0"]) == (one.optimizer.param_groups[0]["lr"], one.sae.cfg.metadata.l0)
         assert run["place"] == store.n_dataset_processed
         for name, want in one.sae.state_dict().items():
-            assert torch.equal(run["state"][name], ranks[0][normalize]["state"][name]), name
+            assert torch.equal(run["state"][name], ranks[0][case]["state"][name]), name
             close = {"rtol": 1e-4, "atol": 1e-5} if want.is_floating_point() else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(run["state"][name], want, msg=name, **close)
     assert (one.n_forward_passes_since_fired > 3).any()  # AuxK was active
-    first, second = (rank[normalize]["estimates"] for rank in ranks)
+    if case == "transcoder":
+        return  # nothing is estimated
+    first, second = (rank[case]["estimates"] for rank in ranks)
     assert len(first) == len(second) == 1
     assert first[0][0] == second[0][0]
-    if normalize == "covariance_whitening":
+    if case == "covariance_whitening":
         assert torch.equal(first[0][1].matrix, second[0][1].matrix)
 
 

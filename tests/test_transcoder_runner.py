@@ -1,0 +1,340 @@
+"""Transcoders of the bundled model's MLPs: the runner, its evaluation, SAEBench's core, and the commands."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import wandb
+from helpers import train_arguments
+from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from sae_lens.training.activation_scaler import ActivationScaler
+from transformer_lens.model_bridge import TransformerBridge
+from typer.testing import CliRunner
+
+from sae_lens_sampled import (
+    SampledTopKTranscoder,
+    SampledTopKTranscoderConfig,
+    TranscoderRunner,
+)
+from sae_lens_sampled.cli import app
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.transcoder_runner import as_sae_on_outputs
+
+IN, OUT = "gpt_neox.layers.2.post_attention_layernorm", "gpt_neox.layers.2.mlp"
+EVERYTHING = {
+    f"compute_{name}": True
+    for name in (
+        "kl",
+        "ce_loss",
+        "l2_norms",
+        "sparsity_metrics",
+        "variance_metrics",
+        "featurewise_density_statistics",
+        "featurewise_weight_based_metrics",
+    )
+}
+BRIDGED_IN, BRIDGED_OUT = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"
+
+
+def runner_config(tiny_lm, **fields):
+    sae = {name: fields.pop(name) for name in ("skip", "pool_factor", "pool_group_size", "d_out") if name in fields}
+    sae = {"d_in": 128, "d_sae": 256, "k": 8, "hook_name_out": fields.pop("hook_name_out", OUT), **sae}
+    given = {
+        "sae": SampledTopKTranscoderConfig(**sae),
+        "model_name": str(tiny_lm),
+        "model_class_name": "AutoModelForCausalLM",
+        "hook_name": IN,
+        "dataset_path": str(tiny_lm / "text"),
+        "is_dataset_tokenized": False,
+        "prepend_bos": False,
+        "context_size": 48,
+        "training_tokens": 256 * 8,
+        "train_batch_size_tokens": 256,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 16,
+        "n_eval_batches": 2,
+        "lr": 2e-3,
+        "dead_feature_window": 20,
+        "checkpoint_path": None,
+        "output_path": None,
+        "verbose": False,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return LanguageModelSAERunnerConfig(**given | fields)
+
+
+@pytest.fixture(scope="module")
+def bridge(tiny_lm):
+    return TransformerBridge.boot_transformers(str(tiny_lm), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_lm, bridge, tmp_path_factory):
+    """Transcoders by name, and the folders that they were saved to."""
+    folder, made = tmp_path_factory.mktemp("transcoders"), {}
+    for name, fields in {"all": {}, "groups": {"pool_factor": 10, "pool_group_size": 16, "skip": True}}.items():
+        hooks = {"hook_name": BRIDGED_IN, "hook_name_out": BRIDGED_OUT}
+        cfg = runner_config(
+            tiny_lm,
+            **fields,
+            **hooks,
+            train_batch_size_tokens=1024,
+            n_batches_in_buffer=64,
+            training_tokens=250 * 1024,
+            lr_decay_steps=100,
+            output_path=str(folder / name),
+        )
+        made[name] = TranscoderRunner(cfg, override_model=bridge).run()
+        made[name].save_model(folder / f"{name}_checkpoint")
+    return SimpleNamespace(folder=folder, **made)
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_lm, bridge):
+    """Inputs and outputs of the MLP on text that nobody was trained on, in random order."""
+    lines = (tiny_lm / "text" / "validation.jsonl").read_text().splitlines()
+    ids = bridge.tokenizer("".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
+    tokens = torch.tensor(ids[: 48 * 600]).view(600, 48)
+    with torch.no_grad():
+        cache = bridge.run_with_cache(tokens, names_filter=[BRIDGED_IN, BRIDGED_OUT])[1]
+    order = torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(0))[: 28 * 1024]
+    return tuple(cache[name].flatten(end_dim=1)[order] for name in (BRIDGED_IN, BRIDGED_OUT))
+
+
+def test_the_store_yields_what_the_mlp_makes_of_each_token(tiny_lm):
+    """Through buffer, mixing and the exclusion of tokens, in float32."""
+    runner = TranscoderRunner(runner_config(tiny_lm, exclude_special_tokens=[5, 9]))
+    mlp = runner.model.model.gpt_neox.layers[2].mlp
+    for _ in range(4):
+        batch = next(runner.activations_store)
+        assert batch.shape == (256, 256)
+        x, y = runner.sae.inputs_and_targets(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(y, mlp(x))
+    assert len(batch.unique(dim=0)) > 200
+
+
+@pytest.mark.parametrize("name", ["all", "groups"])
+def test_the_export_does_on_held_out_tokens_what_training_did(trained, held_out, name):
+    made, (x, y) = getattr(trained, name), held_out
+    exported = SAE.load_from_disk(trained.folder / name)
+    assert type(exported) is (JumpReLUTranscoder if name == "all" else JumpReLUSkipTranscoder)
+    with torch.no_grad():
+        selected = [encode_and_reconstruct(made, part) for part in x.split(1024)]
+        acts, in_training = (torch.cat(parts) for parts in zip(*selected, strict=True))
+        fires, y_hat = encode_and_reconstruct(exported, x)
+    assert (acts > 0).sum() == 8 * len(x)
+    assert (fires > 0).sum(dim=1).float().mean().item() == pytest.approx(8, rel=0.03)
+    fvu, want = (fraction_of_variance_unexplained(y, each).item() for each in (y_hat, in_training))
+    assert fvu == pytest.approx(want, rel=0.02)
+    assert 0.02 < fvu < 0.6
+
+
+def test_an_evaluation_puts_reconstructions_in_the_place_of_outputs(trained, tiny_lm, bridge):
+    cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out=BRIDGED_OUT, skip=True)
+    runner = TranscoderRunner(cfg, override_model=bridge, override_sae=trained.groups)
+    runner._set_sae_metadata()
+    exported = SAE.load_from_disk(trained.folder / "groups")  # whose codes depend on no batch
+    tokens = runner.activations_store.get_batch_tokens(8)
+    runner.activations_store.get_batch_tokens = lambda *_: tokens
+    got = runner.evaluator(exported, runner.activations_store, ActivationScaler())
+    seen = {}
+
+    def keep(x, hook):
+        seen[hook.name] = x
+
+    def replace(y, hook):
+        seen["y"], seen["y_hat"] = y, exported(seen[BRIDGED_IN])
+        return seen["y_hat"]
+
+    with torch.no_grad():
+        want = {
+            "ce_loss_without_sae": bridge(tokens, return_type="loss"),
+            "ce_loss_with_sae": bridge.run_with_hooks(
+                tokens, return_type="loss", fwd_hooks=[(BRIDGED_IN, keep), (BRIDGED_OUT, replace)]
+            ),
+            "ce_loss_with_ablation": bridge.run_with_hooks(
+                tokens, return_type="loss", fwd_hooks=[(BRIDGED_OUT, lambda y, hook: torch.zeros_like(y))]
+            ),
+        }
+    losses = got["model_performance_preservation"]
+    for name, loss in want.items():
+        assert losses[name] == pytest.approx(loss.item(), abs=1e-5), name
+    assert losses["ce_loss_with_ablation"] > losses["ce_loss_with_sae"] > losses["ce_loss_without_sae"]
+    fvu = 1 - got["reconstruction_quality"]["explained_variance"]
+    y, y_hat = (seen[name].flatten(end_dim=1) for name in ("y", "y_hat"))
+    assert fvu == pytest.approx(fraction_of_variance_unexplained(y, y_hat).item(), rel=1e-4)
+    l0 = (exported.encode(seen[BRIDGED_IN]) > 0).sum(dim=-1).float().mean().item()
+    assert got["sparsity"]["l0"] == pytest.approx(l0)
+    assert len(bridge.hook_dict[BRIDGED_IN]._forward_hooks) == 0
+
+
+def test_a_run_logs_evaluates_checkpoints_and_resumes(tiny_lm, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(wandb, "log", lambda values, step=None: logged.append(values))
+    monkeypatch.setattr(wandb, "init", lambda **_: None)
+    monkeypatch.setattr(wandb, "finish", lambda: None)
+    monkeypatch.setattr(LoggingConfig, "log", lambda *_, **__: None)
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=2)
+    cfg = runner_config(tiny_lm, skip=True, logger=logger, n_checkpoints=1, checkpoint_path=str(tmp_path))
+    whole = TranscoderRunner(cfg)
+    whole.run()
+    names = {name for values in logged for name in values}
+    assert {"model_performance_preservation", "metrics/export_fvu", "metrics/explained_variance"} <= names
+    (run_folder,) = tmp_path.iterdir()
+    (checkpoint,) = run_folder.iterdir()
+    assert TrainingSAE.load_from_disk(checkpoint).cfg.metadata.hook_name_out == OUT
+    resumed = TranscoderRunner(runner_config(tiny_lm, skip=True, resume_from_checkpoint=str(checkpoint)))
+    resumed.run()
+    assert resumed.sae.pool_record.n_steps == whole.sae.pool_record.n_steps == 8
+
+
+def test_a_hook_may_be_input_and_output(tiny_lm):
+    runner = TranscoderRunner(runner_config(tiny_lm, hook_name=OUT))
+    x, y = runner.sae.inputs_and_targets(next(runner.activations_store))
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hook_name_out": None}, "hook_name_out is None: name the hook whose activations are to be reconstructed."),
+        ({"hook_name_out": "gpt_neox.layers.9.mlp"}, "hook_names not found as submodules of the model: "),
+        ({"d_out": 64}, "d_out=64, but gpt_neox.layers.2.mlp of "),
+        ({"hook_name": "gpt_neox.layers.2.mlp.act"}, "d_in=128, but gpt_neox.layers.2.mlp.act of "),
+        ({"hook_head_index": 1}, "hook_head_index=1: a transcoder reads and writes whole hooks, no heads."),
+        ({"use_cached_activations": True}, "use_cached_activations=True: SAELens caches one hook, and a transcoder"),
+    ],
+    ids=str,
+)
+def test_what_a_transcoder_cannot_read_is_told_at_the_start(tiny_lm, fields, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
+        TranscoderRunner(runner_config(tiny_lm, **fields))
+    assert str(error.value).startswith(message)
+
+
+def test_hooks_of_transformer_lens_are_checked_too(tiny_lm, bridge):
+    with pytest.raises(ValueError, match=r"hook_name_out='blocks\.9\.hook_mlp_out' is not a hook of "):
+        TranscoderRunner(
+            runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.9.hook_mlp_out"), override_model=bridge
+        )
+    # Attention patterns have a row for each head, where tokens are elsewhere.
+    cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.2.attn.hook_pattern")
+    with pytest.raises(ValueError, match=r"shapes \(1, 1, 128\) and \(1, 4, 1, 1\) for one token: a transcoder needs"):
+        TranscoderRunner(cfg, override_model=bridge)
+
+
+def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm):
+    sae = runner_config(tiny_lm)
+    sae.sae = SampledTopKTranscoderConfig.__mro__[1](d_in=128, d_sae=256, k=8)
+    with pytest.raises(ValueError, match="architecture='sampled_topk' reads one hook; LanguageModelSAETrainingRunner"):
+        TranscoderRunner(sae)
+    with pytest.raises(
+        ValueError, match=r"\(256, 128\) do not end in d_in \+ d_out=256: .*, as TranscoderRunner yields"
+    ):
+        LanguageModelSAETrainingRunner(runner_config(tiny_lm)).run()
+
+
+def test_the_command_trains_one_and_calibrates_it(tiny_lm, tmp_path):
+    changes = {"architecture": "sampled_topk_transcoder", "hook_name": IN, "hook_name_out": OUT, "skip": True}
+    result = CliRunner().invoke(
+        app, ["train", *train_arguments(tiny_lm, tmp_path, **changes, save_final_checkpoint=True)]
+    )
+    assert result.exit_code == 0, result.output
+    assert type(SAE.load_from_disk(tmp_path / "output")) is JumpReLUSkipTranscoder
+    (checkpoint,) = tmp_path.glob("checkpoints/*/final_*")
+    assert type(TrainingSAE.load_from_disk(checkpoint)) is SampledTopKTranscoder
+    arguments = [
+        "--dataset",
+        str(tiny_lm / "text"),
+        "--out",
+        str(tmp_path / "out"),
+        "--max-tokens",
+        "2000",
+        "--batch-size",
+        "500",
+    ]
+    result = CliRunner().invoke(app, ["calibrate", str(checkpoint), *arguments, "--target-l0", "5"])
+    assert result.exit_code == 0, result.output
+    report = dict(line.split() for line in result.stdout.splitlines() if line.startswith(("l0_after", "fvu_after")))
+    assert float(report["l0_after"]) == pytest.approx(5, abs=0.05)
+    assert 0 < float(report["fvu_after"]) < 1.5
+    assert type(SAE.load_from_disk(tmp_path / "out")) is JumpReLUSkipTranscoder
+
+
+def test_core_is_what_sae_bench_gives_for_an_sae_on_the_outputs(trained, tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    import sae_bench.evals.core.main as core
+    from eval_helpers import SMALL, TINY_LM, run_small
+
+    from sae_lens_sampled.saebench import load_saes
+    from sae_lens_sampled.saebench.models import load_model
+
+    sources = [(name, trained.folder / name) for name in ("all", "groups_checkpoint")]
+    results = run_small(sources, ["core"], tmp_path)["core"]
+    hooked, config = load_model(TINY_LM).hooked, core.CoreEvalConfig(**SMALL["core"], **EVERYTHING)
+    for sae in load_saes(sources):
+        store = ActivationsStore.from_sae(hooked, sae.sae, dataset=str(TINY_LM / "text"), context_size=48)
+        store.shuffle_input_dataset(seed=42)
+        with as_sae_on_outputs(sae.sae, hooked) as view:
+            view.cfg = SimpleNamespace(
+                hook_name=BRIDGED_OUT, hook_head_index=None, hook_layer=2, d_sae=256, architecture_str="jumprelu"
+            )
+            special = {hooked.tokenizer.pad_token_id, hooked.tokenizer.eos_token_id, hooked.tokenizer.bos_token_id}
+            want, latents = core.run_evals(view, store, hooked, config, ignore_tokens=special)
+        got = results[sae.name]
+        for category, numbers in want.items():
+            for name, value in numbers.items():
+                assert got["eval_result_metrics"][category][name] == pytest.approx(value, rel=1e-5), name
+        for latent in got["eval_result_details"][::10]:
+            for name, values in latents.items():
+                value = values[latent["index"]]  # of a latent that never fired SAEBench writes -1
+                assert latent[name] == pytest.approx(-1 if math.isnan(value) else value, abs=1e-5), name
+        # What is added to it: FVU over all tokens, of the export and of the selection of training.
+        store.iterable_sequences = store._iterate_tokenized_sequences()
+        small, extra = SMALL["core"], got["eval_result_unstructured"]
+        n_before, n = (small[f"n_eval_{part}_batches"] for part in ("reconstruction", "sparsity_variance"))
+        batches = [store.get_batch_tokens(small["batch_size_prompts"]) for _ in range(n_before + n)][n_before:]
+        keep = torch.cat([~torch.isin(tokens, torch.tensor(sorted(special))) for tokens in batches])
+        with torch.no_grad():
+            caches = [hooked.run_with_cache(tokens, names_filter=[BRIDGED_IN, BRIDGED_OUT])[1] for tokens in batches]
+            x, y = (torch.cat([cache[name] for cache in caches])[keep] for name in (BRIDGED_IN, BRIDGED_OUT))
+            fvu = fraction_of_variance_unexplained(y, encode_and_reconstruct(sae.sae, x)[1])
+        assert extra["exported"]["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+        assert ("in_training" in extra) == sae.release.endswith("checkpoint")
+
+
+def test_probing_takes_inputs_and_absorption_is_refused(trained, tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    from eval_helpers import run_small
+
+    source = ("all", trained.folder / "all")
+    result = run_small([source], ["sparse_probing"], tmp_path)["sparse_probing"]["all_custom_sae"]
+    assert 0.5 < result["eval_result_metrics"]["sae"]["sae_test_accuracy"] < 1
+    with pytest.raises(ValueError, match="'all_custom_sae' is a transcoder; absorption compares decoders with"):
+        run_small([source], ["absorption"], tmp_path)
+    broken = SAE.load_from_disk(trained.folder / "all")
+    broken.cfg.metadata.hook_name_out = None
+    with pytest.raises(ValueError, match="has no hook_name_out in its metadata: where it writes is unknown"):
+        run_small([("broken", broken)], ["core"], tmp_path)
+
+
+def test_core_takes_transcoders_between_widths(tiny_lm, bridge, tmp_path):
+    """From the MLP's input to its neurons, which are more."""
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    from eval_helpers import run_small
+
+    hooks = {"hook_name": BRIDGED_IN, "hook_name_out": "blocks.2.mlp.hook_post"}
+    made = TranscoderRunner(runner_config(tiny_lm, d_out=512, **hooks), override_model=bridge).run()
+    result = run_small([("wide", made)], ["core"], tmp_path)["core"]["wide_custom_sae"]
+    assert result["eval_result_metrics"]["reconstruction_quality"]["explained_variance"] > 0
+    assert all(latent["encoder_decoder_cosine_sim"] == 0 for latent in result["eval_result_details"])
+    W_dec = made.W_dec.detach() / made.W_dec.norm(dim=1, keepdim=True)
+    cosines = (W_dec @ W_dec.T).fill_diagonal_(-1).amax(dim=1)
+    for latent in result["eval_result_details"][::20]:
+        assert latent["max_decoder_cosine_sim"] == pytest.approx(cosines[latent["index"]].item(), abs=1e-5)
