@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps 'sae-bench>=0.6,<0.7'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps 'sae-bench>=0.6,<0.7' 'circuit-tracer>=0.5,<0.6'
 	touch $@
 
 clean:

@@ -53,6 +53,57 @@ def test_synthetic_example_reports_every_variant(tmp_path, run):
     ]
 
 
+def test_transcoders_stand_beside_an_sae_on_the_output(tmp_path, run):
+    small = ["--steps", "6", "--d-sae", "128", "--batch-size", "256", "--eval-batches", "1"]
+    output = run("transcoder.py", *small, cwd=tmp_path)
+    rows = [line for line in output.splitlines() if line.endswith("%")]
+    assert [line[:32].strip() for line in rows] == [
+        "transcoder",
+        "transcoder, groups of 16",
+        "transcoder, skip",
+        "transcoder, skip, groups of 16",
+        "SAE on the output",
+    ]
+    for line in rows:
+        fvu, l0, kept = line[32:].rstrip("%").split()
+        assert 0 < float(fvu) < 1.5
+        assert 8 < float(l0) < 32
+        assert -100 < float(kept) < 100
+    kinds = ["jumprelu_transcoder"] * 2 + ["jumprelu_skip_transcoder"] * 2 + ["jumprelu"]
+    assert re.findall(r": (\w+), 128 to 128 dimensions", output) == kinds
+
+
+def test_circuit_tracer_finds_the_latents_that_saelens_finds(tmp_path, monkeypatch, capsys):
+    """In this process, to look at the graph that is printed."""
+    circuit_tracer = pytest.importorskip("circuit_tracer", reason="see examples/README.md")
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    import torch
+    from sae_lens import SAE
+
+    import attribution
+
+    graphs, attribute = [], circuit_tracer.attribute
+    monkeypatch.setattr(circuit_tracer, "attribute", lambda *a, **kw: graphs.append(attribute(*a, **kw)) or graphs[-1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["attribution.py", "--steps", "6", "--d-sae", "128", "--batch-size", "256"])
+    attribution.main()
+    output, (graph,) = capsys.readouterr().out, graphs
+    rows = [line.split() for line in output.splitlines() if re.match(r" +\d", line)]
+    assert len(rows) == 10
+    effects = [abs(float(row[-1])) for row in rows]
+    assert effects == sorted(effects, reverse=True)
+    assert effects[0] > 0
+    hooked = attribution.load_model(attribution.parser(None, tmp_path).get_default("model")).hooked
+    cache = hooked.run_with_cache(graph.input_tokens[None])[1]
+    for block in range(4):
+        sae = SAE.load_from_disk(tmp_path / "attribution_output" / f"block_{block}")
+        acts = sae.encode(cache[attribution.hooks(block)[0]][0])
+        acts[0] = 0  # circuit-tracer leaves the first token out
+        of_block = graph.active_features[:, 0] == block
+        assert torch.equal(acts.nonzero(), graph.active_features[of_block, 1:])
+        torch.testing.assert_close(acts[acts > 0], graph.activation_values[of_block])
+
+
 def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, monkeypatch, capsys):
     """In this process, with smaller evals: the only script that takes minutes as it is."""
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
