@@ -45,13 +45,13 @@ MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
 MODULES = {
     "scores": ["test_scores"],
     "selection": ["test_selection", "test_nested", "test_step_paths", "test_data_parallel"],
-    "column_scan": ["test_kept_entries", "test_step_paths", "test_data_parallel"],
+    "column_scan": ["test_kept_entries", "test_step_paths", "test_data_parallel", "test_whole_life"],
     "sparse_codes": ["test_sparse_codes", "test_kept_entries", "test_step_paths", "test_nested"],
     "kept_entries": ["test_kept_entries", "test_step_paths", "test_nested", "test_data_parallel"],
     "auxiliary": ["test_auxiliary", "test_step_paths"],
     "thresholds": ["test_thresholds", "test_data_parallel"],
     "calibration": ["test_calibration", "-k", "not million"],
-    "export": ["test_export", "test_thresholds"],
+    "export": ["test_export", "test_thresholds", "test_transcoder"],
     "dictionary_similarity": ["test_dictionary_similarity"],
 }
 """The tests that belong to each module, with pytest's options."""

@@ -111,7 +111,6 @@ def _build(cfg: SAEConfig, state_dict: dict[str, Tensor]) -> ExportedSAE:
     device, cfg.device = cfg.device, "meta"
     exported = get_sae_class(cfg.architecture())[0](cfg)
     assert isinstance(exported, ExportedSAE)
-    cfg.device = device
     exported.load_state_dict(state_dict, assign=True)
     return exported.to(device=device)
 

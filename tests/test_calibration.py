@@ -168,6 +168,22 @@ def test_bad_input_is_told_in_one_sentence():
         calibrate(sae, BATCHES, target_l0=D_SAE, mode="global")
 
 
+def test_bounds_are_reached_exactly(monkeypatch):
+    """The fewest tokens that are taken, and every positive activation; in one chunk of columns or many."""
+    sae, x = trained(pool_factor=99), activations(256, seed=3)
+    n_positive = (sae.encode_with_hidden_pre(x)[1] > 0).sum().item()
+    thresholds = []
+    for chunk_entries in (1, 2**25):
+        monkeypatch.setattr(sae_lens_sampled.calibration, "CHUNK_ENTRIES", chunk_entries)
+        exported, report = calibrate(sae, x, target_l0=n_positive / 256, mode="global")
+        assert report.n_tokens == 256
+        assert (exported.encode(x) > 0).sum() == n_positive
+        thresholds.append(calibrate(sae, x, target_l0=3.3, mode="global")[0].threshold)
+    torch.testing.assert_close(*thresholds)
+    with pytest.raises(ValueError, match=f"only {n_positive:,} activations are positive, fewer than the"):
+        calibrate(sae, x, target_l0=(n_positive + 1) / 256, mode="global")
+
+
 def test_rare_latents_are_named_with_the_tokens_they_need():
     sae = trained(k=0.4, pool_factor=99)
     with pytest.warns(

@@ -106,7 +106,9 @@ def test_given_thresholds_are_taken_in_units_of_hidden_pre():
         hidden_pre = sae.encode_with_hidden_pre(batch)[1]
         thresholds = hidden_pre.relu().detach().quantile(0.8, dim=0)
         thresholds[3] = torch.inf
-        fires = to_jumprelu(sae, thresholds).encode(batch) > 0
+        exported = to_jumprelu(sae, thresholds.double())
+        assert exported.threshold.dtype == torch.float32
+        fires = exported.encode(batch) > 0
         assert torch.equal(fires, (hidden_pre > thresholds) & (hidden_pre > 0))
 
 

@@ -10,7 +10,7 @@ from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 import sae_lens_sampled.chunks
 import sae_lens_sampled.column_scan
 import sae_lens_sampled.kept_entries
-from sae_lens_sampled import SampledTopKTrainingSAE, register_score
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.column_scan import scan_columns
 from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.scores import BY_COLUMNS, SCORES
@@ -192,6 +192,23 @@ def test_the_scan_sees_what_the_whole_matrix_shows_whatever_the_chunk(monkeypatc
     torch.testing.assert_close(values, hidden_pre[tokens, latents])
     assert ((latents * 70 + tokens).diff() > 0).all()
     assert abs(len(values) - (hidden_pre > 2).sum()) <= ((hidden_pre - 2).abs() < 1e-5).sum()
+
+
+def test_an_activation_equal_to_its_threshold_does_not_fire():
+    weights = Weights(torch.eye(3), torch.zeros(3), torch.eye(3), None)
+    x, cfg = torch.tensor([[1.0, 2.0, 3.0]]), SampledTopKTrainingSAEConfig(d_in=3, d_sae=3, k=1)
+    assert scan_columns(x, weights, torch.tensor([0.5, 2.0, 3.5]), cfg, None).n_fired.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_under_autocast_the_scan_sees_what_autocast_products_give(dtype):
+    """Which leave float64 as it is."""
+    sae, x = an_sae(), activations(70).to(dtype)
+    weights = Weights(*(weight.detach().to(dtype) for weight in (sae.W_enc, sae.b_enc, sae.W_dec)), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        peak = scan_columns(x, weights, torch.zeros(200), sae.cfg, None).peak
+        want = (x @ weights.W_enc + weights.b_enc).amax(dim=0).relu()
+    torch.testing.assert_close(peak, want.to(peak), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("room", [0, 2**20])
