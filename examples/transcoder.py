@@ -78,6 +78,7 @@ def train(
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
+    torch.manual_seed(0)  # the same tokens for all
     runner = TranscoderRunner if isinstance(sae, SampledTopKTranscoderConfig) else DataParallelRunner
     with live_bar():
         runner(cfg, override_model=model).run()
