@@ -35,7 +35,17 @@ jaxtyping.install_import_hook(
 torch.set_num_threads(1)  # all sizes here are small, and the tests run in several processes
 
 
-SLOW = ("study_processes", "saebench_resuming", "examples", "data_parallel", "data_parallel_runner", "calibration")
+SLOW = (
+    "study_processes",
+    "saebench_resuming",
+    "examples",
+    "data_parallel",
+    "data_parallel_runner",
+    "transcoder_runner",
+    "interrupting",
+    "benchmarks",
+    "calibration",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

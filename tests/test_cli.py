@@ -134,15 +134,20 @@ def test_a_reader_of_the_entry_point_finds_the_class_and_importing_prints_nothin
     script = """
 import sys
 from importlib.metadata import entry_points
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_class, get_sae_training_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 assert "sampled_topk" not in SAE_TRAINING_CLASS_REGISTRY
 for plugin in entry_points(group="sae_lens.architectures"):
     plugin.load()
-    print(plugin.name, get_sae_training_class(plugin.name)[0].__name__, get_sae_class(plugin.name)[0].__name__)
+    print(plugin.name, get_sae_training_class(plugin.name)[0].__name__)
+print(SAE_CLASS_REGISTRY["sampled_topk"][0].__name__)
 import sae_lens_sampled.cli, sae_lens_sampled.dictionary_similarity
 assert not [module for module in sys.modules if module.startswith("sae_bench")]
 """
-    assert run(sys.executable, "-c", script) == "sampled_topk SampledTopKTrainingSAE SampledTopKSAE\n"
+    assert run(sys.executable, "-c", script).splitlines() == [
+        "sampled_topk SampledTopKTrainingSAE",
+        "sampled_topk_transcoder SampledTopKTranscoder",
+        "SampledTopKSAE",
+    ]
 
 
 def test_version_is_the_distributions():

@@ -1,14 +1,23 @@
 """Transcoders of the bundled model's MLPs: the runner, its evaluation, SAEBench's core, and the commands."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import wandb
 from helpers import train_arguments
-from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import (
+    SAE,
+    ActivationsStore,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    SAETrainer,
+)
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -75,23 +84,21 @@ def bridge(tiny_lm):
 
 @pytest.fixture(scope="module")
 def trained(tiny_lm, bridge, tmp_path_factory):
-    """Transcoders by name, and the folders that they were saved to."""
-    folder, made = tmp_path_factory.mktemp("transcoders"), {}
-    for name, fields in {"all": {}, "groups": {"pool_factor": 10, "pool_group_size": 16, "skip": True}}.items():
-        hooks = {"hook_name": BRIDGED_IN, "hook_name_out": BRIDGED_OUT}
-        cfg = runner_config(
-            tiny_lm,
-            **fields,
-            **hooks,
-            train_batch_size_tokens=1024,
-            n_batches_in_buffer=64,
-            training_tokens=250 * 1024,
-            lr_decay_steps=100,
-            output_path=str(folder / name),
-        )
-        made[name] = TranscoderRunner(cfg, override_model=bridge).run()
-        made[name].save_model(folder / f"{name}_checkpoint")
-    return SimpleNamespace(folder=folder, **made)
+    """Two transcoders, of the runner and then of SAELens' trainer on the same batches; and where they are exported."""
+    folder = tmp_path_factory.mktemp("transcoders")
+    hooks = {"hook_name": BRIDGED_IN, "hook_name_out": BRIDGED_OUT}
+    size = {"train_batch_size_tokens": 1024, "n_batches_in_buffer": 64, "training_tokens": 250 * 1024}
+    cfg = runner_config(tiny_lm, **hooks, **size, lr_decay_steps=100, output_path=str(folder / "all"))
+    runner, batches = TranscoderRunner(cfg, override_model=bridge), []
+    loader = runner.activations_store.get_data_loader()
+    runner.activations_store._dataloader = (batches.append(batch) or batch for batch in loader)
+    runner.run()
+    groups = SampledTopKTranscoder(replace(cfg.sae, pool_factor=10, pool_group_size=16, skip=True))
+    groups.cfg.metadata = copy.deepcopy(runner.sae.cfg.metadata)
+    SAETrainer(cfg.to_sae_trainer_config(), groups, iter(batches)).fit()
+    groups.save_inference_model(folder / "groups")
+    groups.save_model(folder / "groups_checkpoint")
+    return SimpleNamespace(folder=folder, all=runner.sae, groups=groups)
 
 
 @pytest.fixture(scope="module")
