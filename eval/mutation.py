@@ -11,11 +11,12 @@ A mutant is a module with one change of mutmut's (`pip install mutmut`): an oper
 It is killed if a test fails, or takes longer than `TIMEOUT_SECONDS`. mutmut itself leaves out decorated functions,
 which most of ours are, so they are run here: in a copy of the repository, by a process that has imported everything
 else and forks. They are taken at random, in an order that is always the same; those that nothing could notice on a CPU,
-such as another `device=`, are left out. Results are known by the mutant's source, so those of a module that has changed
+such as another `device=`, are left out. Results are known by the mutant's code, so those of a module that has changed
 are run again.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
 import hashlib
@@ -69,8 +70,8 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Known by it in the results; orders mutants at random."""
-        return hashlib.sha256(f"{self.module}\n{self.source}".encode()).hexdigest()[:16]
+        """Known by it in the results, whatever comments and docstrings say; orders mutants at random."""
+        return hashlib.sha256(f"{self.module}\n{_code(self.source)}".encode()).hexdigest()[:16]
 
     @property
     def line(self) -> str:
@@ -102,6 +103,21 @@ def mutants(module: str) -> Iterator[Mutant]:
             seen.add(noticeable)
             lines = difflib.unified_diff(code.splitlines(), source.splitlines(), lineterm="", n=0)
             yield Mutant(module, source, "\n".join(list(lines)[2:]))
+
+
+def _code(source: str) -> str:
+    """The source without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return is_constant and isinstance(statement.value.value, str)  # type: ignore[union-attr]
 
 
 def _noticeable(source: str) -> str:

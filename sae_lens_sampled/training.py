@@ -121,7 +121,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return output
 
     def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a training batch, shape (..., d_batch), is encoded and what is reconstructed: all of it.
+        """What of a training batch, shape (..., d_in), is encoded and what is reconstructed: all of it.
 
         Raises:
             ValueError: if it is empty or of another width.

@@ -58,7 +58,8 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
         if self.d_out is None:
             self.d_out = self.d_in
         super().__post_init__()
-        self.metadata.hook_name_out = self.hook_name_out
+        if self.hook_name_out is not None:
+            self.metadata.hook_name_out = self.hook_name_out
         check(
             not self.apply_b_dec_to_input,
             "apply_b_dec_to_input=True has no meaning for a transcoder: its decoder's bias is of the outputs.",

@@ -53,6 +53,11 @@ class TranscoderRunner(DataParallelRunner):
             evaluator.model_kwargs,
         )
 
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        self.sae.cfg.metadata.hook_name_out = self.cfg.sae.hook_name_out
+
 
 class TranscoderEvaluator(LLMSaeEvaluator[Any]):
     """SAELens' evaluation, of the model with outputs reconstructed from inputs."""

@@ -298,3 +298,15 @@ def test_the_metrics_of_heads_are_those_of_their_flat_activations_and_look_at_so
     for given, sae in ((broken, flat), (broken.view(-1, 3, D_IN // 3), heads)):
         got = {name: metric().item() for name, metric in export_metrics(sae, given).items()}
         assert got == pytest.approx(want)
+
+
+def test_logged_l0_counts_activations_however_small():
+    sae, batch = sampled_sae(apply_b_dec_to_input=False), activations(64) * 1e-3
+    sae.b_enc.data.zero_()
+    for _ in range(30):
+        sae.training_forward_pass(step_input(batch))
+    acts = to_jumprelu(sae).encode(batch)
+    assert acts.max() < 0.5
+    l0 = (acts > 0).sum(dim=1).float().mean().item()
+    assert l0 > 1
+    assert export_metrics(sae, batch)["export_l0"]().item() == pytest.approx(l0)
