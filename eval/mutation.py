@@ -70,7 +70,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Known by it in the results, whatever comments and docstrings say; orders mutants at random."""
+        """Known by it in the results, whatever comments and types say; orders mutants at random."""
         return hashlib.sha256(f"{self.module}\n{_code(self.source)}".encode()).hexdigest()[:16]
 
     @property
@@ -106,9 +106,12 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 
 def _code(source: str) -> str:
-    """The source without comments and docstrings."""
+    """The source without comments, docstrings and types."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if hasattr(node, field):
+                setattr(node, field, ast.Constant(None))
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]  # type: ignore[attr-defined]

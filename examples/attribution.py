@@ -15,6 +15,7 @@ from typing import Any
 
 import huggingface_hub.constants
 from sae_lens import SAE
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from safetensors.torch import save_file
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
@@ -28,11 +29,12 @@ PROMPT = "He was not a man to be trusted; and she did not know what to"
 
 def transcoders(args: argparse.Namespace, model: TransformerBridge) -> list[Path]:
     """Folders of the exported transcoders, block by block; those that are missing are trained."""
-    folders = [args.output_dir / f"block_{block}" for block in range(model.cfg.n_layers)]
+    settings = f"d_sae_{args.d_sae}_k_{args.k}_steps_{args.steps}"
+    folders = [args.output_dir / settings / f"block_{block}" for block in range(model.cfg.n_layers)]
     for block, folder in enumerate(folders):
         hook_in, hook_out = hooks(block)
         shared = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "device": args.device}
-        if not folder.exists():
+        if not (folder / RUNNER_CFG_FILENAME).exists():  # the last file that is written
             train(
                 args, model, SampledTopKTranscoderConfig(hook_name_out=hook_out, skip=True, **shared), hook_in, folder
             )
@@ -40,7 +42,7 @@ def transcoders(args: argparse.Namespace, model: TransformerBridge) -> list[Path
 
 
 def save_for_circuit_tracer(folder: Path) -> Path:
-    """The file that circuit-tracer reads: the exported transcoder's weights, under its names."""
+    """The file that circuit-tracer reads: the exported transcoder's weights, under its names and with latents first."""
     sae: Any = SAE.load_from_disk(folder)
     weights = {
         "W_enc": sae.W_enc.T,
@@ -48,8 +50,9 @@ def save_for_circuit_tracer(folder: Path) -> Path:
         "activation_function.threshold": sae.threshold,
         "W_dec": sae.W_dec,
         "b_dec": sae.b_dec,
-        "W_skip": sae.W_skip,
     }
+    if sae.cfg.architecture() == "jumprelu_skip_transcoder":
+        weights["W_skip"] = sae.W_skip
     file = folder / "circuit_tracer.safetensors"
     save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, file)
     return file

@@ -29,9 +29,9 @@ from sae_lens_sampled import (
     SampledTopKTrainingSAEConfig,
     SampledTopKTranscoderConfig,
     TranscoderRunner,
+    as_sae_on_outputs,
 )
 from sae_lens_sampled.progress import live_bar
-from sae_lens_sampled.transcoder_runner import as_sae_on_outputs
 
 
 def configs(args: argparse.Namespace, width: int, hook_out: str) -> dict[str, TrainingSAEConfig]:
@@ -133,7 +133,7 @@ def parser(description: str | None, output_dir: Path) -> argparse.ArgumentParser
 
 
 def hooks(block: int) -> tuple[str, str]:
-    """Where the MLP of a block reads, and where it writes."""
+    """What a block's MLP reads, normalised but before the gain, and what it writes."""
     return f"blocks.{block}.ln2.hook_normalized", f"blocks.{block}.hook_mlp_out"
 
 

@@ -16,7 +16,7 @@ from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.scores import SCORES, register_score
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
-from sae_lens_sampled.transcoder_runner import TranscoderRunner
+from sae_lens_sampled.transcoder_runner import TranscoderRunner, as_sae_on_outputs
 from sae_lens_sampled.warm_start import from_batchtopk
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "SampledTopKTranscoder",
     "SampledTopKTranscoderConfig",
     "TranscoderRunner",
+    "as_sae_on_outputs",
     "calibrate_thresholds",
     "from_batchtopk",
     "load_checkpoint",

@@ -13,8 +13,8 @@ then a large part of the matrix."""
 
 
 def auxiliary_loss(
-    dead_reconstruction: Float[Tensor, "tokens d_in"] | None,
-    residual: Float[Tensor, "tokens d_in"],
+    dead_reconstruction: Float[Tensor, "tokens d_out"] | None,
+    residual: Float[Tensor, "tokens d_out"],
     n_dead: int,
     width: int,
     coefficient: float,
@@ -45,7 +45,7 @@ def dead_reconstruction(
     dead: Int[Tensor, " n_dead"],
     hidden_pre: Float[Tensor, "n_dead tokens"] | None,
     k_aux: int,
-) -> Float[Tensor, "tokens d_in"]:
+) -> Float[Tensor, "tokens d_out"]:
     """The reconstruction from the `k_aux` largest pre-activations of dead latents of each token, with gradient.
 
     As in SAELens they need not be positive, and the decoder's bias is not added. `weights` are of all latents;

@@ -56,7 +56,7 @@ def calibrate_thresholds(
     Each batch passed is one selection batch: pass batches of the size used in training. A latent's target rate is the
     share of tokens on which it is selected, weighted by its precision as in training (`thresholds.py`): of its largest
     activations, as many as it is selected, the share that is selected. Equal precisions change nothing, as with a pool
-    of all latents. Memory: the kept inputs, (tokens, d_in), and one chunk of columns.
+    of all latents. Memory: the kept batches, twice, and one chunk of columns.
 
     Args:
         sae: the trained SAE, with its activation normalisation folded.
@@ -158,7 +158,7 @@ def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tok
     batches, n_tokens = [], 0
     for batch in activations:
         check_width(batch, sae.cfg.batch_parts)
-        batch = batch.flatten(end_dim=-2).to(sae.device)
+        batch = batch.reshape(-1, batch.shape[-1]).to(sae.device)
         n_bad = int((~batch.isfinite()).any(dim=1).sum())
         if n_bad:
             raise ValueError(f"{n_bad} of {len(batch)} rows of batch {len(batches)} are not finite.")
@@ -249,8 +249,9 @@ def _firing_rates_and_fvu(sae: ExportedSAE, x: Tensor, target: Tensor) -> tuple[
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=x.device)
     squared_error, variance = torch.zeros(2, dtype=torch.double, device=x.device)
     mean, n_rows = target.mean(dim=0).double(), max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
-    for inputs, wanted in zip(x.split(n_rows), target.double().split(n_rows), strict=True):
+    for inputs, wanted in zip(x.split(n_rows), target.split(n_rows), strict=True):
         acts, reconstruction = encode_and_reconstruct(sae, inputs)
+        wanted = wanted.double()
         fired += (acts > 0).sum(dim=0)
         squared_error += (reconstruction.double() - wanted).square().sum()
         variance += (wanted - mean).square().sum()

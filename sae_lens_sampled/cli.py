@@ -26,7 +26,7 @@ from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.parts import parse_part
 from sae_lens_sampled.sparse_codes import has_kernels
 from sae_lens_sampled.train_command import TrainError
-from sae_lens_sampled.transcoder_runner import read_both
+from sae_lens_sampled.transcoder_runner import hooks_of, read_both
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -101,9 +101,8 @@ def activation_batches(
     sae: TrainingSAE, model_name: str, dataset: str, batch_size: int, device: str
 ) -> Iterator[torch.Tensor]:
     """Endless batches of the activations that `sae` was trained on, by its metadata, shape (batch_size, width)."""
-    hooks = [sae.cfg.metadata.hook_name]
-    if is_transcoder := isinstance(sae, sae_lens_sampled.SampledTopKTranscoder):
-        hooks.append(sae.cfg.metadata.hook_name_out)
+    is_transcoder = isinstance(sae, sae_lens_sampled.SampledTopKTranscoder)
+    hooks = hooks_of(sae) if is_transcoder else [sae.cfg.metadata.hook_name]
     try:
         model = _hooked_model(str(sae.cfg.metadata.model_class_name), model_name, hooks, device)
     except OSError as error:

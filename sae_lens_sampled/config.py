@@ -19,7 +19,7 @@ InferenceThreshold = Literal["per_latent", "global"]
 
 FIELD_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("k", (int, float), "a number"),
-    ("pool_factor", (int, float), "a number"),
+    ("pool_factor", (int, float, NoneType), "a number, or None for every latent"),
     ("score", (str,), "the name of a score"),
     ("pool_group_size", (int, NoneType), "a whole number of tokens, or None for one pool per batch"),
     ("pool_seed", (int,), "a whole number"),
@@ -147,9 +147,9 @@ def check_pool_fields(cfg: PoolFields) -> None:
         )
     check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
     check(
-        math.isfinite(cfg.pool_factor) and cfg.pool_factor >= 1,
+        cfg.pool_factor is None or 1 <= cfg.pool_factor < math.inf,
         f"pool_factor={cfg.pool_factor} must be finite and at least 1: each token keeps k={cfg.k} entries "
-        f"of k * pool_factor candidates. pool_factor={cfg.d_sae / cfg.k:g} (d_sae / k) makes every latent one.",
+        f"of k * pool_factor candidates. pool_factor=None makes every latent one.",
     )
     check(
         cfg.score in SCORES,

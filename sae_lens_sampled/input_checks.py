@@ -142,7 +142,7 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
     Raises:
         ValueError: with the hook, and its width.
     """
-    acts = one_token(model, cfg, "hook_name", cfg.hook_name)[0, 0]
+    acts = one_token(model, cfg, {"hook_name": cfg.hook_name})[cfg.hook_name][0, 0]
     if cfg.hook_head_index is not None:
         if acts.ndim < 2 or cfg.hook_head_index >= len(acts):
             raise ValueError(
@@ -155,15 +155,20 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
 
 
 @torch.no_grad()
-def one_token(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], field: str, hook_name: str) -> Tensor:
-    """Activations of one token at a hook, which `field` of the config has named.
+def one_token(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], hooks: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Activations of one token at hooks, which fields of the config have named, in the order in which they come.
 
     Raises:
         ValueError: if the model has no such hook.
     """
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     # Past `compile_llm`, which would compile for this shape too.
-    cache = type(model).run_with_cache(model, token, names_filter=[hook_name], prepend_bos=False, **cfg.model_kwargs)[1]
-    if hook_name not in cache:
-        raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
-    return cache[hook_name]
+    cache = type(model).run_with_cache(
+        model, token, names_filter=list(hooks.values()), prepend_bos=False, **cfg.model_kwargs
+    )[1]
+    for field, hook_name in hooks.items():
+        if hook_name not in cache:
+            raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
+    return dict(cache.items())

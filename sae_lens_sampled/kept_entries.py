@@ -45,9 +45,9 @@ SAMPLE_ROWS = 128
 class KeptStep(NamedTuple):
     """One forward pass."""
 
-    reconstructions: Float[Tensor, "levels tokens d_in"]
+    reconstructions: Float[Tensor, "levels tokens d_out"]
     """Those of the inner widths and, last, the whole one; without the decoder's bias; they carry the gradient."""
-    dead_reconstruction: Float[Tensor, "tokens d_in"] | None
+    dead_reconstruction: Float[Tensor, "tokens d_out"] | None
     """From the dead latents alone, for AuxK; carries the gradient. None if there are none."""
     kept: Entries
     """The kept activations, ascending by token and then by latent; they carry the gradient. With the columns of one
@@ -212,7 +212,7 @@ def keep_columns(
     n_keep: int,
     inner_widths: Sequence[int] = (),
     ranks: Ranks = ALONE,
-) -> tuple[Entries, Float[Tensor, "levels tokens d_in"]]:
+) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
     """What is kept of the pooled columns and the reconstructions from it, by dense products, with gradient."""
     part = weights.of(pool)
     hidden_pre = x @ part.W_enc + part.b_enc

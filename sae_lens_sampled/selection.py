@@ -28,8 +28,8 @@ class PoolFields:
     The config fields that the selection depends on, mixed into the host's configs, which have `k` and `d_sae`.
 
     Args:
-        pool_factor (float): Candidate pool size over k, at least 1 (the paper's l). From d_sae / k on every latent is
-            a candidate, which is BatchTopK.
+        pool_factor (float | None): Candidate pool size over k, at least 1 (the paper's l). None, or d_sae / k and
+            more: every latent is a candidate, which is BatchTopK.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
             ridge_leverage, uniform, or a name given to register_score.
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
@@ -45,7 +45,7 @@ class PoolFields:
             None: all latents compete for the pool. With a pool of all latents it has no effect.
     """
 
-    pool_factor: float = 5.0
+    pool_factor: float | None = 5.0
     score: str = "l2_norm"
     pool_sampling: PoolSampling = "top"
     pool_group_size: int | None = None
@@ -137,9 +137,9 @@ def quota_sizes(quota: list[float], widths: list[int], n_candidates: int) -> lis
     return sizes
 
 
-def count_candidates(k: float, pool_factor: float, d_sae: int) -> int:
+def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
     """Size m of the pool: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
-    if pool_factor >= d_sae / k:
+    if pool_factor is None or pool_factor >= d_sae / k:
         return d_sae
     return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
 

@@ -20,7 +20,7 @@ class Weights(NamedTuple):
 
     W_enc: Float[Tensor, "d_in latents"]
     b_enc: Float[Tensor, " latents"]
-    W_dec: Float[Tensor, "latents d_in"]
+    W_dec: Float[Tensor, "latents d_out"]
     norms: Float[Tensor, " latents"] | None
     r"""Norms of the decoder rows, where these rescale the pre-activations. They decide what is chosen and are a factor
     of activations, but cancel in the reconstruction: $(z \|w\|)(w / \|w\|) = z w$ needs no gradient of them."""
@@ -58,7 +58,7 @@ def has_kernels(device: torch.device) -> bool:
 
 def encode_and_decode(
     x: Float[Tensor, "tokens d_in"], weights: Weights, codes: Entries, inner_widths: Sequence[int] = ()
-) -> tuple[Entries, Float[Tensor, "levels tokens d_in"]]:
+) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
     r"""The codes with their gradient, and the reconstructions from them: those of inner widths, and of all latents.
 
     For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere it is $\hat X = S W_{dec}$.

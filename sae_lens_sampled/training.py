@@ -189,7 +189,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         return output
 
     def _add_inner_losses(self, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
-        """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_in).
+        """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_out).
 
         Where they count no more they are still there to be logged, times 0: the record's number of steps, this one
         counted already, stays on the device, and SAELens' own is one too low after a checkpoint.
@@ -257,7 +257,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         if starved > 0.5 and self.pool_record.n_steps > 0 and self.cfg.pool_group_size is None:
             warnings.warn(
                 f"{starved:.0%} of the latents were never in a pool: with one pool per batch and a small pool_factor "
-                f"(here {self.cfg.pool_factor:g}) the pool freezes. pool_group_size=16 lets more latents in.",
+                f"(here {self.cfg.pool_factor}) the pool freezes. pool_group_size=16 lets more latents in.",
                 stacklevel=2,
             )
         return to_jumprelu(self).save_model(path)

@@ -1,8 +1,9 @@
 """Transcoders: what one place of a model is encoded, what comes out at another place is reconstructed from it."""
 
+import copy
 import dataclasses
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -25,8 +26,8 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     """
     Configuration class for training a SampledTopKTranscoder (transcoders: arXiv 2406.11944).
 
-    Fields that SampledTopKTrainingSAEConfig has too are documented there; `pool_factor` is by default what makes every
-    latent a candidate, which is BatchTopK.
+    Fields that SampledTopKTrainingSAEConfig has too are documented there. By default every latent is a candidate, which
+    is BatchTopK.
 
     Args:
         d_out (int | None): Width of the outputs. None: `d_in`.
@@ -36,7 +37,7 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     """
 
     apply_b_dec_to_input: bool = False
-    pool_factor: float = math.inf
+    pool_factor: float | None = None
     d_out: int | None = None
     hook_name_out: str | None = None
     skip: bool = False
@@ -49,16 +50,12 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     @property
     @override
     def batch_parts(self) -> dict[str, int]:
-        assert self.d_out is not None
-        return {"d_in": self.d_in, "d_out": self.d_out}
+        return {"d_in": self.d_in, "d_out": self.d_in if self.d_out is None else self.d_out}
 
     def __post_init__(self) -> None:
-        if self.pool_factor == math.inf:  # JSON has no such number
-            self.pool_factor = self.d_sae / self.k if self.k > 0 else 1.0  # such a k is refused below
-        if self.d_out is None:
-            self.d_out = self.d_in
         super().__post_init__()
         if self.hook_name_out is not None:
+            self.metadata = copy.deepcopy(self.metadata)  # `dataclasses.replace` gives two configs the same
             self.metadata.hook_name_out = self.hook_name_out
         check(
             not self.apply_b_dec_to_input,
@@ -74,7 +71,12 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
             f"reshape_activations={self.reshape_activations!r} merges the heads of one place; a transcoder has two.",
         )
         check(
-            self.d_out >= 2,
+            self.d_out is None or type(self.d_out) is int,
+            f"d_out={self.d_out!r} is a {type(self.d_out).__name__}; it must be a whole number, or None for d_in.",
+        )
+        check(isinstance(self.skip, bool), f"skip={self.skip!r} must be True or False.")
+        check(
+            self.batch_parts["d_out"] >= 2,
             f"d_out={self.d_out} is less than 2: SAELens' auxiliary loss keeps d_out // 2 dead latents per token, and "
             "divides by that.",
         )
@@ -82,6 +84,10 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     @override
     def get_inference_config_class(self) -> type[TranscoderConfig]:
         return JumpReLUSkipTranscoderConfig if self.skip else JumpReLUTranscoderConfig
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        return super().get_inference_sae_cfg_dict() | {"d_out": self.batch_parts["d_out"]}
 
 
 class SampledTopKTranscoder(SampledTopKTrainingSAE):
@@ -128,7 +134,9 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of the outputs, shape (..., d_out), for inputs of shape (..., d_in)."""
-        return encode_and_reconstruct(self, x)[1]
+        if self.use_error_term:
+            raise ValueError("use_error_term=True has no meaning for a transcoder, which does not see its outputs.")
+        return self.hook_sae_output(encode_and_reconstruct(self, x)[1])
 
     @override
     def _dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from sae_lens_sampled.data_parallel import DataParallelRunner
 from sae_lens_sampled.input_checks import one_token
 from sae_lens_sampled.reconstruction import add_skip
-from sae_lens_sampled.transcoder import SampledTopKTranscoderConfig
+from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
 
 
 class TranscoderRunner(DataParallelRunner):
@@ -31,12 +31,18 @@ class TranscoderRunner(DataParallelRunner):
 
     Raises:
         ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
-            numbers of tokens, one is of a single head, or activations are to be read from a cache.
+            numbers of tokens or come in the other order, one is of a single head, activations are to be read from a
+            cache, or the SAE given is no transcoder of these widths.
     """
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
         _check_config(cfg)
         super().__init__(cfg, *args, **kwargs)
+        if not isinstance(self.sae, SampledTopKTranscoder) or self.sae.cfg.batch_parts != cfg.sae.batch_parts:
+            raise ValueError(
+                f"the SAE to be trained is a {type(self.sae).__name__} of {self.sae.cfg.batch_parts}; the config asks "
+                f"for a transcoder of {cfg.sae.batch_parts}."
+            )
         hooks = [cfg.hook_name, cfg.sae.hook_name_out]
         if isinstance(self.model, HookedProxyLM):  # SAELens has asked it for the hook of the inputs alone
             self.model = HookedProxyLM(self.model.model, self.model.tokenizer, hooks)
@@ -81,10 +87,13 @@ class _StoreOfBoth(ActivationsStore):
 
 
 class _OutputsSAE:
-    """A transcoder as an SAE on its outputs, which encodes the inputs that the model has last had."""
+    """A transcoder as an SAE on its outputs, which encodes the inputs that the model has had just before."""
 
     def __init__(self, transcoder: SAE[Any]) -> None:
-        self.transcoder, self.inputs = transcoder, torch.empty(0)
+        self.transcoder = transcoder
+        self.passed: Tensor | None = None
+        """Inputs that have passed the hook, and are not encoded yet."""
+        self.inputs = torch.empty(0)
         self.cfg = copy.deepcopy(transcoder.cfg)
         self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
 
@@ -92,7 +101,10 @@ class _OutputsSAE:
         return getattr(self.transcoder, name)
 
     def encode(self, _outputs: Tensor) -> Tensor:
-        self.inputs = self.inputs.to(self.transcoder.device)
+        if self.passed is None:
+            raise ValueError("no inputs have come since the last were encoded: they must come before outputs.")
+        # Heads, where there are any, are side by side for a transcoder.
+        self.inputs, self.passed = self.passed.flatten(start_dim=2).to(self.transcoder.device), None
         return self.transcoder.encode(self.inputs)
 
     def decode(self, acts: Tensor) -> Tensor:
@@ -101,20 +113,39 @@ class _OutputsSAE:
 
 @contextmanager
 def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator[Any]:
-    """For SAELens' evaluations on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
+    """For SAELens' `run_evals` on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
 
-    Its `encode` must come after a pass of the model, and takes its inputs, whatever it is given.
+    Its `encode` must come after a pass of the model, and takes the inputs of that, whatever it is given. Metrics of
+    weights (`compute_featurewise_weight_based_metrics`) are for inputs and outputs of one width.
+
+    Raises:
+        ValueError: if the metadata name no hook of the outputs; in `encode`, if inputs do not come before outputs.
     """
+    hook_in, _ = hooks_of(transcoder)
     view = _OutputsSAE(transcoder)
 
     def remember(_hook: Any, _arguments: Any, inputs: Tensor) -> None:
-        view.inputs = inputs
+        view.passed = inputs
 
-    handle = model.hook_dict[transcoder.cfg.metadata.hook_name].register_forward_hook(remember)
+    handle = model.hook_dict[hook_in].register_forward_hook(remember)
     try:
         yield view
     finally:
         handle.remove()
+
+
+def hooks_of(transcoder: SAE[Any]) -> list[str]:
+    """The hooks of its inputs and of its outputs, by its metadata.
+
+    Raises:
+        ValueError: if one is not named there.
+    """
+    metadata = transcoder.cfg.metadata
+    hooks = {name: getattr(metadata, name) for name in ("hook_name", "hook_name_out")}
+    for name, hook in hooks.items():
+        if hook is None:
+            raise ValueError(f"the metadata of this {type(transcoder).__name__} have no {name}: set it first.")
+    return list(hooks.values())
 
 
 def read_both(store: ActivationsStore, hooks: list[str], widths: dict[str, int]) -> None:
@@ -139,16 +170,15 @@ def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         raise ValueError("use_cached_activations=True: SAELens caches one hook, and a transcoder reads two.")
 
 
-@torch.no_grad()
 def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Refuse a hook of the outputs that the model does not have, or that does not go with the one of the inputs.
 
     Raises:
-        ValueError: with the hook, and its width or number of tokens.
+        ValueError: with the hook, and its width, number of tokens or place.
     """
-    name, width = cfg.sae.hook_name_out, cfg.sae.d_out
-    inputs = one_token(model, cfg, "hook_name", cfg.hook_name)
-    outputs = one_token(model, cfg, "hook_name_out", name)
+    name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
+    cache = one_token(model, cfg, {"hook_name": cfg.hook_name, "hook_name_out": name})
+    inputs, outputs = cache[cfg.hook_name], cache[name]
     if outputs.shape[:2] != inputs.shape[:2]:
         raise ValueError(
             f"{cfg.hook_name} and {name} have activations of shapes {tuple(inputs.shape)} and {tuple(outputs.shape)} "
@@ -156,3 +186,5 @@ def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any
         )
     if outputs[0, 0].numel() != width:
         raise ValueError(f"d_out={width}, but {name} of {cfg.model_name} is {outputs[0, 0].numel()} wide.")
+    if next(iter(cache)) != cfg.hook_name:
+        raise ValueError(f"{name} comes before {cfg.hook_name} in {cfg.model_name}; outputs must come after inputs.")

@@ -18,12 +18,15 @@ sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, which are n
 # jaxtyping's pytest option, which takes a single module if the checker has arguments.
 PURE = (
     "activation_statistics",
+    "auxiliary",
     "calibration",
     "dictionary_similarity",
+    "kept_entries",
     "metrics",
     "pool_record",
     "scores",
     "selection",
+    "sparse_codes",
     "thresholds",
 )
 jaxtyping.install_import_hook(

@@ -96,7 +96,7 @@ def test_circuit_tracer_finds_the_latents_that_saelens_finds(tmp_path, monkeypat
     hooked = attribution.load_model(attribution.parser(None, tmp_path).get_default("model")).hooked
     cache = hooked.run_with_cache(graph.input_tokens[None])[1]
     for block in range(4):
-        sae = SAE.load_from_disk(tmp_path / "attribution_output" / f"block_{block}")
+        sae = SAE.load_from_disk(next(tmp_path.glob(f"attribution_output/*/block_{block}")))
         acts = sae.encode(cache[attribution.hooks(block)[0]][0])
         acts[0] = 0  # circuit-tracer leaves the first token out
         of_block = graph.active_features[:, 0] == block

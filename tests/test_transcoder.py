@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -217,8 +218,29 @@ def test_initial_weights_and_buffers():
 def test_by_default_every_latent_is_a_candidate(k):
     cfg = SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=k)
     assert cfg.n_candidates == D_SAE
-    assert cfg.pool_factor == D_SAE / k
-    assert cfg.d_out == D_IN
+    assert cfg.batch_parts == {"d_in": D_IN, "d_out": D_IN}
+    # Also of configs that are made from it: nothing was worked out yet.
+    assert replace(cfg, k=D_SAE / 2, d_sae=2 * D_SAE).n_candidates == 2 * D_SAE
+    assert replace(cfg, d_in=20).batch_parts == {"d_in": 20, "d_out": 20}
+    assert replace(cfg, d_in=20, d_out=6).batch_parts == {"d_in": 20, "d_out": 6}
+
+
+def test_configs_made_of_one_another_have_hooks_of_their_own():
+    first = SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=K, hook_name_out="one")
+    second = replace(first, hook_name_out="two")
+    assert (first.metadata.hook_name_out, second.metadata.hook_name_out) == ("one", "two")
+    assert to_jumprelu(SampledTopKTranscoder(first)).cfg.metadata.hook_name_out == "one"
+
+
+def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
+    made, x = transcoder(skip=True), activations(5)
+    out, cache = made.run_with_cache(x)
+    assert torch.equal(cache["hook_sae_output"], out)
+    assert {"hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"} <= set(cache)
+    with pytest.warns(DeprecationWarning, match="use_error_term"):
+        made.use_error_term = True
+    with pytest.raises(ValueError, match="use_error_term=True has no meaning for a transcoder, which does not see its"):
+        made(x)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +250,10 @@ def test_by_default_every_latent_is_a_candidate(k):
         ({"normalize_activations": "expected_average_only_in"}, "two spaces, by one factor. Use 'none'."),
         ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' has no mean"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' merges the heads of one place"),
+        ({"d_out": "7"}, "d_out='7' is a str; it must be a whole number, or None for d_in."),
+        ({"d_out": 7.0}, "d_out=7.0 is a float; it must be a whole number, or None for d_in."),
+        ({"skip": "no"}, "skip='no' must be True or False."),
+        ({"pool_factor": "4"}, "pool_factor='4' is a str; it must be a number, or None for every latent."),
         ({"d_out": 1}, "d_out=1 is less than 2: SAELens' auxiliary loss keeps d_out // 2 dead latents"),
         ({"k": 0}, "k=0 must be above 0 and at most d_sae=40."),
         ({"pool_factor": 0.5}, "pool_factor=0.5 must be finite and at least 1"),

@@ -25,14 +25,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
 from sae_lens_sampled import (
+    SampledTopKTrainingSAE,
+    SampledTopKTrainingSAEConfig,
     SampledTopKTranscoder,
     SampledTopKTranscoderConfig,
     TranscoderRunner,
+    as_sae_on_outputs,
 )
 from sae_lens_sampled.cli import app
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.reconstruction import encode_and_reconstruct
-from sae_lens_sampled.transcoder_runner import as_sae_on_outputs
 
 IN, OUT = "gpt_neox.layers.2.post_attention_layernorm", "gpt_neox.layers.2.mlp"
 EVERYTHING = {
@@ -234,6 +236,69 @@ def test_hooks_of_transformer_lens_are_checked_too(tiny_lm, bridge):
     cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.2.attn.hook_pattern")
     with pytest.raises(ValueError, match=r"shapes \(1, 1, 128\) and \(1, 4, 1, 1\) for one token: a transcoder needs"):
         TranscoderRunner(cfg, override_model=bridge)
+
+
+def test_outputs_must_come_after_inputs(tiny_lm, bridge, trained):
+    """Else evaluations would reconstruct them from the inputs of another pass."""
+    for swapped, model in (((OUT, IN), None), ((BRIDGED_OUT, BRIDGED_IN), bridge)):
+        cfg = runner_config(tiny_lm, hook_name=swapped[0], hook_name_out=swapped[1])
+        with pytest.raises(ValueError, match=f"{swapped[1]} comes before {swapped[0]} in .*; outputs must come after"):
+            TranscoderRunner(cfg, override_model=model)
+    with as_sae_on_outputs(trained.all, bridge) as view:
+        bridge(torch.zeros(1, 3, dtype=torch.int64))
+        view.encode(torch.empty(0))
+        with pytest.raises(ValueError, match=r"^no inputs have come since the last were encoded"):
+            view.encode(torch.empty(0))
+
+
+def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    from eval_helpers import run_small
+
+    from sae_lens_sampled.saebench.models import load_model
+
+    hooks = {"hook_name": "blocks.2.attn.hook_z", "hook_name_out": "blocks.2.hook_attn_out"}
+    runner = TranscoderRunner(runner_config(tiny_lm, **hooks), override_model=load_model(tiny_lm).hooked)
+    made = runner.run()
+    metrics = runner.evaluator(made, runner.activations_store, ActivationScaler())
+    assert metrics["sparsity"]["l0"] == 8
+    assert metrics["reconstruction_quality"]["cossim"] > 0.1
+    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder of attention heads; core takes those of"):
+        run_small([("heads", made)], ["core"], tmp_path)
+
+
+def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
+    cfg, wider = runner_config(tiny_lm), runner_config(tiny_lm, d_out=512).sae
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=256, d_sae=256, k=8))
+    for given, named in ((sae, r"SampledTopKTrainingSAE of {'d_in': 256}"), (SampledTopKTranscoder(wider), "512}")):
+        with pytest.raises(ValueError, match=f"{named}; the config asks for a transcoder of {{'d_in': 128, 'd_out'"):
+            TranscoderRunner(cfg, override_sae=given)
+
+
+def test_hooks_that_are_not_named_are_told(tiny_lm, bridge, tmp_path):
+    nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
+    nameless.cfg.metadata.hook_name = BRIDGED_IN
+    told = "the metadata of this SampledTopKTranscoder have no hook_name_out: set it first."
+    with pytest.raises(ValueError, match=told), as_sae_on_outputs(nameless, bridge):
+        pass
+    nameless.save_model(tmp_path / "checkpoint")
+    arguments = ["--dataset", str(tiny_lm / "text"), "--out", str(tmp_path / "out"), "--model", str(tiny_lm)]
+    result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
+    assert result.exit_code == 1
+    assert told in result.output
+
+
+def test_only_transcoders_of_one_place_are_compared(trained, tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    from eval_helpers import run_small
+
+    elsewhere = SAE.load_from_disk(trained.folder / "all")
+    elsewhere.cfg.metadata.hook_name_out = "blocks.3.hook_mlp_out"
+    with pytest.raises(ValueError, match=r"has hook_name_out='blocks\.3\.hook_mlp_out', but 'all_custom_sae' has"):
+        run_small([("all", trained.folder / "all"), ("else", elsewhere)], ["mmcs"], tmp_path)
+    narrow = SampledTopKTranscoder(replace(trained.all.cfg, d_out=64))
+    with pytest.raises(ValueError, match="SAE 'narrow_custom_sae' has d_out=64, but model 'tiny_lm' has d_model=128"):
+        run_small([("narrow", narrow)], ["core"], tmp_path)
 
 
 def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm):

@@ -26,6 +26,9 @@ BLOCK_OUTPUT = re.compile(
 )
 """Names that Hugging Face and TransformerLens' bridge have for the residual stream after a block."""
 
+OF_MODEL_WIDTH = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+"""Ends of the names of hooks that are as wide as the residual stream."""
+
 NOT_OF_THE_MODEL = ("device", "model_name", "tokenizer_name")
 """Fields of TransformerLens' configuration that tell where a model lies, not what it does."""
 
@@ -85,30 +88,31 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
-    metadata.hook_name = _hook_in(model, sae, metadata.hook_name, sae.sae.cfg.d_in)
+    metadata.hook_name = _hook_in(model, sae, metadata.hook_name, "d_in")
     if isinstance(sae.sae, Transcoder):
         if metadata.hook_name_out is None:
             raise ValueError(
                 f"transcoder {sae.name!r} has no hook_name_out in its metadata: where it writes is unknown."
             )
-        metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out, sae.sae.cfg.d_out)
+        metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out, "d_out")
     metadata.model_name = model.name
     metadata.hook_layer = int(metadata.hook_name.split(".")[1])
     if metadata.prepend_bos is None:
         metadata.prepend_bos = model.hooked.cfg.default_prepend_bos
 
 
-def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str, width: int) -> str:
-    """The name of one of the SAE's hooks in `model`."""
+def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str, field: str) -> str:
+    """The name of one of the SAE's hooks in `model`; `field` of its config is the width there."""
+    width = getattr(sae.sae.cfg, field)
     known = transformer_lens_hook(hook_name)
     if not re.match(r"blocks\.\d+\.", known):
         raise ValueError(f"SAE {sae.name!r} is of hook {known!r}; SAEBench takes hooks inside a block, blocks.N....")
     if known not in model.hooked.hook_dict:
         raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which model {model.name!r} does not have.")
-    if "hook_resid" in known and width != model.hooked.cfg.d_model:
+    if known.endswith(OF_MODEL_WIDTH) and width != model.hooked.cfg.d_model:
         raise ValueError(
-            f"SAE {sae.name!r} has d_in={width}, but model {model.name!r} has d_model={model.hooked.cfg.d_model}: it "
-            f"was trained on another one ({sae.sae.cfg.metadata.model_name})."
+            f"SAE {sae.name!r} has {field}={width}, but model {model.name!r} has d_model={model.hooked.cfg.d_model}: "
+            f"it was trained on another one ({sae.sae.cfg.metadata.model_name})."
         )
     return known
 

@@ -11,6 +11,7 @@ import sae_bench.evals.core.main as sae_bench_core
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE
+from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
@@ -51,6 +52,12 @@ class Core(Eval):
             "compute_featurewise_density_statistics": True,
             "compute_featurewise_weight_based_metrics": True,
         }
+
+    def check(self, saes: Sequence[EvalSAE]) -> None:
+        """Refuse transcoders that only SAEBench itself could evaluate, which knows one hook."""
+        for sae in saes:
+            if isinstance(sae.sae, Transcoder) and not recording.is_shareable(sae.sae):
+                raise ValueError(f"{sae.name!r} is a transcoder of attention heads; core takes those of whole hooks.")
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
         """A folder of text counts by what it says, not by where it lies."""

@@ -206,9 +206,10 @@ def compare_all(
 
 
 def check_alike(saes: Sequence[EvalSAE]) -> None:
-    """Refuse SAEs that differ in width or hook."""
-    for field in ("d_sae", "d_in", "hook_name"):
-        values = [getattr(sae.sae.cfg.metadata if field == "hook_name" else sae.sae.cfg, field) for sae in saes]
+    """Refuse SAEs that differ in widths or hooks."""
+    for field in ("d_sae", "d_in", "d_out", "hook_name", "hook_name_out"):
+        of_metadata = field.startswith("hook")
+        values = [getattr(sae.sae.cfg.metadata if of_metadata else sae.sae.cfg, field, None) for sae in saes]
         for sae, value in zip(saes, values, strict=True):
             if value != values[0]:
                 raise ValueError(

@@ -16,7 +16,8 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
     evals = evals_of(saes)
     counts = {name: sum(name in sae.results for sae in saes) for name in evals}
     models = {model for name in evals for model in _distinct(saes, name, "eval_config", "model_name")}
-    hooks = {hook for name in evals for hook in _distinct(saes, name, "sae_cfg_dict", "metadata", "hook_name")}
+    fields = ("hook_name", "hook_name_out")
+    hooks = {hook for name in evals for f in fields for hook in _distinct(saes, name, "sae_cfg_dict", "metadata", f)}
     n_tokens = _distinct(saes, "core", "eval_result_metrics", "token_stats", "total_tokens_eval_sparsity_variance")
     labelled = [name for names in _distinct(saes, "sparse_probing", "eval_config", "dataset_names") for name in names]
     times = [time for sae in saes for name in evals if (time := sae.number(name, "datetime_epoch_millis"))]
