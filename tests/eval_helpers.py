@@ -22,6 +22,18 @@ from torch import Tensor
 from bundled import EXAMPLES, TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 
+try:
+    from sae_bench.evals.absorption import common, feature_absorption, vocab
+except ModuleNotFoundError:  # the extra `eval` is not installed
+    pass
+else:
+
+    def fewer_words(tokenizer: Any, **kwargs: Any) -> list[str]:
+        """Every third word for absorption, in which words are most of the time."""
+        return sorted(vocab.get_alpha_tokens(tokenizer, **kwargs))[::3]
+
+    common.get_alpha_tokens = feature_absorption.get_alpha_tokens = fewer_words
+
 HOOK = "blocks.2.hook_resid_post"
 D_IN, D_SAE, K = 128, 160, 8
 KINDS = {

@@ -23,7 +23,7 @@ def batches(n_steps, dyadic):
 
 def train(case, rank, count):
     case = dict(case)
-    n_steps, dyadic, window = case.pop("n_steps", 40), case.pop("dyadic", False), case.pop("window", 4)
+    n_steps, dyadic, window = case.pop("n_steps", 24), case.pop("dyadic", False), case.pop("window", 4)
     torch.manual_seed(rank)  # other weights on every rank, until rank 0 hands out its own
     fields = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 5, **case}
     sae = sae_of(config_of(fields))

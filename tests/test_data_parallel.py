@@ -90,7 +90,7 @@ def test_two_ranks_have_the_numbers_of_one_process(trained, index):
     two = [rank[index] for rank in results[2]]
     assert_same_training(one, two, CASES[index].get("dyadic", False))
     assert all(rank["scans"]["dense_steps"] == one["scans"]["dense_steps"] == 0 for rank in two)
-    if CASES[index].get("n_steps", 40) == 40:
+    if CASES[index].get("n_steps", 24) == 24:
         assert (one["since_fired"] > 4).any()  # AuxK is active
 
 
