@@ -15,10 +15,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sae_lens_sampled", "sae_lens_sampled.saebench"])
 
 
-def _run_script(script: Path, arguments: tuple[str, ...], folder: Path, log: Path) -> None:
+def _run_script(script: Path | str, arguments: tuple[str, ...], folder: Path, log: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
-    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+    sys.argv = [str(script), *arguments]
+    if isinstance(script, Path):
+        sys.path[0] = str(script.parent)
     warnings.simplefilter("ignore")
     with (
         log.open("w") as out,
@@ -26,11 +28,14 @@ def _run_script(script: Path, arguments: tuple[str, ...], folder: Path, log: Pat
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        runpy.run_path(str(script), run_name="__main__")
+        if isinstance(script, Path):
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def run_script(script: Path, *arguments: str, folder: Path, log: Path) -> str:
-    """What a script prints that is run by its path, from `folder`; it must end well."""
+def run_script(script: Path | str, *arguments: str, folder: Path, log: Path) -> str:
+    """What a script prints that is run by its path, or a package by its name, from `folder`; it must end well."""
     process = FORKS.Process(target=_run_script, args=(script, arguments, folder, log))
     process.start()
     process.join()

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points, version
 import pytest
 import torch
 from helpers import config, sampled_sae, train_arguments
+from process_helpers import run_script
 from sae_lens import SAE, JumpReLUSAE, LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -26,7 +27,8 @@ def run(*command: str, cwd=None) -> str:
 
 
 def test_train_runs_saelens_with_our_architecture_and_the_output_needs_no_plugin(tiny_lm, tmp_path):
-    run(sys.executable, "-m", "sae_lens_sampled", "train", *train_arguments(tiny_lm, tmp_path), cwd=tmp_path)
+    arguments = train_arguments(tiny_lm, tmp_path)
+    run_script("sae_lens_sampled", "train", *arguments, folder=tmp_path, log=tmp_path / "log")
     cfg = json.loads((tmp_path / "output" / "cfg.json").read_text())
     assert cfg["metadata"]["training_architecture_details"]["pool_group_size"] == 16
     script = """
