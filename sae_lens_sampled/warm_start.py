@@ -10,6 +10,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.training import SampledTopKTrainingSAE
+from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
 
 SHARED_FIELDS = ("d_in", "d_sae", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "normalize_activations")
 """Fields that say what the weights mean: they must be equal."""
@@ -30,9 +31,10 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
         ValueError: if the SAE is of another kind, or `cfg` gives its weights another meaning.
     """
     given = source if isinstance(source, TrainingSAE) else load_checkpoint(source, device=cfg.device)
-    transcoder = next((name for name in (given.cfg.architecture(), cfg.architecture()) if "transcoder" in name), None)
-    if transcoder is not None:
-        raise ValueError(f"weights of SAEs and transcoders do not mean the same: {transcoder} starts from its own.")
+    if isinstance(given, SampledTopKTranscoder) or isinstance(cfg, SampledTopKTranscoderConfig):
+        raise ValueError(  # noqa: TRY004  like every other refusal
+            "weights of SAEs and transcoders do not mean the same: a transcoder starts from its own."
+        )
     if not isinstance(given, TopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  like every other refusal
             f"a {type(given).__name__} cannot become a sampled_topk SAE; training SAEs of TopK, BatchTopK and "

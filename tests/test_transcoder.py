@@ -367,7 +367,7 @@ def test_saelens_trainer_trains_it_and_counts_as_for_saes():
 def test_weights_of_saes_and_transcoders_do_not_mix():
     cfg = sampled_sae(apply_b_dec_to_input=False).cfg
     for source, target in ((transcoder(), cfg), (sampled_sae(), transcoder().cfg)):
-        with pytest.raises(ValueError, match=r"do not mean the same: sampled_topk_transcoder starts from its own\."):
+        with pytest.raises(ValueError, match=r"do not mean the same: a transcoder starts from its own\."):
             from_batchtopk(source, target)
 
 

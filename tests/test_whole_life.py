@@ -48,7 +48,7 @@ def configs(draw):
         if draw(st.booleans()):
             fields["pool_quota"] = [1 / (len(inner) + 1)] * (len(inner) + 1)
     if draw(st.booleans()):  # a transcoder
-        fields |= {"d_out": draw(st.integers(1, 12)), "skip": draw(st.booleans())}
+        fields |= {"d_out": draw(st.integers(1, 12)), "skip": draw(st.booleans()), "apply_b_dec_to_input": False}
     return {"d_in": d_in, "d_sae": d_sae, "k": k, "score": score, "pool_sampling": sampling} | fields
 
 
