@@ -54,6 +54,8 @@ MODULES = {
     "calibration": ["test_calibration", "-k", "not million"],
     "export": ["test_export", "test_thresholds", "test_transcoder"],
     "dictionary_similarity": ["test_dictionary_similarity"],
+    "transcoder": ["test_transcoder"],
+    "reconstruction": ["test_transcoder"],
 }
 """The tests that belong to each module, with pytest's options."""
 

@@ -190,7 +190,8 @@ def test_a_run_logs_evaluates_checkpoints_and_resumes(tiny_lm, tmp_path, monkeyp
     monkeypatch.setattr(wandb, "finish", lambda: None)
     monkeypatch.setattr(LoggingConfig, "log", lambda *_, **__: None)
     logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=2)
-    cfg = runner_config(tiny_lm, skip=True, logger=logger, n_checkpoints=1, checkpoint_path=str(tmp_path))
+    fields = {"skip": True, "prefetch_llm_batches": True, "seqpos_slice": (4, None), "autocast": True}
+    cfg = runner_config(tiny_lm, **fields, logger=logger, n_checkpoints=1, checkpoint_path=str(tmp_path))
     whole = TranscoderRunner(cfg)
     whole.run()
     names = {name for values in logged for name in values}
@@ -198,7 +199,7 @@ def test_a_run_logs_evaluates_checkpoints_and_resumes(tiny_lm, tmp_path, monkeyp
     (run_folder,) = tmp_path.iterdir()
     (checkpoint,) = run_folder.iterdir()
     assert TrainingSAE.load_from_disk(checkpoint).cfg.metadata.hook_name_out == OUT
-    resumed = TranscoderRunner(runner_config(tiny_lm, skip=True, resume_from_checkpoint=str(checkpoint)))
+    resumed = TranscoderRunner(runner_config(tiny_lm, **fields, resume_from_checkpoint=str(checkpoint)))
     resumed.run()
     assert resumed.sae.pool_record.n_steps == whole.sae.pool_record.n_steps == 8
 
