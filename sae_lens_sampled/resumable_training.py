@@ -1,8 +1,9 @@
 """SAELens' runner and trainer on a language model, made to lose nothing when they are stopped.
 
-What this mends of SAELens 6.54 (its runner for many SAEs has only the last two): an interrupt saves the state of the
-activations store alone, into a folder that does not exist, and dies of that; it comes in the middle of a step; and a
-checkpoint whose writing was killed looks like a whole one.
+What this mends of SAELens 6.54 (its runner for many SAEs has only the last three): an interrupt saves the state of the
+activations store alone, into a folder that does not exist, and dies of that; it comes in the middle of a step; a
+checkpoint whose writing was killed looks like a whole one; and a resumed run looks for its place in the text while
+another thread reads on already, with `prefetch_llm_batches`.
 """
 
 import os
@@ -85,6 +86,8 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
+        if self.cfg.resume_from_checkpoint is not None:
+            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)  # a second time moves nothing
         if self.signals is not None:
             return super().run()
         with Signals() as self.signals:

@@ -160,6 +160,10 @@ def test_bad_input_is_told_in_one_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(sae, batches)
+    with pytest.raises(ValueError, match=r"^mode='mean' must be 'per_latent' or 'global'\.$"):
+        calibrate(sae, BATCHES, mode="mean")
+    with pytest.raises(ValueError, match="have only 2 positive ones"):  # those that were never selected have more
+        scale_counts(torch.tensor([2, 0]), torch.tensor([2, 5]), 3)
     with pytest.raises(ValueError, match=r"^target_l0=0 must be above 0 and at most d_sae=40\.$"):
         calibrate(sae, BATCHES, target_l0=0)
     with pytest.raises(ValueError, match=r"^target_l0 asks for 24,000 active entries.*choose a smaller target_l0\.$"):
@@ -182,6 +186,16 @@ def test_bounds_are_reached_exactly(monkeypatch):
     torch.testing.assert_close(*thresholds)
     with pytest.raises(ValueError, match=f"only {n_positive:,} activations are positive, fewer than the"):
         calibrate(sae, x, target_l0=(n_positive + 1) / 256, mode="global")
+
+
+def test_the_error_of_rates_is_relative_to_the_mean_rate():
+    sae = trained()
+    exported, report = calibrate(sae, BATCHES, mode="global")
+    selected = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]) > 0
+    wanted, rates = (each.double().mean(dim=0) for each in (selected, exported.encode(torch.cat(BATCHES)) > 0))
+    error = (rates - wanted).abs().mean() / wanted.mean()
+    assert report.mean_rate_error == pytest.approx(error.item(), rel=1e-4)
+    assert error > 0.1
 
 
 def test_rare_latents_are_named_with_the_tokens_they_need():

@@ -184,6 +184,8 @@ def test_scores_are_not_rounded_to_bfloat16_by_autocast(score):
     with torch.autocast("cpu", torch.bfloat16):
         got = column_statistics(acts, score, 4, None)
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-6, atol=0)
+    exact = column_statistics(acts.double(), score, 4, None)
+    torch.testing.assert_close(got.scores.double(), exact.scores, rtol=1e-4, atol=0)
 
 
 def test_a_score_that_is_nan_ranks_last():
