@@ -2,7 +2,7 @@
 
     python examples/transcoder.py
 
-trains on the MLP in the last block of the small language model in `examples/tiny_lm`, offline, in about a minute on two
+trains on the MLP in the last block of the small language model in `examples/tiny_lm`, offline, in two minutes on two
 CPU cores. Another model and data set of the Hugging Face Hub, with a larger dictionary (needs a GPU):
 
     python examples/transcoder.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
@@ -49,7 +49,7 @@ def configs(args: argparse.Namespace, width: int, hook_out: str) -> dict[str, Tr
         for name, fields in transcoders.items()
     }
     # A pool of all latents is BatchTopK.
-    return saes | {"SAE on the output": SampledTopKTrainingSAEConfig(pool_factor=args.d_sae / args.k, **shared)}
+    return saes | {"SAE on the output": SampledTopKTrainingSAEConfig(pool_factor=None, **shared)}
 
 
 def train(
