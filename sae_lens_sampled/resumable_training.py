@@ -25,6 +25,7 @@ from sae_lens_sampled.files import whole_folder
 from sae_lens_sampled.input_checks import check_hook
 from sae_lens_sampled.normalisation import UNFOLDED
 from sae_lens_sampled.signals import Interrupted, Signals
+from sae_lens_sampled.training_data import remember_settings
 
 
 class ResumableTrainer(SAETrainer[Any, Any]):
@@ -95,6 +96,11 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
                 return super().run()
             finally:
                 self.signals = None
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        remember_settings(self.sae.cfg.metadata, self.cfg)
 
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
         """Make the trainer, which SAELens' `run` has made itself, one of ours."""

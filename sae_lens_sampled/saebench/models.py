@@ -1,25 +1,18 @@
 """The language model that SAEs are evaluated on: an official name or a local folder, loaded once."""
 
-import io
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens.saes.transcoder import Transcoder
 from transformer_lens import HookedTransformer
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
+from sae_lens_sampled.language_model import load_hooked_transformer, meaningful_kwargs, model_kwargs_of
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-NAMES_WITH_A_MEANING = ("llama", "gemma", "bert", "t5", "wav2vec2", "phi", "python", "santacoder", "v0", "solu")
-"""TransformerLens takes the architecture from such parts of a model's whole path, `/saes/gemma/my-pythia` for Gemma."""
 BLOCK_OUTPUT = re.compile(
     r"(?:gpt_neox\.layers|model\.layers|model\.decoder\.layers|transformer\.h|transformer\.blocks)\.(\d+)"
     r"|blocks\.(\d+)\.hook_out"
@@ -40,31 +33,79 @@ class EvalModel:
     name: str
     """The official name, or that of the folder."""
     hooked: HookedTransformer
-    """The model, without weight processing, as SAEBench loads it."""
+    """The model, without weight processing but for that of `kwargs`, as SAEBench's core loads it."""
     fingerprint: str
     """Hash of weights, configuration and vocabulary: a cache keyed by it is never stale."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `from_pretrained` that make it another model than its name alone does."""
 
 
-def load_model(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EvalModel:
+def load_model(
+    model: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kwargs: Mapping[str, Any] | None = None,
+) -> EvalModel:
     """Load the model of an official TransformerLens name, or of a folder in Hugging Face format.
 
+    `kwargs` are other arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs.
+
     Raises:
-        ValueError: if it is neither, or if the folder has no config or no tokenizer.
+        ValueError: if it is neither, if the folder has no config or no tokenizer, or the arguments do not fit.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        _check_folder(folder)
-    name = folder.resolve().name if folder.is_dir() else str(model)
-    with (
-        _official(folder.resolve()) if folder.is_dir() else nullcontext(name) as path,
-        redirect_stdout(io.StringIO()),  # that it is loaded, under a name that nobody gave it
-    ):
-        hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype)
-    if folder.is_dir():
-        hooked.cfg.model_name = name
+    kwargs = meaningful_kwargs(kwargs or {})
+    hooked = load_hooked_transformer(model, device, dtype, kwargs)
+    name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     vocabulary = sorted(hooked.tokenizer.get_vocab().items())  # type: ignore[union-attr]
     config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key not in NOT_OF_THE_MODEL}
-    return EvalModel(name, hooked, fingerprint_tensors(dict(hooked.state_dict()), config, {"vocabulary": vocabulary}))
+    fingerprint = fingerprint_tensors(dict(hooked.state_dict()), config, {"vocabulary": vocabulary})
+    return EvalModel(name, hooked, fingerprint, kwargs)
+
+
+def common_model(saes: Sequence[EvalSAE]) -> str:
+    """Name of the model that all of `saes` were trained on.
+
+    Raises:
+        ValueError: if they name several, or one of them none.
+    """
+    names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
+    if len(set(names.values())) > 1 or None in names.values():
+        raise ValueError(f"the metadata of the SAEs do not name one model, {names}; pass model=...")
+    return str(next(iter(names.values())))
+
+
+def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that all of `saes` were trained with.
+
+    Raises:
+        ValueError: if they differ: then the SAEs are of different models.
+    """
+    first = saes[0]
+    wanted = model_kwargs_of(first.sae.cfg.metadata)
+    for sae in saes:
+        kwargs = model_kwargs_of(sae.sae.cfg.metadata)
+        if kwargs != wanted:
+            raise ValueError(
+                f"{sae.name!r} was trained on a model with model_from_pretrained_kwargs={kwargs}, but {first.name!r} "
+                f"on one with {wanted}; evaluate SAEs of one model at a time, or pass model_kwargs=... for all."
+            )
+    return wanted
+
+
+def check_one_model(saes: Sequence[EvalSAE]) -> None:
+    """Refuse SAEs that were trained on different models, as far as their metadata say.
+
+    Raises:
+        ValueError: with two of the models.
+    """
+    names = {Path(name).name: sae.name for sae in saes if (name := sae.sae.cfg.metadata.model_name) is not None}
+    if len(names) > 1:
+        (model, sae), (other_model, other_sae), *_ = names.items()
+        raise ValueError(
+            f"{sae!r} was trained on {model!r}, but {other_sae!r} on {other_model!r}: dictionaries of different models "
+            "have nothing in common."
+        )
+    common_model_kwargs(saes)
 
 
 def transformer_lens_hook(hook_name: str) -> str:
@@ -95,7 +136,7 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
                 f"transcoder {sae.name!r} has no hook_name_out in its metadata: where it writes is unknown."
             )
         metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out, "d_out")
-    metadata.model_name = model.name
+    metadata.model_name, metadata.model_from_pretrained_kwargs = model.name, dict(model.kwargs)
     metadata.hook_layer = int(metadata.hook_name.split(".")[1])
     if metadata.prepend_bos is None:
         metadata.prepend_bos = model.hooked.cfg.default_prepend_bos
@@ -115,42 +156,3 @@ def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str, field: str) -> str:
             f"it was trained on another one ({sae.sae.cfg.metadata.model_name})."
         )
     return known
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise ValueError(f"model folder {str(folder)!r} has no config.json; it must be in Hugging Face format.")
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"model folder {str(folder)!r} has no tokenizer (tokenizer.json or the like); "
-            "write it there with tokenizer.save_pretrained(folder)."
-        )
-
-
-def _neutral_folder() -> Path:
-    """A new temporary folder in whose path TransformerLens reads no architecture."""
-    for place in [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home()), os.getcwd()]:
-        for _ in range(10):  # a random name may have a meaning too
-            if not os.access(place, os.W_OK):
-                break
-            folder = Path(tempfile.mkdtemp(prefix="model-", dir=place)).resolve()
-            if not any(part in str(folder).lower() for part in NAMES_WITH_A_MEANING):
-                return folder
-            folder.rmdir()
-    raise ValueError(f"TMPDIR={tempfile.gettempdir()!r} has a part that TransformerLens takes for an architecture.")
-
-
-@contextmanager
-def _official(folder: Path) -> Iterator[str]:
-    """A path to `folder` that TransformerLens accepts for an official name and in which it reads no architecture."""
-    parent = _neutral_folder()
-    path = parent / "model"
-    path.mkdir()  # not a link itself: TransformerLens would follow it to the real name
-    for file in folder.iterdir():
-        (path / file.name).symlink_to(file)
-    OFFICIAL_MODEL_NAMES.append(str(path))
-    try:
-        yield str(path)
-    finally:
-        OFFICIAL_MODEL_NAMES.remove(str(path))
-        shutil.rmtree(parent)
