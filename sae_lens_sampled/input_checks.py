@@ -1,5 +1,6 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,41 @@ from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
 """Steps between two looks at the loss, where nothing else makes the host wait for it."""
+
+
+COUNTS = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "context_size",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "n_batches_for_norm_estimate",
+    "feature_sampling_window",
+)
+"""Fields of a run's configuration that must be at least 1."""
+
+
+def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse numbers of a run's configuration that SAELens takes and cannot train with, or only says so much later.
+
+    Raises:
+        ValueError: with the field and its value.
+    """
+    for name in COUNTS:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be above 0.")
+    for name in ("n_checkpoints", "dead_feature_window", "lr_warm_up_steps", "lr_decay_steps"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must not be negative.")
+    if not 0 <= cfg.lr < math.inf:
+        raise ValueError(f"lr={cfg.lr} must be a finite number, and not negative.")
+    buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if buffer < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts are {buffer} tokens, fewer than the "
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; "
+            f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))} mix two batches."
+        )
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:

@@ -22,7 +22,7 @@ from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[
 from typing_extensions import override
 
 from sae_lens_sampled.files import whole_folder
-from sae_lens_sampled.input_checks import check_hook
+from sae_lens_sampled.input_checks import check_hook, check_run
 from sae_lens_sampled.normalisation import UNFOLDED
 from sae_lens_sampled.signals import Interrupted, Signals
 from sae_lens_sampled.training_data import remember_settings
@@ -76,6 +76,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
+        check_run(cfg)
         try:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:

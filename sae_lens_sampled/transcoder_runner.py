@@ -98,7 +98,14 @@ class _OutputsSAE:
         self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
 
     def __getattr__(self, name: str) -> Any:
+        if "transcoder" not in self.__dict__:  # as in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.transcoder, name)
+
+    def __call__(self, _outputs: Tensor) -> Tensor:
+        return self.decode(self.encode(_outputs))
+
+    forward = __call__
 
     def encode(self, _outputs: Tensor) -> Tensor:
         if self.passed is None:

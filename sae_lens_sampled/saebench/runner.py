@@ -1,6 +1,7 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,7 @@ from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_te
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVALS = ("core", "sparse_probing", "absorption")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEFAULT_TEXT = "Skylion007/openwebtext"
 """The data set that SAEBench's core is run on."""
 
@@ -93,6 +95,8 @@ def run_evals(
     overrides = overrides or {}
     _check_evals(evals, overrides)
     check_writable(Path(output_dir), "output_dir")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1, as numpy's generator takes it.")
     eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,6 +118,8 @@ def run_evals(
     model = str(model or common_model(loaded))
     model_kwargs = meaningful_kwargs(common_model_kwargs(loaded) if model_kwargs is None else model_kwargs)
     dtype = dtype or dtype_of(model_kwargs) or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be of {list(DTYPES)}.")
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
     artifacts = Path(output_dir).resolve() / "artifacts"
@@ -306,8 +312,21 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
                 raise ValueError(
                     f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}."
                 )
+        _check_numbers(name, settings)
         if name not in evals:
             raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
+
+
+def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse sizes and counts that are none; a seed and a position of a token may be 0 or negative."""
+    defaults = asdict(EVALS[eval_name].config_class())
+    for field, value in settings.items():
+        usual = defaults[field]
+        is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
+        if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a whole number above 0.")
+        if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a finite number.")
 
 
 def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
