@@ -85,8 +85,9 @@ def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
         excluded = metadata.get("exclude_special_tokens")
         special = {None: "special tokens not known", False: "all tokens", True: "without special tokens"}
         text = f"without tokens {excluded}" if isinstance(excluded, list) else special[excluded]
-        context = metadata.get("context_size")
-        described.append(text + (f", contexts of {context}" if context else ""))
+        context, positions = metadata.get("context_size"), metadata.get("seqpos_slice") or [None]
+        text += f", contexts of {context}" if context else ""
+        described.append(text + (f", positions {positions}" if any(positions) else ""))
     return "; ".join(dict.fromkeys(described))
 
 
