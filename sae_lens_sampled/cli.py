@@ -22,6 +22,7 @@ import sae_lens_sampled
 from sae_lens_sampled import train_command
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
+from sae_lens_sampled.hooks import switch_on
 from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.parts import parse_part
 from sae_lens_sampled.sparse_codes import has_kernels
@@ -107,6 +108,7 @@ def activation_batches(
         model = _hooked_model(str(sae.cfg.metadata.model_class_name), model_name, hooks, device)
     except OSError as error:
         raise ValueError(f"model={model_name!r} cannot be loaded: {error}") from error
+    switch_on(model, hooks)
     store = ActivationsStore.from_sae(
         model,
         sae,
