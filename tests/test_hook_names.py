@@ -198,15 +198,18 @@ def test_a_flag_that_the_evaluated_model_cannot_have_is_told():
     hooked = HookedTransformer(HookedTransformerConfig(**config, n_key_value_heads=2))
     _, why = attached("blocks.1.attn.hook_attn_in", 48, EvalModel("grouped", hooked, ""))
     assert why.startswith(
-        "SAE 'one_custom_sae' cannot be evaluated on model 'grouped': blocks.1.hook_attn_in needs use_attn_in, which this "
-        "model does not have: Can't use attn_in with GroupedQueryAttention"
+        "SAE 'one_custom_sae' cannot be evaluated on model 'grouped': blocks.1.hook_attn_in needs use_attn_in, which "
+        "this model does not have: Can't use attn_in with GroupedQueryAttention"
     )
 
 
 def test_transcoders_whose_outputs_come_first_are_refused(bundled):
     def transcoder(hook_in, hook_out):
         metadata = SAEMetadata(model_name="x", hook_name=hook_in, hook_name_out=hook_out, prepend_bos=False)
-        [sae] = load_saes([("one", Transcoder(TranscoderConfig(d_in=128, d_out=128, d_sae=8, metadata=metadata)))])
+        sizes = {"d_in": 128, "d_out": 128, "d_sae": 8}
+        [sae] = load_saes(
+            [("one", Transcoder(TranscoderConfig(**sizes, apply_b_dec_to_input=False, metadata=metadata)))]
+        )
         return sae
 
     right = transcoder("blocks.1.hook_in", "gpt_neox.layers.1.mlp")
@@ -216,6 +219,6 @@ def test_transcoders_whose_outputs_come_first_are_refused(bundled):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         attach(transcoder("blocks.1.mlp.hook_out", "blocks.1.hook_in"), bundled.eval)
     assert str(error.value) == (
-        "transcoder 'one_custom_sae' writes blocks.0.hook_resid_post, which comes before blocks.1.hook_mlp_out in model "
-        "'tiny_lm'; outputs must come after inputs."
+        "transcoder 'one_custom_sae' writes blocks.0.hook_resid_post, which comes before blocks.1.hook_mlp_out in "
+        "model 'tiny_lm'; outputs must come after inputs."
     )

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import TranscoderRunner, as_sae_on_outputs
+from sae_lens_sampled.activation_cache import text_store
 from sae_lens_sampled.hooks import FLAGS, heads_side_by_side, one_pass, switch_on, switched_on
 from sae_lens_sampled.input_checks import check_hook
 from sae_lens_sampled.transcoder_runner import check_outputs
@@ -203,3 +204,12 @@ def test_heads_side_by_side_are_read_and_written_back(models, name):
         assert torch.equal(whole, with_heads.flatten(start_dim=2))
         assert torch.equal(got, want)
         assert model.run_with_cache(tokens, names_filter=[name])[1][name].ndim == 4
+
+
+def test_the_store_of_a_cache_switches_its_hook_on(tiny_lm):
+    """What goes into the MLP of this model is what comes into the block."""
+    model, rows = TransformerBridge.boot_transformers(str(tiny_lm), device="cpu"), []
+    for name in ("blocks.1.hook_mlp_in", "blocks.1.hook_resid_pre"):
+        store = text_store(model, str(tiny_lm / "text"), name, 128, context_size=16, prompts=2)
+        rows.append(store.get_filtered_llm_batch())
+    assert torch.equal(*rows)
