@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_sampled.calibration import CalibrationReport, calibrate_thresholds, check_calibration
 from sae_lens_sampled.files import check_new, complete, reserve
+from sae_lens_sampled.hooks import switch_on
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.language_model import load_model_of_run
 from sae_lens_sampled.metrics import differs
@@ -93,6 +94,7 @@ def activations_of_run(
     is_transcoder = isinstance(sae, SampledTopKTranscoder)
     hooks = hooks_of(sae) if is_transcoder else [sae.cfg.metadata.hook_name]
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
+    switch_on(language_model, hooks)
     store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
     if is_transcoder:
         read_both(store, hooks, sae.cfg.batch_parts)

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
+from sae_lens_sampled.hooks import one_pass
 from sae_lens_sampled.ranks import ALONE, Ranks
 from sae_lens_sampled.sae_folder import read_config
 
@@ -194,17 +195,19 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
 def one_token(
     model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], hooks: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Activations of one token at hooks, which fields of the config have named, in the order in which they come.
+    """Activations of one token at hooks, which fields of the config have named, in the order in which the hooks run.
 
     Raises:
-        ValueError: if the model has no such hook.
+        ValueError: if the model has no such hook, or does not run it.
     """
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    # Past `compile_llm`, which would compile for this shape too.
-    cache = type(model).run_with_cache(
-        model, token, names_filter=list(hooks.values()), prepend_bos=False, **cfg.model_kwargs
-    )[1]
     for field, hook_name in hooks.items():
-        if hook_name not in cache:
+        if hook_name not in model.hook_dict:
             raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
-    return dict(cache.items())
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    activations = one_pass(model, token, hooks.values(), **cfg.model_kwargs)
+    for field, hook_name in hooks.items():
+        if hook_name not in activations:
+            raise ValueError(
+                f"{field}={hook_name!r} is a hook of {cfg.model_name} that does not run, or has no tensor."
+            )
+    return activations

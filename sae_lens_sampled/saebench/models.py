@@ -8,19 +8,13 @@ from typing import Any
 
 import torch
 from sae_lens.saes.transcoder import Transcoder
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from sae_lens_sampled.hooks import one_pass, switched_on
 from sae_lens_sampled.language_model import load_hooked_transformer, meaningful_kwargs, model_kwargs_of
+from sae_lens_sampled.saebench.hook_names import is_in_block, nearest_hook, transformer_lens_hook
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
-
-BLOCK_OUTPUT = re.compile(
-    r"(?:gpt_neox\.layers|model\.layers|model\.decoder\.layers|transformer\.h|transformer\.blocks)\.(\d+)"
-    r"|blocks\.(\d+)\.hook_out"
-)
-"""Names that Hugging Face and TransformerLens' bridge have for the residual stream after a block."""
-
-OF_MODEL_WIDTH = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
-"""Ends of the names of hooks that are as wide as the residual stream."""
 
 NOT_OF_THE_MODEL = ("device", "model_name", "tokenizer_name")
 """Fields of TransformerLens' configuration that tell where a model lies, not what it does."""
@@ -108,51 +102,82 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
     common_model_kwargs(saes)
 
 
-def transformer_lens_hook(hook_name: str) -> str:
-    """The TransformerLens name of the same place: `gpt_neox.layers.3` is `blocks.3.hook_resid_post`.
-
-    What comes into a block is what its predecessor put out; SAEBench's absorption knows the latter name only.
-    """
-    if match := BLOCK_OUTPUT.fullmatch(hook_name):
-        return f"blocks.{match[1] or match[2]}.hook_resid_post"
-    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook_name)) and int(match[1]) > 0:
-        return f"blocks.{int(match[1]) - 1}.hook_resid_post"
-    return hook_name
-
-
 def attach(sae: EvalSAE, model: EvalModel) -> None:
     """Write into the SAE's metadata what SAEBench reads there, in the terms of `model`.
 
     Raises:
-        ValueError: if a hook of the SAE is not in the model, or the model's residual stream is of another width.
+        ValueError: if a hook of the SAE is not in the model or cannot be switched on there, is of another width or does
+            not have a row for each token, or if a transcoder's outputs come before its inputs.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
         raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
-    metadata.hook_name = _hook_in(model, sae, metadata.hook_name, "d_in")
+    metadata.hook_name = _hook_in(model, sae, metadata.hook_name)
+    widths = {metadata.hook_name: ("d_in", sae.sae.cfg.d_in)}
     if isinstance(sae.sae, Transcoder):
         if metadata.hook_name_out is None:
             raise ValueError(
                 f"transcoder {sae.name!r} has no hook_name_out in its metadata: where it writes is unknown."
             )
-        metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out, "d_out")
+        metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out)
+        widths[metadata.hook_name_out] = ("d_out", sae.sae.cfg.d_out)
+    _check_pass(model, sae, widths)
     metadata.model_name, metadata.model_from_pretrained_kwargs = model.name, dict(model.kwargs)
     metadata.hook_layer = int(metadata.hook_name.split(".")[1])
     if metadata.prepend_bos is None:
         metadata.prepend_bos = model.hooked.cfg.default_prepend_bos
 
 
-def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str, field: str) -> str:
-    """The name of one of the SAE's hooks in `model`; `field` of its config is the width there."""
-    width = getattr(sae.sae.cfg, field)
-    known = transformer_lens_hook(hook_name)
-    if not re.match(r"blocks\.\d+\.", known):
-        raise ValueError(f"SAE {sae.name!r} is of hook {known!r}; SAEBench takes hooks inside a block, blocks.N....")
-    if known not in model.hooked.hook_dict:
-        raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which model {model.name!r} does not have.")
-    if known.endswith(OF_MODEL_WIDTH) and width != model.hooked.cfg.d_model:
+def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
+    """The name of one of the SAE's hooks in `model`."""
+    known = transformer_lens_hook(hook_name, model.hooked.cfg.original_architecture)
+    if known in model.hooked.hook_dict and re.match(r"blocks\.\d+\.", known):
+        return known
+    of_hook = f"SAE {sae.name!r} is of hook {hook_name!r}"
+    if not is_in_block(hook_name):
+        raise ValueError(f"{of_hook}; SAEBench takes hooks inside a block, blocks.N....")
+    nearest = nearest_hook(hook_name)
+    way_out = f"; the nearest is {nearest}: train an SAE on that" if nearest in model.hooked.hook_dict else ""
+    raise ValueError(f"{of_hook}, which model {model.name!r} of TransformerLens does not have{way_out}.")
+
+
+def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, int]]) -> None:
+    """Refuse what a pass of the model shows to be wrong; `widths` has name and value of a field for each hook."""
+    hooked, metadata = model.hooked, sae.sae.cfg.metadata
+    n_tokens = hooked.cfg.n_heads + 1  # another number than that of the heads, which come first in attention patterns
+    tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=hooked.cfg.device)
+    try:
+        with switched_on(hooked, widths):
+            activations = one_pass(hooked, tokens, widths)
+    except ValueError as error:
+        raise ValueError(f"SAE {sae.name!r} cannot be evaluated on model {model.name!r}: {error}") from error
+    for hook_name, (name, width) in widths.items():
+        if hook_name not in activations:
+            raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which does not run in model {model.name!r}.")
+        of_token = _of_one_token(activations[hook_name], n_tokens, metadata.hook_head_index)
+        if of_token is None:
+            raise ValueError(
+                f"SAE {sae.name!r} is of hook {hook_name!r}, where model {model.name!r} has activations of shape "
+                f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, with no row of each token's own"
+                + ("." if metadata.hook_head_index is None else f" and hook_head_index={metadata.hook_head_index}.")
+            )
+        if of_token.numel() != width:
+            raise ValueError(
+                f"SAE {sae.name!r} has {name}={width}, but {hook_name} of model {model.name!r} is {of_token.numel()} "
+                f"wide: it was trained on another one ({metadata.model_name})."
+            )
+    if next(iter(activations)) != metadata.hook_name:
         raise ValueError(
-            f"SAE {sae.name!r} has {field}={width}, but model {model.name!r} has d_model={model.hooked.cfg.d_model}: "
-            f"it was trained on another one ({sae.sae.cfg.metadata.model_name})."
+            f"transcoder {sae.name!r} writes {metadata.hook_name_out}, which comes before {metadata.hook_name} in "
+            f"model {model.name!r}; outputs must come after inputs."
         )
-    return known
+
+
+def _of_one_token(activations: Tensor, n_tokens: int, head: int | None) -> Tensor | None:
+    """What a hook has for the first token, or for its head; None if the activations are not of that form."""
+    if activations.shape[1] != n_tokens:
+        return None
+    of_token = activations[0, 0]
+    if head is None:
+        return of_token
+    return of_token[head] if of_token.ndim > 1 and head < len(of_token) else None
