@@ -1,7 +1,6 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
 from sae_lens_sampled.ranks import ALONE, Ranks
-from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
 """Steps between two looks at the loss, where nothing else makes the host wait for it."""
@@ -114,24 +112,6 @@ def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> N
         raise ValueError(
             f"{', '.join(counts)} are not finite, so {name} is of no use: its training has diverged. Take an earlier "
             "checkpoint, or train with a lower learning rate."
-        )
-
-
-def check_architecture(sae: TrainingSAE, folder: str | Path) -> None:
-    """Refuse the checkpoint of another architecture; a config that cannot be read is left to the loader.
-
-    Raises:
-        ValueError: with both architectures, and how to start from such a checkpoint.
-    """
-    try:
-        theirs, ours = read_config(Path(folder)).get("architecture"), sae.cfg.architecture()
-    except ValueError:
-        return
-    if theirs != ours:
-        raise ValueError(
-            f"{str(folder)!r} holds a {theirs!r} SAE, which cannot be resumed as {ours!r}; an SAE exported for "
-            "inference cannot be trained further, and from a TopK, BatchTopK or Matryoshka training checkpoint "
-            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run."
         )
 
 

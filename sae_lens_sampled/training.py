@@ -19,11 +19,12 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
+from sae_lens_sampled.checkpoint_folder import check_same_weights
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
 from sae_lens_sampled.gradient_sum import GradientSum, join_group
-from sae_lens_sampled.input_checks import check_architecture, check_finite, check_groups, check_loss, check_shape
+from sae_lens_sampled.input_checks import check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.ranks import ALONE, largest_of_ranks
@@ -274,7 +275,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Weights and buffers of a checkpoint; ValueError if it is missing, truncated, or of another kind or size."""
-        check_architecture(self, checkpoint_path)
+        check_same_weights(Path(checkpoint_path), self.cfg.to_dict())
         try:
             super().load_weights_from_checkpoint(checkpoint_path)
         except (SafetensorError, FileNotFoundError) as error:
