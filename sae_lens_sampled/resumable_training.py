@@ -27,6 +27,7 @@ from sae_lens_sampled.input_checks import check_hook
 from sae_lens_sampled.normalisation import UNFOLDED
 from sae_lens_sampled.sae_folder import read_config
 from sae_lens_sampled.signals import Interrupted, Signals
+from sae_lens_sampled.stores import short_text_told
 
 
 class ResumableTrainer(SAETrainer[Any, Any]):
@@ -79,8 +80,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
     ) -> None:
         if cfg.resume_from_checkpoint is not None:
             _check_same_run(cfg, override_model is not None, override_sae)
+        text = "override_dataset" if override_dataset is not None else f"dataset_path={cfg.dataset_path!r}"
         try:
-            super().__init__(cfg, override_dataset, override_model, override_sae)
+            with short_text_told(text):
+                super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:
             if hasattr(self, "model"):  # errors of what is loaded after it name what they are about
                 raise

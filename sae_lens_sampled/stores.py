@@ -94,12 +94,12 @@ def short_text_told(text: str, store: ActivationsStore | None = None) -> Iterato
     try:
         yield
     except StopIteration as error:
-        if store is None:
+        if store is None or store.is_dataset_tokenized:
             raise ValueError(f"{text} has no rows; take another text.") from error
         rows = [len(tokens) for tokens in store._iterate_raw_dataset_tokens()]
         raise ValueError(
-            f"{text} has {sum(rows):,} tokens in {len(rows):,} rows, which give no prompt of "
-            f"context_size={store.context_size} tokens; take more text or a smaller context_size."
+            f"{text} gives no prompt of context_size={store.context_size} tokens: it has {sum(rows):,} tokens, "
+            f"{max(rows, default=0):,} in its longest row. Take more text or a smaller context_size."
         ) from error
 
 

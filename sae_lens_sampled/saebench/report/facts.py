@@ -35,9 +35,13 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
     return {name: value for name, value in described.items() if value}
 
 
-def notes(saes: Sequence[SAEResults]) -> list[str]:
-    """Reasons why numbers may not compare, a sentence each."""
-    remarks = []
+def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[str]:
+    """Reasons why numbers are missing or may not compare, a sentence each; `unreadable` are names of result files."""
+    remarks = [
+        f"{name} is cut short or not a result, so nothing of it is here: run that eval again, which replaces the file, "
+        "or delete it."
+        for name in unreadable
+    ]
     for name in evals_of(saes):
         missing = [sae.label for sae in saes if name not in sae.results]
         if missing:
