@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_lens_sampled.files import reserve, write_whole
+from sae_lens_sampled.signals import interruptible
 from sae_lens_sampled.stores import check_count, check_hooks, short_text_told, store_settings
 
 DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "settings.json", "lock"
@@ -78,6 +79,7 @@ def _in_order(
 
 
 @torch.no_grad()
+@interruptible()
 def cache_activations(
     store: ActivationsStore, n_tokens: int, folder: Path | str, settings: Mapping[str, Any]
 ) -> BFloat16[Tensor, "n_tokens d_in"]:

@@ -27,6 +27,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 
 from sae_lens_sampled.files import NoSpaceError
 from sae_lens_sampled.parts import parse_part
+from sae_lens_sampled.signals import interruptible
 from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 if study.text and not args.text:
                     sys.exit("what is missing needs the text that the results are of; name it with --text.")
-                stage.do(storage, items)
+                with interruptible():  # SAELens' runs leave their signal handlers to the next stage
+                    stage.do(storage, items)
     except NoSpaceError as error:
         sys.exit(str(error))
 
