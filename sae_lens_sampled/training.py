@@ -27,6 +27,7 @@ from sae_lens_sampled.gradient_sum import GradientSum, join_group
 from sae_lens_sampled.input_checks import check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.processes import warn_if_alone
 from sae_lens_sampled.ranks import ALONE, largest_of_ranks
 from sae_lens_sampled.reconstruction import add_skip
 from sae_lens_sampled.selection import sampled_topk
@@ -60,6 +61,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self._pool, self._path = None, ""  # of the latest step; the host's forward pass has no place for the pool
         # The processes that train it, those that a forward pass is one of all of, and what sums their gradients.
         self._all_ranks, self._ranks, self._gradient_sum = ALONE, ALONE, None
+        self._is_first_step = True
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -151,6 +153,9 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     ) -> TrainStepOutput | None:
         """The host's forward pass with `kept_step` in its place; None if this step is for the dense path."""
         cfg = self.cfg
+        if self._is_first_step:
+            self._is_first_step = False
+            warn_if_alone(self._all_ranks)
         if (path := self._choose_path(sae_in)) == "dense":
             return None
         x = (processed := self.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
