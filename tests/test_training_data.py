@@ -109,12 +109,12 @@ def test_the_share_of_first_tokens_is_that_of_the_options(options, tiny_lm):
     assert share == pytest.approx(want, rel=0.1)
 
 
-@pytest.mark.parametrize("options", [{"exclude_special_tokens": True}, {"exclude_special_tokens": [0]}, {}], ids=str)
+@pytest.mark.parametrize("options", TOKEN_OPTIONS.values(), ids=TOKEN_OPTIONS)
 def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_token, tiny_lm, tmp_path):
     """With all tokens calibrated after training without the first ones, FVU on these rose from .34 to .39."""
     text = tiny_lm / "text"
-    cfg = run_config(loud_first_token, text, checkpoint_path=str(tmp_path / "checkpoints"), **options)
-    cfg.save_final_checkpoint = True
+    fields = {"hook_name": "gpt_neox.layers.0", "training_tokens": 150 * 256, "save_final_checkpoint": True}
+    cfg = run_config(loud_first_token, text, checkpoint_path=str(tmp_path / "checkpoints"), **fields, **options)
     runner = LanguageModelSAETrainingRunner(cfg)  # SAELens' own
     runner.run()
     [checkpoint] = (tmp_path / "checkpoints").glob("*/final_*")
@@ -134,10 +134,10 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
     assert norm == pytest.approx(x.norm(dim=-1).mean().item(), rel=0.1)
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert f"(in training {norm:,.4g})" in lines["mean_norm"]
-    share = 0 if options else 1 / 32
-    assert lines["first_tokens"] == f"{share:.2%} (in training {share:.2%})"
-    assert lines["tokens"].startswith("context_size=32, prepend_bos=True")
-    assert ("exclude_special_tokens" in lines["tokens"]) == bool(options)
+    assert lines["tokens"].startswith(f"context_size=32, prepend_bos={options.get('prepend_bos', True)}")
+    assert all(f"{name}={value!r}" in lines["tokens"] for name, value in options.items())
+    measured, in_training = (float(share.strip("%)")) for share in lines["first_tokens"].split(" (in training "))
+    assert measured == pytest.approx(in_training, rel=0.1)
     with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: these are other"):
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
 
@@ -187,7 +187,7 @@ MODELS = {
     "in bfloat16": ("AutoModelForCausalLM", HOOK, {"dtype": "bfloat16"}),
     "a subfolder as HookedTransformer": ("HookedTransformer", "blocks.2.hook_resid_post", {"subfolder": "step1000"}),
     "centred": ("HookedTransformer", "blocks.2.hook_resid_post", {"center_writing_weights": True}),
-    "folded": ("HookedTransformer", "blocks.2.ln2.hook_normalized", {"fold_ln": True, "center_unembed": True}),
+    "folded": ("HookedTransformer", "blocks.2.hook_resid_post", {"fold_ln": True, "center_writing_weights": True}),
     "HookedTransformer in bfloat16": ("HookedTransformer", "blocks.2.hook_resid_post", {"dtype": "bfloat16"}),
 }
 
