@@ -123,6 +123,30 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
 
 
+def test_what_export_and_upload_shows_first_is_what_it_uploads_however_often(tmp_path, monkeypatch, capsys, server):
+    """In this process, where the client takes the server for the Hub."""
+    import export_and_upload
+
+    small = "--steps", "4", "--max-tokens", "2048"
+
+    def documented(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_and_upload.py", *small, *arguments])
+        export_and_upload.main()
+
+    monkeypatch.chdir(tmp_path)
+    documented()
+    assert not server.repos
+    for _ in range(2):
+        documented("--repo-id", "you/my-sae")
+        assert server.repos["you/my-sae"].n_commits == 5  # four SAEs and the card; nothing the second time
+    staged = tmp_path / "export_output" / "for_the_hub"
+    shown = {str(file.relative_to(staged)): file.read_bytes() for file in staged.rglob("*") if file.is_file()}
+    assert {path: content for path, content in server.repos["you/my-sae"].files.items() if path in shown} == shown
+    assert {path.split("/")[0] for path in shown} == {"README.md", "learnt", "calibrated", "l0_8", "pruned"}
+    assert len(list(tmp_path.glob("export_output/checkpoints/*/final_*"))) == 1
+    assert "Uploaded to " in capsys.readouterr().out
+
+
 def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(tmp_path, run):
     pytest.importorskip("sae_dashboard", reason="needs the extra `dashboard`")
     output = run("dashboard.py", "--steps", "12", cwd=tmp_path)
