@@ -31,16 +31,9 @@ from sae_lens_sampled import (
 BATCH = 1024
 
 
-def training_checkpoint(folder: Path, steps: int, model: TransformerBridge) -> Path:
-    """A training checkpoint, as any run of SAELens leaves one; without one in the folder, of a short run."""
-    finished = f"*/final_{steps * BATCH}/{RUNNER_CFG_FILENAME}"  # the last file that is written
-    if not list(folder.glob(finished)):
-        train(folder, steps, model)
-    return max(folder.glob(finished)).parent
-
-
-def train(folder: Path, steps: int, model: TransformerBridge) -> None:
-    cfg = LanguageModelSAERunnerConfig(
+def runner_config(folder: Path, steps: int) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
+    """A short run that leaves a training checkpoint, as any run of SAELens does."""
+    return LanguageModelSAERunnerConfig(
         sae=SampledTopKTrainingSAEConfig(d_in=128, d_sae=512, k=16, pool_factor=4, pool_group_size=16),
         model_name=str(TINY_LM),
         hook_name="blocks.2.hook_resid_post",
@@ -55,7 +48,11 @@ def train(folder: Path, steps: int, model: TransformerBridge) -> None:
         output_path=None,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    LanguageModelSAETrainingRunner(cfg, override_model=model).run()
+
+
+def final_checkpoints(folder: Path, steps: int) -> list[Path]:
+    """The finished training checkpoints of runs of so many steps."""
+    return [file.parent for file in folder.glob(f"*/final_{steps * BATCH}/{RUNNER_CFG_FILENAME}")]
 
 
 def main() -> None:
@@ -66,12 +63,14 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("export_output"))
     args = parser.parse_args()
     model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
-    checkpoint = training_checkpoint(args.output_dir / "checkpoints", args.steps, model)
+    folder = args.output_dir / "checkpoints"
+    cfg = runner_config(folder, args.steps)
+    if not final_checkpoints(folder, args.steps):
+        LanguageModelSAETrainingRunner(cfg, override_model=model).run()
 
-    sae = load_checkpoint(checkpoint)
+    sae = load_checkpoint(final_checkpoints(folder, args.steps)[0])
     learnt = to_jumprelu(sae)  # the thresholds found in training; what the runners save
-    text = str(TINY_LM / "text")
-    batches = ActivationsStore.from_sae(model, sae, text, train_batch_size_tokens=BATCH, n_batches_in_buffer=16)
+    batches = ActivationsStore.from_config(model, cfg)
     torch.manual_seed(0)  # mixes the batches
     # Quantiles over given tokens; and another L0, to compare SAEs at.
     calibrated, report = calibrate_thresholds(sae, batches, max_tokens=args.max_tokens)

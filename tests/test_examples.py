@@ -18,7 +18,9 @@ def run(tmp_path_factory):
 
 
 def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_path, run):
-    output = run("quickstart.py", "--steps", "12", "--d-sae", "256", "--batch-size", "256", cwd=tmp_path)
+    # Contexts so short that 16 prompts would not hold a batch.
+    small = ["--steps", "12", "--d-sae", "256", "--batch-size", "256", "--context-size", "12"]
+    output = run("quickstart.py", *small, cwd=tmp_path)
     rows = {
         line.split()[0]: line.split()[1:] for line in output.splitlines() if line.startswith(("batchtopk", "pool_"))
     }
@@ -34,6 +36,13 @@ def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_pa
         assert float(l0) == 16, name
     assert output.count(": jumprelu, ") == 5
     assert (tmp_path / "quickstart_output" / "quickstart.png").stat().st_size > 20_000
+
+
+def test_the_buffer_of_the_papers_run_holds_two_batches():
+    import train_pythia
+
+    cfg = train_pythia.runner_config("output", log_to_wandb=False)
+    assert cfg.n_batches_in_buffer * cfg.context_size == 2 * cfg.train_batch_size_tokens
 
 
 def test_papers_run_works_on_the_bundled_model(tmp_path, run):
@@ -54,7 +63,8 @@ def test_synthetic_example_reports_every_variant(tmp_path, run):
 
 
 def test_transcoders_stand_beside_an_sae_on_the_output(tmp_path, run):
-    small = ["--steps", "6", "--d-sae", "128", "--batch-size", "256", "--eval-batches", "1"]
+    # Contexts so short that 16 prompts would not hold a batch.
+    small = ["--steps", "6", "--d-sae", "128", "--batch-size", "256", "--context-size", "12", "--eval-batches", "4"]
     output = run("transcoder.py", *small, cwd=tmp_path)
     rows = [line for line in output.splitlines() if line.endswith("%")]
     assert [line[:32].strip() for line in rows] == [
