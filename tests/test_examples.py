@@ -171,6 +171,19 @@ def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(t
     assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings, of a share that is rounded
 
 
+def test_the_tutorial_begins_in_any_folder(tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text())
+    first, second = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"][:2]
+    script = tmp_path / "cells.py"
+    # The tests' own search path has the folder of the examples.
+    script.write_text(
+        f"import sys\nsys.path = [p for p in sys.path if p != {str(EXAMPLES)!r}]\n{first}\nSTEPS = 2\n{second}"
+    )
+    output = run_script(script, folder=tmp_path, log=tmp_path / "log")
+    assert "2,048 tokens to train on, 32,768 held out, d_in 128" in output
+
+
 def test_the_tutorial_was_run_from_top_to_bottom_and_says_what_came_out():
     notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
