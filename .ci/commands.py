@@ -178,11 +178,12 @@ def documented() -> dict[Path, list[str]]:
 
 def differences() -> list[str]:
     """What the documents and `COMMANDS` do not have in common, in words."""
-    where = {command: path for path, commands in documented().items() for command in commands}
-    unknown = [f"{where[command].relative_to(ROOT)} has a command that is not in COMMANDS: {command}"
-               for command in where if command not in COMMANDS]  # fmt: skip
-    return unknown + [
-        f"no document has the command any more: {command}" for command in COMMANDS if command not in where
+    where = {command: path.relative_to(ROOT) for path, commands in documented().items() for command in commands}
+    unknown = [command for command in where if command not in COMMANDS]
+    gone = [command for command in COMMANDS if command not in where]
+    return [
+        *(f"{where[command]} has a command that is not in COMMANDS: {command}" for command in unknown),
+        *(f"no document has the command any more: {command}" for command in gone),
     ]
 
 

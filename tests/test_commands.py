@@ -5,6 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("ci_commands", ROOT / ".ci" / "commands.py")
+assert spec is not None
+assert spec.loader is not None
 commands = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(commands)
 
