@@ -131,6 +131,9 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
         assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table
     assert (tmp_path / "evaluate_output" / "report.html").stat().st_size > 1_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--steps", "2", "--seeds", "1", "--d-sae", "192"])
+    with pytest.raises(SystemExit, match="holds the result of another sae; choose another output_dir"):
+        evaluate.main()
 
 
 def test_what_export_and_upload_shows_first_is_what_it_uploads_however_often(tmp_path, monkeypatch, capsys, server):
