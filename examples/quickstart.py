@@ -30,7 +30,6 @@ import matplotlib.pyplot as plt
 import torch
 from datasets import load_dataset
 from sae_lens import (
-    ActivationsStore,
     BatchTopKTrainingSAEConfig,
     LoggingConfig,
     MultiSAETrainingRunner,
@@ -45,6 +44,7 @@ from bundled import TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.progress import live_bar
+from sae_lens_sampled.training_data import store_of_run, token_settings
 from smollm2 import smollm2_folder
 
 TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}
@@ -118,16 +118,8 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
 def held_out_activations(args: argparse.Namespace, model: TransformerBridge, sae: TrainingSAE) -> Tensor:
     """Activations on the data set's validation split, shape (tokens, d_in)."""
     dataset = load_dataset(args.dataset, split="validation", streaming=True)
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=dataset,
-        context_size=args.context_size,
-        store_batch_size_prompts=32,
-        train_batch_size_tokens=args.batch_size,
-        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # prompts, whose tokens are two batches
-        device=args.device,
-    )
+    # Of the same kind of tokens as in training: without the special ones.
+    store = store_of_run(model, sae, token_settings(sae.cfg.metadata), dataset, args.batch_size, args.device)
     return torch.cat([next(store) for _ in range(16)])
 
 

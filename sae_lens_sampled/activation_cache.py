@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_lens_sampled.files import reserve, write_whole
+from sae_lens_sampled.hooks import switch_on
 
 DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "settings.json", "lock"
 
@@ -36,7 +37,11 @@ def text_store(
         context_size: tokens in a prompt, each of which begins with the tokenizer's first token.
         prompts: number of prompts in a pass of the model.
         device: where the activations are.
+
+    Raises:
+        ValueError: if the model cannot switch on a hook that must be.
     """
+    switch_on(model, [hook_name])
     return ActivationsStore(
         model,
         dataset,

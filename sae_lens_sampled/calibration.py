@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_sampled.export import ExportedSAE, to_jumprelu
 from sae_lens_sampled.input_checks import check_weights, check_width
+from sae_lens_sampled.metrics import differs
 from sae_lens_sampled.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
@@ -40,6 +41,10 @@ class CalibrationReport:
     """Mean over latents of |firing rate - target rate|, over the mean target rate; after calibration."""
     n_rare: int
     """Latents with fewer than 10 target firings among the tokens, but not none."""
+    mean_norm: float
+    """Mean norm of the calibration tokens' inputs."""
+    mean_norm_in_training: float | None
+    """Mean norm of the inputs over the last training steps; None where it is not known."""
 
 
 @torch.no_grad()
@@ -70,18 +75,9 @@ def calibrate_thresholds(
 
     Raises:
         ValueError: if `sae` is of another kind or has weights that are not finite; if there are fewer than 256 tokens,
-            of another width or not finite; if `target_l0` is not positive or cannot be reached.
+            of another width or not finite; if `max_tokens` is below that, or `target_l0` not positive or not reached.
     """
-    if not isinstance(sae, SampledTopKTrainingSAE):
-        raise ValueError(  # noqa: TRY004  like every other refusal
-            f"a {type(sae).__name__} cannot be calibrated, because its batches select in another way; "
-            "sae_lens_sampled.from_batchtopk makes a sampled_topk SAE of a BatchTopK, TopK or Matryoshka training SAE."
-        )
-    check_weights(sae)
-    if mode not in ("per_latent", "global"):
-        raise ValueError(f"mode={mode!r} must be 'per_latent' or 'global'.")
-    if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
-        raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
+    check_calibration(sae, mode, target_l0, max_tokens)
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
     inputs = [sae.inputs_and_targets(batch)[0] for batch in batches]
     counts = _count_selected(sae, inputs, above=torch.zeros(()))
@@ -98,7 +94,29 @@ def calibrate_thresholds(
             thresholds, _ = _quantile_thresholds(_columns(sae, x, show_progress), counts)
         _warn_of_rare_latents(counts, len(x))
     exported = to_jumprelu(sae, thresholds)
-    return exported, _report(to_jumprelu(sae), exported, x, target, counts, n_target)
+    report = _report(to_jumprelu(sae), exported, x, target, counts, n_target, sae.pool_record.input_norm.item())
+    _warn_of_other_tokens(report)
+    return exported, report
+
+
+def check_calibration(sae: SampledTopKTrainingSAE, mode: str, target_l0: float | None, max_tokens: int) -> None:
+    """Refuse an SAE and arguments with which `calibrate_thresholds` could not begin.
+
+    Raises:
+        ValueError: with the argument, its value, and what it must be.
+    """
+    if not isinstance(sae, SampledTopKTrainingSAE):
+        raise ValueError(  # noqa: TRY004  like every other refusal
+            f"a {type(sae).__name__} cannot be calibrated, because its batches select in another way; "
+            "sae_lens_sampled.from_batchtopk makes a sampled_topk SAE of a BatchTopK, TopK or Matryoshka training SAE."
+        )
+    check_weights(sae)
+    if mode not in ("per_latent", "global"):
+        raise ValueError(f"mode={mode!r} must be 'per_latent' or 'global'.")
+    if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
+        raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be positive; 100,000 or more are better than few.")
 
 
 def quantile_threshold(
@@ -226,8 +244,24 @@ def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
         )
 
 
+def _warn_of_other_tokens(report: CalibrationReport) -> None:
+    if report.mean_norm_in_training is not None and differs(report.mean_norm, report.mean_norm_in_training):
+        warnings.warn(
+            f"the calibration tokens have a mean norm of {report.mean_norm:.4g}, those of training had "
+            f"{report.mean_norm_in_training:.4g}: these are other tokens, or the activations of another model. The "
+            "thresholds are for inputs such as these.",
+            stacklevel=3,
+        )
+
+
 def _report(
-    before: ExportedSAE, after: ExportedSAE, x: Tensor, target: Tensor, counts: Tensor, n_target: int
+    before: ExportedSAE,
+    after: ExportedSAE,
+    x: Tensor,
+    target: Tensor,
+    counts: Tensor,
+    n_target: int,
+    norm_in_training: float,
 ) -> CalibrationReport:
     rates_before, fvu_before = _firing_rates_and_fvu(before, x, target)
     rates_after, fvu_after = _firing_rates_and_fvu(after, x, target)
@@ -241,6 +275,8 @@ def _report(
         fvu_after=fvu_after,
         mean_rate_error=error.item(),
         n_rare=int(((counts > 0) & (counts < MIN_SELECTIONS)).sum()),
+        mean_norm=x.norm(dim=-1).double().mean().item(),
+        mean_norm_in_training=norm_in_training or None,
     )
 
 

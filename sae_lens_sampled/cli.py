@@ -1,6 +1,5 @@
 """The command line: `sae-lens-sampled train | calibrate | upload | eval | report | mmcs | info`."""
 
-import dataclasses
 import json
 import platform
 from collections.abc import Iterator
@@ -12,21 +11,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sae_lens import ActivationsStore
-from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import SAE
 from tabulate import tabulate
 
 import sae_lens_sampled
-from sae_lens_sampled import train_command
+from sae_lens_sampled import calibrate_command, train_command
+from sae_lens_sampled.calibration import MIN_TOKENS
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.dictionary_similarity import dictionary_similarity
 from sae_lens_sampled.kept_entries import choose_path
 from sae_lens_sampled.parts import parse_part
 from sae_lens_sampled.sparse_codes import has_kernels
 from sae_lens_sampled.train_command import TrainError
-from sae_lens_sampled.transcoder_runner import hooks_of, read_both
+
+ModelKwargs = Annotated[
+    str | None,
+    typer.Option(help="Arguments of from_pretrained, a JSON object; default: those of the training run."),
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,79 +76,78 @@ def calibrate(
     dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the one trained on.")] = None,
+    model_kwargs: ModelKwargs = None,
     mode: Annotated[str, typer.Option(help="per_latent or global.")] = "per_latent",
     target_l0: Annotated[float | None, typer.Option(help="Wanted L0; default: that of the selection.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 1_000_000,
-    batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
+    batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference."""
+    """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference.
+
+    Model and tokens are those of the training run, by the SAE's metadata.
+    """
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
     with _told(ValueError, OSError):
-        sae = sae_lens_sampled.load_checkpoint(checkpoint, device=device)
-        if not isinstance(sae, sae_lens_sampled.SampledTopKTrainingSAE):
-            raise typer.BadParameter(f"{checkpoint} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one.")
-        batches = activation_batches(sae, model or str(sae.cfg.metadata.model_name), dataset, batch_size, device)
-        exported, report = sae_lens_sampled.calibrate_thresholds(
-            sae, batches, mode=mode, target_l0=target_l0, max_tokens=max_tokens
+        lines = calibrate_command.calibrate(
+            checkpoint,
+            dataset,
+            out,
+            model=model,
+            model_kwargs=_parse_kwargs(model_kwargs),
+            mode=mode,
+            target_l0=target_l0,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            device=device,
         )
-    exported.save_model(out)
-    for name, value in dataclasses.asdict(report).items():
-        typer.echo(f"{name:16} {value:,.4g}" if isinstance(value, float) else f"{name:16} {value:,}")
+    for line in lines:
+        typer.echo(line)
     typer.echo(f"Saved to {out}")
 
 
-def activation_batches(
-    sae: TrainingSAE, model_name: str, dataset: str, batch_size: int, device: str
-) -> Iterator[torch.Tensor]:
-    """Endless batches of the activations that `sae` was trained on, by its metadata, shape (batch_size, width)."""
-    is_transcoder = isinstance(sae, sae_lens_sampled.SampledTopKTranscoder)
-    hooks = hooks_of(sae) if is_transcoder else [sae.cfg.metadata.hook_name]
+def _parse_kwargs(text: str | None) -> dict[str, Any] | None:
+    """The JSON object of `--model-kwargs`."""
+    if text is None:
+        return None
     try:
-        model = _hooked_model(str(sae.cfg.metadata.model_class_name), model_name, hooks, device)
-    except OSError as error:
-        raise ValueError(f"model={model_name!r} cannot be loaded: {error}") from error
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=dataset,
-        train_batch_size_tokens=batch_size,
-        store_batch_size_prompts=32,
-        n_batches_in_buffer=64,
-        device=device,
-    )
-    if is_transcoder:
-        read_both(store, hooks, sae.cfg.batch_parts)
-    return iter(store)
-
-
-def _hooked_model(model_class_name: str, model_name: str, hooks: list[str], device: str) -> Any:
-    """As SAELens' stores take it; their annotation does not know of the bridge yet."""
-    if model_class_name == "AutoModelForCausalLM":
-        return load_model(model_class_name, model_name, device=device, hook_names=hooks)
-    # Imported here: transformer-lens 2, which SAELens takes too, has no bridge, and most commands need none.
-    from transformer_lens.model_bridge import TransformerBridge
-
-    # Takes folders as well as Hub names, which HookedTransformer does not.
-    return TransformerBridge.boot_transformers(model_name, device=device)
+        kwargs = json.loads(text)
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise typer.BadParameter(f'--model-kwargs {text} is not a JSON object such as \'{{"revision": "step1000"}}\'.')
+    return kwargs
 
 
 @app.command()
 def upload(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of exported SAEs or of training checkpoints.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="Folders of exported SAEs or of training checkpoints, or NAME=FOLDER.")
+    ],
     repo_id: Annotated[str, typer.Option(help="Hub repository, user/name.")],
     dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and send nothing.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the Hub holds of these SAEs.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
 ) -> None:
-    """Upload SAEs to the Hugging Face Hub with a model card; each folder's name becomes its sae_id."""
-    saes = {folder.resolve().name: folder for folder in folders}
-    if len(saes) < len(folders):
-        raise typer.BadParameter("two of the folders have the same name, which would be their sae_id.")
+    """Upload SAEs to the Hugging Face Hub with a model card; NAME, or the folder's name, becomes the sae_id."""
+    named = [_named_folder(argument) for argument in folders]
+    saes = dict(named)
+    if len(saes) < len(named):
+        raise typer.BadParameter(
+            "two of the folders have the same name, which would be their sae_id; pass NAME=FOLDER."
+        )
     with _told(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
+
+
+def _named_folder(argument: str) -> tuple[str, Path]:
+    """The sae_id and the folder of an argument, as `eval` takes them."""
+    name, equals, folder = argument.partition("=")
+    if equals and not Path(argument).exists():
+        return name, Path(folder)
+    return Path(argument).resolve().name, Path(argument)
 
 
 @app.command("eval")
@@ -154,6 +155,7 @@ def evaluate(
     saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")],
     evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
     model: Annotated[str | None, typer.Option(help="Official name or folder; default: the one trained on.")] = None,
+    model_kwargs: ModelKwargs = None,
     output_dir: Annotated[Path, typer.Option(help="For results and caches.")] = Path("sae_bench_results"),
     text: Annotated[str | None, typer.Option(help="Data set of core; default: SAEBench's openwebtext.")] = None,
     probing_data: Annotated[
@@ -163,8 +165,10 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="A field of SAEBench's configuration, core.context_size=64.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of model and SAEs.")] = "float32",
-    seed: Annotated[int, typer.Option()] = 42,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of model and SAEs; default: the one trained on, or float32.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     offline: Annotated[bool, typer.Option("--offline", help="No network; the model and data of the examples.")] = False,
     force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace results that are there.")] = False,
     part: Annotated[str, typer.Option(help="Such as 2/8: every eighth SAE, for processes on one folder.")] = "1/1",
@@ -173,7 +177,7 @@ def evaluate(
     with _told(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
     with _told(ValueError, OSError, EvalError):
-        mine, wanted = parse_part(part).of(saes), evals.split(",")
+        mine, wanted = parse_part(part).of(saes), [name.strip() for name in evals.split(",") if name.strip()]
         if len(mine) < len(saes) and "mmcs" in wanted:
             raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have ended.")
         if not mine:
@@ -186,6 +190,7 @@ def evaluate(
             probing_datasets=probing_data or (),
             text=text,
             overrides=_overrides(setting or []),
+            model_kwargs=_parse_kwargs(model_kwargs),
             device=device,
             dtype=dtype,
             seed=seed,
@@ -239,11 +244,15 @@ def mmcs(
     """
     with _told(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
+        from sae_lens_sampled.saebench.evals.mmcs import check_alike
+        from sae_lens_sampled.saebench.models import check_one_model
     if len(saes) < 2:
         raise typer.BadParameter("comparing needs at least two SAEs.")
     with _told(ValueError, OSError):
-        loaded = {sae.name: sae.sae for sae in load_saes([parse_source(sae) for sae in saes], device)}
-        typer.echo(_similarity_table(loaded))
+        loaded = load_saes([parse_source(sae) for sae in saes], device)
+        check_alike(loaded)
+        check_one_model(loaded)
+        typer.echo(_similarity_table({sae.name: sae.sae for sae in loaded}))
 
 
 def _similarity_table(saes: dict[str, SAE[Any]]) -> str:

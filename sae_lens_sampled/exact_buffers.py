@@ -33,6 +33,10 @@ def pack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
         state_dict[name] = state_dict[name].reshape(-1).contiguous().view(torch.uint8)
 
 
+ADDED_LATER = ("pool_record.input_norm",)
+"""Buffers that checkpoints of earlier versions lack: they load with the value of an untrained SAE."""
+
+
 def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """Inverse of `pack_buffers`, also after `state_dict` was cast to another dtype.
 
@@ -41,6 +45,9 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """
     for name, buffer in module.named_buffers():
         packed = state_dict.get(name)
+        if packed is None and name in ADDED_LATER:
+            state_dict[name] = torch.zeros_like(buffer, device="cpu")
+            continue
         if packed is None or packed.numel() != buffer.numel() * buffer.element_size():
             found = "missing" if packed is None else f"of {packed.numel()} bytes"
             raise ValueError(

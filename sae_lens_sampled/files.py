@@ -38,6 +38,30 @@ def write_whole(path: Path, text: str) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, name: str) -> None:
+    """Refuse an output path at which no folder can be made or written to, before anything is computed for it.
+
+    Raises:
+        ValueError: with the argument's `name`, the path, and what is in the way.
+    """
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{name}={str(path)!r} cannot be a folder: {str(nearest)!r} is a file.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={str(path)!r} cannot be written: {str(nearest)!r} is read-only.")
+
+
+def check_new(path: Path, name: str) -> None:
+    """As `check_writable`, for a path at which there must be nothing yet.
+
+    Raises:
+        ValueError: also if something is there.
+    """
+    if path.exists():
+        raise ValueError(f"{name}={str(path)!r} exists already; nothing is overwritten.")
+    check_writable(path, name)
+
+
 @contextmanager
 def complete(path: Path) -> Iterator[Path]:
     """A new path, to write a file or a folder at, that is called `path` once it is complete.

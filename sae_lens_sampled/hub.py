@@ -17,6 +17,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
+from sae_lens_sampled.files import check_writable
 from sae_lens_sampled.hub_folder import SAE_FILES, inference_folder
 from sae_lens_sampled.model_card import model_card
 from sae_lens_sampled.sae_folder import read_config
@@ -65,6 +66,8 @@ def upload_to_hub(
     """
     _check_names(saes, repo_id)
     numbers = _check_evaluation(evaluation or {}, saes)
+    if dry_run_folder is not None:
+        check_writable(Path(dry_run_folder), "dry_run_folder")
     with tempfile.TemporaryDirectory() as scratch:
         folders = {sae_id: inference_folder(sae, Path(scratch) / "saes" / sae_id) for sae_id, sae in saes.items()}
         card = Path(scratch) / CARD

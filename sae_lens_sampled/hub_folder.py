@@ -1,6 +1,7 @@
 """The folders that go to the Hub: an SAE for inference in each, which plain SAELens loads."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_C
 
 
 def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path) -> Path:
-    """The folder of the inference SAE: `sae` itself if it is one, else `target`, to which it is exported.
+    """`target`, with the files of the inference SAE, in which local paths are shortened to their last part.
 
     Raises:
         ValueError: if there is no SAE in the folder, or it should not be published as it is.
@@ -27,10 +28,14 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
     name = f"this {type(sae).__name__}"
     if isinstance(sae, (str, Path)):
         source = Path(sae)
-        if not is_checkpoint(source):
-            return _checked(source, repr(str(source)))
-        sae, name = load_checkpoint(source), repr(str(source))
         target.mkdir(parents=True)
+        if not is_checkpoint(source):
+            _checked(source, repr(str(source)))
+            for file in SAE_FILES:
+                if (source / file).exists():
+                    _link_or_copy(source / file, target / file)
+            return _without_local_paths(target)
+        sae, name = load_checkpoint(source), repr(str(source))
         for file in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
             if (source / file).exists():
                 shutil.copy(source / file, target / file)
@@ -45,7 +50,37 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
         sae.save_model(target)
     # SAELens writes the fields in the order of a set, which would make every run's file another one.
     (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
-    return _checked(target, name)
+    return _without_local_paths(_checked(target, name))
+
+
+def without_folders(value: Any) -> Any:
+    """`value`, of JSON's types, with the last part of every local path: the rest tells of the author's disk."""
+    if isinstance(value, dict):
+        return {name: without_folders(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~")))
+    return Path(value).name if is_path else value
+
+
+def _without_local_paths(folder: Path) -> Path:
+    """`folder`, whose configurations are written anew where there are local paths in them."""
+    for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
+        try:
+            cfg = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if (publishable := without_folders(cfg)) != cfg:
+            (folder / name).unlink()  # it may be a link to the user's own file
+            (folder / name).write_text(json.dumps(publishable, indent=2, sort_keys=True), encoding="utf-8")
+    return folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or none of links
+        shutil.copy2(source, target)
 
 
 def _exported(sae: TrainingSAE[Any], name: str) -> SAE[Any]:

@@ -1,5 +1,6 @@
 """What comes from outside, looked at before anything is computed from it; errors say what is at fault, and where."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,47 @@ from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 
+from sae_lens_sampled.hooks import one_pass
 from sae_lens_sampled.ranks import ALONE, Ranks
 from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
 """Steps between two looks at the loss, where nothing else makes the host wait for it."""
+
+
+COUNTS = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "context_size",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "n_batches_for_norm_estimate",
+    "feature_sampling_window",
+)
+"""Fields of a run's configuration that must be at least 1."""
+
+
+def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse numbers of a run's configuration that SAELens takes and cannot train with, or only says so much later.
+
+    Raises:
+        ValueError: with the field and its value.
+    """
+    for name in COUNTS:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be above 0.")
+    for name in ("n_checkpoints", "dead_feature_window", "lr_warm_up_steps", "lr_decay_steps"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must not be negative.")
+    if not 0 <= cfg.lr < math.inf:
+        raise ValueError(f"lr={cfg.lr} must be a finite number, and not negative.")
+    buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if buffer < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts are {buffer} tokens, fewer than the "
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; "
+            f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))} mix two batches."
+        )
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:
@@ -158,17 +195,19 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
 def one_token(
     model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], hooks: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Activations of one token at hooks, which fields of the config have named, in the order in which they come.
+    """Activations of one token at hooks, which fields of the config have named, in the order in which the hooks run.
 
     Raises:
-        ValueError: if the model has no such hook.
+        ValueError: if the model has no such hook, or does not run it.
     """
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    # Past `compile_llm`, which would compile for this shape too.
-    cache = type(model).run_with_cache(
-        model, token, names_filter=list(hooks.values()), prepend_bos=False, **cfg.model_kwargs
-    )[1]
     for field, hook_name in hooks.items():
-        if hook_name not in cache:
+        if hook_name not in model.hook_dict:
             raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
-    return dict(cache.items())
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    activations = one_pass(model, token, hooks.values(), **cfg.model_kwargs)
+    for field, hook_name in hooks.items():
+        if hook_name not in activations:
+            raise ValueError(
+                f"{field}={hook_name!r} is a hook of {cfg.model_name} that does not run, or has no tensor."
+            )
+    return activations

@@ -27,3 +27,8 @@ def fraction_of_variance_unexplained(x: Float[Tensor, "tokens d_in"], x_hat: Flo
     """
     x, x_hat = x.double(), x_hat.double()
     return (x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum()
+
+
+def differs(a: float, b: float) -> bool:
+    """Whether two quantities that are not negative differ by more than a tenth of the larger one."""
+    return abs(a - b) > 0.1 * max(a, b)

@@ -11,6 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from sae_lens_sampled.hub_folder import without_folders
+
 Number = int | float
 
 COMPARED = ("d_sae", "k", "pool_factor", "score", "pool_sampling", "pool_group_size", "inference_threshold")
@@ -144,7 +146,7 @@ def _fields(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def _provenance(metadata: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     def each(name: str) -> str:
-        return ", ".join(_unique(_shown(_without_folders(entry.get(name))) for entry in metadata))
+        return ", ".join(_unique(_shown(without_folders(entry.get(name))) for entry in metadata))
 
     rows = {
         "model": each("model_name"),
@@ -190,12 +192,6 @@ def _dataset(name: str | None) -> str | None:
     if name is None or Path(name).exists():
         return None
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
-
-
-def _without_folders(value: Any) -> Any:
-    """A local path would tell strangers about the author's disk, so only its last part stays."""
-    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~")))
-    return Path(value).name if is_path else value
 
 
 def _unique(values: Any) -> list[Any]:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from sae_lens_sampled.metrics import gini
 
+NORM_EMA_RATE = 0.01
+"""Share of the running mean of norms that a step replaces."""
+
 
 class PoolRecord(nn.Module):
     """Running record of pools and selections; updated every step without waiting for the device.
@@ -27,6 +30,9 @@ class PoolRecord(nn.Module):
     """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
     cutoff: Tensor
     """The smallest positive activation kept in the latest batch that kept any, float32, shape ()."""
+    input_norm: Tensor
+    """Running mean of the norm of the inputs, float32, shape (): tokens of another mean norm are not those of training.
+    0 as long as it is not known."""
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
@@ -35,6 +41,7 @@ class PoolRecord(nn.Module):
         self.register_buffer("last_pooled", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self.register_buffer("churn", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("cutoff", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("input_norm", torch.zeros((), dtype=torch.float32, device=device))
 
     @property
     def pool(self) -> Bool[Tensor, " d_sae"]:
@@ -73,6 +80,12 @@ class PoolRecord(nn.Module):
         self.selection_counts += selection_counts
         self.n_steps += 1
         self.last_pooled.copy_(torch.where(new_pool, self.n_steps, self.last_pooled))
+
+    @torch.no_grad()
+    def update_input_norm(self, mean_norm: Float[Tensor, ""]) -> None:
+        """Count the mean norm of a batch's inputs; the first one counts whole."""
+        moved = self.input_norm.lerp(mean_norm.to(self.input_norm.dtype), NORM_EMA_RATE)
+        self.input_norm.copy_(torch.where(self.input_norm > 0, moved, mean_norm))
 
 
 POOL_STATISTICS: dict[str, Callable[[PoolRecord], Tensor]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -22,9 +22,11 @@ from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[
 from typing_extensions import override
 
 from sae_lens_sampled.files import whole_folder
-from sae_lens_sampled.input_checks import check_hook
+from sae_lens_sampled.hooks import heads_side_by_side, is_split, switch_on
+from sae_lens_sampled.input_checks import check_hook, check_run
 from sae_lens_sampled.normalisation import UNFOLDED
 from sae_lens_sampled.signals import Interrupted, Signals
+from sae_lens_sampled.training_data import remember_settings
 
 
 class ResumableTrainer(SAETrainer[Any, Any]):
@@ -58,6 +60,17 @@ class ResumableTrainer(SAETrainer[Any, Any]):
             return super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
 
+class WholeHookEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens' evaluation, which takes the heads of any hook side by side, as the SAE was trained on them."""
+
+    @override
+    def __call__(self, sae: TrainingSAE[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metadata = sae.cfg.metadata
+        whole = metadata.hook_head_index is None and not is_split(str(metadata.hook_name))
+        with heads_side_by_side(self.model, [str(metadata.hook_name)] if whole else []):
+            return super().__call__(sae, *args, **kwargs)
+
+
 class ResumableRunner(LanguageModelSAETrainingRunner):
     """SAELens' runner that trains with it, says where checkpoints are, and writes one more when it is stopped."""
 
@@ -75,6 +88,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
+        check_run(cfg)
         try:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:
@@ -82,6 +96,8 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
                 raise
             name = "dataset_path" if hasattr(self, "model") else "model_name"
             raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
+        switch_on(self.model, [cfg.hook_name])
+        self.evaluator.__class__ = WholeHookEvaluator
         if not cfg.use_cached_activations:
             check_hook(self.model, cfg)
 
@@ -96,6 +112,11 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
                 return super().run()
             finally:
                 self.signals = None
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        remember_settings(self.sae.cfg.metadata, self.cfg)
 
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
         """Make the trainer, which SAELens' `run` has made itself, one of ours."""

@@ -17,6 +17,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens_sampled.checkpoint_folder import find_checkpoint
 from sae_lens_sampled.data_parallel import DataParallelRunner
 from sae_lens_sampled.devices import check_device
+from sae_lens_sampled.input_checks import check_run
 from sae_lens_sampled.processes import leave_processes, number_of_processes, own_device
 from sae_lens_sampled.progress import live_bar
 from sae_lens_sampled.signals import Interrupted, Signals
@@ -105,8 +106,7 @@ def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
     except ZeroDivisionError as error:
         names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
         raise ValueError(f"one of {names} is 0, and SAELens divides by each.") from error
-    if cfg.training_tokens <= 0:
-        raise ValueError(f"training_tokens={cfg.training_tokens} must be above 0.")
+    check_run(cfg)
     for name in ("device", "llm_device", "act_store_device"):
         check_device(own_device(getattr(cfg, name)), name)
     if cfg.resume_from_checkpoint is not None:

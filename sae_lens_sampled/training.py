@@ -115,6 +115,8 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
                 rows = x.reshape(-1, x.shape[-1])
                 self._add_inner_losses(output, [add_skip(self, rows, decoded) for _, decoded in levels])
         check_loss(output.loss, step_input)
+        norms = x.detach().reshape(-1, self.cfg.d_in).norm(dim=-1).float()
+        self.pool_record.update_input_norm(ranks.sum(norms.mean()) / ranks.count)
         output.metrics.update({"topk_threshold": self.topk_threshold, **self.scan_record})
         of_pools = {name: partial(of, self.pool_record) for name, of in POOL_STATISTICS.items()}
         output.metrics.update(of_pools | export_metrics(self, step_input.sae_in))
@@ -266,10 +268,17 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.pool_record.input_norm /= scaling_factor
         if self.cfg.rescale_acts_by_decoder_norm:
             # These too are in units of hidden_pre * W_dec.norm(), as SAELens' own threshold is (its issue #763).
             self.rate_matcher.scale(1 / scaling_factor)
             self.pool_record.cutoff /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        super().fold_activation_whitening(*args, **kwargs)
+        self.pool_record.input_norm.zero_()  # that of whitened inputs says nothing of others
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:

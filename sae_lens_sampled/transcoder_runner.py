@@ -18,6 +18,7 @@ from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[
 from typing_extensions import override
 
 from sae_lens_sampled.data_parallel import DataParallelRunner
+from sae_lens_sampled.hooks import heads_side_by_side, is_one_place, is_split, switch_on, switched_on
 from sae_lens_sampled.input_checks import one_token
 from sae_lens_sampled.reconstruction import add_skip
 from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
@@ -31,8 +32,8 @@ class TranscoderRunner(DataParallelRunner):
 
     Raises:
         ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
-            numbers of tokens or come in the other order, one is of a single head, activations are to be read from a
-            cache, or the SAE given is no transcoder of these widths.
+            numbers of tokens, come in the other order or are one place, one is of a single head, activations are to be
+            read from a cache, the model cannot switch a hook on, or the SAE given is no transcoder of these widths.
     """
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
@@ -47,6 +48,7 @@ class TranscoderRunner(DataParallelRunner):
         if isinstance(self.model, HookedProxyLM):  # SAELens has asked it for the hook of the inputs alone
             self.model = HookedProxyLM(self.model.model, self.model.tokenizer, hooks)
             self._compile_llm_if_needed()
+        switch_on(self.model, hooks)
         check_outputs(self.model, cfg)
         self.activations_store.model = self.model
         read_both(self.activations_store, hooks, cfg.sae.batch_parts)
@@ -98,13 +100,19 @@ class _OutputsSAE:
         self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
 
     def __getattr__(self, name: str) -> Any:
+        if "transcoder" not in self.__dict__:  # as in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.transcoder, name)
+
+    def __call__(self, _outputs: Tensor) -> Tensor:
+        return self.decode(self.encode(_outputs))
+
+    forward = __call__
 
     def encode(self, _outputs: Tensor) -> Tensor:
         if self.passed is None:
             raise ValueError("no inputs have come since the last were encoded: they must come before outputs.")
-        # Heads, where there are any, are side by side for a transcoder.
-        self.inputs, self.passed = self.passed.flatten(start_dim=2).to(self.transcoder.device), None
+        self.inputs, self.passed = self.passed.to(self.transcoder.device), None
         return self.transcoder.encode(self.inputs)
 
     def decode(self, acts: Tensor) -> Tensor:
@@ -116,22 +124,49 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
     """For SAELens' `run_evals` on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
 
     Its `encode` must come after a pass of the model, and takes the inputs of that, whatever it is given. Metrics of
-    weights (`compute_featurewise_weight_based_metrics`) are for inputs and outputs of one width.
+    weights (`compute_featurewise_weight_based_metrics`) are for inputs and outputs of one width. Hooks that the model
+    must have switched on are on meanwhile.
 
     Raises:
-        ValueError: if the metadata name no hook of the outputs; in `encode`, if inputs do not come before outputs.
+        ValueError: if the metadata name no hook of the outputs, or the model does not have a hook or cannot switch it
+            on; in a pass of the model and in `encode`, if inputs do not come before outputs.
     """
-    hook_in, _ = hooks_of(transcoder)
-    view = _OutputsSAE(transcoder)
+    hook_in, hook_out = hooks = hooks_of(transcoder)
+    for name in hooks:
+        if name not in model.hook_dict:
+            raise ValueError(f"this {type(transcoder).__name__} is of hook {name!r}, which the model does not have.")
+    if is_one_place(model, hook_in, hook_out):
+        raise ValueError(_told_of_one_place(hook_in, hook_out))
+    view, have_come = _OutputsSAE(transcoder), False
 
-    def remember(_hook: Any, _arguments: Any, inputs: Tensor) -> None:
-        view.passed = inputs
+    def remember(hook: Any, _arguments: Any, inputs: Tensor) -> None:
+        nonlocal have_come
+        view.passed, have_come = hook.hook_conversion.convert(inputs), True
 
-    handle = model.hook_dict[hook_in].register_forward_hook(remember)
-    try:
-        yield view
-    finally:
-        handle.remove()
+    def check(_hook: Any, _arguments: Any) -> None:
+        nonlocal have_come
+        if not have_come:
+            raise ValueError(f"{hook_out} comes before {hook_in}; outputs must come after inputs.")
+        have_come = False
+
+    whole = [hook_in] if is_split(hook_out) else hooks
+    with switched_on(model, hooks), heads_side_by_side(model, whole):
+        handles = [
+            model.hook_dict[hook_in].register_forward_hook(remember),
+            model.hook_dict[hook_out].register_forward_pre_hook(check),
+        ]
+        try:
+            yield view
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _told_of_one_place(hook_in: str, hook_out: str) -> str:
+    return (
+        f"hook_name={hook_in!r} and hook_name_out={hook_out!r} are one place: train an SAE of that hook instead, with "
+        "architecture sampled_topk, or name another hook_name_out."
+    )
 
 
 def hooks_of(transcoder: SAE[Any]) -> list[str]:
@@ -179,6 +214,8 @@ def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any
     name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
     cache = one_token(model, cfg, {"hook_name": cfg.hook_name, "hook_name_out": name})
     inputs, outputs = cache[cfg.hook_name], cache[name]
+    if is_one_place(model, cfg.hook_name, name):
+        raise ValueError(_told_of_one_place(cfg.hook_name, name))
     if outputs.shape[:2] != inputs.shape[:2]:
         raise ValueError(
             f"{cfg.hook_name} and {name} have activations of shapes {tuple(inputs.shape)} and {tuple(outputs.shape)} "

@@ -1,5 +1,6 @@
 """The benchmark of nested losses in eval/study: a killed run ends as an undisturbed one; the page is of the results."""
 
+import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -158,3 +159,11 @@ def test_a_winsorised_score_counts_nothing_above_the_cutoff():
     acts = torch.tensor([[[9.0, 2.0, 0.0], [0.0, 2.0, 1.0]], [[4.0, 3.0, 0.0], [0.5, 0.0, 0.0]]])
     # Pool of 2 at factor 2: k is 1, so a group of two tokens keeps two; the second largest are 2 and 3.
     assert winsorised(acts, 2, pool_factor=2).tolist() == [[4, 8, 1], [9.25, 9, 0]]
+
+
+@pytest.mark.parametrize("script", ["run", "benchmark"])
+def test_a_misspelt_arm_is_an_error_that_names_those_there_are(script, tmp_path):
+    main = importlib.import_module(f"study.{script}").main
+    config = {"run": ["--config", "tiny", "--status"], "benchmark": ["--config", "small", "--report"]}[script]
+    with pytest.raises(SystemExit, match=r"^--arms batchtok matches no arm; there are .*batchtopk"):
+        main([*config, "--arms", "batchtopk", "batchtok", "--results-dir", str(tmp_path)])

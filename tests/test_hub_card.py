@@ -1,10 +1,12 @@
 """The model card that goes up with the SAEs."""
 
+import json
 import re
 
+import pytest
 import torch
 from helpers import D_SAE, activations, batchtopk_sae
-from hub_helpers import REPO, as_folder, metadata, split_row, trained
+from hub_helpers import REPO, as_checkpoint, as_folder, metadata, snapshot, split_row, trained
 from sae_lens import SAE, JumpReLUSAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
@@ -65,6 +67,34 @@ def test_local_models_and_data_stay_out_of_the_metadata_and_their_folders_out_of
     assert {"base_model", "datasets", "model-index"}.isdisjoint(metadata(card))
     assert "| dataset | tokens |" in card
     assert "secret" not in card
+
+
+@pytest.mark.parametrize("kind", ["training SAE", "checkpoint", "export"])
+def test_no_file_that_goes_up_tells_where_things_lie_on_the_authors_disk(kind, tmp_path):
+    sae = trained()
+    metadata = sae.cfg.metadata
+    metadata.model_name, metadata.dataset_path = str(tmp_path / "secret" / "my_lm"), "./secret/tokens"
+    metadata.model_from_pretrained_kwargs = {"cache_dir": str(tmp_path / "secret" / "cache"), "revision": "v1.0/x"}
+    source = {
+        "training SAE": lambda: sae,
+        "checkpoint": lambda: as_checkpoint(sae, tmp_path / "mine"),
+        "export": lambda: as_folder(sae, tmp_path / "mine"),
+    }[kind]()
+    run = {"checkpoint_path": str(tmp_path / "secret" / "run"), "nested": [{"path": "~/secret/x"}], "lr": 0.001}
+    if kind != "training SAE":
+        (tmp_path / "mine" / "runner_cfg.json").write_text(json.dumps(run))
+    before = {} if kind == "training SAE" else snapshot(tmp_path / "mine")
+    upload_to_hub({"a": source}, REPO, dry_run_folder=tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.suffix == ".safetensors" or file.is_dir() or "secret" not in file.read_text(), file
+    cfg = json.loads((tmp_path / "out" / "a" / "cfg.json").read_text())["metadata"]
+    assert (cfg["model_name"], cfg["dataset_path"]) == ("my_lm", "tokens")
+    assert cfg["model_from_pretrained_kwargs"] == {"cache_dir": "cache", "revision": "v1.0/x"}
+    assert SAE.load_from_disk(tmp_path / "out" / "a").cfg.metadata.model_name == "my_lm"
+    if kind != "training SAE":
+        published = json.loads((tmp_path / "out" / "a" / "runner_cfg.json").read_text())
+        assert published == {"checkpoint_path": "run", "nested": [{"path": "x"}], "lr": 0.001}
+        assert snapshot(tmp_path / "mine") == before  # the author's own files stay as they are
 
 
 def test_numbers_of_the_training_run_are_labelled_so(tmp_path):

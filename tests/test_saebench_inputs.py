@@ -102,7 +102,8 @@ def test_the_sae_gets_what_sae_bench_reads(model):
     [
         (
             {"hook_name": "blocks.9.hook_resid_post"},
-            r"SAE 'one_custom_sae' is of hook 'blocks\.9\.hook_resid_post', which model 'tiny_lm' does not have\.$",
+            r"SAE 'one_custom_sae' is of hook 'blocks\.9\.hook_resid_post', which model 'tiny_lm' of TransformerLens "
+            r"does not have\.$",
         ),
         ({"hook_name": None}, r"has no hook_name in its metadata"),
     ],
@@ -116,7 +117,7 @@ def test_an_sae_of_another_place_is_told_before_any_work(fields, message, tmp_pa
 def test_an_sae_of_another_width_is_told(tmp_path):
     sae = StandardSAE(StandardSAEConfig(d_in=96, d_sae=64, metadata=SAEMetadata(model_name="x", hook_name=HOOK)))
     with pytest.raises(
-        ValueError, match=r"has d_in=96, but model 'tiny_lm' has d_model=128: it was trained on another"
+        ValueError, match=r"has d_in=96, but blocks\.2\.hook_resid_post of model 'tiny_lm' is 128 wide: it was trained"
     ):
         run([("one", sae)], tmp_path)
 

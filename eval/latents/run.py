@@ -27,6 +27,7 @@ from bundled import HELD_OUT_TEXT, TINY_LM
 from latents.describe import describe
 from latents.rating import blind, read_ratings, score, write_page
 from latents.tables import rating_table, table
+from sae_lens_sampled.hooks import switch_on
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import attach, load_model
 from smollm2 import smollm2_folder
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, _, folder = named.partition("=")
         [sae] = load_saes([folder], "cpu")
         attach(sae, model)
+        switch_on(model.hooked, [str(sae.sae.cfg.metadata.hook_name)])
         saes[name] = sae.sae
     prompts = held_out_prompts(model.hooked, next(iter(saes.values())), args)
     rows = blind(describe(model.hooked, saes, prompts, args.latents), args.seed)

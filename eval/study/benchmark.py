@@ -39,6 +39,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 from study.benchmark_configs import BENCHMARKS
 from study.benchmark_plan import Benchmark, BenchmarkUnit, new_sae, units
 from study.benchmark_report import result_table, write_nested_page
+from study.plan import check_patterns
 from study.synthetic import evaluate_on_synthetic_data, large_synthetic_model
 
 WHOLE = "whole"
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     table = result_table(benchmark, results)
     finished = table.load()
+    try:
+        check_patterns(args.arms, (unit.arm for unit in units(benchmark)))
+    except ValueError as error:
+        sys.exit(str(error))
     runs: dict[tuple[Any, ...], list[BenchmarkUnit]] = {}
     for unit in units(benchmark):
         if unit.key not in finished and any(fnmatch(unit.arm, pattern) for pattern in args.arms):

@@ -1,6 +1,6 @@
 """Which SAEs a study trains and evaluates, and in which portions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import combinations_with_replacement
@@ -119,6 +119,18 @@ def arms(study: Study) -> list[Arm]:
             label = f"{source.label}, global threshold at L0 {study.k:g}"
             plan.append(Arm(f"{source.name}_global", label, sampled, n, source.fields, exported_from=source.name))
     return [arm for arm in plan if any(fnmatch(arm.name, pattern) for pattern in study.arms)]
+
+
+def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse a pattern of `--arms` that matches no arm, which would leave out what the user wanted.
+
+    Raises:
+        ValueError: with the names of all arms.
+    """
+    known = list(dict.fromkeys(names))
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in known):
+            raise ValueError(f"--arms {pattern} matches no arm; there are {', '.join(known)}.")
 
 
 def nested_widths(d_sae: int) -> list[int]:

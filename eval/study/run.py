@@ -30,6 +30,7 @@ from sae_lens_sampled.parts import parse_part
 from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
+from study.plan import arms, check_patterns
 from study.report import write_report
 from study.stages import PREPARATION, STAGES, status, to_do
 from study.storage import Storage
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         part = parse_part(args.part)
         study = with_text(study, args.text, work) if args.text else with_text_of_results(study, results)
+        check_patterns(args.arms, (arm.name for arm in arms(study)))
     except ValueError as error:
         sys.exit(str(error))
     if args.dry_run:

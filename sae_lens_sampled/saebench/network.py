@@ -1,9 +1,10 @@
 """What an evaluation takes from the Hugging Face Hub, and what to do without it."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -17,7 +18,13 @@ TIMEOUT = 3.0
 """Seconds to wait for the Hub before telling the user: the libraries' own retries take minutes."""
 
 
-def check_network(model: str, text: str | None, default_probing_datasets: bool, offline: bool) -> bool:
+def check_network(
+    model: str,
+    text: str | None,
+    default_probing_datasets: bool,
+    offline: bool,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> bool:
     """Whether the Hub can be asked; False if there is only what was downloaded earlier, and that is enough.
 
     Args:
@@ -25,12 +32,13 @@ def check_network(model: str, text: str | None, default_probing_datasets: bool, 
         text: name or folder of core's data set; None if core is not run.
         default_probing_datasets: whether SAEBench's own eight are used.
         offline: whether the user wants no network.
+        model_kwargs: arguments of `from_pretrained`, of which a revision and a subfolder choose other files.
 
     Raises:
         ValueError: if `model` is neither a folder nor an official name.
         ConnectionError: if something is missing here, and the Hub cannot or must not be asked.
     """
-    from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model)}
+    from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model, model_kwargs or {})}
     if text is not None and not Path(text).is_dir():
         from_hub[f"text {text!r}"] = _is_cached_dataset(text)
     if default_probing_datasets:
@@ -58,15 +66,17 @@ def cache_only() -> Iterator[None]:
         yield
 
 
-def _is_cached_model(name: str) -> bool:
+def _is_cached_model(name: str, kwargs: Mapping[str, Any]) -> bool:
     try:
         official = get_official_model_name(name)
     except ValueError:
         raise ValueError(
             f"model={name!r} is neither a folder nor one of TransformerLens' official model names "
-            "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES)."
+            "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES); for another model of the Hub pass the folder "
+            f"that `hf download {name} --local-dir FOLDER` writes."
         ) from None
-    return isinstance(try_to_load_from_cache(official, "config.json"), str)
+    config = str(PurePosixPath(kwargs.get("subfolder") or "", "config.json"))
+    return isinstance(try_to_load_from_cache(official, config, revision=kwargs.get("revision")), str)
 
 
 def _is_cached_dataset(name: str) -> bool:

@@ -26,10 +26,9 @@ from transformer_lens import HookedTransformer
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
 from sae_lens_sampled.files import reserve
+from sae_lens_sampled.hooks import is_split
 from sae_lens_sampled.reconstruction import add_skip, encode_and_reconstruct
 from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
-
-SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 Losses = dict[str, Tensor]
 Reconstruct = Callable[[Tensor], Tensor]
@@ -274,8 +273,7 @@ def site_of(sae: SAE[Any]) -> Site:
 
 def is_shareable(sae: SAE[Any]) -> bool:
     """Whether `record` can serve this SAE: not those on the split heads of attention, which core reshapes itself."""
-    split = any(part in hook for hook in site_of(sae) for part in SPLIT_INTO_HEADS)
-    return sae.cfg.metadata.hook_head_index is None and not split
+    return sae.cfg.metadata.hook_head_index is None and not any(map(is_split, site_of(sae)))
 
 
 class _Batch(NamedTuple):

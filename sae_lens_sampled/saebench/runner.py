@@ -1,6 +1,7 @@
 """`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +15,12 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
 from sae_lens_sampled.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
-from sae_lens_sampled.files import NoSpaceError, no_space_told, scratch_folder
+from sae_lens_sampled.files import NoSpaceError, check_writable, no_space_told, scratch_folder
+from sae_lens_sampled.language_model import dtype_of, meaningful_kwargs
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
-from sae_lens_sampled.saebench.models import EvalModel, attach, load_model
+from sae_lens_sampled.saebench.models import EvalModel, attach, common_model, common_model_kwargs, load_model
 from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
@@ -27,6 +29,7 @@ from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_te
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVALS = ("core", "sparse_probing", "absorption")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEFAULT_TEXT = "Skylion007/openwebtext"
 """The data set that SAEBench's core is run on."""
 
@@ -48,8 +51,9 @@ def run_evals(
     probing_datasets: Sequence[ProbingDataset | str | Path] = (),
     text: str | Path | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     seed: int = 42,
     offline: bool = False,
     force_rerun: bool = False,
@@ -71,8 +75,10 @@ def run_evals(
             gives.
         text: data set of core, a Hub name or a folder; None for SAEBench's openwebtext.
         overrides: fields of SAEBench's configurations, by eval, such as `{"core": {"context_size": 64}}`.
+        model_kwargs: arguments of `from_pretrained`, such as `{"revision": "step1000"}`; None for those that the SAEs
+            were trained with, by `model_from_pretrained_kwargs` of their metadata.
         device: None for a GPU if there is one.
-        dtype: of model and SAEs, as SAEBench's `llm_dtype`.
+        dtype: type of model and SAEs, as SAEBench's `llm_dtype`; None for that of `model_kwargs`, or float32.
         seed: of whatever is random.
         offline: use nothing from the network, and where nothing else is given the model, text and data sets that are
             bundled with the repository.
@@ -88,6 +94,9 @@ def run_evals(
     """
     overrides = overrides or {}
     _check_evals(evals, overrides)
+    check_writable(Path(output_dir), "output_dir")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1, as numpy's generator takes it.")
     eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,14 +115,19 @@ def run_evals(
         model = model or bundled(BUNDLED_MODEL)
         text = text or bundled(BUNDLED_TEXT)
         probing_datasets = probing_datasets or [bundled(path) for path in BUNDLED_PROBING_DATASETS]
-    model = str(model or _common_model(loaded))
+    model = str(model or common_model(loaded))
+    model_kwargs = meaningful_kwargs(common_model_kwargs(loaded) if model_kwargs is None else model_kwargs)
+    dtype = dtype or dtype_of(model_kwargs) or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be of {list(DTYPES)}.")
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
     artifacts = Path(output_dir).resolve() / "artifacts"
     # What is not there is told before any work.
-    with _network(eval_classes, model, text, labelled, offline), scratch_folder(artifacts) as scratch:
+    network = _network(eval_classes, model, model_kwargs, text, labelled, offline)
+    with network, scratch_folder(artifacts) as scratch:
         setup = EvalSetup(
-            model=load_model(model, device, str_to_dtype(dtype)),
+            model=load_model(model, device, str_to_dtype(dtype), model_kwargs),
             output_dir=Path(output_dir).resolve(),
             scratch=scratch,
             device=device,
@@ -157,12 +171,18 @@ def _missing(failures: Mapping[str, Exception], n_wanted: int) -> EvalError:
 
 
 def _network(
-    eval_classes: Sequence[type[Eval]], model: str, text: str, probing_datasets: Sequence[ProbingDataset], offline: bool
+    eval_classes: Sequence[type[Eval]],
+    model: str,
+    model_kwargs: Mapping[str, Any],
+    text: str,
+    probing_datasets: Sequence[ProbingDataset],
+    offline: bool,
 ) -> AbstractContextManager[None]:
     """Use of the Hub, or of what was downloaded earlier where that is enough; an error where neither does."""
     needed_text = text if any(eval_class.reads_text for eval_class in eval_classes) else None
     reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
-    reachable = check_network(model, needed_text, reads_labelled_texts and not probing_datasets, offline)
+    default_datasets = reads_labelled_texts and not probing_datasets
+    reachable = check_network(model, needed_text, default_datasets, offline, model_kwargs)
     return nullcontext() if reachable else cache_only()
 
 
@@ -292,15 +312,21 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
                 raise ValueError(
                     f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}."
                 )
+        _check_numbers(name, settings)
         if name not in evals:
             raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
 
 
-def _common_model(saes: Sequence[EvalSAE]) -> str:
-    names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
-    if len(set(names.values())) > 1 or None in names.values():
-        raise ValueError(f"the metadata of the SAEs do not name one model, {names}; pass model=...")
-    return str(next(iter(names.values())))
+def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse sizes and counts that are none; a seed and a position of a token may be 0 or negative."""
+    defaults = asdict(EVALS[eval_name].config_class())
+    for field, value in settings.items():
+        usual = defaults[field]
+        is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
+        if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a whole number above 0.")
+        if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a finite number.")
 
 
 def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:

@@ -15,6 +15,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_sampled.activation_statistics import ActivationStatistics
+from sae_lens_sampled.hooks import heads_side_by_side, switched_on
 from sae_lens_sampled.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.saebench import patches, recording
 from sae_lens_sampled.saebench.evals.base import Eval
@@ -87,7 +88,8 @@ class Core(Eval):
         # The training SAEs come last: core itself asks for the first ones only.
         training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}
         reconstructions = [functools.partial(_reconstruct, sae) for sae in [s.sae for s in saes] + [*training.values()]]
-        recorded = recording.record(hooked, store, site, reconstructions, self.config, file)
+        with switched_on(hooked, site.hooks), heads_side_by_side(hooked, site.hooks):
+            recorded = recording.record(hooked, store, site, reconstructions, self.config, file)
         places = {name: len(saes) + i for i, name in enumerate(training)}
         self.recorded |= {sae.name: Recorded(recorded, i, places.get(sae.name)) for i, sae in enumerate(saes)}
 
@@ -95,7 +97,8 @@ class Core(Eval):
         """Core's own result, with statistics of the latents and the selection of training beside it."""
         # An SAE on split heads: SAEBench runs the model itself, and nothing is added.
         if sae.name not in self.recorded:
-            with patches.core_errors_raised():
+            hooks = recording.site_of(sae.sae).hooks
+            with switched_on(self.setup.model.hooked, hooks), patches.core_errors_raised():
                 self._run_sae_bench(sae)
             return self.written(sae)
         place = self.recorded[sae.name]

@@ -7,6 +7,7 @@ from typing import Any
 import sae_bench.evals.sparse_probing.main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
+from sae_lens_sampled.hooks import heads_side_by_side, switched_on
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.probing_data import common_sizes
@@ -43,10 +44,24 @@ class SparseProbing(Eval):
         """The user's labelled texts, every one."""
         return {"probing_datasets": [asdict(dataset) for dataset in self.setup.probing_datasets]}
 
+    def check(self, saes: Sequence[EvalSAE]) -> None:
+        """Refuse SAEs of a single head, which SAEBench does not read."""
+        for sae in saes:
+            head = sae.sae.cfg.metadata.hook_head_index
+            if head is not None:
+                raise ValueError(
+                    f"SAE {sae.name!r} has hook_head_index={head}; sparse probing reads whole hooks, so leave it out."
+                )
+
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """SAEBench's result, the same whichever SAEs are evaluated beside this one."""
         sizes = (self.config.probe_train_set_size, self.config.probe_test_set_size)
+        hooked, hooks = self.setup.model.hooked, [str(sae.sae.cfg.metadata.hook_name)]
+        if sae.sae.hook_z_reshaping_mode:
+            sae.sae.turn_off_forward_pass_hook_z_reshaping()  # its heads are side by side already
         with (
+            switched_on(hooked, hooks),
+            heads_side_by_side(hooked, hooks),
             patches.own_probing_datasets(self.setup.probing_datasets, sizes),
             patches.same_draws_for_every_sae(self.random_states),
         ):

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sae_lens_sampled.language_model import meaningful_kwargs
 from sae_lens_sampled.saebench.report.metrics import groups_of
 from sae_lens_sampled.saebench.report.results import SAEResults, evals_of
 from sae_lens_sampled.saebench.results import STAMP
@@ -15,7 +16,7 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
     """Model, hook, data and dates by name; only what the results say."""
     evals = evals_of(saes)
     counts = {name: sum(name in sae.results for sae in saes) for name in evals}
-    models = {model for name in evals for model in _distinct(saes, name, "eval_config", "model_name")}
+    models = {_model(result) for sae in saes for result in sae.results.values()}
     fields = ("hook_name", "hook_name_out")
     hooks = {hook for name in evals for f in fields for hook in _distinct(saes, name, "sae_cfg_dict", "metadata", f)}
     n_tokens = _distinct(saes, "core", "eval_result_metrics", "token_stats", "total_tokens_eval_sparsity_variance")
@@ -23,12 +24,13 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
     times = [time for sae in saes for name in evals if (time := sae.number(name, "datetime_epoch_millis"))]
     days = sorted({datetime.fromtimestamp(time / 1000, timezone.utc).date().isoformat() for time in times})
     described = {
-        "Model": ", ".join(sorted(models)),
+        "Model": ", ".join(sorted(filter(None, models))),
         "Hook": ", ".join(sorted(hooks)),
         "SAEs": f"{len(saes)} in {len(groups_of(saes))} groups",
         "Evals": ", ".join(f"{name} ({n} SAEs)" for name, n in counts.items()),
         "Text of core": ", ".join(_short(text) for text in _distinct(saes, "core", "eval_config", "dataset")),
-        "Tokens of core": ", ".join(f"{int(n):,}" for n in n_tokens),
+        "Tokens of core": ", ".join(f"{int(n):,}" for n in n_tokens) + (", " + _core_tokens(saes) if n_tokens else ""),
+        "Tokens of training": _tokens_of_training(saes),
         "Probing data": ", ".join(dict.fromkeys(map(_short, labelled))),
         "Date": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "",
     }
@@ -56,6 +58,37 @@ def notes(saes: Sequence[SAEResults]) -> list[str]:
     if alone:
         remarks.append(f"MMCS is with SAEs of other configurations, for want of another seed, for {_listed(alone)}.")
     return remarks
+
+
+def _model(result: dict[str, Any]) -> str | None:
+    """The model's name, with the arguments of `from_pretrained` that make it another one."""
+    name = (result.get("eval_config") or {}).get("model_name")
+    metadata = (result.get("sae_cfg_dict") or {}).get("metadata") or {}
+    kwargs = meaningful_kwargs(metadata.get("model_from_pretrained_kwargs") or {})
+    shown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    return f"{name} ({shown})" if name and shown else name
+
+
+def _core_tokens(saes: Sequence[SAEResults]) -> str:
+    """What core reads and leaves out, whatever training read."""
+    contexts = _distinct(saes, "core", "eval_config", "context_size")
+    excluded = _distinct(saes, "core", "eval_config", "exclude_special_tokens_from_reconstruction")
+    of_losses = "" if excluded == [True] else "; losses with them"
+    return f"in contexts of {', '.join(map(str, contexts))}, without pad, bos and eos tokens{of_losses}"
+
+
+def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
+    """What the SAEs were trained on, as far as their metadata say: FVU and L0 of core are on other tokens."""
+    described = []
+    for sae in saes:
+        metadata = sae.get("core", "sae_cfg_dict", "metadata") or {}
+        excluded = metadata.get("exclude_special_tokens")
+        special = {None: "special tokens not known", False: "all tokens", True: "without special tokens"}
+        text = f"without tokens {excluded}" if isinstance(excluded, list) else special[excluded]
+        context, positions = metadata.get("context_size"), metadata.get("seqpos_slice") or [None]
+        text += f", contexts of {context}" if context else ""
+        described.append(text + (f", positions {positions}" if any(positions) else ""))
+    return "; ".join(dict.fromkeys(described))
 
 
 def _distinct(saes: Sequence[SAEResults], *path: str) -> list[Any]:

@@ -1,0 +1,128 @@
+"""Names of TransformerLens' HookedTransformer for places that its bridge and Hugging Face's models call otherwise.
+
+A name is translated only where activations are the same, and where putting something in has the same effect; that
+depends on the architecture. `tests/test_hook_names.py` runs the models both ways.
+"""
+
+import re
+
+BLOCK = re.compile(
+    r"(?P<stem>gpt_neox\.layers|model\.layers|model\.decoder\.layers|transformer\.h|transformer\.blocks|blocks)"
+    r"\.(?P<number>\d+)(?:\.(?P<rest>.+))?"
+)
+
+# Each table gives for a place in a block of HookedTransformer the other names of it.
+Places = dict[str, str]
+
+BRIDGE_ANYWHERE: Places = {
+    "hook_resid_pre": "hook_in",
+    "hook_resid_post": "hook_out",
+    "hook_attn_in": "attn.hook_attn_in",
+    "hook_q_input": "attn.hook_q_input",
+    "hook_k_input": "attn.hook_k_input",
+    "hook_v_input": "attn.hook_v_input",
+}
+BRIDGE: Places = {
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
+    "attn.hook_z": "attn.o.hook_in",
+    "hook_mlp_in": "ln2.hook_in",
+    "mlp.hook_post": "mlp.out.hook_in",
+}
+BRIDGE_OUTPUTS: Places = {
+    "hook_attn_out": "attn.hook_out attn.o.hook_out attn.hook_hidden_states",
+    "hook_mlp_out": "mlp.hook_out mlp.out.hook_out",
+}
+BRIDGE_PLAIN: Places = {"mlp.hook_pre": "mlp.in.hook_out"}
+BRIDGE_GATED: Places = {"mlp.hook_pre": "mlp.gate.hook_out", "mlp.hook_pre_linear": "mlp.in.hook_out"}
+NEOX: Places = {
+    "hook_attn_out": "attention attention.dense post_attention_dropout",
+    "mlp.hook_pre": "mlp.dense_h_to_4h",
+    "mlp.hook_post": "mlp.act",
+    "hook_mlp_out": "mlp mlp.dense_4h_to_h post_mlp_dropout",
+}
+GPT2: Places = {
+    "hook_attn_out": "attn attn.c_proj attn.resid_dropout",
+    "mlp.hook_pre": "mlp.c_fc",
+    "mlp.hook_post": "mlp.act",
+    "hook_mlp_out": "mlp mlp.c_proj mlp.dropout",
+}
+HEADS: Places = {
+    "attn.hook_q": "self_attn.q_proj",
+    "attn.hook_k": "self_attn.k_proj",
+    "attn.hook_v": "self_attn.v_proj",
+}
+GATED: Places = {"mlp.hook_pre": "mlp.gate_proj", "mlp.hook_pre_linear": "mlp.up_proj"}
+OUTPUTS: Places = {"hook_attn_out": "self_attn self_attn.o_proj", "hook_mlp_out": "mlp mlp.down_proj"}
+# Normalised before they are added to the residual stream; only after that they are HookedTransformer's outputs.
+NORMALISED_OUTPUTS: Places = {
+    "hook_attn_out": "ln1_post.hook_out post_attention_layernorm",
+    "hook_mlp_out": "ln2_post.hook_out post_feedforward_layernorm",
+}
+# Names without a place of their own, by the nearest one.
+NEAREST: Places = {
+    "hook_resid_pre": "ln1.hook_in",
+    "ln1.hook_normalized": "ln1.hook_out attn.hook_in attn.q.hook_in attn.k.hook_in attn.v.hook_in attn.qkv.hook_in "
+    "input_layernorm ln_1",
+    "ln2.hook_normalized": "ln2.hook_out mlp.hook_in mlp.gate.hook_in mlp.in.hook_in post_attention_layernorm "
+    "pre_feedforward_layernorm ln_2",
+}
+
+
+def _by_name(*tables: Places) -> dict[str, str]:
+    """Places by their other names."""
+    return {name: place for table in tables for place, names in table.items() for name in names.split()}
+
+
+LLAMA = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_GATED, HEADS, GATED, OUTPUTS)
+GEMMA_2 = _by_name(BRIDGE, BRIDGE_GATED, HEADS, GATED, NORMALISED_OUTPUTS)
+ARCHITECTURES = {
+    "GPTNeoXForCausalLM": _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, NEOX),
+    "GPT2LMHeadModel": _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2),
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": LLAMA,
+    "GemmaForCausalLM": LLAMA,
+    "Gemma2ForCausalLM": GEMMA_2,
+    "Gemma3ForCausalLM": GEMMA_2,
+}
+"""Places by their other names, by the architecture of Hugging Face's model."""
+ANYWHERE = _by_name(BRIDGE_ANYWHERE)
+NEIGHBOURS = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2, NEOX, HEADS, OUTPUTS, NORMALISED_OUTPUTS, NEAREST)
+
+
+def transformer_lens_hook(hook_name: str, architecture: str | None = None) -> str:
+    """The TransformerLens name of the same place, or the name itself.
+
+    `gpt_neox.layers.3` is `blocks.3.hook_resid_post`. What comes into a block is what its predecessor put out;
+    SAEBench's absorption knows the latter name only.
+
+    Args:
+        hook_name: name in HookedTransformer, in TransformerLens' bridge or in a model of Hugging Face.
+        architecture: class of the latter, such as "GPTNeoXForCausalLM"; None translates what is the same in all.
+    """
+    match = BLOCK.fullmatch(hook_name)
+    if match is None:
+        return hook_name
+    number, rest, is_of_bridge = int(match["number"]), match["rest"], match["stem"] == "blocks"
+    if rest is None:
+        return hook_name if is_of_bridge else f"blocks.{number}.hook_resid_post"
+    own = ARCHITECTURES.get(architecture or "", {})
+    place = (ANYWHERE | own).get(rest, rest) if is_of_bridge == ("hook_" in rest) else rest
+    if place == "hook_resid_pre" and number > 0:
+        return f"blocks.{number - 1}.hook_resid_post"
+    return f"blocks.{number}.{place}" if is_of_bridge or place != rest else hook_name
+
+
+def is_in_block(hook_name: str) -> bool:
+    """Whether the name is of a place in a block of a model."""
+    return BLOCK.fullmatch(hook_name) is not None
+
+
+def nearest_hook(hook_name: str) -> str | None:
+    """The TransformerLens name of the place that comes nearest to one that HookedTransformer does not have."""
+    match = BLOCK.fullmatch(hook_name)
+    place = None if match is None else NEIGHBOURS.get(match["rest"] or "")
+    return None if match is None or place is None else f"blocks.{match['number']}.{place}"

@@ -1,0 +1,170 @@
+"""The tokens that an SAE was trained on, and their activations, read again with the settings of its run.
+
+SAELens' `ActivationsStore.from_sae` takes some of these settings from the metadata and leaves the others at their
+defaults: first tokens of many times the norm then come in, which training had left out.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sae_lens import ActivationsStore
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.util import get_special_token_ids
+
+BUFFERED_BATCHES = 4
+"""Batches that a buffer holds at least: half of it is served before it is filled and mixed again."""
+MIN_BUFFERED_PROMPTS = 64
+SAMPLED_PROMPTS = 256
+"""Prompts over which the share of first tokens is counted."""
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What decides which tokens of a text are read, and how the model runs on them; fields as in SAELens' runners."""
+
+    context_size: int
+    prepend_bos: bool
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    exclude_special_tokens: bool | list[int] = False
+    disable_concat_sequences: bool = False
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    use_chat_formatting: bool = False
+    autocast_lm: bool = False
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    """Fields that nothing says: they have SAELens' defaults."""
+
+    def described(self) -> str:
+        """The settings that differ from SAELens' defaults, and those that are assumed, in words."""
+        known = [f for f in fields(self) if f.name not in (*self.unknown, "unknown")]
+        required = ("context_size", "prepend_bos")
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in known if f.name in required or not _is_default(self, f)]
+        assumed = [f"{name}={getattr(self, name)!r}" for name in self.unknown]
+        return ", ".join(told) + (f"; not known, so assumed: {', '.join(assumed)}" if assumed else "")
+
+
+RUN_FIELDS = tuple(f.name for f in fields(TokenSettings) if f.name != "unknown")
+
+
+def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSettings:
+    """The settings of the run that an SAE comes from, by its metadata or the run's configuration beside it.
+
+    Args:
+        metadata: those of the SAE; what they say counts.
+        folder: a checkpoint or an export, with the `runner_cfg.json` of SAELens' runners in it or not.
+
+    Raises:
+        ValueError: if `context_size` or `prepend_bos` is in neither.
+    """
+    known: dict[str, Any] = _runner_config(folder) | {name: metadata[name] for name in RUN_FIELDS if name in metadata}
+    # SAELens writes None for what it does not know; of these fields only one has None for a value.
+    known = {name: value for name, value in known.items() if value is not None or name == "sequence_separator_token"}
+    for name in ("context_size", "prepend_bos"):
+        if name not in known:
+            raise ValueError(
+                f"the metadata of this SAE have no {name}, so which tokens it was trained on is unknown; set "
+                f"sae.cfg.metadata.{name} first."
+            )
+    if "seqpos_slice" in known:
+        known["seqpos_slice"] = tuple(known["seqpos_slice"])
+    missing = tuple(name for name in RUN_FIELDS if name not in known)
+    return TokenSettings(**known, unknown=missing)
+
+
+def remember_settings(metadata: SAEMetadata, cfg: Any) -> None:
+    """Write into the metadata of an SAE what its run knows of its tokens and SAELens does not write there."""
+    for name in RUN_FIELDS:
+        if name not in metadata:
+            metadata[name] = getattr(cfg, name)
+
+
+def store_of_run(
+    model: Any, sae: SAE[Any], settings: TokenSettings, dataset: Any, batch_size: int, device: str
+) -> ActivationsStore:
+    """A store of the activations at the SAE's hook, of the same tokens of `dataset` that training would have read.
+
+    Args:
+        model: the language model, as SAELens' stores take it.
+        sae: the SAE, whose metadata name the hook.
+        settings: those of its run.
+        dataset: Hub name, folder, or data set.
+        batch_size: tokens in a batch; the buffer follows from it.
+        device: where the activations are.
+    """
+    excluded = settings.exclude_special_tokens
+    excluded = get_special_token_ids(model.tokenizer) if excluded is True else excluded
+    return ActivationsStore(
+        model=model,
+        dataset=dataset,
+        streaming=True,
+        hook_name=sae.cfg.metadata.hook_name,
+        hook_head_index=sae.cfg.metadata.hook_head_index,
+        context_size=settings.context_size,
+        d_in=sae.cfg.d_in,
+        n_batches_in_buffer=buffer_prompts(batch_size, settings),
+        total_training_tokens=10**9,
+        store_batch_size_prompts=32,
+        train_batch_size_tokens=batch_size,
+        prepend_bos=settings.prepend_bos,
+        normalize_activations=sae.cfg.normalize_activations,
+        device=torch.device(device),
+        dtype=sae.cfg.dtype,
+        model_kwargs=settings.model_kwargs,
+        autocast_lm=settings.autocast_lm,
+        seqpos_slice=settings.seqpos_slice,
+        exclude_special_tokens=torch.tensor(excluded, device=device) if excluded else None,
+        disable_concat_sequences=settings.disable_concat_sequences,
+        sequence_separator_token=settings.sequence_separator_token,
+        use_chat_formatting=settings.use_chat_formatting,
+    )
+
+
+def buffer_prompts(batch_size: int, settings: TokenSettings) -> int:
+    """Prompts that SAELens' buffer must hold (its `n_batches_in_buffer`) to mix batches of `batch_size` tokens."""
+    n_positions = len(range(settings.context_size)[slice(*settings.seqpos_slice)])
+    return max(MIN_BUFFERED_PROMPTS, math.ceil(BUFFERED_BATCHES * batch_size / n_positions))
+
+
+def first_token_share(store: ActivationsStore) -> float:
+    """Share of the tokens that `store` serves that are the first of their prompt, over its first prompts.
+
+    Such tokens have many times the norm of others in large models.
+    """
+    prompts = list(islice(store._iterate_tokenized_sequences(), SAMPLED_PROMPTS))
+    store.n_dataset_processed = 0  # nothing has been served yet
+    served = torch.stack(prompts)[:, slice(*store.seqpos_slice)]
+    kept = torch.ones_like(served, dtype=torch.bool)
+    if store.exclude_special_tokens is not None:
+        kept = ~torch.isin(served, store.exclude_special_tokens.to(served.device))
+    first = range(store.context_size)[slice(*store.seqpos_slice)][0] == 0
+    return (kept[:, 0].sum() / kept.sum()).item() if first else 0.0
+
+
+def expected_first_token_share(settings: TokenSettings, bos_token_id: int | None) -> float:
+    """Share of first tokens in training by the settings of the run: none, or one in a prompt."""
+    positions = range(settings.context_size)[slice(*settings.seqpos_slice)]
+    excluded = settings.exclude_special_tokens
+    without_bos = excluded is True or (isinstance(excluded, list) and bos_token_id in excluded)
+    if positions[0] != 0 or (settings.prepend_bos and bos_token_id is not None and without_bos):
+        return 0.0
+    return 1 / len(positions)
+
+
+def _runner_config(folder: Path | None) -> dict[str, Any]:
+    """What the configuration of a run says of its tokens; nothing where there is none that can be read."""
+    try:
+        cfg = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        cfg = {}
+    return {name: cfg[name] for name in RUN_FIELDS if name in cfg} if isinstance(cfg, Mapping) else {}
+
+
+def _is_default(settings: TokenSettings, of: Any) -> bool:
+    return getattr(settings, of.name) == (of.default if of.default_factory is not dict else {})

@@ -1,0 +1,37 @@
+"""What earlier versions wrote loads: a checkpoint and an export of `sampled_sae(pool_group_size=16)` after 30 steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import activations, step_input
+from sae_lens import SAE
+
+from sae_lens_sampled import load_checkpoint
+
+BEFORE = Path(__file__).parent / "data" / "before"
+EXPECTED = json.loads((BEFORE / "expected.json").read_text())
+
+
+def test_an_export_of_before_gives_the_same_activations():
+    sae = SAE.load_from_disk(BEFORE / "export")
+    x = activations(64, seed=7)
+    assert sae.threshold.tolist() == [torch.inf if t is None else t for t in EXPECTED["thresholds"]]
+    assert (sae.encode(x) > 0).sum(dim=0).tolist() == EXPECTED["fired"]
+    assert sae(x).double().sum().item() == pytest.approx(EXPECTED["reconstruction"], rel=1e-5)
+
+
+def test_a_checkpoint_of_before_exports_the_same_sae_and_trains_on():
+    sae = load_checkpoint(BEFORE / "checkpoint")
+    assert sae.pool_record.n_steps.item() == EXPECTED["n_steps"] == 30
+    assert (sae.encode(activations(64, seed=7)) > 0).sum().item() == EXPECTED["selected"]
+    want = SAE.load_from_disk(BEFORE / "export")
+    learnt = sae.rate_matcher.threshold
+    fires = want.threshold.isfinite()
+    torch.testing.assert_close((learnt * 1.0)[fires], (want.threshold * 1.0)[fires])
+    # What such a checkpoint does not know is known after a step.
+    assert sae.pool_record.input_norm == 0
+    x = activations(64, seed=8)
+    sae.training_forward_pass(step_input(x, step=30))
+    assert sae.pool_record.input_norm.item() == pytest.approx(x.norm(dim=-1).mean().item())
