@@ -15,6 +15,7 @@ from sae_lens_sampled.export import ExportedSAE, to_jumprelu
 from sae_lens_sampled.input_checks import check_weights, check_width
 from sae_lens_sampled.metrics import differs
 from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.signals import interruptible
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 MIN_TOKENS = 256
@@ -48,6 +49,7 @@ class CalibrationReport:
 
 
 @torch.no_grad()
+@interruptible()
 def calibrate_thresholds(
     sae: SampledTopKTrainingSAE,
     activations: Tensor | Iterable[Tensor],

@@ -18,7 +18,7 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
@@ -30,12 +30,23 @@ from typing_extensions import override
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.gradient_sum import check_is_exact
 from sae_lens_sampled.input_checks import check_groups
-from sae_lens_sampled.processes import join_processes, number_of_processes, own_device
+from sae_lens_sampled.processes import DEVICE_FIELDS, check_own_devices, join_processes, number_of_processes, own_device
 from sae_lens_sampled.progress import no_bar
 from sae_lens_sampled.ranks import ALONE, GroupRanks, Ranks
 from sae_lens_sampled.resumable_training import ResumableRunner, ResumableTrainer
 from sae_lens_sampled.signals import Interrupted
 
+OF_ONE_PROCESS = {
+    *DEVICE_FIELDS,
+    "checkpoint_path",  # has a random name
+    "output_path",
+    "logger",
+    "verbose",
+    "sae",  # compared by its fields
+    "sae.device",
+    "sae.metadata",
+}
+"""Fields of configs that may differ between processes."""
 TIMEOUT = timedelta(hours=1)
 """How long the processes wait for one that does something else: the first evaluates, and writes checkpoints."""
 
@@ -87,8 +98,9 @@ class DataParallelRunner(ResumableRunner):
 
     Raises:
         ValueError: at the start, if the batch cannot be split evenly, or not without splitting groups; for other
-            architectures, `compile_sae`, devices that cannot be shared, and what `data_parallel` refuses; for a text of
-            fewer rows than processes; for a checkpoint of another number of processes.
+            architectures, `compile_sae`, devices that are not here or cannot be shared, and what `data_parallel`
+            refuses; for a text of fewer rows than processes; for a checkpoint of another number of processes; if the
+            processes have different configs.
     """
 
     def __init__(
@@ -105,7 +117,10 @@ class DataParallelRunner(ResumableRunner):
             check_same_number(Path(cfg.resume_from_checkpoint), count)
         if count > 1:
             check_can_be_split(cfg, count)
+        check_own_devices(cfg)
+        if count > 1:
             self.ranks, self.control = join_processes(own_device(cfg.device), timeout)
+            check_same_config(cfg, cfg.sae if override_sae is None else override_sae.cfg, self.control)
             cfg = _of_process(cfg, self.control)
         super().__init__(cfg, override_dataset, override_model, override_sae)
         if count > 1:
@@ -226,10 +241,28 @@ def check_same_number(checkpoint: Path, count: int) -> None:
         )
 
 
+def check_same_config(cfg: LanguageModelSAERunnerConfig[Any], sae: TrainingSAEConfig, control: GroupRanks) -> None:
+    """Refuse processes that were started with different configs, which would wait for each other in vain.
+
+    Raises:
+        ValueError: on all processes, with the field and both values.
+    """
+    fields = {**cfg.to_dict(), **{f"sae.{name}": value for name, value in sae.to_dict().items()}}
+    own = {name: repr(value) for name, value in fields.items() if name not in OF_ONE_PROCESS}
+    first, *others = control.gather(own)
+    for rank, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if theirs.get(name) != first.get(name):
+                raise ValueError(
+                    f"{name}={theirs.get(name)} on process {rank}, but {first.get(name)} on process 0: start all with "
+                    "the same config."
+                )
+
+
 def _of_process(cfg: LanguageModelSAERunnerConfig[Any], control: GroupRanks) -> LanguageModelSAERunnerConfig[Any]:
     """The config of one process: its GPU, the first one's folder for checkpoints, and a logger for the first alone."""
     cfg = copy.deepcopy(cfg)
-    for name in ("device", "llm_device", "act_store_device"):
+    for name in DEVICE_FIELDS:
         setattr(cfg, name, own_device(getattr(cfg, name)))
     cfg.checkpoint_path = control.gather(cfg.checkpoint_path)[0]  # each has given it a random name
     cfg.logger.log_to_wandb &= control.rank == 0

@@ -21,6 +21,7 @@ from sae_lens_sampled.files import check_writable
 from sae_lens_sampled.hub_folder import SAE_FILES, inference_folder
 from sae_lens_sampled.model_card import model_card
 from sae_lens_sampled.sae_folder import read_config
+from sae_lens_sampled.signals import interruptible
 
 CARD = "README.md"
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
@@ -31,6 +32,7 @@ class HubError(RuntimeError):
     """The Hub refused, failed or could not be reached."""
 
 
+@interruptible()
 def upload_to_hub(
     saes: Mapping[str, TrainingSAE[Any] | SAE[Any] | str | Path],
     repo_id: str,

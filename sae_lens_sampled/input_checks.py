@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[
 
 from sae_lens_sampled.hooks import one_pass
 from sae_lens_sampled.ranks import ALONE, Ranks
-from sae_lens_sampled.sae_folder import read_config
 
 LOSS_CHECK_STEPS = 100
 """Steps between two looks at the loss, where nothing else makes the host wait for it."""
@@ -151,24 +149,6 @@ def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> N
         raise ValueError(
             f"{', '.join(counts)} are not finite, so {name} is of no use: its training has diverged. Take an earlier "
             "checkpoint, or train with a lower learning rate."
-        )
-
-
-def check_architecture(sae: TrainingSAE, folder: str | Path) -> None:
-    """Refuse the checkpoint of another architecture; a config that cannot be read is left to the loader.
-
-    Raises:
-        ValueError: with both architectures, and how to start from such a checkpoint.
-    """
-    try:
-        theirs, ours = read_config(Path(folder)).get("architecture"), sae.cfg.architecture()
-    except ValueError:
-        return
-    if theirs != ours:
-        raise ValueError(
-            f"{str(folder)!r} holds a {theirs!r} SAE, which cannot be resumed as {ours!r}; an SAE exported for "
-            "inference cannot be trained further, and from a TopK, BatchTopK or Matryoshka training checkpoint "
-            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run."
         )
 
 

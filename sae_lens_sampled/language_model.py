@@ -25,8 +25,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 NAMES_WITH_A_MEANING = ("llama", "gemma", "bert", "t5", "wav2vec2", "phi", "python", "santacoder", "v0", "solu")
 """TransformerLens takes the architecture from such parts of a model's whole path, `/saes/gemma/my-pythia` for Gemma."""
 
-PLACEMENT = ("device", "device_map", "low_cpu_mem_usage", "max_memory", "move_to_device", "n_devices", "offload_folder")
-"""Arguments that say where a model's weights lie, which changes no number."""
+PLACEMENT = (
+    "device",
+    "device_map",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "move_to_device",
+    "n_devices",
+    "offload_folder",
+)
+"""Arguments that say on what a model is put, which changes no number."""
+SOURCES = ("cache_dir", "force_download", "local_files_only", "token")
+"""Arguments that say where its files come from, which changes none either, but is needed to load it."""
 DTYPE = ("dtype", "torch_dtype")
 DEFAULTS = {
     name: parameter.default
@@ -48,6 +58,11 @@ def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in sorted(kwargs.items())
         if name not in PLACEMENT and value is not None and (name not in DEFAULTS or value != DEFAULTS[name])
     }
+
+
+def defining_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`meaningful_kwargs` without where the files come from: equal ones make the same model of a name."""
+    return {name: value for name, value in meaningful_kwargs(kwargs).items() if name not in SOURCES}
 
 
 def dtype_of(kwargs: Mapping[str, Any]) -> str | None:
@@ -162,7 +177,8 @@ def _reasons(model: str | Path, kwargs: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # those of Hub, files, transformers and TransformerLens have no common base
-        arguments = f" with model_from_pretrained_kwargs={dict(kwargs)}" if kwargs else ""
+        shown = {name: value for name, value in kwargs.items() if name != "token"}
+        arguments = f" with model_from_pretrained_kwargs={shown}" if kwargs else ""
         way_out = "; pass other model_kwargs (--model-kwargs '{...}') if this model needs none of these" * bool(kwargs)
         text = str(error)[:1000].rstrip(".")  # TransformerLens names every model that it knows
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

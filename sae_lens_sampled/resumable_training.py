@@ -21,11 +21,14 @@ from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
+from sae_lens_sampled.checkpoint_folder import check_same_activations, check_same_weights
 from sae_lens_sampled.files import whole_folder
 from sae_lens_sampled.hooks import heads_side_by_side, is_split, switch_on
 from sae_lens_sampled.input_checks import check_hook, check_run
 from sae_lens_sampled.normalisation import UNFOLDED
+from sae_lens_sampled.sae_folder import read_config
 from sae_lens_sampled.signals import Interrupted, Signals
+from sae_lens_sampled.stores import short_text_told
 from sae_lens_sampled.training_data import remember_settings
 
 
@@ -89,8 +92,12 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         check_run(cfg)
+        if cfg.resume_from_checkpoint is not None:
+            _check_same_run(cfg, override_model is not None, override_sae)
+        text = "override_dataset" if override_dataset is not None else f"dataset_path={cfg.dataset_path!r}"
         try:
-            super().__init__(cfg, override_dataset, override_model, override_sae)
+            with short_text_told(text):
+                super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:
             if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
                 raise
@@ -163,6 +170,20 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
             f"stops the run. Go on from the newest with\n{self.resume_command(run_folder)}",
             err=True,
         )
+
+
+def _check_same_run(
+    cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
+) -> None:
+    """Refuse a checkpoint of other weights or activations before anything is loaded."""
+    checkpoint = Path(str(cfg.resume_from_checkpoint))
+    if override_sae is not None:
+        check_same_weights(checkpoint, override_sae.cfg.to_dict())
+    elif cfg.from_pretrained_path is not None:
+        check_same_weights(checkpoint, read_config(Path(cfg.from_pretrained_path)))
+    else:
+        check_same_weights(checkpoint, cfg.get_training_sae_cfg_dict())
+    check_same_activations(checkpoint, cfg, own_model)
 
 
 def _is_folded(trainer: SAETrainer[Any, Any]) -> bool:

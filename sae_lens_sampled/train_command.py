@@ -16,9 +16,8 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_sampled.checkpoint_folder import find_checkpoint
 from sae_lens_sampled.data_parallel import DataParallelRunner
-from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.input_checks import check_run
-from sae_lens_sampled.processes import leave_processes, number_of_processes, own_device
+from sae_lens_sampled.processes import leave_processes, number_of_processes, rank_of_process
 from sae_lens_sampled.progress import live_bar
 from sae_lens_sampled.signals import Interrupted, Signals
 from sae_lens_sampled.transcoder import SampledTopKTranscoderConfig
@@ -37,8 +36,9 @@ def train(arguments: Sequence[str]) -> int:
     Raises:
         TrainError: with the reason, of whatever kind it was; an error that no flag or file causes is raised as it is.
     """
-    runner, is_first = None, int(os.environ.get("RANK", "0")) == 0
+    runner = None
     with _reasons(), Signals() as signals, ExitStack() as stack:
+        is_first = rank_of_process() == 0
         stack.callback(leave_processes)
         try:
             stack.enter_context(live_bar())
@@ -107,8 +107,6 @@ def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
         raise ValueError(f"one of {names} is 0, and SAELens divides by each.") from error
     check_run(cfg)
-    for name in ("device", "llm_device", "act_store_device"):
-        check_device(own_device(getattr(cfg, name)), name)
     if cfg.resume_from_checkpoint is not None:
         cfg.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))
     return cfg

@@ -19,13 +19,15 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from sae_lens_sampled.auxiliary import auxiliary_loss, dead_latents
+from sae_lens_sampled.checkpoint_folder import check_same_weights
 from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.export import export_metrics, learnt_thresholds, to_jumprelu
 from sae_lens_sampled.gradient_sum import GradientSum, join_group
-from sae_lens_sampled.input_checks import check_architecture, check_finite, check_groups, check_loss, check_shape
+from sae_lens_sampled.input_checks import check_finite, check_groups, check_loss, check_shape
 from sae_lens_sampled.kept_entries import StepPath, choose_path, kept_step
 from sae_lens_sampled.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.processes import warn_if_alone
 from sae_lens_sampled.ranks import ALONE, largest_of_ranks
 from sae_lens_sampled.reconstruction import add_skip
 from sae_lens_sampled.selection import sampled_topk
@@ -59,6 +61,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
         self._pool, self._path = None, ""  # of the latest step; the host's forward pass has no place for the pool
         # The processes that train it, those that a forward pass is one of all of, and what sums their gradients.
         self._all_ranks, self._ranks, self._gradient_sum = ALONE, ALONE, None
+        self._is_first_step = True
 
     @property
     def latent_threshold(self) -> Tensor:
@@ -152,6 +155,9 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     ) -> TrainStepOutput | None:
         """The host's forward pass with `kept_step` in its place; None if this step is for the dense path."""
         cfg = self.cfg
+        if self._is_first_step:
+            self._is_first_step = False
+            warn_if_alone(self._all_ranks)
         if (path := self._choose_path(sae_in)) == "dense":
             return None
         x = (processed := self.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
@@ -283,7 +289,7 @@ class SampledTopKTrainingSAE(BatchTopKTrainingSAE):
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Weights and buffers of a checkpoint; ValueError if it is missing, truncated, or of another kind or size."""
-        check_architecture(self, checkpoint_path)
+        check_same_weights(Path(checkpoint_path), self.cfg.to_dict())
         try:
             super().load_weights_from_checkpoint(checkpoint_path)
         except (SafetensorError, FileNotFoundError) as error:

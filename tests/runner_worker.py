@@ -1,5 +1,6 @@
 """One process of several that runs `DataParallelRunner`, on every case in turn; imported before it is forked."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -122,6 +123,8 @@ def result_of(run: DataParallelRunner) -> dict[str, Any]:
     }
 
 
+OWN = {"logger": LoggingConfig(log_to_wandb=False, run_name="mine"), "output_path": "elsewhere", "verbose": True}
+"""Fields in which processes may differ."""
 SCALERS = ("estimate_scaling_factor", "estimate_whitening")
 
 
@@ -213,6 +216,19 @@ def _hanging(rank: int, model: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def _different(rank: int, model: Path, folder: Path) -> list[tuple[str, str]]:
+    """Rank 1 has another config, of the runner, of the SAE, of the SAE given, and of its own alone."""
+    plain = runner_config(model, folder / "different", "none")
+    wider = SampledTopKTrainingSAE(dataclasses.replace(plain.sae, d_sae=256))
+    changes: list[dict[str, Any]] = [{"lr": 2e-3}, {"sae": dataclasses.replace(plain.sae, k=5)}, {}, OWN]
+    errors = []
+    for fields in changes:
+        cfg = runner_config(model, folder / "different", "none", **(fields if rank == 1 else {}))
+        given = wider if rank == 1 and not fields else None
+        errors.append(_told(lambda cfg=cfg, given=given: DataParallelRunner(cfg, override_sae=given)))
+    return errors
+
+
 def work(rank: int, count: int, ports: list[int], model: Path, folder: Path) -> None:
     """Run every case, and write what came of them to `folder/rank_RANK.pt`."""
     torch.set_num_threads(1)
@@ -230,6 +246,7 @@ def work(rank: int, count: int, ports: list[int], model: Path, folder: Path) -> 
     results["resumed"] = _resumed_run(rank, model, folder)
     results["stopped"] = _stopped_run(rank, model, folder)
     results["not finite"] = _not_finite(rank, model, folder)
+    results["different"] = _different(rank, model, folder)
     leave_processes()
     os.environ["MASTER_PORT"] = str(ports[1])
     results["hanging"] = _hanging(rank, model, folder)

@@ -165,6 +165,16 @@ def test_rows_that_are_not_finite_on_one_process_stop_all_with_the_same_words(ra
     assert text.startswith("64 of 128 rows of sae_in are not finite at training step 2;")
 
 
+def test_different_configs_stop_all_at_the_start_with_the_same_words(ranks):
+    assert ranks[0]["different"] == ranks[1]["different"]
+    assert ranks[0]["different"] == [
+        ("ValueError", "lr=0.002 on process 1, but 0.001 on process 0: start all with the same config."),
+        ("ValueError", "sae.k=5 on process 1, but 4 on process 0: start all with the same config."),
+        ("ValueError", "sae.d_sae=256 on process 1, but 192 on process 0: start all with the same config."),
+        ("", ""),  # what may differ
+    ]
+
+
 def test_a_process_that_hangs_is_waited_for_until_the_time_out(ranks):
     hanging = ranks[0]["hanging"]
     kind, text = hanging["error"]

@@ -188,6 +188,12 @@ def test_a_resumed_run_has_its_checkpoint_in_its_folder_and_writes_none_again(ru
     assert (new / "768" / "cfg.json").samefile(run_folder / "768" / "cfg.json")  # a link
 
 
+def test_a_checkpoint_of_other_parameters_is_refused_in_a_sentence(run_folder, arguments):
+    flags = ["--d_sae", "256", "--model_name", "not there", "--resume_from_checkpoint", str(run_folder)]
+    with pytest.raises(TrainError, match=r"^d_sae=256, but '.*final_1024' was trained with d_sae=192: "):
+        train([*arguments, *flags])
+
+
 def test_the_folder_of_a_run_stands_for_its_newest_whole_checkpoint(run_folder):
     assert find_checkpoint(run_folder) == run_folder / "final_1024"
     (run_folder / "final_1024" / "runner_cfg.json").unlink()

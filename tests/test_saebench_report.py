@@ -336,7 +336,7 @@ def test_script_refuses_in_one_sentence(tmp_path):
     script = Path(__file__).parent.parent / "eval" / "report.py"
     refused = subprocess.run([sys.executable, script, tmp_path / "nothing"], capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "holds no *_eval_results.json" in refused.stderr
+    assert "is not a folder; pass the output_dir of" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

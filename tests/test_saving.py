@@ -140,6 +140,9 @@ def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
 
 def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
     trained(d_sae=D_SAE + 1).save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"^d_sae=40, but '.*' was trained with d_sae=41: its weights do not fit"):
+        trained().load_weights_from_checkpoint(tmp_path)
+    (tmp_path / "cfg.json").unlink()
     with pytest.raises(ValueError, match=r"'pool_record.selection_counts' is of 328 bytes, expected 320 bytes"):
         trained().load_weights_from_checkpoint(tmp_path)
 

@@ -30,6 +30,7 @@ from latents.tables import rating_table, table
 from sae_lens_sampled.hooks import switch_on
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import attach, load_model
+from sae_lens_sampled.stores import short_text_told
 from smollm2 import smollm2_folder
 
 
@@ -60,8 +61,10 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
     """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token."""
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
-    store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
-    return store.get_batch_tokens(args.tokens // args.context_size)
+    with short_text_told(f"--text {args.text}"):
+        store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
+    with short_text_told(f"--text {args.text}", store):
+        return store.get_batch_tokens(args.tokens // args.context_size)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -25,8 +25,10 @@ EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 sys.path.append(str(EVAL.parent / "examples"))
 
+from sae_lens_sampled.devices import NoDeviceError, check_device
 from sae_lens_sampled.files import NoSpaceError
 from sae_lens_sampled.parts import parse_part
+from sae_lens_sampled.signals import interruptible
 from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
@@ -70,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             stage = PREPARATION if name == PREPARE else STAGES[name]
             if items := to_do(stage, storage, args.arms, part):
+                check_device(study.device)
                 if study.text and not args.text:
                     sys.exit("what is missing needs the text that the results are of; name it with --text.")
-                stage.do(storage, items)
-    except NoSpaceError as error:
+                with interruptible():  # SAELens' runs leave their signal handlers to the next stage
+                    stage.do(storage, items)
+    except (NoSpaceError, NoDeviceError) as error:
         sys.exit(str(error))
 
 

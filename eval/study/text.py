@@ -9,6 +9,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_sampled.files import complete
+from sae_lens_sampled.stores import short_text_told
 from study.plan import Unit, arms
 from study.storage import Storage
 from study.training import language_model, new_sae
@@ -35,18 +36,21 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     model = language_model(study)
     sae = new_sae(study, Unit(arms(study)[0], 0))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=held_out(storage),
-        context_size=study.context_size,
-        store_batch_size_prompts=32,
-        device=study.device,
-    )
+    text = held_out(storage)
+    with short_text_told(f"held-out text {text!r}"):
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=text,
+            context_size=study.context_size,
+            store_batch_size_prompts=32,
+            device=study.device,
+        )
     special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
-        batch = store.get_batch_tokens()
+        with short_text_told(f"held-out text {text!r}", store):
+            batch = store.get_batch_tokens()
         x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)
         tokens.append(batch.flatten()[kept])

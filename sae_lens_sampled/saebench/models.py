@@ -12,7 +12,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_sampled.hooks import one_pass, switched_on
-from sae_lens_sampled.language_model import load_hooked_transformer, meaningful_kwargs, model_kwargs_of
+from sae_lens_sampled.language_model import (
+    defining_kwargs,
+    load_hooked_transformer,
+    meaningful_kwargs,
+    model_kwargs_of,
+)
 from sae_lens_sampled.saebench.hook_names import is_in_block, nearest_hook, transformer_lens_hook
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
 
@@ -53,7 +58,7 @@ def load_model(
     vocabulary = sorted(hooked.tokenizer.get_vocab().items())  # type: ignore[union-attr]
     config = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key not in NOT_OF_THE_MODEL}
     fingerprint = fingerprint_tensors(dict(hooked.state_dict()), config, {"vocabulary": vocabulary})
-    return EvalModel(name, hooked, fingerprint, kwargs)
+    return EvalModel(name, hooked, fingerprint, defining_kwargs(kwargs))
 
 
 def common_model(saes: Sequence[EvalSAE]) -> str:
@@ -78,7 +83,7 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
     wanted = model_kwargs_of(first.sae.cfg.metadata)
     for sae in saes:
         kwargs = model_kwargs_of(sae.sae.cfg.metadata)
-        if kwargs != wanted:
+        if defining_kwargs(kwargs) != defining_kwargs(wanted):
             raise ValueError(
                 f"{sae.name!r} was trained on a model with model_from_pretrained_kwargs={kwargs}, but {first.name!r} "
                 f"on one with {wanted}; evaluate SAEs of one model at a time, or pass model_kwargs=... for all."

@@ -273,6 +273,10 @@ def core_errors_raised() -> Iterator[None]:
         yield
     finally:
         core.logger.removeHandler(handler)
+    if errors and isinstance(errors[0], StopIteration):  # SAELens' store, of a text without a single prompt
+        raise ValueError(
+            "the text has no rows, or gives no prompt of context_size tokens; take more text or a smaller context_size."
+        ) from errors[0]
     if errors:
         raise errors[0]
 

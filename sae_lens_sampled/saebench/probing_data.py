@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 
 MIN_ROWS = 20
 """Rows per class and split below which a probe's accuracy says nothing."""
@@ -85,6 +86,9 @@ def load_probing_dataset(
     held_out = splits.get("test", splits.get("validation"))
     train = _by_class(name, splits["train"], text_column, label_column)
     test = None if held_out is None else _by_class(name, held_out, text_column, label_column)
+    for split, by_class in {"train": train, "test": test}.items():
+        if by_class is not None and not by_class:
+            raise ValueError(f"probing data set {name!r} has no rows in its split {split!r}.")
     if len(train) < 2:
         raise ValueError(f"column {label_column!r} of probing data set {name!r} has one class only, {min(train)!r}.")
     if test is not None and set(test) != set(train):
@@ -128,10 +132,14 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
         raise ValueError(
             f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train and test ones."
         )
-    return {
-        split: datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train")  # type: ignore[misc]
-        for split, file in chosen.items()
-    }
+    return {split: _read_file(kinds[file.suffix], file) for split, file in chosen.items()}
+
+
+def _read_file(kind: str, file: Path) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(kind, data_files=str(file), split="train")  # type: ignore[return-value]
+    except DatasetGenerationError as error:
+        raise ValueError(f"probing data {str(file)!r} has no rows, or is not a whole {kind} file.") from error
 
 
 def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:

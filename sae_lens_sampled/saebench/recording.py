@@ -29,6 +29,7 @@ from sae_lens_sampled.files import reserve
 from sae_lens_sampled.hooks import is_split
 from sae_lens_sampled.reconstruction import add_skip, encode_and_reconstruct
 from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
+from sae_lens_sampled.stores import short_text_told
 
 Losses = dict[str, Tensor]
 Reconstruct = Callable[[Tensor], Tensor]
@@ -82,13 +83,15 @@ def record(
     """Run the model over all batches that core would draw from `store`.
 
     Raises:
+        ValueError: if the text gives no prompt.
         NoSpaceError: if the activations do not fit into `file`.
     """
     # Tokens of both parts; the sparsity part starts at the beginning of the text again.
     n_prompts, n_batches = config.batch_size_prompts, config.n_eval_sparsity_variance_batches
-    reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
-    store.reset_input_dataset()
-    encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
+    with short_text_told(f"text={config.dataset!r}", store):
+        reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
+        store.reset_input_dataset()
+        encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
     # The sparsity part: activations. It comes first, for these are what a disk may have no room for.
     activations, d_in = torch.empty(0), 0
     for i, tokens in enumerate(encoded):

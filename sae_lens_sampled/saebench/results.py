@@ -21,11 +21,12 @@ def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:
 
 
 def load_result(path: Path) -> dict[str, Any] | None:
-    """The result in a file; None if there is no file, or none that a run has finished."""
+    """The result in a file; None if there is no file, or one that is cut short or of another form."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
+    return result if _has_form(result) else None
 
 
 def is_result_of(result: dict[str, Any], sae: EvalSAE, model: EvalModel) -> bool:
@@ -56,6 +57,21 @@ def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[s
     result = _finite(result | names | {"sae_cfg_dict": cfg})
     write_whole(path, json.dumps(result, indent=2, allow_nan=False))
     return result
+
+
+def _has_form(result: Any) -> bool:
+    """Whether it is of SAEBench's form, as far as anything here relies on that."""
+    if not isinstance(result, dict) or not isinstance(result.get("eval_type_id"), str):
+        return False
+    details, cfg = result.get("eval_result_details") or [], result.get("sae_cfg_dict") or {}
+    return (
+        isinstance(result.get("eval_result_metrics"), dict)
+        and isinstance(result.get("datetime_epoch_millis", 0), (int, float))
+        and isinstance(details, list)
+        and all(isinstance(detail, dict) for detail in details)
+        and isinstance(cfg, dict)
+        and isinstance(cfg.get(STAMP, {}), dict)
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -25,6 +25,7 @@ from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
 from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_whole_saes
+from sae_lens_sampled.signals import interruptible
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class EvalError(RuntimeError):
     """Some SAEs have no result of some evals; the message says which and why. The other results are there."""
 
 
+@interruptible()
 def run_evals(
     saes: Sequence[SAESource],
     evals: Sequence[str] = DEFAULT_EVALS,

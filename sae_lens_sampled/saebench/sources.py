@@ -22,6 +22,7 @@ from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.input_checks import check_weights
 from sae_lens_sampled.normalisation import check_folded
 from sae_lens_sampled.sae_folder import is_checkpoint
+from sae_lens_sampled.signals import interruptible
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 CUSTOM_SAE_ID = "custom_sae"
@@ -77,6 +78,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     return saes
 
 
+@interruptible()
 def load_whole_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
     """As `load_saes`, but for those whose weights or thresholds are no numbers: their errors are returned."""
     check_device(device)

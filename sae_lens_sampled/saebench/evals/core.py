@@ -21,6 +21,7 @@ from sae_lens_sampled.saebench import patches, recording
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE
 from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
+from sae_lens_sampled.stores import short_text_told
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ class Core(Eval):
 
     def _record(self, site: recording.Site, saes: Sequence[EvalSAE], file: Path) -> None:
         hooked = self.setup.model.hooked
-        store = ActivationsStore.from_sae(
-            hooked,
-            saes[0].sae,
-            context_size=self.config.context_size,
-            dataset=self.config.dataset,
-            dataset_trust_remote_code=True,
-        )
+        with short_text_told(f"text={self.config.dataset!r}"):
+            store = ActivationsStore.from_sae(
+                hooked,
+                saes[0].sae,
+                context_size=self.config.context_size,
+                dataset=self.config.dataset,
+                dataset_trust_remote_code=True,
+            )
         store.shuffle_input_dataset(seed=42)  # as core does
         # The training SAEs come last: core itself asks for the first ones only.
         training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sae_lens_sampled.language_model import meaningful_kwargs
+from sae_lens_sampled.language_model import defining_kwargs
 from sae_lens_sampled.saebench.report.metrics import groups_of
 from sae_lens_sampled.saebench.report.results import SAEResults, evals_of
 from sae_lens_sampled.saebench.results import STAMP
@@ -37,9 +37,13 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
     return {name: value for name, value in described.items() if value}
 
 
-def notes(saes: Sequence[SAEResults]) -> list[str]:
-    """Reasons why numbers may not compare, a sentence each."""
-    remarks = []
+def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[str]:
+    """Reasons why numbers are missing or may not compare, a sentence each; `unreadable` are names of result files."""
+    remarks = [
+        f"{name} is cut short or not a result, so nothing of it is here: run that eval again, which replaces the file, "
+        "or delete it."
+        for name in unreadable
+    ]
     for name in evals_of(saes):
         missing = [sae.label for sae in saes if name not in sae.results]
         if missing:
@@ -64,7 +68,7 @@ def _model(result: dict[str, Any]) -> str | None:
     """The model's name, with the arguments of `from_pretrained` that make it another one."""
     name = (result.get("eval_config") or {}).get("model_name")
     metadata = (result.get("sae_cfg_dict") or {}).get("metadata") or {}
-    kwargs = meaningful_kwargs(metadata.get("model_from_pretrained_kwargs") or {})
+    kwargs = defining_kwargs(metadata.get("model_from_pretrained_kwargs") or {})
     shown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
     return f"{name} ({shown})" if name and shown else name
 

@@ -8,7 +8,7 @@ from sae_lens_sampled.files import write_whole
 from sae_lens_sampled.saebench.report.facts import facts, notes
 from sae_lens_sampled.saebench.report.figures import figures
 from sae_lens_sampled.saebench.report.metrics import OURS, groups_of
-from sae_lens_sampled.saebench.report.results import read_results
+from sae_lens_sampled.saebench.report.results import read_results, unreadable
 from sae_lens_sampled.saebench.report.tables import Table, group_tables, markdown_table, sae_tables
 
 TITLE = "SAEBench report"
@@ -22,11 +22,12 @@ def write_report(output_dir: str | Path) -> Path:
         output_dir: that of `run_evals`, or a folder of SAEBench's own results. Any eval may be missing for any SAE.
 
     Raises:
-        ValueError: if there are no results.
+        ValueError: if there is no such folder, or no result in it.
     """
     saes = read_results(output_dir)
     groups = groups_of(saes)
-    means, singles, described, remarks = group_tables(groups), sae_tables(saes), facts(saes), notes(saes)
+    means, singles, described = group_tables(groups), sae_tables(saes), facts(saes)
+    remarks = notes(saes, unreadable(output_dir))
     html = _template().render(
         title=TITLE,
         facts=described,

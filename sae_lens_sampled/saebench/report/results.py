@@ -67,22 +67,35 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
     """The SAEs of `<output_dir>/eval_results`, or of `output_dir` itself, in alphabetical order.
 
     Raises:
-        ValueError: if there is no result.
+        ValueError: if there is no such folder, or no result in it.
     """
-    folder = Path(output_dir)
-    folder = folder / "eval_results" if (folder / "eval_results").is_dir() else folder
-    files = sorted(folder.rglob("*_eval_results.json"))
-    finished = [result for file in files if (result := load_result(file))]
+    way_out = "pass the output_dir of a finished run_evals."
+    if not Path(output_dir).is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is not a folder; {way_out}")
+    finished = [result for file in _files(output_dir) if (result := load_result(file))]
     by_sae: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for result in sorted(finished, key=lambda result: result.get("datetime_epoch_millis", 0)):
         sae = (str(result.get("sae_lens_release_id")), str(result.get("sae_lens_id")))
         name = str(result.get("eval_type_id"))
         by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = _without_markers(result) if name in MARKING else result
     if not by_sae:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds no *_eval_results.json; pass the output_dir of a finished run_evals."
+        broken = unreadable(output_dir)
+        what = (
+            f"no *_eval_results.json that can be read, but {', '.join(broken)}" if broken else "no *_eval_results.json"
         )
+        raise ValueError(f"output_dir={str(output_dir)!r} holds {what}; {way_out}")
     return [SAEResults(release, sae_id, results) for (release, sae_id), results in sorted(by_sae.items())]
+
+
+def unreadable(output_dir: str | Path) -> list[str]:
+    """Names of result files, with their folder, that are cut short or of another form: nothing in them is shown."""
+    return [f"{file.parent.name}/{file.name}" for file in _files(output_dir) if load_result(file) is None]
+
+
+def _files(output_dir: str | Path) -> list[Path]:
+    folder = Path(output_dir)
+    folder = folder / "eval_results" if (folder / "eval_results").is_dir() else folder
+    return sorted(folder.rglob("*_eval_results.json"))
 
 
 def evals_of(saes: Sequence[SAEResults]) -> list[str]:

@@ -1,0 +1,191 @@
+"""Checkpoints of other parameters, or of other activations, are refused by name before anything is loaded."""
+
+import copy
+import json
+import re
+
+import pytest
+from runner_worker import runner_config
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_sampled import DataParallelRunner, SampledTopKTranscoder, SampledTopKTranscoderConfig, TranscoderRunner
+from sae_lens_sampled.checkpoint_folder import check_same_activations
+from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.resumable_training import ResumableRunner
+
+SIZES = {"d_in": 128, "d_sae": 192, "k": 4, "pool_factor": 3}
+OUT = "gpt_neox.layers.2.mlp"
+
+
+def sae_config(**fields):
+    return SampledTopKTrainingSAEConfig(**SIZES | fields)
+
+
+def transcoder_config(**fields):
+    return SampledTopKTranscoderConfig(**SIZES | {"hook_name_out": OUT, "skip": True} | fields)
+
+
+def resuming(sae, folder, **fields):
+    """The config of a run that resumes from `folder / "checkpoint"`, on a model that is not there."""
+    fields = {"model_name": "not there", "resume_from_checkpoint": str(folder / "checkpoint"), **fields}
+    return runner_config(folder, folder, "none", sae=sae, **fields)
+
+
+def save_checkpoint(sae_cfg, folder, **fields):
+    """Of SAELens' files those that say what was trained, as a run on `folder` writes them."""
+    cfg = resuming(sae_cfg, folder, resume_from_checkpoint=None, **fields)
+    TrainingSAE.from_dict(copy.deepcopy(sae_cfg).to_dict()).save_model(folder / "checkpoint")
+    (folder / "checkpoint" / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
+
+
+def refused(runner, cfg, **given):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  compared by the caller
+        runner(cfg, **given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "value", "theirs"),
+    [
+        ({"d_sae": 256}, "d_sae", 256, 192),
+        ({"d_in": 64}, "d_in", 64, 128),
+        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input", False, True),
+        ({"rescale_acts_by_decoder_norm": False}, "rescale_acts_by_decoder_norm", False, True),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "normalize_activations",
+            "expected_average_only_in",
+            "none",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("runner", [ResumableRunner, DataParallelRunner])
+def test_other_weights_are_refused_before_the_model_is_loaded(tmp_path, runner, ours, name, value, theirs):
+    save_checkpoint(sae_config(), tmp_path)
+    said = refused(runner, resuming(sae_config(**ours), tmp_path))
+    assert said == (
+        f"{name}={value!r}, but {str(tmp_path / 'checkpoint')!r} was trained with {name}={theirs!r}: its weights do "
+        f"not fit, or would mean something else. Resume with {name}={theirs!r}, or leave resume_from_checkpoint out to "
+        "start anew."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ({"skip": False}, "skip=False, but "),
+        ({"d_out": 64}, "d_out=64, but "),
+        ({"hook_name_out": "gpt_neox.layers.3.mlp"}, "hook_name_out='gpt_neox.layers.3.mlp', but "),
+    ],
+    ids=str,
+)
+def test_another_transcoder_is_refused_before_the_model_is_loaded(tmp_path, ours, said):
+    save_checkpoint(transcoder_config(), tmp_path)
+    assert refused(TranscoderRunner, resuming(transcoder_config(**ours), tmp_path)).startswith(said)
+
+
+def test_an_sae_is_no_transcoder_and_the_other_way_round(tmp_path):
+    save_checkpoint(transcoder_config(), tmp_path)
+    said = refused(DataParallelRunner, resuming(sae_config(), tmp_path))
+    assert "holds a 'sampled_topk_transcoder' SAE, which cannot be resumed as 'sampled_topk';" in said
+    save_checkpoint(sae_config(), tmp_path)
+    said = refused(TranscoderRunner, resuming(transcoder_config(), tmp_path))
+    assert "holds a 'sampled_topk' SAE, which cannot be resumed as 'sampled_topk_transcoder';" in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (
+            {"hook_name": "gpt_neox.layers.3"},
+            "hook_name='gpt_neox.layers.3', but {} was trained with hook_name='gpt_neox.layers.2': its weights do not "
+            "fit, or would mean something else. Resume with hook_name='gpt_neox.layers.2', or leave ",
+        ),
+        ({"hook_head_index": 1}, "hook_head_index=1, but {} was trained with hook_head_index=None: "),
+        ({"model_class_name": "HookedTransformer"}, "model_class_name='HookedTransformer', but {} was trained with "),
+        (
+            {"model_from_pretrained_kwargs": {"revision": "step1", "device_map": "cpu"}},
+            "model_from_pretrained_kwargs={{'revision': 'step1'}}, but {} was trained with ",
+        ),
+    ],
+    ids=str,
+)
+def test_other_activations_are_refused_before_the_model_is_loaded(tmp_path, ours, said):
+    save_checkpoint(sae_config(), tmp_path)
+    assert refused(ResumableRunner, resuming(sae_config(), tmp_path, **ours)).startswith(
+        said.format(repr(str(tmp_path / "checkpoint")))
+    )
+
+
+def test_the_sae_that_is_given_is_the_one_that_is_compared(tmp_path):
+    save_checkpoint(transcoder_config(), tmp_path)
+    other = SampledTopKTranscoder(transcoder_config(d_sae=256))
+    said = refused(TranscoderRunner, resuming(transcoder_config(), tmp_path), override_sae=other)
+    assert said.startswith("d_sae=256, but ")
+    other.save_model(tmp_path / "pretrained")
+    cfg = resuming(transcoder_config(), tmp_path, from_pretrained_path=str(tmp_path / "pretrained"))
+    assert refused(TranscoderRunner, cfg) == said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lr": 1e-4, "training_tokens": 4096, "n_checkpoints": 7, "context_size": 16},
+        {"model_from_pretrained_kwargs": {"device_map": "cpu", "cache_dir": "elsewhere"}},
+        {"sae": sae_config(k=8, pool_factor=2, pool_group_size=16, matryoshka_widths=[96, 192])},
+        {"sae": sae_config(normalize_activations="none")},
+    ],
+    ids=str,
+)
+def test_what_leaves_the_weights_their_meaning_may_change(tmp_path, changes):
+    """The model is the next thing that is looked for."""
+    save_checkpoint(sae_config(), tmp_path)
+    cfg = resuming(**{"sae": sae_config(), "folder": tmp_path, "model_name": "moved/away", **changes})
+    assert refused(ResumableRunner, cfg).startswith("model_name='moved/away' cannot be loaded")
+
+
+def test_fields_that_a_checkpoint_lacks_are_not_compared(tmp_path):
+    save_checkpoint(transcoder_config(), tmp_path)
+    for name in ("cfg.json", "runner_cfg.json"):
+        path = tmp_path / "checkpoint" / name
+        known = json.loads(path.read_text())
+        for field in ("skip", "hook_name", "rescale_acts_by_decoder_norm"):
+            known.pop(field, None)
+        path.write_text(json.dumps(known))
+    changed = transcoder_config(skip=False, rescale_acts_by_decoder_norm=False)
+    cfg = resuming(changed, tmp_path, hook_name="gpt_neox.layers.1")
+    assert refused(TranscoderRunner, cfg).startswith("model_name='not there' cannot be loaded")
+    save_checkpoint(transcoder_config(), tmp_path)
+    (tmp_path / "checkpoint" / "runner_cfg.json").write_text("[1")
+    assert "cannot be loaded" in refused(TranscoderRunner, resuming(transcoder_config(), tmp_path))
+
+
+def test_the_end_of_a_normalised_run_may_be_asked_for_as_it_was_trained(tmp_path):
+    """It says "none", since the factor is folded into its weights."""
+    trained = sae_config(normalize_activations="expected_average_only_in")
+    save_checkpoint(trained, tmp_path)
+    path = tmp_path / "checkpoint" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalize_activations": "none"}))
+    for wanted in ("expected_average_only_in", "none"):
+        cfg = resuming(sae_config(normalize_activations=wanted), tmp_path)
+        assert refused(ResumableRunner, cfg).startswith("model_name=")
+    cfg = resuming(sae_config(normalize_activations="covariance_whitening"), tmp_path)
+    assert re.match(
+        "normalize_activations='covariance_whitening', but .* with normalize", refused(ResumableRunner, cfg)
+    )
+
+
+def test_a_transcoder_of_given_batches_can_go_on_with_a_named_hook(tmp_path):
+    save_checkpoint(transcoder_config(hook_name_out=None, d_out=None), tmp_path)
+    cfg = resuming(transcoder_config(d_out=128), tmp_path)
+    assert refused(TranscoderRunner, cfg).startswith("model_name=")
+
+
+def test_of_a_model_that_the_user_gives_the_config_says_nothing(tmp_path):
+    save_checkpoint(sae_config(), tmp_path)
+    cfg = resuming(sae_config(), tmp_path, model_class_name="HookedTransformer")
+    check_same_activations(tmp_path / "checkpoint", cfg, own_model=True)
+    with pytest.raises(ValueError, match=r"^model_class_name="):
+        check_same_activations(tmp_path / "checkpoint", cfg, own_model=False)

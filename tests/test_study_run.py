@@ -1,0 +1,48 @@
+"""The study's command in this process: devices that are not here, and signals after a stage that trains."""
+
+import signal
+import sys
+
+import pytest
+
+pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+
+from sae_lens.training._interruption import InterruptedException, interrupt_callback
+
+from study.stages import STAGES, Stage
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """The command on the smoke run of one stage."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
+    from study import run
+
+    monkeypatch.setattr(run.warnings, "filterwarnings", lambda *_: None)
+    monkeypatch.setattr(run.logging, "disable", lambda *_: None)
+    folders = ["--work-dir", str(tmp_path / "work"), "--results-dir", str(tmp_path / "results")]
+    return lambda *flags: run.main(["--config", "tiny", "--smoke", "--stages", "train", *folders, *flags])
+
+
+def test_a_device_that_is_not_here_is_told_in_a_sentence(main, capsys):
+    with pytest.raises(SystemExit, match=r"^there is no device='cuda:99' on this machine; it has cpu"):
+        main("--device", "cuda:99")
+    main("--device", "cuda:99", "--dry-run")
+    assert capsys.readouterr().out
+
+
+def test_a_stage_ends_with_the_handlers_from_before_and_by_ctrl_c_as_in_python(main, monkeypatch):
+    before, stopped = signal.getsignal(signal.SIGINT), []
+
+    def trains(_storage, _items):
+        signal.signal(signal.SIGINT, interrupt_callback)  # as SAELens' runners do
+        if stopped:
+            raise InterruptedException
+
+    monkeypatch.setitem(STAGES, "train", Stage(lambda study, has: [1], lambda storage: bool, trains))
+    main()
+    assert signal.getsignal(signal.SIGINT) is before
+    stopped.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert signal.getsignal(signal.SIGINT) is before
