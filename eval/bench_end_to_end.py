@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,7 +77,7 @@ def measure(side: str, args: argparse.Namespace, model: TransformerBridge, cache
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=16,
+        n_batches_in_buffer=2 * ceil(args.batch_size / 128),  # prompts, whose tokens are two batches
         is_dataset_tokenized=False,
         lr=3e-4,
         device=args.device,

@@ -9,6 +9,7 @@ with SAEBench's own data sets: `sae-lens-sampled eval --help`.
 
 import argparse
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -83,15 +84,18 @@ def main() -> None:
     model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
     # The training SAEs themselves are evaluated: their exports, and beside them the selection of training.
     saes = [pair for seed in range(args.seeds) for pair in train(seed, args, model).items()]
-    run_evals(
-        saes,
-        ["core", "sparse_probing", "absorption", "mmcs"],
-        TINY_LM,
-        args.output_dir,
-        text=held_out_text(args.output_dir / "text"),
-        probing_datasets=PROBING_DATASETS,
-        overrides=OVERRIDES,
-    )
+    try:
+        run_evals(
+            saes,
+            ["core", "sparse_probing", "absorption", "mmcs"],
+            TINY_LM,
+            args.output_dir,
+            text=held_out_text(args.output_dir / "text"),
+            probing_datasets=PROBING_DATASETS,
+            overrides=OVERRIDES,
+        )
+    except ValueError as error:  # --output-dir holds results of other settings
+        sys.exit(str(error))
     report = write_report(args.output_dir)
     print(report.with_suffix(".md").read_text())
     print(f"Report: {report}")

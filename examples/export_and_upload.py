@@ -3,18 +3,24 @@
     python examples/export_and_upload.py                       # trains briefly, writes what would be uploaded
     python examples/export_and_upload.py --repo-id you/my-sae  # and uploads it (needs `hf auth login`)
 
-Offline by default, in about a minute on two CPU cores.
+Offline by default, in about a minute on two CPU cores. A later call takes the checkpoint that is there, and what is on
+the Hub already is not sent again.
 """
 
 import argparse
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+import torch
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from transformer_lens.model_bridge import TransformerBridge
 
 from bundled import TINY_LM
 from sae_lens_sampled import (
+    HubError,
     SampledTopKTrainingSAEConfig,
     calibrate_thresholds,
     load_checkpoint,
@@ -25,41 +31,50 @@ from sae_lens_sampled import (
 BATCH = 1024
 
 
-def train(folder: Path) -> LanguageModelSAETrainingRunner:
+def runner_config(folder: Path, steps: int) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
     """A short run that leaves a training checkpoint, as any run of SAELens does."""
-    cfg = LanguageModelSAERunnerConfig(
+    return LanguageModelSAERunnerConfig(
         sae=SampledTopKTrainingSAEConfig(d_in=128, d_sae=512, k=16, pool_factor=4, pool_group_size=16),
         model_name=str(TINY_LM),
         hook_name="blocks.2.hook_resid_post",
         dataset_path=str(TINY_LM / "text"),
         is_dataset_tokenized=False,
         exclude_special_tokens=True,
-        training_tokens=150 * BATCH,
+        training_tokens=steps * BATCH,
         train_batch_size_tokens=BATCH,
         lr=2e-3,
-        checkpoint_path=str(folder / "checkpoints"),
+        checkpoint_path=str(folder),
         save_final_checkpoint=True,
         output_path=None,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    runner = LanguageModelSAETrainingRunner(cfg, override_model=TransformerBridge.boot_transformers(str(TINY_LM)))
-    runner.run()
-    return runner
+
+
+def final_checkpoints(folder: Path, steps: int) -> list[Path]:
+    """The finished training checkpoints of runs of so many steps."""
+    return [file.parent for file in folder.glob(f"*/final_{steps * BATCH}/{RUNNER_CFG_FILENAME}")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo-id", help="Hub repository to upload to; without it, nothing leaves this machine")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--max-tokens", type=int, default=30_000, help="to calibrate on")
     parser.add_argument("--output-dir", type=Path, default=Path("export_output"))
     args = parser.parse_args()
-    runner = train(args.output_dir)
-    (checkpoint,) = Path(runner.cfg.checkpoint_path).glob("final_*")
+    model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
+    folder = args.output_dir / "checkpoints"
+    cfg = runner_config(folder, args.steps)
+    if not final_checkpoints(folder, args.steps):
+        LanguageModelSAETrainingRunner(cfg, override_model=model).run()
 
-    sae = load_checkpoint(checkpoint)
+    sae = load_checkpoint(final_checkpoints(folder, args.steps)[0])
     learnt = to_jumprelu(sae)  # the thresholds found in training; what the runners save
-    batches = runner.activations_store
-    calibrated, report = calibrate_thresholds(sae, batches, max_tokens=30_000)  # quantiles over given tokens
-    sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=30_000)  # another L0, to compare SAEs at
+    batches = ActivationsStore.from_config(model, cfg)
+    torch.manual_seed(0)  # mixes the batches
+    # Quantiles over given tokens; and another L0, to compare SAEs at.
+    calibrated, report = calibrate_thresholds(sae, batches, max_tokens=args.max_tokens)
+    sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=args.max_tokens)
     pruned = to_jumprelu(sae, prune=True)  # without the latents that never fire
     for name, value in dataclasses.asdict(report).items():
         print(f"{name:18} {value:,.4g}")
@@ -70,10 +85,14 @@ def main() -> None:
         "calibrated": {"l0": report.l0_after, "fvu": report.fvu_after},
     }
     staged = args.output_dir / "for_the_hub"
-    upload_to_hub(saes, args.repo_id or "you/my-sae", evaluation=evaluation, dry_run_folder=staged)
-    print(f"Model card and folders as they would be uploaded: {staged}")
-    if args.repo_id:
-        upload_to_hub(saes, args.repo_id, evaluation=evaluation)
+    shutil.rmtree(staged, ignore_errors=True)  # of an earlier call
+    try:
+        upload_to_hub(saes, args.repo_id or "you/my-sae", evaluation=evaluation, dry_run_folder=staged)
+        print(f"Model card and folders as they would be uploaded: {staged}")
+        if args.repo_id:
+            print(f"Uploaded to {upload_to_hub(saes, args.repo_id, evaluation=evaluation)}")
+    except (ValueError, HubError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

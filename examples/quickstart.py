@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -97,7 +98,7 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=16,
+        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # prompts, whose tokens are two batches
         exclude_special_tokens=True,
         lr=args.lr,
         lr_warm_up_steps=args.steps // 20,

@@ -26,6 +26,7 @@ def runner_config(output_dir: str, log_to_wandb: bool) -> LanguageModelSAERunner
         context_size=128,
         training_tokens=50_000 * 4096,
         train_batch_size_tokens=4096,
+        n_batches_in_buffer=64,  # prompts, whose tokens are two batches: SAELens' 20 hold less than one
         lr=3e-4,
         lr_warm_up_steps=1000,
         lr_decay_steps=10_000,

@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 from contextlib import nullcontext
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def train(
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=16,
+        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # prompts, whose tokens are two batches
         exclude_special_tokens=True,
         lr=args.lr,
         lr_warm_up_steps=args.steps // 20,

@@ -99,9 +99,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
             with short_text_told(text):
                 super().__init__(cfg, override_dataset, override_model, override_sae)
         except OSError as error:
-            if hasattr(self, "model"):  # errors of what is loaded after it name what they are about
+            if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
                 raise
-            raise ValueError(f"model_name={cfg.model_name!r} cannot be loaded: {error}") from error
+            name = "dataset_path" if hasattr(self, "model") else "model_name"
+            raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
         switch_on(self.model, [cfg.hook_name])
         self.evaluator.__class__ = WholeHookEvaluator
         if not cfg.use_cached_activations:

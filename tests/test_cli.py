@@ -52,7 +52,7 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
         ({"device": "cuda:99"}, "there is no device='cuda:99' on this machine; it has cpu"),
         ({"act_store_device": "nonsense"}, "there is no act_store_device='nonsense' on this machine; it has cpu"),
         ({"model_name": "./nothing"}, "model_name='./nothing' cannot be loaded: "),
-        ({"dataset_path": "/no/such"}, "Couldn't find a dataset script at /no/such"),
+        ({"dataset_path": "/no/such"}, "dataset_path='/no/such' cannot be loaded: "),
         ({"hook_name": "nonsense"}, "hook_names not found as submodules of the model: ['nonsense']"),
         ({"d_in": 64}, "d_in=64, but gpt_neox.layers.2 of "),
         ({"hook_head_index": 3}, "hook_head_index=3: gpt_neox.layers.2 has activations of shape (128,) for each token"),

@@ -18,7 +18,9 @@ def run(tmp_path_factory):
 
 
 def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_path, run):
-    output = run("quickstart.py", "--steps", "12", "--d-sae", "256", "--batch-size", "256", cwd=tmp_path)
+    # Contexts so short that 16 prompts would not hold a batch.
+    small = ["--steps", "12", "--d-sae", "256", "--batch-size", "256", "--context-size", "12"]
+    output = run("quickstart.py", *small, cwd=tmp_path)
     rows = {
         line.split()[0]: line.split()[1:] for line in output.splitlines() if line.startswith(("batchtopk", "pool_"))
     }
@@ -34,6 +36,13 @@ def test_quickstart_prints_its_table_reloads_without_the_plugin_and_draws(tmp_pa
         assert float(l0) == 16, name
     assert output.count(": jumprelu, ") == 5
     assert (tmp_path / "quickstart_output" / "quickstart.png").stat().st_size > 20_000
+
+
+def test_the_buffer_of_the_papers_run_holds_two_batches():
+    import train_pythia
+
+    cfg = train_pythia.runner_config("output", log_to_wandb=False)
+    assert cfg.n_batches_in_buffer * cfg.context_size == 2 * cfg.train_batch_size_tokens
 
 
 def test_papers_run_works_on_the_bundled_model(tmp_path, run):
@@ -54,7 +63,8 @@ def test_synthetic_example_reports_every_variant(tmp_path, run):
 
 
 def test_transcoders_stand_beside_an_sae_on_the_output(tmp_path, run):
-    small = ["--steps", "6", "--d-sae", "128", "--batch-size", "256", "--eval-batches", "1"]
+    # Contexts so short that 16 prompts would not hold a batch.
+    small = ["--steps", "6", "--d-sae", "128", "--batch-size", "256", "--context-size", "12", "--eval-batches", "4"]
     output = run("transcoder.py", *small, cwd=tmp_path)
     rows = [line for line in output.splitlines() if line.endswith("%")]
     assert [line[:32].strip() for line in rows] == [
@@ -121,6 +131,33 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
         assert output.count(f"| {kind} | {kind} | 2 |") == 5  # means over seeds: one row in each table
     assert (tmp_path / "evaluate_output" / "report.html").stat().st_size > 1_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--steps", "2", "--seeds", "1", "--d-sae", "192"])
+    with pytest.raises(SystemExit, match="holds the result of another sae; choose another output_dir"):
+        evaluate.main()
+
+
+def test_what_export_and_upload_shows_first_is_what_it_uploads_however_often(tmp_path, monkeypatch, capsys, server):
+    """In this process, where the client takes the server for the Hub."""
+    import export_and_upload
+
+    small = "--steps", "4", "--max-tokens", "2048"
+
+    def documented(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_and_upload.py", *small, *arguments])
+        export_and_upload.main()
+
+    monkeypatch.chdir(tmp_path)
+    documented()
+    assert not server.repos
+    for _ in range(2):
+        documented("--repo-id", "you/my-sae")
+        assert server.repos["you/my-sae"].n_commits == 5  # four SAEs and the card; nothing the second time
+    staged = tmp_path / "export_output" / "for_the_hub"
+    shown = {str(file.relative_to(staged)): file.read_bytes() for file in staged.rglob("*") if file.is_file()}
+    assert {path: content for path, content in server.repos["you/my-sae"].files.items() if path in shown} == shown
+    assert {path.split("/")[0] for path in shown} == {"README.md", "learnt", "calibrated", "l0_8", "pruned"}
+    assert len(list(tmp_path.glob("export_output/checkpoints/*/final_*"))) == 1
+    assert "Uploaded to " in capsys.readouterr().out
 
 
 def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(tmp_path, run):
@@ -135,6 +172,19 @@ def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(t
     densities = [float(share) / 100 for share in re.findall(r"DENSITY = ([\d.]+)%", page)]
     assert len(densities) == 10
     assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings, of a share that is rounded
+
+
+def test_the_tutorial_begins_in_any_folder(tmp_path):
+    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text())
+    first, second = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"][:2]
+    script = tmp_path / "cells.py"
+    # The tests' own search path has the folder of the examples.
+    script.write_text(
+        f"import sys\nsys.path = [p for p in sys.path if p != {str(EXAMPLES)!r}]\n{first}\nSTEPS = 2\n{second}"
+    )
+    output = run_script(script, folder=tmp_path, log=tmp_path / "log")
+    assert "2,048 tokens to train on, 32,768 held out, d_in 128" in output
 
 
 def test_the_tutorial_was_run_from_top_to_bottom_and_says_what_came_out():

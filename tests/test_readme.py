@@ -22,6 +22,16 @@ def test_the_first_run_on_ones_own_model_comes_early():
     assert README[: README.index("LanguageModelSAETrainingRunner(cfg)")].count("\n") < 50
 
 
+def test_the_buffer_of_the_first_run_holds_two_batches():
+    """With SAELens' defaults, 20 prompts of 128 tokens for batches of 4096, training does not begin."""
+    snippet = README[README.index("from sae_lens import LanguageModelSAERunnerConfig") : README.index("sae = Language")]
+    names = {}
+    exec(snippet, names)
+    cfg = names["cfg"]
+    assert cfg.n_batches_in_buffer * cfg.context_size == 2 * cfg.train_batch_size_tokens
+    assert f"--n_batches_in_buffer {cfg.n_batches_in_buffer} ..." in " ".join(README.split())
+
+
 def test_no_measured_number_is_typed():
     """Numbers with a decimal point, a percent or a times sign are measurements, but for versions and the paper's."""
     settings = {"0.5", "2508.21324", "6.54.9", "3.10", "3.13"}

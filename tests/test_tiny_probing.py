@@ -194,15 +194,21 @@ def made_up_sentences(label: str, rng: random.Random) -> bytes:
     return "\n".join([*twice, *lines, ""]).encode().replace("\ufffd".encode(), b"\xe9")
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> tuple[Path, Path]:
-    rng, folder = random.Random(3), tmp_path_factory.mktemp("sources")
+def write_sources(folder: Path) -> None:
+    """Made-up novels and labelled sentences, under the names of the real ones."""
+    rng = random.Random(3)
     names = {name for groups in build.NOVEL_SETS.values() for names in groups.values() for name in names}
     for name in sorted(names | {*build.SPEECH_NOVELS}):
         (folder / f"{name}.txt").write_text(made_up_novel(name.split("_")[1], rng), encoding="utf-8")
     for label, file in FILES.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(made_up_sentences(label, rng))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    write_sources(folder)
     return folder, folder
 
 

@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
 def _read_file(kind: str, file: Path) -> datasets.Dataset:
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train")  # type: ignore[return-value]
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, StopIteration) as error:  # the second by datasets 5, for an empty jsonl file
         raise ValueError(f"probing data {str(file)!r} has no rows, or is not a whole {kind} file.") from error
 
 
