@@ -62,6 +62,7 @@ def calibrate(
         )
     check_calibration(sae, mode, target_l0, max_tokens)
     _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
+    _hooks(sae)
     settings = token_settings(sae.cfg.metadata, checkpoint)
     with complete(out) as unfinished:
         held = unfinished.with_name("held")
@@ -91,14 +92,22 @@ def activations_of_run(
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> ActivationsStore:
     """Endless batches, shape (batch_size, width), of what `sae` was trained on, of another text or the same."""
-    is_transcoder = isinstance(sae, SampledTopKTranscoder)
-    hooks = hooks_of(sae) if is_transcoder else [sae.cfg.metadata.hook_name]
+    hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
     switch_on(language_model, hooks)
     store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
-    if is_transcoder:
+    if isinstance(sae, SampledTopKTranscoder):
         read_both(store, hooks, sae.cfg.batch_parts)
     return store
+
+
+def _hooks(sae: TrainingSAE[Any]) -> list[str]:
+    """The hooks that `sae` was trained on, by its metadata: one, or those of a transcoder's inputs and outputs."""
+    if isinstance(sae, SampledTopKTranscoder):
+        return hooks_of(sae)
+    if sae.cfg.metadata.hook_name is None:
+        raise ValueError(f"the metadata of this {type(sae).__name__} have no hook_name: set it first.")
+    return [sae.cfg.metadata.hook_name]
 
 
 def _check_memory(max_tokens: int, width: int) -> None:

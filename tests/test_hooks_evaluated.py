@@ -19,10 +19,11 @@ from sae_lens_sampled import (
     SampledTopKTrainingSAEConfig,
     TranscoderRunner,
 )
-from sae_lens_sampled.cli import activation_batches
+from sae_lens_sampled.calibrate_command import activations_of_run
 from sae_lens_sampled.hooks import FLAGS, switch_on
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import load_model
+from sae_lens_sampled.training_data import token_settings
 
 HOOKS = {  # hooks of the bridge with widths; those with heads are as wide as all heads together
     "blocks.2.hook_mlp_in": 128,
@@ -150,9 +151,10 @@ def test_calibrate_switches_the_hook_on(tiny_lm):
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=128, d_sae=256, k=16))
     metadata = sae.cfg.metadata
     metadata.hook_name, metadata.context_size, metadata.prepend_bos = "blocks.2.hook_mlp_in", 48, False
-    batches = activation_batches(sae, str(tiny_lm), str(tiny_lm / "text"), 64, "cpu")
+    metadata.model_name, settings = str(tiny_lm), token_settings(metadata)
+    batches = activations_of_run(sae, settings, str(tiny_lm / "text"), batch_size=64)
     sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"
-    same = activation_batches(sae, str(tiny_lm), str(tiny_lm / "text"), 64, "cpu")
+    same = activations_of_run(sae, settings, str(tiny_lm / "text"), batch_size=64)
     torch.manual_seed(0)
     got = next(batches)
     torch.manual_seed(0)

@@ -132,7 +132,7 @@ def test_the_sae_that_is_given_is_the_one_that_is_compared(tmp_path):
     "changes",
     [
         {},
-        {"lr": 1e-4, "training_tokens": 4096, "n_checkpoints": 7, "context_size": 16},
+        {"lr": 1e-4, "training_tokens": 4096, "n_checkpoints": 7, "context_size": 16, "n_batches_in_buffer": 64},
         {"model_from_pretrained_kwargs": {"device_map": "cpu", "cache_dir": "elsewhere"}},
         {"sae": sae_config(k=8, pool_factor=2, pool_group_size=16, matryoshka_widths=[96, 192])},
         {"sae": sae_config(normalize_activations="none")},
