@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import sae_lens.llm_sae_training_runner
 from runner_worker import runner_config
 from sae_lens.saes.sae import TrainingSAE
 
@@ -15,6 +16,16 @@ from sae_lens_sampled.resumable_training import ResumableRunner
 
 SIZES = {"d_in": 128, "d_sae": 192, "k": 4, "pool_factor": 3}
 OUT = "gpt_neox.layers.2.mlp"
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """A model that is not there is not looked for on the Hub, which takes half a minute."""
+
+    def load_model(*_args, **_kwargs):
+        raise OSError("it is nowhere")
+
+    monkeypatch.setattr(sae_lens.llm_sae_training_runner, "load_model", load_model)
 
 
 def sae_config(**fields):

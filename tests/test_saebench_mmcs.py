@@ -154,7 +154,12 @@ def test_live_metrics_are_those_of_the_live_rows_of_both():
 def test_densities_that_core_did_not_compute_are_unknown(density, known, tmp_path):
     [sae] = load_saes([("a", seed_of(1))])
     setup = SimpleNamespace(output_dir=tmp_path, model=SimpleNamespace(name="tiny", fingerprint="m"))
-    result = {"sae_cfg_dict": {}, "eval_result_details": [{"feature_density": x} for x in (density, 0.0)]}
+    result = {
+        "eval_type_id": "core",
+        "sae_cfg_dict": {},
+        "eval_result_metrics": {},
+        "eval_result_details": [{"feature_density": x} for x in (density, 0.0)],
+    }
     stamp = {"sae": sae.fingerprint, "model": "m"}
     write_result(result_path(tmp_path, "core", sae), result, sae, stamp)
     assert Mmcs(setup, {}).inputs([sae])["densities"] == {"a_custom_sae": known}

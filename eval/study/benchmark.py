@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     benchmark = BENCHMARKS[args.config]
     results = args.results_dir or EVAL / "results" / f"benchmark_{benchmark.name}"
-    warnings.filterwarnings("ignore")  # of the hosts, about their own future
-    logging.disable(logging.WARNING)
-    table = result_table(benchmark, results)
-    finished = table.load()
     try:
         check_patterns(args.arms, (unit.arm for unit in units(benchmark)))
     except ValueError as error:
         sys.exit(str(error))
+    warnings.filterwarnings("ignore")  # of the hosts, about their own future
+    logging.disable(logging.WARNING)
+    table = result_table(benchmark, results)
+    finished = table.load()
     runs: dict[tuple[Any, ...], list[BenchmarkUnit]] = {}
     for unit in units(benchmark):
         if unit.key not in finished and any(fnmatch(unit.arm, pattern) for pattern in args.arms):

@@ -37,6 +37,8 @@ class EvalModel:
     """Hash of weights, configuration and vocabulary: a cache keyed by it is never stale."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of `from_pretrained` that make it another model than its name alone does."""
+    passes: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    """Activations of a few tokens, in the order in which hooks run, by the hooks that were asked for."""
 
 
 def load_model(
@@ -152,10 +154,12 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
     n_tokens = hooked.cfg.n_heads + 1  # another number than that of the heads, which come first in attention patterns
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=hooked.cfg.device)
     try:
-        with switched_on(hooked, widths):
-            activations = one_pass(hooked, tokens, widths)
+        if tuple(widths) not in model.passes:
+            with switched_on(hooked, widths):
+                model.passes[tuple(widths)] = one_pass(hooked, tokens, widths)
     except ValueError as error:
         raise ValueError(f"SAE {sae.name!r} cannot be evaluated on model {model.name!r}: {error}") from error
+    activations = model.passes[tuple(widths)]
     for hook_name, (name, width) in widths.items():
         if hook_name not in activations:
             raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which does not run in model {model.name!r}.")

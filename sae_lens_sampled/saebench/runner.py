@@ -321,7 +321,7 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
     """Refuse sizes and counts that are none; a seed and a position of a token may be 0 or negative."""
-    defaults = asdict(EVALS[eval_name].config_class())
+    defaults = asdict(EVALS[eval_name].config_class(model_name=""))
     for field, value in settings.items():
         usual = defaults[field]
         is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
