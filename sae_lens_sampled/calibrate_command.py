@@ -16,6 +16,7 @@ from sae_lens_sampled.hooks import switch_on
 from sae_lens_sampled.inference import load_checkpoint
 from sae_lens_sampled.language_model import load_model_of_run
 from sae_lens_sampled.metrics import differs
+from sae_lens_sampled.stores import short_text_told
 from sae_lens_sampled.training import SampledTopKTrainingSAE
 from sae_lens_sampled.training_data import (
     TokenSettings,
@@ -69,7 +70,8 @@ def calibrate(
         reserve(held, sum(p.numel() * p.element_size() for p in sae.parameters()) + 2**20, "the calibrated SAE")
         store = activations_of_run(sae, settings, dataset, batch_size, device, model, model_kwargs)
         tokenizer: Any = store.model.tokenizer
-        shares = first_token_share(store), expected_first_token_share(settings, tokenizer.bos_token_id)
+        with short_text_told(_named(dataset), store):
+            shares = first_token_share(store), expected_first_token_share(settings, tokenizer.bos_token_id)
         exported, report = calibrate_thresholds(sae, store, mode=mode, target_l0=target_l0, max_tokens=max_tokens)
         held.unlink()
         exported.save_model(unfinished)
@@ -95,10 +97,15 @@ def activations_of_run(
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
     switch_on(language_model, hooks)
-    store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
+    with short_text_told(_named(dataset)):
+        store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
     if isinstance(sae, SampledTopKTranscoder):
         read_both(store, hooks, sae.cfg.batch_parts)
     return store
+
+
+def _named(dataset: Any) -> str:
+    return f"dataset={dataset!r}" if isinstance(dataset, str) else "dataset"
 
 
 def _hooks(sae: TrainingSAE[Any]) -> list[str]:

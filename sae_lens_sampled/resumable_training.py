@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
-from sae_lens_sampled.checkpoint_folder import check_same_activations, check_same_weights
+from sae_lens_sampled.checkpoint_folder import check_same_activations, check_same_weights, find_checkpoint
 from sae_lens_sampled.files import whole_folder
 from sae_lens_sampled.hooks import heads_side_by_side, is_split, switch_on
 from sae_lens_sampled.input_checks import check_hook, check_run
@@ -177,6 +177,8 @@ def _check_same_run(
 ) -> None:
     """Refuse a checkpoint of other weights or activations before anything is loaded."""
     checkpoint = Path(str(cfg.resume_from_checkpoint))
+    if not checkpoint.is_dir():
+        find_checkpoint(checkpoint)  # says which there are
     if override_sae is not None:
         check_same_weights(checkpoint, override_sae.cfg.to_dict())
     elif cfg.from_pretrained_path is not None:

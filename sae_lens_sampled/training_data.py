@@ -136,9 +136,14 @@ def first_token_share(store: ActivationsStore) -> float:
     """Share of the tokens that `store` serves that are the first of their prompt, over its first prompts.
 
     Such tokens have many times the norm of others in large models.
+
+    Raises:
+        StopIteration: if the text gives no prompt, as where the store itself is asked for one.
     """
     prompts = list(islice(store._iterate_tokenized_sequences(), SAMPLED_PROMPTS))
     store.n_dataset_processed = 0  # nothing has been served yet
+    if not prompts:
+        raise StopIteration
     served = torch.stack(prompts)[:, slice(*store.seqpos_slice)]
     kept = torch.ones_like(served, dtype=torch.bool)
     if store.exclude_special_tokens is not None:

@@ -167,6 +167,19 @@ def test_a_full_disk_is_told_before_calibrating(folders, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("", "train.jsonl"), ('{"text": "Too few words."}\n', "gives no prompt of context_size=64 tokens: it has")],
+    ids=["no rows", "no prompt"],
+)
+def test_a_text_too_short_to_calibrate_on_is_told(rows, message, folders, tmp_path):
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "train.jsonl").write_text(rows)
+    result = invoke("calibrate", {**folders, "TEXT": tmp_path / "short"}, tmp_path / "out")
+    assert message in refusal(result) or "has no rows" in refusal(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_calibration_that_fails_leaves_nothing_behind(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "calibrate_thresholds", lambda *_, **__: 1 / 0)
     result = invoke("calibrate", folders, tmp_path / "out")
