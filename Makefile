@@ -22,6 +22,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/deptry .
+	$(BIN)/lint-imports --no-cache
 
 check: lint test
 

@@ -124,6 +124,7 @@ COMMANDS: dict[str, Run | str] = {
     'pip install ".[eval,dev]"': WHEEL,
     "sae-lens-sampled eval": MENTIONED,
     "sae-lens-sampled report": MENTIONED,
+    "sae-lens-sampled calibrate": MENTIONED,
     "sae-lens-sampled mmcs": Run("output by_two", needs="sae_bench"),
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),

@@ -31,7 +31,7 @@ from sae_lens.config import SAETrainerConfig
 
 from bench_training_step import real_batches
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
-from sae_lens_sampled.ranks import GroupRanks
+from sae_lens_sampled.step.ranks import GroupRanks
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64, "steps": 8}

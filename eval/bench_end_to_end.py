@@ -37,7 +37,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches, text_store
+from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 

@@ -39,7 +39,8 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from tqdm import tqdm
 
-from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, kept_entries
+from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.step import kept_entries
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "SAELens BatchTopK"

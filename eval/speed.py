@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from pages import markdown_table
 from pages import render as render_page
-from sae_lens_sampled import kept_entries
+from sae_lens_sampled.step import kept_entries
 
 EVAL = Path(__file__).parent
 BASE = "SAELens BatchTopK"

@@ -22,7 +22,7 @@ from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 
 from bundled import TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.scores import entropy
+from sae_lens_sampled.step.scores import entropy
 
 HOOK = "blocks.2.hook_resid_post"
 BATCH = 1024

@@ -43,8 +43,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from bundled import TINY_LM
 from sae_lens_sampled import SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-from sae_lens_sampled.progress import live_bar
-from sae_lens_sampled.training_data import store_of_run, token_settings
+from sae_lens_sampled.runners.progress import live_bar
+from sae_lens_sampled.runners.training_data import store_of_run, token_settings
 from smollm2 import smollm2_folder
 
 TINY = {"d_sae": 1024, "k": 16, "batch_size": 1024, "steps": 300, "lr": 2e-3, "dead_window": 100}

@@ -32,7 +32,7 @@ from sae_lens_sampled import (
     TranscoderRunner,
     as_sae_on_outputs,
 )
-from sae_lens_sampled.progress import live_bar
+from sae_lens_sampled.runners.progress import live_bar
 
 
 def configs(args: argparse.Namespace, width: int, hook_out: str) -> dict[str, TrainingSAEConfig]:

@@ -7,17 +7,17 @@ from sae_lens.registry import (
     register_sae_training_class,
 )
 
-from sae_lens_sampled.calibration import CalibrationReport, calibrate_thresholds
-from sae_lens_sampled.config import SampledTopKSAEConfig, SampledTopKTrainingSAEConfig
-from sae_lens_sampled.data_parallel import DataParallelRunner
-from sae_lens_sampled.export import to_jumprelu
-from sae_lens_sampled.hub import HubError, upload_to_hub
-from sae_lens_sampled.inference import SampledTopKSAE, load_checkpoint
-from sae_lens_sampled.scores import SCORES, register_score
-from sae_lens_sampled.training import SampledTopKTrainingSAE
-from sae_lens_sampled.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
-from sae_lens_sampled.transcoder_runner import TranscoderRunner, as_sae_on_outputs
-from sae_lens_sampled.warm_start import from_batchtopk
+from sae_lens_sampled.hub.upload import HubError, upload_to_hub
+from sae_lens_sampled.runners.data_parallel import DataParallelRunner
+from sae_lens_sampled.runners.transcoder import TranscoderRunner, as_sae_on_outputs
+from sae_lens_sampled.sae.calibration import CalibrationReport, calibrate_thresholds
+from sae_lens_sampled.sae.config import SampledTopKSAEConfig, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.sae.export import to_jumprelu
+from sae_lens_sampled.sae.inference import SampledTopKSAE, load_checkpoint
+from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
+from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
+from sae_lens_sampled.sae.warm_start import from_batchtopk
+from sae_lens_sampled.step.scores import SCORES, register_score
 
 __version__ = "0.1.0"
 

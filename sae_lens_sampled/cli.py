@@ -16,14 +16,14 @@ from sae_lens.saes.sae import SAE
 from tabulate import tabulate
 
 import sae_lens_sampled
-from sae_lens_sampled import calibrate_command, train_command
-from sae_lens_sampled.calibration import MIN_TOKENS
+from sae_lens_sampled.analysis.similarity import dictionary_similarity
 from sae_lens_sampled.devices import available_devices
-from sae_lens_sampled.dictionary_similarity import dictionary_similarity
-from sae_lens_sampled.kept_entries import choose_path
-from sae_lens_sampled.parts import parse_part
-from sae_lens_sampled.sparse_codes import has_kernels
-from sae_lens_sampled.train_command import TrainError
+from sae_lens_sampled.runners import calibrate_command, train_command
+from sae_lens_sampled.runners.parts import parse_part
+from sae_lens_sampled.runners.train_command import TrainError
+from sae_lens_sampled.sae.calibration import MIN_TOKENS
+from sae_lens_sampled.step.kept_entries import choose_path
+from sae_lens_sampled.step.sparse_codes import has_kernels
 
 ModelKwargs = Annotated[
     str | None,

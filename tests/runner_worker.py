@@ -22,7 +22,7 @@ from sae_lens_sampled import (
     SampledTopKTranscoderConfig,
     TranscoderRunner,
 )
-from sae_lens_sampled.processes import leave_processes
+from sae_lens_sampled.runners.processes import leave_processes
 from sae_lens_sampled.signals import Interrupted
 
 BATCH, N_STEPS, TIMEOUT = 128, 16, timedelta(seconds=3)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from helpers import D_IN, activations
 
-import sae_lens_sampled.auxiliary
-from sae_lens_sampled.auxiliary import auxiliary_loss, by_entries, dead_latents, dead_reconstruction
-from sae_lens_sampled.sparse_codes import Weights
+import sae_lens_sampled.step.auxiliary
+from sae_lens_sampled.step.auxiliary import auxiliary_loss, by_entries, dead_latents, dead_reconstruction
+from sae_lens_sampled.step.sparse_codes import Weights
 
 N_LATENTS, K_AUX = 60, 6
 
@@ -18,14 +18,14 @@ def weights_of(rescale, dtype=torch.float32):
 
 @pytest.fixture(params=["dense products", "sparse entries"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(sae_lens_sampled.auxiliary, "MIN_DEAD", 10**9 if request.param == "dense products" else 0)
+    monkeypatch.setattr(sae_lens_sampled.step.auxiliary, "MIN_DEAD", 10**9 if request.param == "dense products" else 0)
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("n_dead", [5, 30])
 def test_dead_latents_reconstruct_as_in_plain_loops(monkeypatch, n_dead, rescale):
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 1)
     weights, x, dead = weights_of(rescale), activations(50), torch.arange(7, 7 + n_dead)
     k_aux = min(K_AUX, n_dead)
     got = dead_reconstruction(x, weights, dead, None, k_aux)

@@ -3,9 +3,9 @@ import pytest
 import torch
 from helpers import D_IN, D_SAE, activations, batchtopk_sae, sampled_sae, train
 
-import sae_lens_sampled.calibration
+import sae_lens_sampled.sae.calibration
 from sae_lens_sampled import calibrate_thresholds, to_jumprelu
-from sae_lens_sampled.calibration import quantile_threshold, scale_counts
+from sae_lens_sampled.sae.calibration import quantile_threshold, scale_counts
 
 
 def calibrate(sae, batches, **fields):
@@ -28,7 +28,7 @@ BATCHES = [activations(100, seed=500 + i) for i in range(6)]
     ids=str,
 )
 def test_per_latent_thresholds_match_sorting_by_hand(monkeypatch, fields, chunk_entries):
-    monkeypatch.setattr(sae_lens_sampled.calibration, "CHUNK_ENTRIES", chunk_entries)
+    monkeypatch.setattr(sae_lens_sampled.sae.calibration, "CHUNK_ENTRIES", chunk_entries)
     sae = trained(**fields)
     exported, report = calibrate(sae, BATCHES)
     kept = torch.cat([sae.select(batch, draw=i) for i, batch in enumerate(BATCHES)]).T.tolist()
@@ -178,7 +178,7 @@ def test_bounds_are_reached_exactly(monkeypatch):
     n_positive = (sae.encode_with_hidden_pre(x)[1] > 0).sum().item()
     thresholds = []
     for chunk_entries in (1, 2**25):
-        monkeypatch.setattr(sae_lens_sampled.calibration, "CHUNK_ENTRIES", chunk_entries)
+        monkeypatch.setattr(sae_lens_sampled.sae.calibration, "CHUNK_ENTRIES", chunk_entries)
         exported, report = calibrate(sae, x, target_l0=n_positive / 256, mode="global")
         assert report.n_tokens == 256
         assert (exported.encode(x) > 0).sum() == n_positive

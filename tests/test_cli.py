@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import sae_lens_sampled
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.cli import app
-from sae_lens_sampled.input_checks import check_hook
+from sae_lens_sampled.runners.run_checks import check_hook
 
 
 def run(*command: str, cwd=None) -> str:
@@ -142,7 +142,7 @@ for plugin in entry_points(group="sae_lens.architectures"):
     plugin.load()
     print(plugin.name, get_sae_training_class(plugin.name)[0].__name__)
 print(SAE_CLASS_REGISTRY["sampled_topk"][0].__name__)
-import sae_lens_sampled.cli, sae_lens_sampled.dictionary_similarity
+import sae_lens_sampled.cli, sae_lens_sampled.analysis.similarity
 assert not [module for module in sys.modules if module.startswith("sae_bench")]
 """
     assert run(sys.executable, "-c", script).splitlines() == [

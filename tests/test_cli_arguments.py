@@ -11,8 +11,8 @@ from sae_lens.saes.sae import SAE
 from typer.testing import CliRunner
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
-from sae_lens_sampled import calibrate_command as command
 from sae_lens_sampled.cli import app
+from sae_lens_sampled.runners import calibrate_command as command
 
 RUN = {
     "calibrate": ["calibrate", "SAE", "--dataset", "TEXT", "--out", "NEW"],

@@ -13,12 +13,12 @@ from process_helpers import FORKS
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.column_scan import Extracted
-from sae_lens_sampled.input_checks import check_finite, check_groups
-from sae_lens_sampled.kept_entries import _number_of_all, _of_all_or_none, choose_path
-from sae_lens_sampled.ranks import largest_of_ranks
-from sae_lens_sampled.scores import BY_COLUMNS, SCORES
-from sae_lens_sampled.sparse_codes import Entries
+from sae_lens_sampled.sae.checks import check_finite, check_groups
+from sae_lens_sampled.step.column_scan import Extracted
+from sae_lens_sampled.step.kept_entries import _number_of_all, _of_all_or_none, choose_path
+from sae_lens_sampled.step.ranks import largest_of_ranks
+from sae_lens_sampled.step.scores import BY_COLUMNS, SCORES
+from sae_lens_sampled.step.sparse_codes import Entries
 
 ALL = {"pool_factor": D_SAE / K}
 GROUPS = {"pool_group_size": 8}

@@ -26,11 +26,11 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
 from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTranscoder
-from sae_lens_sampled.checkpoint_folder import find_checkpoint
-from sae_lens_sampled.data_parallel import check_can_be_split, check_same_number, place_file, split_text
-from sae_lens_sampled.processes import own_device
-from sae_lens_sampled.train_command import format_command
-from sae_lens_sampled.transcoder_runner import read_both
+from sae_lens_sampled.folders import find_checkpoint
+from sae_lens_sampled.runners.data_parallel import check_can_be_split, check_same_number, place_file, split_text
+from sae_lens_sampled.runners.processes import own_device
+from sae_lens_sampled.runners.train_command import format_command
+from sae_lens_sampled.runners.transcoder import read_both
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 

@@ -11,8 +11,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
-from sae_lens_sampled.export import METRIC_TOKENS, export_metrics
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.sae.export import METRIC_TOKENS, export_metrics
 
 LOAD_AND_ENCODE = """
 import sys, torch

@@ -24,7 +24,7 @@ from transformer_lens.pretrained.weight_conversions import (
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-from sae_lens_sampled.hooks import one_pass, switched_on
+from sae_lens_sampled.runners.hooks import one_pass, switched_on
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.hook_names import ARCHITECTURES, transformer_lens_hook
 from sae_lens_sampled.saebench.models import EvalModel, attach

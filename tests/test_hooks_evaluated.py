@@ -19,11 +19,11 @@ from sae_lens_sampled import (
     SampledTopKTrainingSAEConfig,
     TranscoderRunner,
 )
-from sae_lens_sampled.calibrate_command import activations_of_run
-from sae_lens_sampled.hooks import FLAGS, switch_on
+from sae_lens_sampled.runners.calibrate_command import activations_of_run
+from sae_lens_sampled.runners.hooks import FLAGS, switch_on
+from sae_lens_sampled.runners.training_data import token_settings
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import load_model
-from sae_lens_sampled.training_data import token_settings
 
 HOOKS = {  # hooks of the bridge with widths; those with heads are as wide as all heads together
     "blocks.2.hook_mlp_in": 128,

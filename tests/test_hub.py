@@ -10,7 +10,7 @@ from hub_server import Repo
 from sae_lens import SAE, StandardTrainingSAE, StandardTrainingSAEConfig
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint, to_jumprelu
-from sae_lens_sampled.hub import upload_to_hub
+from sae_lens_sampled.hub.upload import upload_to_hub
 
 FORMS = {
     "training SAE": lambda sae, folder: sae,

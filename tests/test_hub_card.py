@@ -11,7 +11,7 @@ from sae_lens import SAE, JumpReLUSAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.hub import upload_to_hub
+from sae_lens_sampled.hub.upload import upload_to_hub
 
 
 def test_several_saes_share_a_repository_and_a_card(server, tmp_path):

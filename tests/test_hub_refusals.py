@@ -12,7 +12,7 @@ from hub_server import TOKEN, Fault
 from sae_lens import SAE
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, load_checkpoint, to_jumprelu
-from sae_lens_sampled.hub import HubError, upload_to_hub
+from sae_lens_sampled.hub.upload import HubError, upload_to_hub
 
 RETRY = "local files are unchanged, and running this again sends only what is missing"
 

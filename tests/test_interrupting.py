@@ -18,10 +18,10 @@ from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_sampled import SampledTopKTrainingSAE
-from sae_lens_sampled.checkpoint_folder import find_checkpoint
 from sae_lens_sampled.files import whole_folder
+from sae_lens_sampled.folders import find_checkpoint
+from sae_lens_sampled.runners.train_command import TrainError, format_command, train
 from sae_lens_sampled.signals import Interrupted, Signals
-from sae_lens_sampled.train_command import TrainError, format_command, train
 
 N_KILLS = int(os.environ.get("TRAIN_KILLS", "1"))
 """`TRAIN_KILLS=10 pytest tests/test_interrupting.py -k random` takes some minutes."""

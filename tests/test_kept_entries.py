@@ -12,14 +12,14 @@ from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 
-import sae_lens_sampled.chunks
-import sae_lens_sampled.column_scan
-import sae_lens_sampled.kept_entries
-from sae_lens_sampled.column_scan import scan_columns
-from sae_lens_sampled.kept_entries import find_candidates, keep_largest
-from sae_lens_sampled.pool_record import PoolRecord
-from sae_lens_sampled.selection import PoolFields, column_statistics
-from sae_lens_sampled.sparse_codes import Weights
+import sae_lens_sampled.step.chunks
+import sae_lens_sampled.step.column_scan
+import sae_lens_sampled.step.kept_entries
+from sae_lens_sampled.step.column_scan import scan_columns
+from sae_lens_sampled.step.kept_entries import find_candidates, keep_largest
+from sae_lens_sampled.step.pool_record import PoolRecord
+from sae_lens_sampled.step.selection import PoolFields, column_statistics
+from sae_lens_sampled.step.sparse_codes import Weights
 
 POOLS = [
     {},
@@ -44,8 +44,8 @@ some_pools = pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL
 def way(request, monkeypatch):
     """One small pool has its columns computed; here also by entries, as all other pools."""
     if request.param == "entries":
-        monkeypatch.setattr(sae_lens_sampled.kept_entries, "MAX_COLUMNS_SHARE", 0)
-        monkeypatch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 0.8)
+        monkeypatch.setattr(sae_lens_sampled.step.kept_entries, "MAX_COLUMNS_SHARE", 0)
+        monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 0.8)
     return request.param
 
 
@@ -123,12 +123,12 @@ def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_s
     n_keep, threshold = int(k * n_tokens), torch.zeros(d_sae)
     acts = (x @ W_enc + b_enc).relu()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", chunk)
-        patch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 1)
+        patch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", chunk)
+        patch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 1)
         extracted = scan_columns(x, weights, threshold, cfg, None, bound).extracted
         pool = None
         if cfg.n_candidates < d_sae:
-            pool = sae_lens_sampled.kept_entries.choose_pool(
+            pool = sae_lens_sampled.step.kept_entries.choose_pool(
                 column_statistics(acts, "l2_norm", cfg.n_candidates, group_size), cfg, record.n_steps
             )
         candidates, _, _ = find_candidates(x, weights, threshold, cfg, record, pool, n_keep, bound, extracted)

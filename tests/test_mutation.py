@@ -16,7 +16,8 @@ def f(x):
 
 def test_a_mutant_is_known_by_its_code_whatever_its_comments_say():
     mutant = Mutant("scores", SOURCE, "-    return 1\n+    return 2")
-    for old, new in (("Twice", "Two times"), ("# doubled", ""), ('"""A module."""', "")):
+    moved = ("def f", "import torch\nfrom ..step import x\n\ndef f")
+    for old, new in (("Twice", "Two times"), ("# doubled", ""), ('"""A module."""', ""), moved):
         assert replace(mutant, source=SOURCE.replace(old, new)).key == mutant.key
     assert replace(mutant, source=SOURCE.replace("2, ", "3, ")).key != mutant.key
     assert replace(mutant, module="export").key != mutant.key

@@ -23,8 +23,8 @@ from sae_lens.saes.sae import TrainingSAE
 from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 
 from sae_lens_sampled import from_batchtopk
-from sae_lens_sampled.selection import quota_sizes, sampled_topk
-from sae_lens_sampled.sparse_codes import Entries, Weights, encode_and_decode
+from sae_lens_sampled.step.selection import quota_sizes, sampled_topk
+from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode
 
 WIDTHS = [4, 13, D_SAE]
 NESTED = {"matryoshka_widths": [10, 60, 200]}

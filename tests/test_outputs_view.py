@@ -7,7 +7,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_sampled import SampledTopKTranscoder, SampledTopKTranscoderConfig, as_sae_on_outputs
-from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 
 IN, OUT = "blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out"
 

@@ -5,8 +5,8 @@ from helpers import D_SAE, activations, sampled_sae, step_input, train
 from sae_lens.training.sae_trainer import _unwrap_item
 
 from sae_lens_sampled.metrics import gini
-from sae_lens_sampled.selection import sampled_topk
-from sae_lens_sampled.thresholds import count_dense
+from sae_lens_sampled.step.selection import sampled_topk
+from sae_lens_sampled.step.thresholds import count_dense
 
 
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}, {"pool_factor": 99}])

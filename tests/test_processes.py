@@ -11,10 +11,11 @@ from helpers import activations, sampled_sae, step_input, train_arguments
 from runner_worker import runner_config
 from test_data_parallel_runner import free_ports
 
-from sae_lens_sampled import DataParallelRunner, processes
-from sae_lens_sampled.processes import join_processes, number_of_processes, own_device, rank_of_process
-from sae_lens_sampled.ranks import LostRankError
-from sae_lens_sampled.train_command import TrainError, train
+from sae_lens_sampled import DataParallelRunner
+from sae_lens_sampled.runners import processes
+from sae_lens_sampled.runners.processes import join_processes, number_of_processes, own_device, rank_of_process
+from sae_lens_sampled.runners.train_command import TrainError, train
+from sae_lens_sampled.step.ranks import LostRankError
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sae_lens.training import sae_trainer
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from sae_lens_sampled import progress
+from sae_lens_sampled.runners import progress
 
 
 def trainer(n_steps: int, provider=None) -> SAETrainer:

@@ -10,9 +10,9 @@ from runner_worker import runner_config
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_sampled import DataParallelRunner, SampledTopKTranscoder, SampledTopKTranscoderConfig, TranscoderRunner
-from sae_lens_sampled.checkpoint_folder import check_same_activations
-from sae_lens_sampled.config import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.resumable_training import ResumableRunner
+from sae_lens_sampled.runners.resumable import ResumableRunner
+from sae_lens_sampled.runners.run_checks import check_same_activations
+from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 
 SIZES = {"d_in": 128, "d_sae": 192, "k": 4, "pool_factor": 3}
 OUT = "gpt_neox.layers.2.mlp"

@@ -13,8 +13,8 @@ from process_helpers import run_script
 from sae_lens.saes.sae import TrainingSAE
 from typer.testing import CliRunner
 
+from sae_lens_sampled.analysis.similarity import random_baseline
 from sae_lens_sampled.cli import _overrides, app
-from sae_lens_sampled.dictionary_similarity import random_baseline
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = """

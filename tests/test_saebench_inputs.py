@@ -15,8 +15,8 @@ from eval_helpers import HOOK, PROBING, SMALL, TINY_LM, core_by_hand
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_sampled.bundled import bundled
 from sae_lens_sampled.saebench import EvalError, load_probing_dataset, load_saes, network, run_evals
+from sae_lens_sampled.saebench.bundled import bundled
 from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
 from sae_lens_sampled.saebench.network import check_network
 from sae_lens_sampled.saebench.probing_data import common_sizes

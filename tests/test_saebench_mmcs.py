@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 import sae_lens_sampled.saebench.evals.mmcs
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.dictionary_similarity import dictionary_similarity, random_baseline
+from sae_lens_sampled.analysis.similarity import dictionary_similarity, random_baseline
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.evals.mmcs import (
     CATEGORIES,

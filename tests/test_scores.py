@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_lens_sampled import SCORES, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.scores import (
+from sae_lens_sampled.step.scores import (
     BY_COLUMNS,
     LEVERAGE_ROWS,
     entropy,

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_lens_sampled.scores import SCORES
-from sae_lens_sampled.selection import (
+from sae_lens_sampled.step.scores import SCORES
+from sae_lens_sampled.step.selection import (
     ColumnStatistics,
     candidate_pool,
     choose_pool,

@@ -12,7 +12,7 @@ from runner_worker import runner_config
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
 
 from sae_lens_sampled import SampledTopKTrainingSAE, calibrate_thresholds, upload_to_hub
-from sae_lens_sampled.resumable_training import ResumableRunner
+from sae_lens_sampled.runners.resumable import ResumableRunner
 from sae_lens_sampled.signals import Interrupted, Signals, interruptible
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
@@ -87,7 +87,8 @@ def test_ctrl_c_in_an_eval_ends_it_and_keeps_what_is_finished(saes, tmp_path, mo
 
 @pytest.mark.usefixtures("after_a_run_of_saelens")
 def test_ctrl_c_ends_calibration_caching_loading_and_uploads(tmp_path, monkeypatch):
-    from sae_lens_sampled import activation_cache, hub
+    from sae_lens_sampled.analysis import cache as activation_cache
+    from sae_lens_sampled.hub import upload as hub
     from sae_lens_sampled.saebench import load_saes, sources
 
     sae = sampled_sae()

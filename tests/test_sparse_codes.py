@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from sae_lens_sampled.sparse_codes import Entries, Weights, as_coo, encode_and_decode
+from sae_lens_sampled.step.sparse_codes import Entries, Weights, as_coo, encode_and_decode
 
 N_TOKENS, SIZE_IN, N_LATENTS = 6, 3, 5
 TOKENS = torch.tensor([0, 0, 1, 3, 3, 3, 5])
@@ -81,7 +81,7 @@ def test_low_precision_is_computed_in_float32_under_autocast_too(dtype):
 
 def test_users_see_no_warning_of_torch():
     script = (
-        "import torch; from sae_lens_sampled.sparse_codes import *; w = torch.ones(2, 3, requires_grad=True);"
+        "import torch; from sae_lens_sampled.step.sparse_codes import *; w = torch.ones(2, 3, requires_grad=True);"
         "e = Entries(torch.ones(1), torch.tensor([1]), torch.tensor([2]));"
         "a = torch.ones(4, 2, requires_grad=True);"
         "encode_and_decode(a, Weights(w, torch.zeros(3), w.T, None), e)[1].sum().backward()"

@@ -7,15 +7,15 @@ import torch
 from helpers import D_IN, activations, step_input
 from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 
-import sae_lens_sampled.chunks
-import sae_lens_sampled.column_scan
-import sae_lens_sampled.kept_entries
+import sae_lens_sampled.step.chunks
+import sae_lens_sampled.step.column_scan
+import sae_lens_sampled.step.kept_entries
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.column_scan import scan_columns
-from sae_lens_sampled.kept_entries import choose_path
-from sae_lens_sampled.scores import BY_COLUMNS, SCORES
-from sae_lens_sampled.selection import PoolFields, column_statistics
-from sae_lens_sampled.sparse_codes import Weights
+from sae_lens_sampled.step.column_scan import scan_columns
+from sae_lens_sampled.step.kept_entries import choose_path
+from sae_lens_sampled.step.scores import BY_COLUMNS, SCORES
+from sae_lens_sampled.step.selection import PoolFields, column_statistics
+from sae_lens_sampled.step.sparse_codes import Weights
 
 some_pools = pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL], ids=str)
 
@@ -43,7 +43,7 @@ def test_the_columns_of_a_pool_are_not_extracted():
 def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
     sae, x = an_sae(**ALL), activations(70)
     want = step(copy.deepcopy(sae), x).feature_acts
-    monkeypatch.setattr(sae_lens_sampled.column_scan, "MAX_EXTRACTED_SHARE", 0.001)
+    monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 0.001)
     got = step(sae, x).feature_acts
     assert not got.is_sparse
     torch.testing.assert_close(got, want.to_dense())
@@ -51,8 +51,8 @@ def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
 
 
 def test_no_tensor_of_all_tokens_and_latents_is_alive_in_a_step(monkeypatch):
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
-    monkeypatch.setattr(sae_lens_sampled.column_scan, "DEAD_BYTES", 0)
+    monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(sae_lens_sampled.step.column_scan, "DEAD_BYTES", 0)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -133,7 +133,7 @@ def test_the_path_is_said_once(caplog):
 
 
 def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
-    monkeypatch.setattr("sae_lens_sampled.scores.SCORES", SCORES)
+    monkeypatch.setattr("sae_lens_sampled.step.scores.SCORES", SCORES)
     seen = []
 
     def largest(acts, n_candidates):
@@ -144,7 +144,7 @@ def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
         register_score("largest", largest)
         register_score("largest_by_columns", largest, by_columns=True)
         for name, width in (("largest", 200), ("largest_by_columns", 64)):
-            monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
+            monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 1)
             seen.clear()
             output = step(an_sae(score=name), activations(70))
             assert max(seen) == width
@@ -174,7 +174,7 @@ def test_compiling_traces_up_to_the_host_read_and_leaves_the_kept_entries_as_the
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("score", sorted(BY_COLUMNS))
 def test_the_scan_sees_what_the_whole_matrix_shows_whatever_the_chunk(monkeypatch, score, group_size, n_bytes):
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", n_bytes)
+    monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", n_bytes)
     sampling = "proportional" if score == "uniform" else "top"
     sae, x = an_sae(score=score, pool_group_size=group_size, pool_sampling=sampling), activations(70)
     norms, threshold, dead = sae.W_dec.norm(dim=1), torch.linspace(0, 3, 200), torch.tensor([3, 63, 64, 65, 199])
@@ -213,6 +213,6 @@ def test_under_autocast_the_scan_sees_what_autocast_products_give(dtype):
 
 @pytest.mark.parametrize("room", [0, 2**20])
 def test_the_dead_are_the_same_whether_the_scan_passes_them_on_or_not(monkeypatch, room):
-    monkeypatch.setattr(sae_lens_sampled.column_scan, "DEAD_BYTES", room)
-    monkeypatch.setitem(sae_lens_sampled.chunks.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(sae_lens_sampled.step.column_scan, "DEAD_BYTES", room)
+    monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 1)
     assert_equal_steps(*on_both_paths(an_sae(**ALL), lambda sae: step(sae, activations(70), 100)))

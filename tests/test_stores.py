@@ -10,7 +10,7 @@ from runner_worker import runner_config
 from sae_lens import ActivationsStore
 
 from sae_lens_sampled import DataParallelRunner
-from sae_lens_sampled.stores import short_text_told
+from sae_lens_sampled.runners.stores import short_text_told
 
 TOO_SHORT = (
     "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Take more text or a smaller "

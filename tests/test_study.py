@@ -15,7 +15,7 @@ from sae_lens import ActivationsStore
 from study_helpers import EVAL, SMOKE, storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
-from sae_lens_sampled.parts import Part
+from sae_lens_sampled.runners.parts import Part
 from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke

@@ -19,7 +19,7 @@ from process_helpers import FORKS
 from study_helpers import EVAL, SMOKE, storage
 from study_worker import work
 
-from sae_lens_sampled.parts import Part, parse_part
+from sae_lens_sampled.runners.parts import Part, parse_part
 from study.configs import TINY
 from study.plan import compared, units
 from study.stages import STAGES, status, to_do

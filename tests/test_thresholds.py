@@ -3,7 +3,7 @@ import torch
 from helpers import D_SAE, activations, sampled_sae, step_input, train
 
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.thresholds import (
+from sae_lens_sampled.step.thresholds import (
     EMA_RATE,
     GAIN_STEP,
     MAX_ERROR,

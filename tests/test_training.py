@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import D_IN, D_SAE, K, activations, gradients, sampled_sae, step_input, train
 
-from sae_lens_sampled.selection import candidate_pool, column_statistics
+from sae_lens_sampled.step.selection import candidate_pool, column_statistics
 
 VARIANTS = [
     {},

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig, calibrate_thresholds, load_checkpoint
-from sae_lens_sampled.calibrate_command import activations_of_run
 from sae_lens_sampled.cli import app
-from sae_lens_sampled.language_model import dtype_of, load_model_of_run, meaningful_kwargs, model_kwargs_of
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-from sae_lens_sampled.resumable_training import ResumableRunner
-from sae_lens_sampled.training_data import (
+from sae_lens_sampled.runners.calibrate_command import activations_of_run
+from sae_lens_sampled.runners.language_model import dtype_of, load_model_of_run, meaningful_kwargs, model_kwargs_of
+from sae_lens_sampled.runners.resumable import ResumableRunner
+from sae_lens_sampled.runners.training_data import (
     TokenSettings,
     buffer_prompts,
     expected_first_token_share,

@@ -24,7 +24,7 @@ from sae_lens_sampled import (
     upload_to_hub,
 )
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 
 D_OUT = 7
 VARIANTS = [

@@ -34,7 +34,7 @@ from sae_lens_sampled import (
 )
 from sae_lens_sampled.cli import app
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 
 IN, OUT = "gpt_neox.layers.2.post_attention_layernorm", "gpt_neox.layers.2.mlp"
 EVERYTHING = {

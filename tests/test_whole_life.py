@@ -17,7 +17,7 @@ from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 
 from sae_lens_sampled import calibrate_thresholds, load_checkpoint, to_jumprelu
-from sae_lens_sampled.scores import SCORES
+from sae_lens_sampled.step.scores import SCORES
 
 N_LIVES = int(os.environ.get("LIVES", "50"))
 FILES = ["cfg.json", "sae_weights.safetensors"]

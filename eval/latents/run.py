@@ -27,10 +27,10 @@ from bundled import HELD_OUT_TEXT, TINY_LM
 from latents.describe import describe
 from latents.rating import blind, read_ratings, score, write_page
 from latents.tables import rating_table, table
-from sae_lens_sampled.hooks import switch_on
+from sae_lens_sampled.runners.hooks import switch_on
+from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import attach, load_model
-from sae_lens_sampled.stores import short_text_told
 from smollm2 import smollm2_folder
 
 

@@ -6,7 +6,7 @@ import torch
 from sae_lens.util import str_to_dtype
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.kept_entries import choose_path
+from sae_lens_sampled.step.kept_entries import choose_path
 from study.configs import Study
 from study.plan import Unit, arms, compared, runs, sae_config, synthetic_units, units
 

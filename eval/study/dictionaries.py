@@ -11,8 +11,8 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
-from sae_lens_sampled.activation_statistics import ActivationStatistics
-from sae_lens_sampled.dictionary_similarity import OneWay, dictionary_similarity, max_cosines
+from sae_lens_sampled.analysis.similarity import OneWay, dictionary_similarity, max_cosines
+from sae_lens_sampled.analysis.statistics import ActivationStatistics
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from study.plan import Arm, Unit

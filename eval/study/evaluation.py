@@ -10,8 +10,8 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
-from sae_lens_sampled.activation_statistics import ActivationStatistics
-from sae_lens_sampled.input_checks import check_weights
+from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.sae.checks import check_weights
 from sae_lens_sampled.saebench import run_evals
 from study.configs import Study
 from study.plan import Arm, Unit, arms, sweep

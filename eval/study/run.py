@@ -27,7 +27,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 
 from sae_lens_sampled.devices import NoDeviceError, check_device
 from sae_lens_sampled.files import NoSpaceError
-from sae_lens_sampled.parts import parse_part
+from sae_lens_sampled.runners.parts import parse_part
 from sae_lens_sampled.signals import interruptible
 from study.configs import STUDIES, smoke
 from study.costs import format_plan

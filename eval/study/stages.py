@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_lens_sampled.parts import Part
+from sae_lens_sampled.runners.parts import Part
 from study.configs import Study
 from study.dictionaries import Dictionaries, compare
 from study.evaluation import evaluate, evaluate_absorption, train_probes

@@ -9,7 +9,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_sampled.files import complete
-from sae_lens_sampled.stores import short_text_told
+from sae_lens_sampled.runners.stores import short_text_told
 from study.plan import Unit, arms
 from study.storage import Storage
 from study.training import language_model, new_sae

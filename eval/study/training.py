@@ -11,9 +11,9 @@ from sae_lens.util import str_to_dtype
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled.activation_cache import cache_activations, shuffled_batches, text_store
+from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.files import complete
-from sae_lens_sampled.progress import live_bar
+from sae_lens_sampled.runners.progress import live_bar
 from smollm2 import smollm2_folder
 from study.configs import Study
 from study.plan import Unit, sae_config

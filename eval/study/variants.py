@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.thresholds import StepCounts
+from sae_lens_sampled.step.thresholds import StepCounts
 
 
 @dataclass

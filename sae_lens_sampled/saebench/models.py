@@ -11,8 +11,8 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from sae_lens_sampled.hooks import one_pass, switched_on
-from sae_lens_sampled.language_model import (
+from sae_lens_sampled.runners.hooks import one_pass, switched_on
+from sae_lens_sampled.runners.language_model import (
     defining_kwargs,
     load_hooked_transformer,
     meaningful_kwargs,

@@ -14,10 +14,10 @@ import torch
 from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
 from sae_lens_sampled.files import NoSpaceError, check_writable, no_space_told, scratch_folder
-from sae_lens_sampled.language_model import dtype_of, meaningful_kwargs
+from sae_lens_sampled.runners.language_model import dtype_of, meaningful_kwargs
 from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
 from sae_lens_sampled.saebench.models import EvalModel, attach, common_model, common_model_kwargs, load_model

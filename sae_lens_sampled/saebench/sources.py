@@ -17,13 +17,12 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_sampled.devices import check_device
-from sae_lens_sampled.export import to_jumprelu
-from sae_lens_sampled.inference import load_checkpoint
-from sae_lens_sampled.input_checks import check_weights
-from sae_lens_sampled.normalisation import check_folded
-from sae_lens_sampled.sae_folder import is_checkpoint
+from sae_lens_sampled.folders import check_folded, is_checkpoint
+from sae_lens_sampled.sae.checks import check_weights
+from sae_lens_sampled.sae.export import to_jumprelu
+from sae_lens_sampled.sae.inference import load_checkpoint
+from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.signals import interruptible
-from sae_lens_sampled.training import SampledTopKTrainingSAE
 
 CUSTOM_SAE_ID = "custom_sae"
 """SAEBench's id for an SAE that is not from the Hub."""

@@ -14,14 +14,14 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_sampled.activation_statistics import ActivationStatistics
-from sae_lens_sampled.hooks import heads_side_by_side, switched_on
-from sae_lens_sampled.reconstruction import encode_and_reconstruct
+from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
+from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.saebench import patches, recording
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE
 from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
-from sae_lens_sampled.stores import short_text_told
 
 
 @dataclass(frozen=True)

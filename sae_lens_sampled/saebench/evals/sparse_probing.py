@@ -7,7 +7,7 @@ from typing import Any
 import sae_bench.evals.sparse_probing.main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-from sae_lens_sampled.hooks import heads_side_by_side, switched_on
+from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.probing_data import common_sizes

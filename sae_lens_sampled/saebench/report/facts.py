@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sae_lens_sampled.language_model import defining_kwargs
+from sae_lens_sampled.runners.language_model import defining_kwargs
 from sae_lens_sampled.saebench.report.metrics import groups_of
 from sae_lens_sampled.saebench.report.results import SAEResults, evals_of
 from sae_lens_sampled.saebench.results import STAMP

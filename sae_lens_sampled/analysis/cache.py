@@ -1,0 +1,224 @@
+"""Activations of a language model on disk: one pass of the model for all SAEs of a hook, mixed over the whole text.
+
+SAELens' own cache keeps prompts and mixes only what is in its buffer, has no bfloat16, and starts again when it was
+killed. Here a token is a row of one memory-mapped file, and a batch takes rows from anywhere in it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict, IterableDatasetDict
+from filelock import FileLock
+from jaxtyping import BFloat16, Float
+from sae_lens import ActivationsStore
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_lens_sampled.files import reserve, write_whole
+from sae_lens_sampled.runners.hooks import switch_on
+from sae_lens_sampled.runners.stores import check_count, check_hooks, short_text_told, store_settings
+from sae_lens_sampled.signals import interruptible
+
+DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "settings.json", "lock"
+
+
+def text_store(
+    model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int = 128, prompts: int = 32, device: str = "cpu"
+) -> ActivationsStore:
+    """A store that gives a text's activations in order, without those of special tokens.
+
+    Args:
+        model: the language model.
+        dataset: Hub name, folder or `DatasetDict` with a split `train`, or a data set.
+        hook_name: where the activations are read.
+        d_in: their width.
+        context_size: tokens in a prompt, each of which begins with the tokenizer's first token.
+        prompts: number of prompts in a pass of the model.
+        device: where the activations are.
+
+    Raises:
+        ValueError: if a number is not above 0, the text has no rows or no split `train`, or the model cannot switch on
+            a hook that must be.
+    """
+    for name, value in {"d_in": d_in, "context_size": context_size, "prompts": prompts}.items():
+        check_count(value, name)
+    switch_on(model, [hook_name])
+    text = f"dataset={dataset!r}" if isinstance(dataset, (str, Path)) else "dataset"
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        if "train" not in dataset:
+            raise ValueError(f"dataset has no split 'train', only {sorted(dataset)}; pass one of them instead.")
+        dataset = dataset["train"]
+    with short_text_told(text):
+        return _in_order(model, dataset, hook_name, d_in, context_size, prompts, device)
+
+
+def _in_order(
+    model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int, prompts: int, device: str
+) -> ActivationsStore:
+    return ActivationsStore(
+        model,
+        str(dataset) if isinstance(dataset, Path) else dataset,
+        streaming=True,
+        hook_name=hook_name,
+        hook_head_index=None,
+        context_size=context_size,
+        d_in=d_in,
+        n_batches_in_buffer=1,
+        total_training_tokens=1,
+        store_batch_size_prompts=prompts,
+        train_batch_size_tokens=1,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(device),
+        dtype="float32",
+        exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=device),
+    )
+
+
+@torch.no_grad()
+@interruptible()
+def cache_activations(
+    store: ActivationsStore, n_tokens: int, folder: Path | str, settings: Mapping[str, Any]
+) -> BFloat16[Tensor, "n_tokens d_in"]:
+    """The first `n_tokens` rows that `store` gives, in the order of the text, from `folder`, where they are kept.
+
+    What is there already is not computed again; a run that was killed goes on where it was. Of several processes that
+    ask at the same time one runs the model, and the others wait.
+
+    Args:
+        store: a store for one hook that has given nothing yet, always of the same text in the same order, such as a
+            `text_store`.
+        n_tokens: number of tokens, special ones not counted if the store leaves them out.
+        folder: where to keep them; 2 * d_in bytes for each token.
+        settings: what the activations depend on that `store` does not say itself, as JSON has it: the text. The model's
+            weights, the hook and how prompts are made are taken from `store`.
+
+    Raises:
+        ValueError: if `n_tokens` is not above 0, the model has no such hook or one of another width, `folder` has
+            activations of other settings, or the text ends before.
+        NoSpaceError: if the disk is too small, after one pass of the model.
+    """
+    check_count(n_tokens, "n_tokens")
+    check_hooks(store)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = dict(settings) | store_settings(store) | {"n_tokens": n_tokens, "d_in": store.d_in}
+    with FileLock(folder / LOCK):
+        return _complete_activations(store, n_tokens, folder, json.loads(json.dumps(wanted)))
+
+
+def _complete_activations(
+    store: ActivationsStore, n_tokens: int, folder: Path, settings: Mapping[str, Any]
+) -> BFloat16[Tensor, "n_tokens d_in"]:
+    """Compute what is missing in the file. Nothing is written before there are activations."""
+    file, n_entries = folder / DATA, n_tokens * store.d_in
+    done = _done(folder, settings)
+    is_there = done["tokens"] > 0 and file.exists() and file.stat().st_size >= 2 * n_entries
+    activations = _mapped(file, n_entries, n_tokens) if is_there else None
+    if activations is None:
+        (folder / PROGRESS).unlink(missing_ok=True)
+        done = {"prompts": 0, "tokens": 0}
+    if done["tokens"] < n_tokens:
+        with _end_told(store, done, n_tokens):
+            for _ in range(done["prompts"]):  # read, not run
+                store.get_batch_tokens(1, raise_at_epoch_end=True, move_to_model_device=False)
+    with tqdm(total=n_tokens, initial=min(done["tokens"], n_tokens), unit="token", desc="Language model") as bar:
+        while done["tokens"] < n_tokens:
+            with _end_told(store, done, n_tokens):
+                rows = store.get_filtered_llm_batch(raise_on_epoch_end=True)[: n_tokens - done["tokens"]]
+            if activations is None:
+                reserve(file, 2 * n_entries, "the activations")
+                activations = _mapped(file, n_entries, n_tokens)
+                write_whole(folder / SETTINGS, json.dumps(settings, indent=2))
+            activations[done["tokens"] : done["tokens"] + len(rows)] = rows
+            done = {"prompts": done["prompts"] + store.store_batch_size_prompts, "tokens": done["tokens"] + len(rows)}
+            write_whole(folder / PROGRESS, json.dumps(done))
+            bar.update(len(rows))
+    assert activations is not None  # the loop ends with n_tokens, above 0
+    return activations
+
+
+def _done(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Prompts and tokens that are in the file, if it is of these settings; where there are none nobody asks for them.
+
+    Raises:
+        ValueError: if there are tokens of others.
+    """
+    progress = folder / PROGRESS
+    done = json.loads(progress.read_text()) if progress.exists() else {"prompts": 0, "tokens": 0}
+    if done["tokens"] > 0:
+        file = folder / SETTINGS
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if done["tokens"] >= settings["n_tokens"]:  # the first of more tokens are those of fewer
+            settings = {**settings, "n_tokens": found.get("n_tokens")}
+        _check_settings(folder, found, settings)
+    return done
+
+
+def _mapped(file: Path, n_entries: int, n_tokens: int) -> BFloat16[Tensor, "n_tokens d_in"]:
+    return torch.from_file(str(file), shared=True, size=n_entries, dtype=torch.bfloat16).view(n_tokens, -1)
+
+
+@contextmanager
+def _end_told(store: ActivationsStore, done: Mapping[str, int], n_tokens: int) -> Iterator[None]:
+    """Turns the end of the text into a sentence. A pass that it does not fill is left out."""
+    try:
+        yield
+    except StopIteration as error:
+        n_prompts = store.store_batch_size_prompts
+        raise ValueError(
+            f"the text has some {done['tokens']:,} tokens, but {n_tokens:,} are asked for; it ends before "
+            f"{done['prompts'] + n_prompts:,} prompts of context_size={store.context_size} tokens, {n_prompts} in a "
+            "pass of the model. Take more text, fewer tokens, or fewer prompts in a pass."
+        ) from error
+
+
+def shuffled_batches(
+    activations: BFloat16[Tensor, "n_tokens d_in"], batch_size: int, seed: int, first: int = 0
+) -> Iterator[Float[Tensor, "batch_size d_in"]]:
+    """Batches of rows in random order, float32, each row once before any comes again; without end.
+
+    Args:
+        activations: what `cache_activations` returns.
+        batch_size: rows in a batch; what is left of an epoch is dropped.
+        seed: of the order.
+        first: number of batches that a resumed run has seen.
+
+    Raises:
+        ValueError: if `batch_size` is not above 0, or there are fewer rows than a batch has.
+    """
+    check_count(batch_size, "batch_size")
+    if len(activations) < batch_size:
+        raise ValueError(f"{len(activations)} rows are less than a batch of {batch_size}.")
+    return _shuffled_batches(activations, batch_size, seed, first)
+
+
+def _shuffled_batches(
+    activations: BFloat16[Tensor, "n_tokens d_in"], batch_size: int, seed: int, first: int
+) -> Iterator[Float[Tensor, "batch_size d_in"]]:
+    per_epoch = len(activations) // batch_size
+    generator = torch.Generator().manual_seed(seed)
+    skipped_epochs, batch = divmod(first, per_epoch)
+    for epoch in count():
+        order = torch.randperm(len(activations), generator=generator)
+        if epoch < skipped_epochs:
+            continue
+        for rows in order.split(batch_size)[batch:per_epoch]:
+            yield activations[rows].float()
+        batch = 0
+
+
+def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differ = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"{str(folder)!r} has activations of {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
+            "choose another folder, or delete this one."
+        )

@@ -1,0 +1,1 @@
+"""Everything that touches SAELens' runners, trainers and stores."""

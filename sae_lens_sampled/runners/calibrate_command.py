@@ -1,0 +1,146 @@
+"""`sae-lens-sampled calibrate`: the model and tokens of a run, read again, and thresholds from them."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lens import ActivationsStore
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_sampled.files import check_new, complete, reserve
+from sae_lens_sampled.metrics import differs
+from sae_lens_sampled.runners.hooks import switch_on
+from sae_lens_sampled.runners.language_model import load_model_of_run
+from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.training_data import (
+    TokenSettings,
+    expected_first_token_share,
+    first_token_share,
+    store_of_run,
+    token_settings,
+)
+from sae_lens_sampled.runners.transcoder import hooks_of, read_both
+from sae_lens_sampled.sae.calibration import CalibrationReport, calibrate_thresholds, check_calibration
+from sae_lens_sampled.sae.inference import load_checkpoint
+from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
+from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder
+
+
+def calibrate(
+    checkpoint: Path,
+    dataset: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    mode: str = "per_latent",
+    target_l0: float | None = None,
+    max_tokens: int = 1_000_000,
+    batch_size: int = 4096,
+    device: str = "cpu",
+) -> list[str]:
+    """Save the calibrated SAE of a checkpoint to `out`; the lines of the report.
+
+    Arguments, model, text and disk space are checked before the work. `model_kwargs` are those of the run if None.
+
+    Raises:
+        ValueError: if something is wrong with the checkpoint, the arguments, the model or the text.
+        NoSpaceError: if there is no room for the SAE.
+    """
+    check_new(out, "out")
+    if batch_size > max_tokens:
+        raise ValueError(
+            f"batch_size={batch_size} is larger than max_tokens={max_tokens}: not one batch would be read."
+        )
+    sae = load_checkpoint(checkpoint, device=device)
+    if not isinstance(sae, SampledTopKTrainingSAE):
+        raise ValueError(  # noqa: TRY004  of a folder
+            f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one; "
+            "sae_lens_sampled.from_batchtopk makes one of it."
+        )
+    check_calibration(sae, mode, target_l0, max_tokens)
+    _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
+    _hooks(sae)
+    settings = token_settings(sae.cfg.metadata, checkpoint)
+    with complete(out) as unfinished:
+        held = unfinished.with_name("held")
+        reserve(held, sum(p.numel() * p.element_size() for p in sae.parameters()) + 2**20, "the calibrated SAE")
+        store = activations_of_run(sae, settings, dataset, batch_size, device, model, model_kwargs)
+        tokenizer: Any = store.model.tokenizer
+        with short_text_told(_named(dataset), store):
+            shares = first_token_share(store), expected_first_token_share(settings, tokenizer.bos_token_id)
+        exported, report = calibrate_thresholds(sae, store, mode=mode, target_l0=target_l0, max_tokens=max_tokens)
+        held.unlink()
+        exported.save_model(unfinished)
+    if differs(*shares):
+        warnings.warn(
+            f"{shares[0]:.1%} of the calibration tokens are the first of their prompt, {shares[1]:.1%} of those in "
+            "training: thresholds are for tokens such as these.",
+            stacklevel=2,
+        )
+    return _lines(report, settings, shares)
+
+
+def activations_of_run(
+    sae: TrainingSAE[Any],
+    settings: TokenSettings,
+    dataset: Any,
+    batch_size: int,
+    device: str = "cpu",
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> ActivationsStore:
+    """Endless batches, shape (batch_size, width), of what `sae` was trained on, of another text or the same."""
+    hooks = _hooks(sae)
+    language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
+    switch_on(language_model, hooks)
+    with short_text_told(_named(dataset)):
+        store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
+    if isinstance(sae, SampledTopKTranscoder):
+        read_both(store, hooks, sae.cfg.batch_parts)
+    return store
+
+
+def _named(dataset: Any) -> str:
+    return f"dataset={dataset!r}" if isinstance(dataset, str) else "dataset"
+
+
+def _hooks(sae: TrainingSAE[Any]) -> list[str]:
+    """The hooks that `sae` was trained on, by its metadata: one, or those of a transcoder's inputs and outputs."""
+    if isinstance(sae, SampledTopKTranscoder):
+        return hooks_of(sae)
+    if sae.cfg.metadata.hook_name is None:
+        raise ValueError(f"the metadata of this {type(sae).__name__} have no hook_name: set it first.")
+    return [sae.cfg.metadata.hook_name]
+
+
+def _check_memory(max_tokens: int, width: int) -> None:
+    """Refuse more tokens than memory holds: the text is read again and again until there are enough."""
+    needed, memory = 2 * 4 * width * max_tokens, _memory()
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"max_tokens={max_tokens} of {width} numbers need {needed / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; take fewer, for example {memory // (16 * width):,}."
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of main memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def _lines(report: CalibrationReport, settings: TokenSettings, shares: tuple[float, float]) -> list[str]:
+    measured = dataclasses.asdict(report)
+    mean_norm, in_training = measured.pop("mean_norm"), measured.pop("mean_norm_in_training")
+    rows = {name: f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for name, value in measured.items()}
+    known = "unknown" if in_training is None else f"{in_training:,.4g}"
+    rows["mean_norm"] = f"{mean_norm:,.4g} (in training {known})"
+    rows["first_tokens"] = f"{shares[0]:.2%} (in training {shares[1]:.2%})"
+    rows["tokens"] = settings.described()
+    return [f"{name:16} {value}" for name, value in rows.items()]

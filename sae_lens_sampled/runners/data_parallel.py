@@ -1,0 +1,275 @@
+"""SAELens' runner on several processes, which train one SAE with the numbers of one on the whole batch.
+
+What SAELens 6.54 leaves to be done: each process reads text of its own; the trainer's counters are of all; checkpoints
+are written by one process and hold every process's place in its text; and all stop at the same step.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
+from typing_extensions import override
+
+from sae_lens_sampled.runners.processes import (
+    DEVICE_FIELDS,
+    check_own_devices,
+    join_processes,
+    number_of_processes,
+    own_device,
+)
+from sae_lens_sampled.runners.progress import no_bar
+from sae_lens_sampled.runners.resumable import ResumableRunner, ResumableTrainer
+from sae_lens_sampled.sae.checks import check_groups
+from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.sae.gradient_sum import check_is_exact
+from sae_lens_sampled.signals import Interrupted
+from sae_lens_sampled.step.ranks import ALONE, GroupRanks, Ranks
+
+OF_ONE_PROCESS = {
+    *DEVICE_FIELDS,
+    "checkpoint_path",  # has a random name
+    "output_path",
+    "logger",
+    "verbose",
+    "sae",  # compared by its fields
+    "sae.device",
+    "sae.metadata",
+}
+"""Fields of configs that may differ between processes."""
+TIMEOUT = timedelta(hours=1)
+"""How long the processes wait for one that does something else: the first evaluates, and writes checkpoints."""
+
+
+class DataParallelTrainer(ResumableTrainer):
+    """SAELens' trainer as one of several: it counts the tokens and firings of all, and stops when all do."""
+
+    ranks: GroupRanks
+    """The processes, to exchange what is not on a GPU."""
+
+    @override
+    def stop_if_asked(self) -> None:
+        # The first step has made signals wait, and only this obeys them: all processes stop, or none.
+        if received := int(self.ranks.max(torch.tensor(self.signals.received))):
+            raise Interrupted(received)
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        selections, firings = self.sae.pool_record.selection_counts.clone(), self.act_freq_scores.clone()
+        output = super().step(batch)
+        # SAELens has counted what this process has; the SAE's own record is of all.
+        n_fired = self.sae.pool_record.selection_counts - selections
+        self.act_freq_scores = firings + n_fired
+        self.n_forward_passes_since_fired[n_fired > 0] = 0
+        self.n_training_samples += len(batch) * (self.ranks.count - 1)
+        return output
+
+    @override
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.ranks.rank == 0:
+            super().save_checkpoint(*args, **kwargs)
+        elif self.save_checkpoint_fn is not None:
+            self.save_checkpoint_fn(checkpoint_path=None)  # the place in its text goes to the process that writes
+
+
+class DataParallelRunner(ResumableRunner):
+    """SAELens' runner for one of several processes that torchrun has started; alone, with nothing to exchange.
+
+    `train_batch_size_tokens`, `training_tokens` and everything that is logged or saved are of all processes together,
+    but for the losses, explained variance and L0 of a step, which are of the first one's tokens; so are evaluations.
+    The text is split between the processes. Each has a buffer of its own, of `n_batches_in_buffer`.
+
+    Args:
+        cfg: as for SAELens' runner, the same on all processes. `device="cuda"` is a GPU for each.
+        override_dataset: the whole text; each process takes its part.
+        override_model: as for SAELens' runner.
+        override_sae: a `SampledTopKTrainingSAE`; that of the first process counts.
+        timeout: how long a process waits for another before it ends with an error.
+
+    Raises:
+        ValueError: at the start, if the batch cannot be split evenly, or not without splitting groups; for other
+            architectures, `compile_sae`, devices that are not here or cannot be shared, and what `data_parallel`
+            refuses; for a text of fewer rows than processes; for a checkpoint of another number of processes; if the
+            processes have different configs.
+    """
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        self.ranks: Ranks = ALONE
+        count = number_of_processes()
+        if cfg.resume_from_checkpoint is not None:
+            check_same_number(Path(cfg.resume_from_checkpoint), count)
+        if count > 1:
+            check_can_be_split(cfg, count)
+        check_own_devices(cfg)
+        if count > 1:
+            self.ranks, self.control = join_processes(own_device(cfg.device), timeout)
+            check_same_config(cfg, cfg.sae if override_sae is None else override_sae.cfg, self.control)
+            cfg = _of_process(cfg, self.control)
+        super().__init__(cfg, override_dataset, override_model, override_sae)
+        if count > 1:
+            split_text(self.activations_store, self.control.rank, count)
+        if self.ranks.rank > 0:  # the order in which its buffer is mixed
+            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        with nullcontext() if self.ranks.rank == 0 else no_bar():
+            return super().run()
+
+    @override
+    def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
+        super().adopt(trainer)
+        if self.ranks.count > 1:
+            trainer.sae.data_parallel()
+            trainer.__class__ = DataParallelTrainer
+            trainer.ranks = self.control  # type: ignore[attr-defined]
+            scaler = trainer.activation_scaler
+            trainer.activation_scaler = ScalerOfAll(scaler.scaling_factor, scaler.whitening, ranks=self.control)
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if self.ranks.count > 1:
+            _, *others = self.control.gather(self.activations_store.state_dict())
+            if checkpoint_path is not None:  # SAELens' own files are the last ones written
+                for rank, place in enumerate(others, start=1):
+                    save_file(place, checkpoint_path / place_file(rank))
+        super().save_checkpoint(checkpoint_path)
+
+    @override
+    def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
+        if self.ranks.rank == 0:
+            super().save_final_sae(*args, **kwargs)
+
+
+@dataclass
+class ScalerOfAll(ActivationScaler):
+    """SAELens' estimate of what normalises activations, from the tokens of all processes; the same on all."""
+
+    ranks: GroupRanks = field(kw_only=True)
+
+    @override
+    def estimate_scaling_factor(self, d_in: int, data_provider: Iterator[Tensor], *args: Any, **kwargs: Any) -> None:
+        norms = (batch.norm(dim=-1, keepdim=True) for batch in data_provider)  # all that is looked at
+        super().estimate_scaling_factor(d_in, self._whole_batches(norms), *args, **kwargs)
+        self.scaling_factor = self.ranks.gather(self.scaling_factor)[0]
+
+    @override
+    def estimate_whitening(self, d_in: int, data_provider: Iterator[Tensor], *args: Any, **kwargs: Any) -> None:
+        super().estimate_whitening(d_in, self._whole_batches(data_provider), *args, **kwargs)
+        self.whitening = self.ranks.gather(self.whitening)[0]
+
+    def _whole_batches(self, own: Iterator[Tensor]) -> Iterator[Tensor]:
+        return (torch.cat(self.ranks.gather(batch.cpu())) for batch in own)
+
+
+def place_file(rank: int) -> str:
+    """Name of the file in a checkpoint that has a process's place in its text; SAELens' for the first."""
+    name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
+    return name.name if rank == 0 else f"{name.stem}_{rank}{name.suffix}"
+
+
+def split_text(store: ActivationsStore, rank: int, count: int) -> None:
+    """Leave a store the part of its text, or of its cached activations, that is this process's.
+
+    Raises:
+        ValueError: if there are fewer rows than processes.
+    """
+    for name in ("dataset", "cached_activation_dataset"):
+        whole = getattr(store, name)
+        if isinstance(whole, Dataset) and len(whole) < count:
+            raise ValueError(f"the text has {len(whole)} rows, too few for {count} processes to read some each.")
+        if whole is not None:
+            setattr(store, name, split_dataset_by_node(whole, rank, count))
+    if store.dataset is not None:
+        store.iterable_sequences = store._iterate_tokenized_sequences()
+    store.train_batch_size_tokens //= count
+    # Each takes its own place from a checkpoint.
+    store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / place_file(rank)))
+
+
+def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> None:
+    """Refuse what several processes cannot train together, before anything is loaded.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not isinstance(cfg.sae, SampledTopKTrainingSAEConfig):
+        raise ValueError(  # noqa: TRY004  of a flag
+            f"architecture={cfg.sae.architecture()!r} trains on one process; sampled_topk trains on {count}, and with "
+            "pool_factor=d_sae / k it is BatchTopK."
+        )
+    if cfg.compile_sae:
+        raise ValueError("compile_sae trains on one process: what several exchange cannot be compiled.")
+    if cfg.train_batch_size_tokens % count:
+        raise ValueError(
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} is no multiple of the {count} processes: each must "
+            "have as many tokens as the others."
+        )
+    check_groups(cfg.train_batch_size_tokens // count, cfg.sae.pool_group_size, count)
+    check_is_exact(cfg.sae)
+
+
+def check_same_number(checkpoint: Path, count: int) -> None:
+    """Refuse to resume with another number of processes: each goes on at its own place in its own part of the text.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    pattern = re.compile(re.escape(place_file(1)).replace("_1", r"_\d+"))
+    saved = 1 + sum(pattern.fullmatch(path.name) is not None for path in checkpoint.glob("*"))
+    if saved != count:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r} is of {saved} process{'es' * (saved > 1)}, each with its own "
+            f"place in the text, and cannot be resumed with {count}."
+        )
+
+
+def check_same_config(cfg: LanguageModelSAERunnerConfig[Any], sae: TrainingSAEConfig, control: GroupRanks) -> None:
+    """Refuse processes that were started with different configs, which would wait for each other in vain.
+
+    Raises:
+        ValueError: on all processes, with the field and both values.
+    """
+    fields = {**cfg.to_dict(), **{f"sae.{name}": value for name, value in sae.to_dict().items()}}
+    own = {name: repr(value) for name, value in fields.items() if name not in OF_ONE_PROCESS}
+    first, *others = control.gather(own)
+    for rank, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if theirs.get(name) != first.get(name):
+                raise ValueError(
+                    f"{name}={theirs.get(name)} on process {rank}, but {first.get(name)} on process 0: start all with "
+                    "the same config."
+                )
+
+
+def _of_process(cfg: LanguageModelSAERunnerConfig[Any], control: GroupRanks) -> LanguageModelSAERunnerConfig[Any]:
+    """The config of one process: its GPU, the first one's folder for checkpoints, and a logger for the first alone."""
+    cfg = copy.deepcopy(cfg)
+    for name in DEVICE_FIELDS:
+        setattr(cfg, name, own_device(getattr(cfg, name)))
+    cfg.checkpoint_path = control.gather(cfg.checkpoint_path)[0]  # each has given it a random name
+    cfg.logger.log_to_wandb &= control.rank == 0
+    return cfg

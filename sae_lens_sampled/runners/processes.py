@@ -1,0 +1,156 @@
+"""Which of how many processes this one is, as torchrun says it in the environment, and joining the others."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import typer
+
+from sae_lens_sampled.devices import check_device
+from sae_lens_sampled.step.ranks import GroupRanks, LostRankError
+
+DEVICE_FIELDS = ("device", "llm_device", "act_store_device")
+"""Fields of SAELens' runner config that name a device."""
+TELL_SECONDS = 30.0
+"""Seconds between two lines about waiting for other processes."""
+
+
+def number_of_processes() -> int:
+    """How many processes train together; 1 where nothing says otherwise.
+
+    Raises:
+        ValueError: if WORLD_SIZE is not a number of processes.
+    """
+    return dist.get_world_size() if dist.is_initialized() else _from_environment("WORLD_SIZE", 1, lowest=1)
+
+
+def rank_of_process() -> int:
+    """Number of this process among them, from 0.
+
+    Raises:
+        ValueError: if RANK is not such a number.
+    """
+    rank, count = _from_environment("RANK", 0), number_of_processes()
+    if rank >= count:
+        raise ValueError(f"RANK={rank} in the environment is not below WORLD_SIZE={count}: ranks are from 0.")
+    return rank
+
+
+def own_device(device: str) -> str:
+    """`device`, or this process's own GPU where that is "cuda" and processes share a machine.
+
+    Raises:
+        ValueError: if `device` is one that several processes cannot train on, or cannot share.
+    """
+    if number_of_processes() == 1 or device == "cpu":
+        return device
+    if device != "cuda":
+        raise ValueError(
+            f"device={device!r}: several processes train on 'cpu', or on 'cuda', which gives each process of a machine "
+            "a GPU of its own."
+        )
+    return f"cuda:{_from_environment('LOCAL_RANK', 0)}"
+
+
+def check_own_devices(cfg: Any) -> None:
+    """Refuse devices of a runner's config that this process cannot have, before anything is loaded.
+
+    Raises:
+        ValueError: with the field, and the devices of this machine.
+    """
+    for name in DEVICE_FIELDS:
+        check_device(own_device(getattr(cfg, name)), name)
+
+
+def join_processes(device: str, timeout: timedelta) -> tuple[GroupRanks, GroupRanks]:
+    """All processes: to exchange what is on `device`, and to exchange what is on the CPU.
+
+    They find each other by what torchrun has put into the environment, unless they have already. While others are
+    missing, a line on stderr says so every `TELL_SECONDS`.
+
+    Args:
+        device: of this process, of `own_device`.
+        timeout: how long one waits for another in an exchange before it gives up.
+
+    Raises:
+        ValueError: if the device is not here, or the environment does not say where the others are.
+        LostRankError: if they do not come in time.
+    """
+    check_device(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _check_environment()
+        with _waiting_told():
+            dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=timeout)
+    on_cpu = dist.new_group(timeout=timeout, backend="gloo")
+    assert isinstance(on_cpu, dist.ProcessGroup)  # of all processes, so this one is in it
+    return GroupRanks(), GroupRanks(on_cpu)
+
+
+def leave_processes() -> None:
+    """Undo `join_processes`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _waiting_told() -> Iterator[None]:
+    """Says from time to time that this process still waits, and what for."""
+    rank, count, joined = rank_of_process(), number_of_processes(), threading.Event()
+    others = "the other process" if count == 2 else f"the {count - 1} other processes"
+    where = f"MASTER_ADDR:MASTER_PORT={os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    started = time.monotonic()
+
+    def tell() -> None:
+        while not joined.wait(TELL_SECONDS):
+            typer.echo(
+                f"process {rank} of {count} has waited {time.monotonic() - started:.0f} s for {others} at {where}; "
+                "each must be started with this address, and with its own RANK.",
+                err=True,
+            )
+
+    thread = threading.Thread(target=tell, name="waiting for other processes", daemon=True)
+    thread.start()
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(f"process {rank} of {count} has not found {others} at {where}. ({error})") from error
+    finally:
+        joined.set()
+        thread.join()
+
+
+def _check_environment() -> None:
+    """Refuse an environment that does not say which process this is and where the others are.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={number_of_processes()} is in the environment, but {', '.join(missing)} not: start with "
+            "torchrun, which sets them, or unset WORLD_SIZE to train on one process."
+        )
+    rank_of_process()
+    _from_environment("MASTER_PORT", 0)
+
+
+def _from_environment(name: str, default: int, lowest: int = 0) -> int:
+    """A whole number from the environment; an empty variable counts as not set."""
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return default
+    if not value.isdecimal() or int(value) < lowest:
+        raise ValueError(
+            f"{name}={value!r} in the environment must be a whole number of at least {lowest}; torchrun sets it. Unset "
+            "it to train on one process."
+        )
+    return int(value)

@@ -1,0 +1,208 @@
+"""SAELens' runner and trainer on a language model, made to lose nothing when they are stopped.
+
+What this mends of SAELens 6.54 (its runner for many SAEs has only the last three): an interrupt saves the state of the
+activations store alone, into a folder that does not exist, and dies of that; it comes in the middle of a step; a
+checkpoint whose writing was killed looks like a whole one; and a resumed run looks for its place in the text while
+another thread reads on already, with `prefetch_llm_batches`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
+from typing_extensions import override
+
+from sae_lens_sampled.files import whole_folder
+from sae_lens_sampled.folders import UNFOLDED, find_checkpoint, read_config
+from sae_lens_sampled.runners.hooks import heads_side_by_side, is_split, switch_on
+from sae_lens_sampled.runners.run_checks import check_hook, check_run, check_same_activations
+from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.training_data import remember_settings
+from sae_lens_sampled.sae.checks import check_same_weights
+from sae_lens_sampled.signals import Interrupted, Signals
+
+
+class ResumableTrainer(SAETrainer[Any, Any]):
+    """SAELens' trainer, stopped only between two steps; its checkpoints are there whole or not at all."""
+
+    signals: Signals
+
+    def stop_if_asked(self) -> None:
+        """Obey a signal that has come: nothing is half done now, nor while the step that begins waits for data."""
+        self.signals.release()
+
+    @override
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        self.stop_if_asked()
+        # A window that was emptied right before a run was stopped is not logged again: its log would be of 0 / 0.
+        return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        self.signals.hold()
+        return super().step(batch)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
+    ) -> None:
+        run_folder = base_path or self.cfg.checkpoint_path
+        if run_folder is None:
+            return super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        with whole_folder(Path(run_folder) / checkpoint_name) as unfinished:
+            return super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
+
+
+class WholeHookEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens' evaluation, which takes the heads of any hook side by side, as the SAE was trained on them."""
+
+    @override
+    def __call__(self, sae: TrainingSAE[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metadata = sae.cfg.metadata
+        whole = metadata.hook_head_index is None and not is_split(str(metadata.hook_name))
+        with heads_side_by_side(self.model, [str(metadata.hook_name)] if whole else []):
+            return super().__call__(sae, *args, **kwargs)
+
+
+class ResumableRunner(LanguageModelSAETrainingRunner):
+    """SAELens' runner that trains with it, says where checkpoints are, and writes one more when it is stopped."""
+
+    signals: Signals | None = None
+    """Where somebody listens to signals already; otherwise `run` does, while it runs."""
+    resume_command: Callable[[Path | None], str] | None = None
+    """What makes the command that resumes from a checkpoint, to be printed; None prints nothing."""
+    checkpoint: Path | None = None
+    """The one written when the run was stopped."""
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        check_run(cfg)
+        if cfg.resume_from_checkpoint is not None:
+            _check_same_run(cfg, override_model is not None, override_sae)
+        text = "override_dataset" if override_dataset is not None else f"dataset_path={cfg.dataset_path!r}"
+        try:
+            with short_text_told(text):
+                super().__init__(cfg, override_dataset, override_model, override_sae)
+        except OSError as error:
+            if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
+                raise
+            name = "dataset_path" if hasattr(self, "model") else "model_name"
+            raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
+        switch_on(self.model, [cfg.hook_name])
+        self.evaluator.__class__ = WholeHookEvaluator
+        if not cfg.use_cached_activations:
+            check_hook(self.model, cfg)
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        if self.cfg.resume_from_checkpoint is not None:
+            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)  # a second time moves nothing
+        if self.signals is not None:
+            return super().run()
+        with Signals() as self.signals:
+            try:
+                return super().run()
+            finally:
+                self.signals = None
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        remember_settings(self.sae.cfg.metadata, self.cfg)
+
+    def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
+        """Make the trainer, which SAELens' `run` has made itself, one of ours."""
+        trainer.__class__ = ResumableTrainer
+        trainer.signals = self.signals  # type: ignore[attr-defined]
+        # Those passed before would all be written again, one a step.
+        resumed_at = trainer.n_training_samples
+        trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
+        resumed_at, run_folder = trainer.n_training_samples, self.cfg.checkpoint_path
+        self.adopt(trainer)
+        if resumed_at > 0 and _is_folded(trainer):
+            return self._end_again(trainer)
+        if run_folder is not None:
+            self._announce(Path(run_folder))
+        try:
+            return trainer.fit()
+        except Interrupted:
+            if run_folder is not None and trainer.n_training_samples > resumed_at:
+                trainer.save_checkpoint(str(trainer.n_training_samples))
+                self.checkpoint = Path(run_folder) / str(trainer.n_training_samples)
+            raise
+
+    def _end_again(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
+        """The SAE of a run's final checkpoint; SAELens would estimate and fold its normalisation a second time."""
+        if trainer.n_training_samples < trainer.cfg.total_training_samples:
+            raise ValueError(
+                f"{self.cfg.resume_from_checkpoint} is the end of a run, with normalize_activations folded into its "
+                "weights, which cannot be trained further; resume from a checkpoint before it."
+            )
+        trainer.set_final_sae_metadata()
+        return trainer.sae
+
+    def _announce(self, run_folder: Path) -> None:
+        """Say how to resume from the newest checkpoint: whoever kills the run leaves no time to say it later."""
+        if self.resume_command is None:
+            return
+        if self.cfg.resume_from_checkpoint is not None:
+            _link_into(run_folder, Path(self.cfg.resume_from_checkpoint))
+        typer.echo(
+            f"Checkpoints go to {run_folder}: {self.cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM "
+            f"stops the run. Go on from the newest with\n{self.resume_command(run_folder)}",
+            err=True,
+        )
+
+
+def _check_same_run(
+    cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
+) -> None:
+    """Refuse a checkpoint of other weights or activations before anything is loaded."""
+    checkpoint = Path(str(cfg.resume_from_checkpoint))
+    if not checkpoint.is_dir():
+        find_checkpoint(checkpoint)  # says which there are
+    if override_sae is not None:
+        check_same_weights(checkpoint, override_sae.cfg.to_dict())
+    elif cfg.from_pretrained_path is not None:
+        check_same_weights(checkpoint, read_config(Path(cfg.from_pretrained_path)))
+    else:
+        check_same_weights(checkpoint, cfg.get_training_sae_cfg_dict())
+    check_same_activations(checkpoint, cfg, own_model)
+
+
+def _is_folded(trainer: SAETrainer[Any, Any]) -> bool:
+    scaler = trainer.activation_scaler
+    is_estimated = scaler.scaling_factor is not None or scaler.whitening is not None
+    return trainer.sae.cfg.normalize_activations in UNFOLDED and not is_estimated
+
+
+def _link_into(run_folder: Path, checkpoint: Path) -> None:
+    """Make the checkpoint one of this run's, at no cost where the file system has links."""
+    copy = run_folder / checkpoint.name
+    if not copy.exists():
+        with whole_folder(copy) as unfinished:
+            shutil.copytree(checkpoint, unfinished, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,112 @@
+"""Validation of a run's configuration, before anything is loaded or trained for it."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
+
+from sae_lens_sampled.folders import read_runner_config
+from sae_lens_sampled.runners.hooks import one_pass
+from sae_lens_sampled.runners.language_model import defining_kwargs
+from sae_lens_sampled.sae.checks import check_equal_fields
+
+ACTIVATION_FIELDS = ("hook_name", "hook_head_index", "model_class_name", "model_from_pretrained_kwargs")
+"""Fields of a runner's config that say which activations the weights are of; a model's folder may have moved."""
+COUNTS = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "context_size",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "n_batches_for_norm_estimate",
+    "feature_sampling_window",
+)
+"""Fields of a run's configuration that must be at least 1."""
+
+
+def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse numbers of a run's configuration that SAELens takes and cannot train with, or only says so much later.
+
+    Raises:
+        ValueError: with the field and its value.
+    """
+    for name in COUNTS:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be above 0.")
+    for name in ("n_checkpoints", "dead_feature_window", "lr_warm_up_steps", "lr_decay_steps"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must not be negative.")
+    if not 0 <= cfg.lr < math.inf:
+        raise ValueError(f"lr={cfg.lr} must be a finite number, and not negative.")
+    buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if buffer < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts are {buffer} tokens, fewer than the "
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; "
+            f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))} mix two batches."
+        )
+
+
+@torch.no_grad()
+def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
+
+    Raises:
+        ValueError: with the hook, and its width.
+    """
+    acts = one_token(model, cfg, {"hook_name": cfg.hook_name})[cfg.hook_name][0, 0]
+    if cfg.hook_head_index is not None:
+        if acts.ndim < 2 or cfg.hook_head_index >= len(acts):
+            raise ValueError(
+                f"hook_head_index={cfg.hook_head_index}: {cfg.hook_name} has activations of shape {tuple(acts.shape)} "
+                "for each token, without so many heads."
+            )
+        acts = acts[cfg.hook_head_index]
+    if acts.numel() != cfg.sae.d_in:
+        raise ValueError(f"d_in={cfg.sae.d_in}, but {cfg.hook_name} of {cfg.model_name} is {acts.numel()} wide.")
+
+
+@torch.no_grad()
+def one_token(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], hooks: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Activations of one token at hooks, which fields of the config have named, in the order in which the hooks run.
+
+    Raises:
+        ValueError: if the model has no such hook, or does not run it.
+    """
+    for field, hook_name in hooks.items():
+        if hook_name not in model.hook_dict:
+            raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    activations = one_pass(model, token, hooks.values(), **cfg.model_kwargs)
+    for field, hook_name in hooks.items():
+        if hook_name not in activations:
+            raise ValueError(
+                f"{field}={hook_name!r} is a hook of {cfg.model_name} that does not run, or has no tensor."
+            )
+    return activations
+
+
+def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any], own_model: bool) -> None:
+    """Refuse a checkpoint of a run on other activations; of the user's `own_model` the config says nothing.
+
+    Raises:
+        ValueError: with the field, both values and the way out.
+    """
+    names = [name for name in ACTIVATION_FIELDS if not (own_model and name.startswith("model_"))]
+    check_equal_fields(folder, names, _with_meaning(read_runner_config(folder)), _with_meaning(cfg.to_dict()))
+
+
+def _with_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as JSON has it, with those arguments of `from_pretrained` that make another model."""
+    known = json.loads(json.dumps(dict(config), default=str))
+    if isinstance(known.get("model_from_pretrained_kwargs"), dict):
+        known["model_from_pretrained_kwargs"] = defining_kwargs(known["model_from_pretrained_kwargs"])
+    return known

@@ -1,0 +1,112 @@
+"""`sae-lens-sampled train`: SAELens' training on a language model from flags, on one process or several."""
+
+import os
+import shlex
+import traceback
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+from sae_lens_sampled.folders import find_checkpoint
+from sae_lens_sampled.runners.data_parallel import DataParallelRunner
+from sae_lens_sampled.runners.processes import leave_processes, number_of_processes, rank_of_process
+from sae_lens_sampled.runners.progress import live_bar
+from sae_lens_sampled.runners.run_checks import check_run
+from sae_lens_sampled.runners.transcoder import TranscoderRunner
+from sae_lens_sampled.sae.transcoder import SampledTopKTranscoderConfig
+from sae_lens_sampled.signals import Interrupted, Signals
+
+
+class TrainError(RuntimeError):
+    """Training could not begin or go on; the message is the reason."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train with SAELens' flags; the exit status. A run that is stopped says how to go on with it.
+
+    Where WORLD_SIZE is above 1, as in a process that torchrun has started, this is one process of several.
+
+    Raises:
+        TrainError: with the reason, of whatever kind it was; an error that no flag or file causes is raised as it is.
+    """
+    runner = None
+    with _reasons(), Signals() as signals, ExitStack() as stack:
+        is_first = rank_of_process() == 0
+        stack.callback(leave_processes)
+        try:
+            stack.enter_context(live_bar())
+            cfg = _configure(arguments)
+            reads_two_hooks = isinstance(cfg.sae, SampledTopKTranscoderConfig)
+            runner = (TranscoderRunner if reads_two_hooks else DataParallelRunner)(cfg)
+            runner.signals = signals
+            if is_first:
+                runner.resume_command = partial(format_command, arguments)
+            runner.run()
+        except Interrupted as interrupted:
+            stack.close()  # the bar, before anything is said
+            if is_first:
+                checkpoint = None if runner is None else runner.checkpoint
+                done = "before its first step" if checkpoint is None else f"with all that it did in {checkpoint}"
+                command = format_command(arguments, checkpoint)
+                typer.echo(f"Stopped by {interrupted.signal_name} {done}. Go on with\n{command}", err=True)
+            return interrupted.exit_status
+    return 0
+
+
+def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
+    """The command with these flags, resuming from `checkpoint`, with as many processes as there are now."""
+    words, flag = list(arguments), "--resume_from_checkpoint"
+    if checkpoint is not None:
+        words = [
+            word
+            for before, word in zip(["", *words], words, strict=False)
+            if flag not in (before, word) and not word.startswith(f"{flag}=")
+        ]
+        words += [flag, str(checkpoint)]
+    return shlex.join([*_program(), "train", *words])
+
+
+def _program() -> list[str]:
+    """What stands before `train`; torchrun's flags about how the machines find each other are the user's to repeat."""
+    if number_of_processes() == 1:
+        return ["sae-lens-sampled"]
+    n_nodes, n_local = (os.environ.get(name, "") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = [] if n_nodes in ("", "1") else ["--nnodes", n_nodes]
+    return ["torchrun", *nodes, "--nproc-per-node", n_local or str(number_of_processes()), "-m", "sae_lens_sampled"]
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, AttributeError, NameError, TypeError):
+        raise
+    except Exception as error:  # those of parser, Hub, files and torch have no common base
+        raise TrainError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)[:1000]  # TransformerLens names every model that it knows
+    if isinstance(error, (ValueError, OSError, ArgumentError)):
+        return text
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({innermost.filename}, line {innermost.lineno})"
+
+
+def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    try:
+        cfg = _parse_cfg_args(arguments)
+    except ZeroDivisionError as error:
+        names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
+        raise ValueError(f"one of {names} is 0, and SAELens divides by each.") from error
+    check_run(cfg)
+    if cfg.resume_from_checkpoint is not None:
+        cfg.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))
+    return cfg

@@ -1,0 +1,227 @@
+"""SAELens' runner for transcoders: it reads two hooks of the model, and evaluates what is put in at the second."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.types import DataProvider
+from torch import Tensor
+from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
+from typing_extensions import override
+
+from sae_lens_sampled.runners.data_parallel import DataParallelRunner
+from sae_lens_sampled.runners.hooks import heads_side_by_side, is_one_place, is_split, switch_on, switched_on
+from sae_lens_sampled.runners.run_checks import one_token
+from sae_lens_sampled.sae.reconstruction import add_skip
+from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
+
+
+class TranscoderRunner(DataParallelRunner):
+    """SAELens' runner with inputs at its `hook_name` and outputs at the `hook_name_out` of the transcoder's config.
+
+    All else is as for `DataParallelRunner`, on one process or several: text, buffers, checkpoints, logging.
+    Evaluations replace what is at `hook_name_out` by its reconstruction.
+
+    Raises:
+        ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
+            numbers of tokens, come in the other order or are one place, one is of a single head, activations are to be
+            read from a cache, the model cannot switch a hook on, or the SAE given is no transcoder of these widths.
+    """
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
+        _check_config(cfg)
+        super().__init__(cfg, *args, **kwargs)
+        if not isinstance(self.sae, SampledTopKTranscoder) or self.sae.cfg.batch_parts != cfg.sae.batch_parts:
+            raise ValueError(
+                f"the SAE to be trained is a {type(self.sae).__name__} of {self.sae.cfg.batch_parts}; the config asks "
+                f"for a transcoder of {cfg.sae.batch_parts}."
+            )
+        hooks = [cfg.hook_name, cfg.sae.hook_name_out]
+        if isinstance(self.model, HookedProxyLM):  # SAELens has asked it for the hook of the inputs alone
+            self.model = HookedProxyLM(self.model.model, self.model.tokenizer, hooks)
+            self._compile_llm_if_needed()
+        switch_on(self.model, hooks)
+        check_outputs(self.model, cfg)
+        self.activations_store.model = self.model
+        read_both(self.activations_store, hooks, cfg.sae.batch_parts)
+        evaluator = self.evaluator
+        self.evaluator = TranscoderEvaluator(
+            self.model,
+            self.activations_store,
+            evaluator.eval_batch_size_prompts,
+            evaluator.n_eval_batches,
+            evaluator.model_kwargs,
+        )
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        self.sae.cfg.metadata.hook_name_out = self.cfg.sae.hook_name_out
+
+
+class TranscoderEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens' evaluation, of the model with outputs reconstructed from inputs."""
+
+    @override
+    def __call__(
+        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: ActivationScaler
+    ) -> dict[str, Any]:
+        with as_sae_on_outputs(sae, self.model) as view:
+            return super().__call__(view, data_provider, activation_scaler)
+
+
+class _StoreOfBoth(ActivationsStore):
+    """Yields inputs and outputs side by side; what mixes, filters and resumes is SAELens' own."""
+
+    @override
+    def get_activations(self, batch_tokens: Tensor) -> Tensor:
+        by_hook = self.get_multi_hook_activations(batch_tokens)
+        assert self._hook_names is not None
+        return torch.cat([by_hook[name].to(self.device, torch.float32) for name in self._hook_names], dim=-1)
+
+
+class _OutputsSAE:
+    """A transcoder as an SAE on its outputs, which encodes the inputs that the model has had just before."""
+
+    def __init__(self, transcoder: SAE[Any]) -> None:
+        self.transcoder = transcoder
+        self.passed: Tensor | None = None
+        """Inputs that have passed the hook, and are not encoded yet."""
+        self.inputs = torch.empty(0)
+        self.cfg = copy.deepcopy(transcoder.cfg)
+        self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
+
+    def __getattr__(self, name: str) -> Any:
+        if "transcoder" not in self.__dict__:  # as in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.transcoder, name)
+
+    def __call__(self, _outputs: Tensor) -> Tensor:
+        return self.decode(self.encode(_outputs))
+
+    forward = __call__
+
+    def encode(self, _outputs: Tensor) -> Tensor:
+        if self.passed is None:
+            raise ValueError("no inputs have come since the last were encoded: they must come before outputs.")
+        self.inputs, self.passed = self.passed.to(self.transcoder.device), None
+        return self.transcoder.encode(self.inputs)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return add_skip(self.transcoder, self.inputs, self.transcoder.decode(acts))
+
+
+@contextmanager
+def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator[Any]:
+    """For SAELens' `run_evals` on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
+
+    Its `encode` must come after a pass of the model, and takes the inputs of that, whatever it is given. Metrics of
+    weights (`compute_featurewise_weight_based_metrics`) are for inputs and outputs of one width. Hooks that the model
+    must have switched on are on meanwhile.
+
+    Raises:
+        ValueError: if the metadata name no hook of the outputs, or the model does not have a hook or cannot switch it
+            on; in a pass of the model and in `encode`, if inputs do not come before outputs.
+    """
+    hook_in, hook_out = hooks = hooks_of(transcoder)
+    for name in hooks:
+        if name not in model.hook_dict:
+            raise ValueError(f"this {type(transcoder).__name__} is of hook {name!r}, which the model does not have.")
+    if is_one_place(model, hook_in, hook_out):
+        raise ValueError(_told_of_one_place(hook_in, hook_out))
+    view, have_come = _OutputsSAE(transcoder), False
+
+    def remember(hook: Any, _arguments: Any, inputs: Tensor) -> None:
+        nonlocal have_come
+        view.passed, have_come = hook.hook_conversion.convert(inputs), True
+
+    def check(_hook: Any, _arguments: Any) -> None:
+        nonlocal have_come
+        if not have_come:
+            raise ValueError(f"{hook_out} comes before {hook_in}; outputs must come after inputs.")
+        have_come = False
+
+    whole = [hook_in] if is_split(hook_out) else hooks
+    with switched_on(model, hooks), heads_side_by_side(model, whole):
+        handles = [
+            model.hook_dict[hook_in].register_forward_hook(remember),
+            model.hook_dict[hook_out].register_forward_pre_hook(check),
+        ]
+        try:
+            yield view
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _told_of_one_place(hook_in: str, hook_out: str) -> str:
+    return (
+        f"hook_name={hook_in!r} and hook_name_out={hook_out!r} are one place: train an SAE of that hook instead, with "
+        "architecture sampled_topk, or name another hook_name_out."
+    )
+
+
+def hooks_of(transcoder: SAE[Any]) -> list[str]:
+    """The hooks of its inputs and of its outputs, by its metadata.
+
+    Raises:
+        ValueError: if one is not named there.
+    """
+    metadata = transcoder.cfg.metadata
+    hooks = {name: getattr(metadata, name) for name in ("hook_name", "hook_name_out")}
+    for name, hook in hooks.items():
+        if hook is None:
+            raise ValueError(f"the metadata of this {type(transcoder).__name__} have no {name}: set it first.")
+    return list(hooks.values())
+
+
+def read_both(store: ActivationsStore, hooks: list[str], widths: dict[str, int]) -> None:
+    """Make a store of one hook yield inputs and outputs side by side, shape (tokens, d_in + d_out)."""
+    store._hook_names = hooks
+    store._hook_d_ins = dict(zip(hooks, widths.values(), strict=True))
+    store.d_in = sum(widths.values())
+    store.__class__ = _StoreOfBoth
+
+
+def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    sae = cfg.sae
+    if not isinstance(sae, SampledTopKTranscoderConfig):
+        raise ValueError(  # noqa: TRY004  of a flag
+            f"architecture={sae.architecture()!r} reads one hook; LanguageModelSAETrainingRunner trains it."
+        )
+    if sae.hook_name_out is None:
+        raise ValueError("hook_name_out is None: name the hook whose activations are to be reconstructed.")
+    if cfg.hook_head_index is not None:
+        raise ValueError(f"hook_head_index={cfg.hook_head_index}: a transcoder reads and writes whole hooks, no heads.")
+    if cfg.use_cached_activations:
+        raise ValueError("use_cached_activations=True: SAELens caches one hook, and a transcoder reads two.")
+
+
+def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a hook of the outputs that the model does not have, or that does not go with the one of the inputs.
+
+    Raises:
+        ValueError: with the hook, and its width, number of tokens or place.
+    """
+    name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
+    cache = one_token(model, cfg, {"hook_name": cfg.hook_name, "hook_name_out": name})
+    inputs, outputs = cache[cfg.hook_name], cache[name]
+    if is_one_place(model, cfg.hook_name, name):
+        raise ValueError(_told_of_one_place(cfg.hook_name, name))
+    if outputs.shape[:2] != inputs.shape[:2]:
+        raise ValueError(
+            f"{cfg.hook_name} and {name} have activations of shapes {tuple(inputs.shape)} and {tuple(outputs.shape)} "
+            "for one token: a transcoder needs the same tokens at both."
+        )
+    if outputs[0, 0].numel() != width:
+        raise ValueError(f"d_out={width}, but {name} of {cfg.model_name} is {outputs[0, 0].numel()} wide.")
+    if next(iter(cache)) != cfg.hook_name:
+        raise ValueError(f"{name} comes before {cfg.hook_name} in {cfg.model_name}; outputs must come after inputs.")

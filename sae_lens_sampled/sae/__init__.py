@@ -1,0 +1,1 @@
+"""The classes that SAELens sees, and what is made of them: training, export, calibration."""

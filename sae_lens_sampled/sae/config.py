@@ -1,0 +1,214 @@
+"""Configs of the architecture `sampled_topk`: TopK's and BatchTopK's, and the fields that choose the candidate pool."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from types import NoneType
+from typing import Any, Literal, get_args
+
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig
+from typing_extensions import override
+
+from sae_lens_sampled.step.kept_entries import Step
+from sae_lens_sampled.step.scores import SCORES
+from sae_lens_sampled.step.selection import PoolFields, PoolSampling
+
+InferenceThreshold = Literal["per_latent", "global"]
+
+
+FIELD_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("k", (int, float), "a number"),
+    ("pool_factor", (int, float, NoneType), "a number, or None for every latent"),
+    ("score", (str,), "the name of a score"),
+    ("pool_group_size", (int, NoneType), "a whole number of tokens, or None for one pool per batch"),
+    ("pool_seed", (int,), "a whole number"),
+)
+"""What the fields must be; dataclasses do not check it, and most would be found out in the middle of a run."""
+
+
+@dataclass
+class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
+    """
+    Configuration class for training a SampledTopKTrainingSAE (Sampled-SAE, arXiv 2508.21324).
+
+    BatchTopK restricted to a candidate pool: each batch first scores every latent, keeps the best
+    `k * pool_factor` as candidates, and runs BatchTopK among these. Fields that BatchTopK has too are
+    documented there, those of the pool with PoolFields; `aux_loss_coefficient` defaults to the paper's 1/32.
+
+    Args:
+        step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
+            its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
+            equal up to rounding. "auto" takes what is faster on this device at these sizes.
+        inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
+            1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
+        inner_loss_steps (int | None): Training steps after which the inner losses count no more. Levels for half of
+            the training order the latents, and the rest gives the reconstruction back. None: they count to the end.
+        use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
+            SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
+            the gradient.
+        inference_threshold (Literal["per_latent", "global"]): Thresholds of the exported JumpReLU SAE. "per_latent":
+            each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all,
+            with which latents outside the pool fire too.
+    """
+
+    aux_loss_coefficient: float = 1 / 32
+    use_sparse_activations: bool = True
+    step: Step = "auto"
+    inner_loss_coefficient: float = 1.0
+    inner_loss_steps: int | None = None
+    inference_threshold: InferenceThreshold = "per_latent"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sampled_topk"
+
+    @property
+    def batch_parts(self) -> dict[str, int]:
+        """Widths of what a training batch holds side by side, by the names of their fields."""
+        return {"d_in": self.d_in}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pool_fields(self)
+        check(self.step in get_args(Step), f"step={self.step!r} must be one of {', '.join(get_args(Step))}.")
+        check(
+            self.inference_threshold in get_args(InferenceThreshold),
+            f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",
+        )
+        check(
+            isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
+            f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
+        )
+        steps = self.inner_loss_steps
+        check(
+            steps is None or (_is_list_of([steps], int) and steps >= 1),
+            f"inner_loss_steps={steps!r} must be a whole number of training steps, at least 1, or None for all.",
+        )
+        check(
+            steps is None or len(self.inner_widths) > 0,
+            f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
+        )
+        check(
+            self.d_in >= 2,
+            f"d_in={self.d_in} is less than 2: SAELens' auxiliary loss keeps d_in // 2 dead latents per token, and "
+            "divides by that.",
+        )
+        check(
+            self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
+            f"normalize_activations={self.normalize_activations!r} does not work with SAELens' auxiliary loss, which "
+            "would stop the run at the first dead latent; use 'none', 'expected_average_only_in' or "
+            "'covariance_whitening'.",
+        )
+
+
+@dataclass
+class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
+    """
+    Configuration class for a SampledTopKSAE, which selects over its batch at inference as in training.
+
+    The fields are those of SampledTopKTrainingSAEConfig; k is an average per token.
+    """
+
+    k: float = 100  # type: ignore[assignment]
+    rescale_acts_by_decoder_norm: bool = True
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sampled_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pool_fields(self)
+        check(
+            self.normalize_activations == "none",
+            f"this is a checkpoint from the middle of a run with normalize_activations={self.normalize_activations!r}, "
+            "which is not folded into the weights yet; sae_lens_sampled.load_checkpoint(folder) folds it.",
+        )
+
+
+def check_pool_fields(cfg: PoolFields) -> None:
+    """Refuse impossible values of the fields that the selection depends on.
+
+    Raises:
+        ValueError: naming the field, its value, the reason and the way out.
+    """
+    for name in ("pool_group_size", "pool_seed"):
+        value = getattr(cfg, name)
+        if isinstance(value, float) and value.is_integer():
+            setattr(cfg, name, int(value))  # 16.0, as JSON and spreadsheets write it, is 16
+    for name, types, what in FIELD_TYPES:
+        value = getattr(cfg, name)
+        check(
+            isinstance(value, types) and not isinstance(value, bool),
+            f"{name}={value!r} is a {type(value).__name__}; it must be {what}.",
+        )
+    check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
+    check(
+        cfg.pool_factor is None or 1 <= cfg.pool_factor < math.inf,
+        f"pool_factor={cfg.pool_factor} must be finite and at least 1: each token keeps k={cfg.k} entries "
+        f"of k * pool_factor candidates. pool_factor=None makes every latent one.",
+    )
+    check(
+        cfg.score in SCORES,
+        f"score={cfg.score!r} is not known; known are {', '.join(SCORES)}. Add your own with register_score.",
+    )
+    check(
+        cfg.pool_sampling in get_args(PoolSampling),
+        f"pool_sampling={cfg.pool_sampling!r} must be one of {', '.join(get_args(PoolSampling))}.",
+    )
+    check(
+        not (cfg.score == "uniform" and cfg.pool_sampling == "top"),
+        "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to choose by; "
+        "use pool_sampling='proportional'.",
+    )
+    check(
+        cfg.pool_group_size is None or cfg.pool_group_size >= 1,
+        f"pool_group_size={cfg.pool_group_size} must be at least 1 token, or None for one pool per batch.",
+    )
+    _check_levels(cfg)
+
+
+def _check_levels(cfg: PoolFields) -> None:
+    widths, quota = cfg.matryoshka_widths, cfg.pool_quota
+    check(
+        widths is None or (_is_list_of(widths, int) and widths[-1] == cfg.d_sae),
+        f"matryoshka_widths={widths} must be a list of whole numbers that ends in d_sae={cfg.d_sae}, or None.",
+    )
+    ends: list[int] = [0, *(widths or [])]
+    check(
+        all(inner < outer for inner, outer in pairwise(ends)),
+        f"matryoshka_widths={widths} must be positive and strictly increasing.",
+    )
+    if quota is None:
+        return
+    check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
+    n_levels = len(cfg.inner_widths) + 1
+    check(
+        _is_list_of(quota, (int, float)) and len(quota) == n_levels,
+        f"pool_quota={quota} must be a list with a share for each of the {n_levels} levels of matryoshka_widths.",
+    )
+    check(
+        min(quota) >= 0 and math.isclose(sum(quota), 1, abs_tol=1e-6),
+        f"pool_quota={quota} must be shares of at least 0 that sum to 1; they sum to {sum(quota):g}.",
+    )
+    sizes = [size for _, size in cfg.pool_parts]
+    check(
+        min(sizes) > 0,
+        f"pool_quota={quota} gives the levels {sizes} of the {cfg.n_candidates} candidates; each needs at least one, "
+        "by a larger share or a larger pool_factor.",
+    )
+
+
+def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
+    """Whether it is a list of at least one element, all of these types."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
+
+
+def check(condition: bool, message: str) -> None:
+    """Refuse a config with a ValueError, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)

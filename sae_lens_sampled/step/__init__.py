@@ -1,0 +1,1 @@
+"""One training step on tensors alone: scores, pools, the scan, kept entries, thresholds. Imports no SAELens."""

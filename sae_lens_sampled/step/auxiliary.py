@@ -1,0 +1,81 @@
+"""AuxK (Gao et al., arXiv 2406.04093) on the dead columns alone: SAELens' auxiliary loss without its dense cost."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lens_sampled.step.chunks import chunk_length
+from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode, has_kernels
+
+MIN_DEAD = 2
+"""Dead latents over the entries that each token keeps of them, up to which dense products are taken: the entries are
+then a large part of the matrix."""
+
+
+def auxiliary_loss(
+    dead_reconstruction: Float[Tensor, "tokens d_out"] | None,
+    residual: Float[Tensor, "tokens d_out"],
+    n_dead: int,
+    width: int,
+    coefficient: float,
+) -> Float[Tensor, ""]:
+    r"""SAELens' AuxK, $c \min(n_{dead} / (w / 2), 1) \cdot \mathrm{mean} \|\hat e - e\|^2$ for the residual $e$.
+
+    The mean is over inputs as they arrive, of width w: heads, where these are merged for the encoder.
+    """
+    if dead_reconstruction is None:
+        return residual.new_zeros(())
+    squared_error = (dead_reconstruction - residual).square().sum(dim=-1).mean()
+    return coefficient * min(n_dead / (width // 2), 1.0) * (width / residual.shape[-1]) * squared_error
+
+
+def dead_latents(mask: Bool[Tensor, " d_sae"] | None, n_dead: int) -> Int[Tensor, " n_dead"]:
+    """Indices of the dead latents, ascending, without waiting for the device, which gave `n_dead` before."""
+    return torch.zeros(0, dtype=torch.int64) if mask is None else torch.nonzero_static(mask, size=n_dead)[:, 0]
+
+
+def by_entries(n_dead: int, k_aux: int, device: torch.device) -> bool:
+    """Whether a sparse matrix of `k_aux` entries a token is faster than dense products with all dead latents."""
+    return device.type == "cpu" and has_kernels(device) and n_dead > MIN_DEAD * k_aux
+
+
+def dead_reconstruction(
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    dead: Int[Tensor, " n_dead"],
+    hidden_pre: Float[Tensor, "n_dead tokens"] | None,
+    k_aux: int,
+) -> Float[Tensor, "tokens d_out"]:
+    """The reconstruction from the `k_aux` largest pre-activations of dead latents of each token, with gradient.
+
+    As in SAELens they need not be positive, and the decoder's bias is not added. `weights` are of all latents;
+    `hidden_pre` of the dead ones, or None if they are not at hand.
+    """
+    if by_entries(len(dead), k_aux, x.device):
+        return encode_and_decode(x, weights, dead_entries(x, weights, dead, hidden_pre, k_aux))[1][0]
+    part = weights.of(dead)
+    codes = x @ part.W_enc + part.b_enc
+    if len(dead) > k_aux:
+        order = codes if part.norms is None else codes * part.norms
+        chosen = order.topk(k_aux, dim=1, sorted=False).indices
+        codes = torch.zeros_like(codes).scatter(1, chosen, codes.gather(1, chosen))
+    return codes @ part.W_dec
+
+
+@torch.no_grad()
+def dead_entries(
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    dead: Int[Tensor, " n_dead"],
+    hidden_pre: Float[Tensor, "n_dead tokens"] | None,
+    k_aux: int,
+) -> Entries:
+    """The `k_aux` largest pre-activations of dead latents of each token; see `dead_reconstruction`."""
+    if hidden_pre is not None:
+        blocks = [hidden_pre]
+    else:  # they are too many to be kept, so some tokens at a time
+        n_rows, part = chunk_length(len(dead), x.device, at_least=16), weights.of(dead)
+        blocks = (part.hidden_pre(rows).T for rows in x.split(n_rows))
+    largest, chosen = zip(*(block.topk(k_aux, dim=0, sorted=False) for block in blocks), strict=True)
+    tokens = torch.arange(len(x), device=x.device).repeat_interleave(k_aux)
+    return Entries(torch.cat(largest, 1).T.flatten(), tokens, dead[torch.cat(chosen, 1)].T.flatten())

@@ -1,0 +1,299 @@
+"""The two stages of Sampled-SAE (arXiv 2508.21324): a candidate pool from scores, then BatchTopK inside it.
+
+With one pool for the whole batch there is one group; with `pool_group_size=g` every run of g consecutive tokens is a
+group with a pool of its own, the last one possibly shorter. The cutoff is batch-wide in both cases.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lens_sampled.step.rank_statistics import ColumnSums, column_sums, merged_statistics, sketch_scores
+from sae_lens_sampled.step.ranks import ALONE, Ranks, largest_of_ranks
+from sae_lens_sampled.step.scores import SCORES
+
+PoolSampling = Literal["top", "proportional"]
+
+
+@dataclass(kw_only=True)
+class PoolFields:
+    """
+    The config fields that the selection depends on, mixed into the host's configs, which have `k` and `d_sae`.
+
+    Args:
+        pool_factor (float | None): Candidate pool size over k, at least 1 (the paper's l). None, or d_sae / k and
+            more: every latent is a candidate, which is BatchTopK.
+        score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
+            ridge_leverage, uniform, or a name given to register_score.
+        pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
+            without replacement, with probability proportional to the score.
+        pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
+            the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
+        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
+            training steps, so a resumed run repeats it.
+        matryoshka_widths (list[int] | None): Widths of nested levels, increasing, the last one d_sae. The first w
+            latents of each inner width w have a reconstruction loss of their own, as in SAELens' Matryoshka, from the
+            same kept activations. None, or d_sae alone: no levels.
+        pool_quota (list[float] | None): Share of the pool that each level has for its own latents; they sum to 1.
+            None: all latents compete for the pool. With a pool of all latents it has no effect.
+    """
+
+    pool_factor: float | None = 5.0
+    score: str = "l2_norm"
+    pool_sampling: PoolSampling = "top"
+    pool_group_size: int | None = None
+    pool_seed: int = 0
+    matryoshka_widths: list[int] | None = None
+    pool_quota: list[float] | None = None
+
+    if TYPE_CHECKING:
+        k: float
+        d_sae: int
+
+    @property
+    def n_candidates(self) -> int:
+        """Size m of the pool."""
+        return count_candidates(self.k, self.pool_factor, self.d_sae)
+
+    @property
+    def inner_widths(self) -> list[int]:
+        """Widths of the levels inside the whole dictionary, which have losses of their own."""
+        return (self.matryoshka_widths or [])[:-1]
+
+    @property
+    def pool_parts(self) -> list[tuple[slice, int]]:
+        """Ranges of latents that do not compete with each other for the pool, and how many of each are candidates."""
+        if self.pool_quota is None:
+            return [(slice(0, self.d_sae), self.n_candidates)]
+        levels = [slice(*ends) for ends in pairwise([0, *self.inner_widths, self.d_sae])]
+        sizes = quota_sizes(self.pool_quota, [level.stop - level.start for level in levels], self.n_candidates)
+        return list(zip(levels, sizes, strict=True))
+
+
+class ColumnStatistics(NamedTuple):
+    """What a batch tells about each latent, per group; all a pool is chosen from."""
+
+    scores: Float[Tensor, "groups d_sae"]
+    norms: Float[Tensor, "groups d_sae"]
+    """L2 norms: between equal scores the larger norm wins."""
+    alive: Bool[Tensor, "groups d_sae"]
+    """Whether the latent has a positive activation."""
+
+
+def sampled_topk(
+    acts: Float[Tensor, "tokens d_sae"], cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
+) -> tuple[Float[Tensor, "tokens d_sae"], Int[Tensor, "groups n_candidates"]]:
+    """Both stages: the kept activations, 0 elsewhere, and the pools they were kept from.
+
+    Args:
+        acts: non-negative activations.
+        cfg: how to choose the pool.
+        draw: number of the random draw, if the pool is sampled.
+        ranks: the processes that share the batch, of which `acts` are this one's; all call this.
+    """
+    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, ranks)
+    pool = choose_pool(statistics, cfg, draw, ranks)
+    n_keep = int(cfg.k * len(acts) * ranks.count)
+    return keep_top_entries(acts, pool, n_keep, cfg.pool_group_size, ranks), pool
+
+
+def choose_pool(
+    statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
+) -> Int[Tensor, "groups n_candidates"]:
+    """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
+    if cfg.pool_sampling == "proportional":
+        first_group = 0 if cfg.pool_group_size is None else ranks.rank * len(statistics.scores)
+        statistics = perturb_scores(statistics, cfg.pool_seed, draw, first_group)
+    # Level after level is ascending already.
+    chosen = []
+    for part, size in cfg.pool_parts:
+        of_part = ColumnStatistics(*(statistic[:, part] for statistic in statistics))
+        chosen.append(candidate_pool(of_part, size) + part.start)
+    return torch.cat(chosen, dim=1)
+
+
+def quota_sizes(quota: list[float], widths: list[int], n_candidates: int) -> list[int]:
+    """How many of `n_candidates` each level has: its share, rounded, and at most all of its latents.
+
+    What levels cannot take fills those that have room, the widest first. Among equally wide ones the innermost.
+
+    Args:
+        quota: shares, which sum to 1.
+        widths: numbers of latents of the levels, without those of the levels inside.
+        n_candidates: at most as many as there are latents.
+    """
+    # Rounding the cumulative sums, the sizes add up.
+    ends = [0, *(round(n_candidates * share) for share in accumulate(quota))]
+    sizes = [min(end - start, width) for (start, end), width in zip(pairwise(ends), widths, strict=True)]
+    for level in sorted(range(len(widths)), key=lambda level: -widths[level]):
+        sizes[level] += min(widths[level] - sizes[level], n_candidates - sum(sizes))
+    return sizes
+
+
+def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
+    """Size m of the pool: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
+    if pool_factor is None or pool_factor >= d_sae / k:
+        return d_sae
+    return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
+
+
+@torch.no_grad()
+def column_statistics(
+    acts: Float[Tensor, "tokens d_sae"], score: str, n_candidates: int, group_size: int | None, ranks: Ranks = ALONE
+) -> ColumnStatistics:
+    """Score, norm and liveness of every latent in every group, in float32 at least.
+
+    Args:
+        acts: non-negative activations.
+        score: a key of `SCORES`.
+        n_candidates: size m of the pool.
+        group_size: tokens that share a pool; None for the whole batch.
+        ranks: the processes that share the batch, of which `acts` are this one's.
+    """
+    if ranks.count > 1 and group_size is None:
+        statistics, _ = merged_column_statistics(column_sums(acts, score), score, len(acts), ranks)
+        if score != "ridge_leverage":
+            return statistics
+        scores = sketch_scores(lambda rows: acts[rows], len(acts), n_candidates, acts.device, ranks)
+        return statistics._replace(scores=scores[None])
+    parts = []
+    for groups in _in_groups(acts, group_size):
+        norms = score_of(groups, "l2_norm", n_candidates)
+        scores = norms if score == "l2_norm" else score_of(groups, score, n_candidates)
+        parts.append(ColumnStatistics(scores, norms, groups.sum(dim=1) > 0))
+    return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def merged_column_statistics(
+    sums: ColumnSums, score: str, n_own: int, ranks: Ranks
+) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
+    """Statistics of one pool over all ranks, of whose tokens `n_own` are this one's, and the largest activations."""
+    scores, norms, alive, peak = merged_statistics(sums, score, n_own * ranks.count, ranks)
+    return ColumnStatistics(scores[None], norms[None], alive[None]), peak
+
+
+@torch.no_grad()
+def score_of(
+    acts: Float[Tensor, "groups tokens latents"], score: str, n_candidates: int
+) -> Float[Tensor, "groups latents"]:
+    """One score of every latent in every group, in float32 at least, under autocast too."""
+    device = acts.device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    with torch.autocast(device, enabled=False) if available else nullcontext():
+        return SCORES[score](acts.to(torch.promote_types(acts.dtype, torch.float32)), n_candidates)
+
+
+@torch.no_grad()
+def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tensor, "groups n_candidates"]:
+    """Indices of the best-scored latents of each group, in ascending order.
+
+    A latent that is not alive ranks below every one that is. Equal scores: the larger norm first, then the lower index.
+    """
+    # A stable sort of all latents is slow, so: find the m-th value, take all above it, and let the next criterion
+    # choose among its equals. How many are missing stays on the device.
+    # NaN, of broken weights, is in no order: it ranks last, so that the loss becomes NaN and no index is made up.
+    scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
+    above, equal = _split_at_rank(scores, n_candidates)
+    norms = statistics.norms.nan_to_num(0, torch.inf).masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
+    above, equal = _split_at_rank(norms, n_candidates)
+    missing = n_candidates - above.sum(dim=1, keepdim=True)
+    chosen_by_index = equal & (equal.cumsum(dim=1) <= missing)
+    return _mask_to_indices(above | chosen_by_index, n_candidates)
+
+
+def perturb_scores(
+    statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""], first_group: int = 0
+) -> ColumnStatistics:
+    """Scores whose largest m are a random sample without replacement, with probability proportional to the score.
+
+    Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Scores below 0 count as 0. The noise is
+    a function of (seed, draw, group, latent), the same on every device; `draw` counts the draws and stays a tensor,
+    so that no device is waited for. `first_group` is the number of the first group, where other ranks have some before.
+    """
+    scores = statistics.scores.double()
+    log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()
+    n_groups, d_sae = scores.shape
+    return statistics._replace(scores=log_scores + gumbel_noise(seed, draw, n_groups, d_sae, first_group))
+
+
+def gumbel_noise(
+    seed: int, draw: Int[Tensor, ""], n_groups: int, d_sae: int, first_group: int = 0
+) -> Float[Tensor, "groups d_sae"]:
+    """Standard Gumbel noise, float64, as a function of (seed, draw, group, latent)."""
+    groups = torch.arange(first_group, first_group + n_groups, device=draw.device)[:, None]
+    latents = torch.arange(d_sae, device=draw.device)
+    bits = _hash32(_hash32(_hash32(_hash32(torch.full_like(draw, seed)) ^ draw) ^ groups) ^ latents)
+    uniform = (bits.double() + 0.5) / 2**32
+    return -(-uniform.log()).log()
+
+
+def keep_top_entries(
+    acts: Float[Tensor, "tokens d_sae"],
+    pool: Int[Tensor, "groups n_candidates"],
+    n_keep: int,
+    group_size: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Float[Tensor, "tokens d_sae"]:
+    """BatchTopK among the candidates: the `n_keep` largest entries in pooled columns stay, all others become 0.
+
+    With fewer candidate entries than `n_keep`, all of them stay. The gradient reaches kept entries only.
+    """
+    columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
+    candidates = acts.gather(1, columns)
+    if ranks.count > 1:
+        kept = torch.where(largest_of_ranks(candidates.detach(), n_keep, ranks), candidates, 0)
+        return torch.zeros_like(acts).scatter(1, columns, kept)
+    indices = candidates.detach().flatten().topk(min(n_keep, candidates.numel()), sorted=False).indices
+    values = candidates.flatten().gather(0, indices)
+    kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
+    return torch.zeros_like(acts).scatter(1, columns, kept)
+
+
+def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
+    """Views of shape (groups, tokens, d_sae): all whole groups at once, then the shorter rest if there is one."""
+    if group_size is None:
+        yield acts[None]
+        return
+    n_whole = len(acts) // group_size * group_size
+    if n_whole:
+        yield acts[:n_whole].unflatten(0, (-1, group_size))
+    if n_whole < len(acts):
+        yield acts[n_whole:][None]
+
+
+def _split_at_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Per row of a (rows, n) matrix: what lies above the `rank`-th largest key, and what equals it."""
+    cutoff = keys.topk(rank, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    return keys > cutoff, keys == cutoff
+
+
+def _mask_to_indices(mask: Tensor, n_true: int) -> Tensor:
+    """Column indices of the True entries, ascending, of a (rows, n) mask with `n_true` in every row.
+
+    Unlike `nonzero` its shape does not depend on the data, so a GPU is not waited for.
+    """
+    n_rows, n_columns = mask.shape
+    # The last of n_true + 1 slots collects what is not chosen.
+    slot = torch.where(mask, mask.cumsum(dim=1) - 1, n_true)
+    columns = torch.arange(n_columns, device=mask.device).expand(n_rows, -1)
+    return slot.new_empty(n_rows, n_true + 1).scatter_(1, slot, columns)[:, :n_true]
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer in int64; constants below 2^31 keep every product inside int64.
+
+    "lowbias32" with the constants found by TheIronBorn (github.com/skeeto/hash-prospector, issue 19).
+    """
+    x = x & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
