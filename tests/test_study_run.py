@@ -2,13 +2,16 @@
 
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
+from study_helpers import SMOKE, storage, unit_of
 
+from study import evaluation, training
 from study.stages import STAGES, Stage
 
 
@@ -46,3 +49,13 @@ def test_a_stage_ends_with_the_handlers_from_before_and_by_ctrl_c_as_in_python(m
     with pytest.raises(KeyboardInterrupt):
         main()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_evals_have_the_model_in_the_type_of_training(monkeypatch, tmp_path):
+    study, seen = replace(SMOKE, dtype="bfloat16"), {}
+    unit = unit_of("batchtopk", study=study)
+    assert training.runner_config(study, [unit], 0, True).model_from_pretrained_kwargs == {"dtype": "bfloat16"}
+    assert training.runner_config(SMOKE, [unit], 0, True).model_from_pretrained_kwargs == {}
+    monkeypatch.setattr(evaluation, "run_evals", lambda *_args, **fields: seen.update(fields))
+    evaluation.train_probes(storage(tmp_path, study), {})
+    assert seen["dtype"] == "bfloat16"

@@ -119,7 +119,7 @@ class Study:
     on_synthetic_data: bool = True
     """Whether the arms are trained on data with known features too, which are the same in every study."""
     dtype: str = "float32"
-    """PyTorch's name of the language model's type; SAEBench runs it in float32."""
+    """PyTorch's name of the language model's type, in training and in evals, which have the SAEs in it too."""
     cached: bool = False
     """Whether SAEs are trained on activations from a file, in batches from the whole text: one pass of the model for
     all arms and seeds. Otherwise `mixed_prompts` are mixed."""

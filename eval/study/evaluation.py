@@ -44,6 +44,7 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
         probing_datasets=study.probing_datasets,
         overrides=study.evals,
         device=study.device,
+        dtype=study.dtype,
         show_progress=False,
     )
     for unit in units:
@@ -73,6 +74,7 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
         storage.cache / "sae_bench",
         overrides={"absorption": study.absorption},
         device=study.device,
+        dtype=study.dtype,
     )
     for unit in units:
         of_unit = {"absorption": results["absorption"][f"{unit.name}_custom_sae"]}
@@ -92,6 +94,7 @@ def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
         storage.cache / "sae_bench",
         overrides={"absorption": settings},
         device=study.device,
+        dtype=study.dtype,
         prepare_only=True,
     )
 

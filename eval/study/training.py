@@ -63,6 +63,7 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
         saes={unit.name: sae_config(study, unit.arm, unit.seed) for unit in units},
         hook_names=study.hook,
         model_name=model_path(study.model),
+        model_from_pretrained_kwargs={} if study.dtype == "float32" else {"dtype": study.dtype},
         dataset_path=study.dataset,
         context_size=study.context_size,
         training_tokens=study.steps * study.batch_size,
