@@ -29,8 +29,8 @@ from latents.rating import blind, read_ratings, score, write_page
 from latents.tables import rating_table, table
 from sae_lens_sampled.runners.hooks import switch_on
 from sae_lens_sampled.runners.stores import short_text_told
-from sae_lens_sampled.saebench import load_saes
-from sae_lens_sampled.saebench.models import attach, load_model
+from sae_lens_sampled.saebench import load_saes, parse_source
+from sae_lens_sampled.saebench.models import attach, common_model_kwargs, load_model
 from smollm2 import smollm2_folder
 
 
@@ -40,14 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = json.loads((args.out / "latents.json").read_text())
         print(rating_table(score(rows, read_ratings(args.score))))
         return
-    model = load_model(smollm2_folder() if args.model == "smollm2" else args.model)
-    saes = {}
-    for named in args.saes:
-        name, _, folder = named.partition("=")
-        [sae] = load_saes([folder], "cpu")
+    loaded = load_saes([parse_source(named) for named in args.saes], "cpu")
+    path = smollm2_folder() if args.model == "smollm2" else args.model
+    model, saes = load_model(path, kwargs=common_model_kwargs(loaded)), {}
+    for sae in loaded:
         attach(sae, model)
         switch_on(model.hooked, [str(sae.sae.cfg.metadata.hook_name)])
-        saes[name] = sae.sae
+        saes[sae.release] = sae.sae
     prompts = held_out_prompts(model.hooked, next(iter(saes.values())), args)
     rows = blind(describe(model.hooked, saes, prompts, args.latents), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
