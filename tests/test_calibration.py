@@ -5,7 +5,7 @@ from helpers import D_IN, D_SAE, activations, batchtopk_sae, sampled_sae, train
 
 import sae_lens_sampled.sae.calibration
 from sae_lens_sampled import calibrate_thresholds, to_jumprelu
-from sae_lens_sampled.sae.calibration import quantile_threshold, scale_counts
+from sae_lens_sampled.sae.calibration import _warn_of_rare_latents, quantile_threshold, scale_counts
 
 
 def calibrate(sae, batches, **fields):
@@ -220,3 +220,15 @@ def test_l0_on_held_out_tokens_is_that_of_the_selection_after_a_million_tokens(f
 def test_an_sae_of_another_kind_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"^a BatchTopKTrainingSAE cannot be calibrated.*from_batchtopk"):
         calibrate_thresholds(batchtopk_sae(), activations(300))
+
+
+def test_rare_latents_are_counted_and_told():
+    message = r"^2 of 4 live latents are selected fewer than 10 times in 1,000 tokens.* needs about 5,000 tokens\.$"
+    with pytest.warns(UserWarning, match=message):
+        _warn_of_rare_latents(torch.tensor([0, 2, 9, 10, 30]), 1000)
+    sae = trained(pool_group_size=8)
+    counts = sum((sae.select(batch, draw=i) > 0).sum(dim=0) for i, batch in enumerate(BATCHES))
+    _, report = calibrate(sae, BATCHES, mode="global")
+    assert report.n_rare == ((counts > 0) & (counts < 10)).sum()
+    assert (counts == 0).any()
+    assert 0 < report.n_rare < len(counts)
