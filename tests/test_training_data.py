@@ -136,7 +136,9 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
     assert f"(in training {norm:,.4g})" in lines["mean_norm"]
     assert lines["tokens"].startswith(f"context_size=32, prepend_bos={options.get('prepend_bos', True)}")
     assert all(f"{name}={value!r}" in lines["tokens"] for name, value in options.items())
-    measured, in_training = (float(share.strip("%)")) for share in lines["first_tokens"].split(" (in training "))
+    measured, in_training = (
+        float(share.strip("%)")) for share in lines["first_tokens"].split(" (by the settings of training ")
+    )
     assert measured == pytest.approx(in_training, rel=0.1)
     with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: these are other"):
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
@@ -147,6 +149,7 @@ def test_what_nothing_says_is_assumed_aloud(tmp_path):
     assert settings == TokenSettings(16, True, unknown=settings.unknown)
     assert settings.described().startswith("context_size=16, prepend_bos=True; not known, so assumed: seqpos_slice=")
     assert "exclude_special_tokens=False" in settings.described()
+    assert expected_first_token_share(settings, 0) is None
     for missing in ("context_size", "prepend_bos"):
         metadata = SAEMetadata(context_size=16, prepend_bos=True)
         metadata[missing] = None

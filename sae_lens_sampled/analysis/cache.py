@@ -88,7 +88,7 @@ def cache_activations(
 ) -> BFloat16[Tensor, "n_tokens d_in"]:
     """The first `n_tokens` rows that `store` gives, in the order of the text, from `folder`, where they are kept.
 
-    What is there already is not computed again; a run that was killed goes on where it was. Of several processes that
+    Existing rows are not computed again; a run that was killed resumes where it stopped. Of several processes that
     ask at the same time one runs the model, and the others wait.
 
     Args:

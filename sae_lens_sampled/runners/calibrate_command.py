@@ -48,12 +48,13 @@ def calibrate(
 
     Raises:
         ValueError: if something is wrong with the checkpoint, the arguments, the model or the text.
-        NoSpaceError: if there is no room for the SAE.
+        NoSpaceError: if the disk has no room for the SAE.
     """
     check_new(out, "out")
     if batch_size > max_tokens:
         raise ValueError(
-            f"batch_size={batch_size} is larger than max_tokens={max_tokens}: not one batch would be read."
+            f"batch_size={batch_size} is larger than max_tokens={max_tokens}: one batch alone would be more; "
+            "lower batch_size or raise max_tokens."
         )
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):
@@ -71,17 +72,18 @@ def calibrate(
         store = activations_of_run(sae, settings, dataset, batch_size, device, model, model_kwargs)
         tokenizer: Any = store.model.tokenizer
         with short_text_told(_named(dataset), store):
-            shares = first_token_share(store), expected_first_token_share(settings, tokenizer.bos_token_id)
+            share = first_token_share(store)
+        expected = expected_first_token_share(settings, tokenizer.bos_token_id)
         exported, report = calibrate_thresholds(sae, store, mode=mode, target_l0=target_l0, max_tokens=max_tokens)
         held.unlink()
         exported.save_model(unfinished)
-    if differs(*shares):
+    if expected is not None and differs(share, expected):
         warnings.warn(
-            f"{shares[0]:.1%} of the calibration tokens are the first of their prompt, {shares[1]:.1%} of those in "
-            "training: thresholds are for tokens such as these.",
+            f"{share:.1%} of the calibration tokens are the first of their prompt, but {expected:.1%} by the settings "
+            "of the training run: the thresholds are for tokens such as these.",
             stacklevel=2,
         )
-    return _lines(report, settings, shares)
+    return _lines(report, settings, share, expected)
 
 
 def activations_of_run(
@@ -135,12 +137,13 @@ def _memory() -> int | None:
         return None
 
 
-def _lines(report: CalibrationReport, settings: TokenSettings, shares: tuple[float, float]) -> list[str]:
+def _lines(report: CalibrationReport, settings: TokenSettings, share: float, expected: float | None) -> list[str]:
     measured = dataclasses.asdict(report)
     mean_norm, in_training = measured.pop("mean_norm"), measured.pop("mean_norm_in_training")
     rows = {name: f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for name, value in measured.items()}
     known = "unknown" if in_training is None else f"{in_training:,.4g}"
     rows["mean_norm"] = f"{mean_norm:,.4g} (in training {known})"
-    rows["first_tokens"] = f"{shares[0]:.2%} (in training {shares[1]:.2%})"
+    of_run = "unknown" if expected is None else f"{expected:.2%}"
+    rows["first_tokens"] = f"{share:.2%} (by the settings of training {of_run})"
     rows["tokens"] = settings.described()
     return [f"{name:16} {value}" for name, value in rows.items()]

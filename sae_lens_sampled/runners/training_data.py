@@ -4,9 +4,7 @@ SAELens' `ActivationsStore.from_sae` takes some of these settings from the metad
 defaults: first tokens of many times the norm then come in, which training had left out.
 """
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 from sae_lens import ActivationsStore
-from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.util import get_special_token_ids
+
+from sae_lens_sampled.folders import read_runner_config
 
 BUFFERED_BATCHES = 4
 """Batches that a buffer holds at least: half of it is served before it is filled and mixed again."""
@@ -63,7 +62,8 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
     Raises:
         ValueError: if `context_size` or `prepend_bos` is in neither.
     """
-    known: dict[str, Any] = _runner_config(folder) | {name: metadata[name] for name in RUN_FIELDS if name in metadata}
+    run = read_runner_config(folder) if folder else {}
+    known: dict[str, Any] = {name: of[name] for of in (run, metadata) for name in RUN_FIELDS if name in of}
     # SAELens writes None for what it does not know; of these fields only one has None for a value.
     known = {name: value for name, value in known.items() if value is not None or name == "sequence_separator_token"}
     for name in ("context_size", "prepend_bos"):
@@ -152,23 +152,16 @@ def first_token_share(store: ActivationsStore) -> float:
     return (kept[:, 0].sum() / kept.sum()).item() if first else 0.0
 
 
-def expected_first_token_share(settings: TokenSettings, bos_token_id: int | None) -> float:
-    """Share of first tokens in training by the settings of the run: none, or one in a prompt."""
+def expected_first_token_share(settings: TokenSettings, bos_token_id: int | None) -> float | None:
+    """Share of first tokens in training by the settings of the run, 0 or one in a prompt; None if these are unknown."""
+    if not {"exclude_special_tokens", "seqpos_slice"}.isdisjoint(settings.unknown):
+        return None
     positions = range(settings.context_size)[slice(*settings.seqpos_slice)]
     excluded = settings.exclude_special_tokens
     without_bos = excluded is True or (isinstance(excluded, list) and bos_token_id in excluded)
     if positions[0] != 0 or (settings.prepend_bos and bos_token_id is not None and without_bos):
         return 0.0
     return 1 / len(positions)
-
-
-def _runner_config(folder: Path | None) -> dict[str, Any]:
-    """What the configuration of a run says of its tokens; nothing where there is none that can be read."""
-    try:
-        cfg = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError):
-        cfg = {}
-    return {name: cfg[name] for name in RUN_FIELDS if name in cfg} if isinstance(cfg, Mapping) else {}
 
 
 def _is_default(settings: TokenSettings, of: Any) -> bool:
