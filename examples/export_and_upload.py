@@ -77,7 +77,7 @@ def main() -> None:
     sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=args.max_tokens)
     pruned = to_jumprelu(sae, prune=True)  # without the latents that never fire
     for name, value in dataclasses.asdict(report).items():
-        print(f"{name:18} {value:,.4g}")
+        print(f"{name:22} " + ("unknown" if value is None else f"{value:,.4g}"))
 
     saes = {"learnt": learnt, "calibrated": calibrated, "l0_8": sparser, "pruned": pruned}
     evaluation = {
