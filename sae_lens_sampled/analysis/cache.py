@@ -105,11 +105,11 @@ def cache_activations(
         NoSpaceError: if the disk is too small, after one pass of the model.
     """
     check_count(n_tokens, "n_tokens")
-    check_hooks(store)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = dict(settings) | store_settings(store) | {"n_tokens": n_tokens, "d_in": store.d_in}
     with FileLock(folder / LOCK):
+        check_hooks(store)  # runs the model, which threads may share
         return _complete_activations(store, n_tokens, folder, json.loads(json.dumps(wanted)))
 
 
