@@ -94,7 +94,7 @@ def test_ctrl_c_ends_calibration_caching_loading_and_uploads(tmp_path, monkeypat
     sae = sampled_sae()
     with pytest.raises(KeyboardInterrupt):
         calibrate_thresholds(sae, (press_ctrl_c() for _ in range(3)))
-    monkeypatch.setattr(activation_cache, "check_hooks", press_ctrl_c)
+    monkeypatch.setattr(activation_cache, "store_settings", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         activation_cache.cache_activations(mock.Mock(), 9, tmp_path, {})
     monkeypatch.setattr(sources, "is_checkpoint", lambda folder: False)
