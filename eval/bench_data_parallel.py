@@ -93,7 +93,7 @@ def train(
 
 
 def _bytes_of(sae: SampledTopKTrainingSAE, of_gradients: GroupRanks, n_steps: int) -> dict[str, float]:
-    of_rest = sae._all_ranks
+    of_rest = sae.ranks
     assert isinstance(of_rest, GroupRanks)
     return {"gradient_bytes": of_gradients.n_bytes / n_steps, "other_bytes": of_rest.n_bytes / n_steps}
 

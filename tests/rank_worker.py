@@ -47,7 +47,7 @@ def train(case, rank, count):
     trainer = SAETrainer(config, sae, own)
     trainer.fit()
     if count > 1:
-        n_bytes = sae._all_ranks.n_bytes / n_steps
+        n_bytes = sae.ranks.n_bytes / n_steps
     gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
     return {
         "state": sae.state_dict(),

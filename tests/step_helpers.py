@@ -6,6 +6,7 @@ import torch
 from helpers import D_IN, gradients, step_input
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
+from sae_lens_sampled.step.column_scan import Batch
 
 ALL = {"pool_factor": 200 / 3}
 """Fields of a pool of all 200 latents."""
@@ -25,6 +26,11 @@ def step(sae, x, n_dead=0, number=0):
     given.dead_neuron_mask = torch.zeros(200, dtype=torch.bool)
     given.dead_neuron_mask[60 : 60 + n_dead] = True
     return sae.training_forward_pass(given)
+
+
+def batch_of(x, weights, threshold, cfg):
+    """A first batch."""
+    return Batch(x, weights, threshold, cfg, draw=torch.tensor(0), last_cutoff=torch.tensor(0.0))
 
 
 def on_both_paths(sae, function):

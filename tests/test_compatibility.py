@@ -1,11 +1,12 @@
 """What earlier versions wrote loads: a checkpoint and an export of `sampled_sae(pool_group_size=16)` after 30 steps."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import activations, step_input
+from helpers import activations, sampled_sae, step_input
 from sae_lens import SAE
 
 from sae_lens_sampled import load_checkpoint
@@ -35,3 +36,14 @@ def test_a_checkpoint_of_before_exports_the_same_sae_and_trains_on():
     x = activations(64, seed=8)
     sae.training_forward_pass(step_input(x, step=30))
     assert sae.pool_record.input_norm.item() == pytest.approx(x.norm(dim=-1).mean().item())
+
+
+def test_pools_with_a_quota_which_there_are_no_more_are_refused(tmp_path):
+    checkpoint = shutil.copytree(BEFORE / "checkpoint", tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "cfg.json").read_text())
+    assert config["pool_quota"] is None  # as such checkpoints without one have it, which load
+    (checkpoint / "cfg.json").write_text(json.dumps(config | {"pool_quota": [0.5, 0.5]}))
+    message = r"pool_quota=\[0.5, 0.5\] was an option of earlier versions.*Its JumpReLU export works as it did\.$"
+    for load in (load_checkpoint, SAE.load_from_disk, sampled_sae(pool_group_size=16).load_weights_from_checkpoint):
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint)

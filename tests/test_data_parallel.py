@@ -13,12 +13,10 @@ from process_helpers import FORKS
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.sae.checks import check_finite, check_groups
-from sae_lens_sampled.step.column_scan import Extracted
-from sae_lens_sampled.step.kept_entries import _number_of_all, _of_all_or_none, choose_path
-from sae_lens_sampled.step.ranks import largest_of_ranks
-from sae_lens_sampled.step.scores import BY_COLUMNS, SCORES
-from sae_lens_sampled.step.sparse_codes import Entries
+from sae_lens_sampled.sae.checks import check_groups, read_step
+from sae_lens_sampled.step.kept_entries import choose_path
+from sae_lens_sampled.step.ranks import SeveralRanks
+from sae_lens_sampled.step.scores import SCORES
 
 ALL = {"pool_factor": D_SAE / K}
 GROUPS = {"pool_group_size": 8}
@@ -37,7 +35,7 @@ FAMILIES = [
     {"score": "ridge_leverage"},
     {"score": "squared_l2"} | DRAWN,
     {"score": "uniform"} | DRAWN,
-    {"matryoshka_widths": [12, 48, 96], "pool_quota": [0.4, 0.3, 0.3]} | GROUPS,
+    {"matryoshka_widths": [12, 48, 96]} | GROUPS,
     COLUMNS,
     {"matryoshka_widths": [12, 48, 96]} | COLUMNS,
     {"d_out": 6, "skip": True},
@@ -115,7 +113,7 @@ def test_what_one_pool_exchanges_is_small(trained):
     assert 0 < n_bytes <= (pool + 6 * D_SAE) * 4 + 64 * 1024
 
 
-class Simulated:
+class Simulated(SeveralRanks):
     """Ranks that are threads of one process."""
 
     def __init__(self, rank, count, barrier, box):
@@ -163,32 +161,31 @@ VALUES = st.one_of(
 def test_the_largest_of_all_ranks_are_those_of_the_whole(parts, n_keep):
     """Of uneven and empty parts, with ties, zeros and every scale: as a stable sort of the whole has them."""
     tensors = [torch.tensor(part, dtype=torch.float32) for part in parts]
-    kept = on_ranks(lambda values, ranks: largest_of_ranks(values, n_keep, ranks), tensors)
-    whole = torch.cat(tensors)
-    want = torch.zeros(len(whole), dtype=torch.bool)
-    want[whole.argsort(descending=True, stable=True)[:n_keep]] = True
-    assert torch.equal(torch.cat(kept), want)
+    kept = on_ranks(lambda values, ranks: ranks.topk_indices(values, n_keep), tensors)
+    starts = [sum(map(len, tensors[:rank])) for rank in range(len(tensors))]
+    places = torch.cat([start + indices for start, indices in zip(starts, kept, strict=True)])
+    want = torch.cat(tensors).argsort(descending=True, stable=True)[:n_keep]
+    assert torch.equal(places, want.sort().values)
 
 
 def test_whether_to_scan_again_is_decided_by_all():
     """A rank alone that took another way would hang the others."""
-    extracted = [Extracted(4), None]
-    assert on_ranks(lambda own, ranks: _of_all_or_none(own, torch.device("cpu"), ranks), extracted) == [None, None]
-    candidates = [Entries(*(torch.arange(n) for _ in range(3))) for n in (2, 5)]
-    assert on_ranks(_number_of_all, candidates) == [7, 7]
+    assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, True]) == [True, True]
+    assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, False]) == [False, False]
+    assert on_ranks(lambda n, ranks: ranks.total(n), [2, 5]) == [7, 7]
 
 
 def test_a_row_that_is_not_finite_on_one_rank_stops_all_with_the_same_words():
     x = torch.randn(3, 8, 12)
     x[1, 2, 3] = torch.nan
-    errors = on_ranks(lambda rows, ranks: check_finite(step_input(rows), ranks), list(x))
+    errors = on_ranks(lambda rows, ranks: read_step(step_input(rows), ranks), list(x))
     assert len({str(error) for error in errors}) == 1
     assert str(errors[0]).startswith("1 of 24 rows of sae_in are not finite at training step 0;")
 
 
 def test_ranks_with_different_numbers_of_tokens_all_stop():
     x = torch.randn(18, 12)
-    errors = on_ranks(lambda rows, ranks: check_finite(step_input(rows), ranks), [x[:5], x[5:10], x[10:]])
+    errors = on_ranks(lambda rows, ranks: read_step(step_input(rows), ranks), [x[:5], x[5:10], x[10:]])
     assert {str(error) for error in errors} == {
         "the ranks have between 5 and 8 tokens at training step 0, but each must have as many as the others."
     }
@@ -202,7 +199,6 @@ def test_what_cannot_be_exact_is_refused():
             sae.data_parallel()
     finally:
         SCORES.pop("of_ones_own")
-        BY_COLUMNS.discard("of_ones_own")
     with pytest.raises(ValueError, match="dtype='float64' trains on one"):
         SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=8, d_sae=32, k=2, dtype="float64")).data_parallel()
 

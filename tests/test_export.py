@@ -12,7 +12,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-from sae_lens_sampled.sae.export import METRIC_TOKENS, export_metrics
+from sae_lens_sampled.sae.recorded import METRIC_TOKENS
 
 LOAD_AND_ENCODE = """
 import sys, torch
@@ -294,9 +294,9 @@ def test_the_metrics_of_heads_are_those_of_their_flat_activations_and_look_at_so
     heads.turn_on_forward_pass_hook_z_reshaping()
     broken = x.clone()
     broken[METRIC_TOKENS:] = torch.nan  # not looked at
-    want = {name: metric().item() for name, metric in export_metrics(flat, x).items()}
+    want = {name: metric().item() for name, metric in flat.export_metrics(x).items()}
     for given, sae in ((broken, flat), (broken.view(-1, 3, D_IN // 3), heads)):
-        got = {name: metric().item() for name, metric in export_metrics(sae, given).items()}
+        got = {name: metric().item() for name, metric in sae.export_metrics(given).items()}
         assert got == pytest.approx(want)
 
 
@@ -309,4 +309,4 @@ def test_logged_l0_counts_activations_however_small():
     assert acts.max() < 0.5
     l0 = (acts > 0).sum(dim=1).float().mean().item()
     assert l0 > 1
-    assert export_metrics(sae, batch)["export_l0"]().item() == pytest.approx(l0)
+    assert sae.export_metrics(batch)["export_l0"]().item() == pytest.approx(l0)

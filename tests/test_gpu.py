@@ -19,7 +19,7 @@ POOLS = [
     {},
     {"pool_factor": D_SAE / 3},
     {"pool_group_size": 8},
-    {"pool_group_size": 8, "matryoshka_widths": [10, D_SAE], "pool_quota": [0.5, 0.5]},
+    {"pool_group_size": 8, "matryoshka_widths": [10, D_SAE]},
     {"pool_sampling": "proportional", "score": "squared_l2"},
     {"pool_group_size": 8, "score": "perplexity"},
     {"score": "ridge_leverage"},

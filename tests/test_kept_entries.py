@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
+from step_helpers import ALL, an_sae, assert_equal_steps, batch_of, on_both_paths, step
 
 import sae_lens_sampled.step.chunks
 import sae_lens_sampled.step.column_scan
 import sae_lens_sampled.step.kept_entries
 from sae_lens_sampled.step.column_scan import scan_columns
 from sae_lens_sampled.step.kept_entries import find_candidates, keep_largest
-from sae_lens_sampled.step.pool_record import PoolRecord
 from sae_lens_sampled.step.selection import PoolFields, column_statistics
 from sae_lens_sampled.step.sparse_codes import Weights
 
@@ -119,19 +118,19 @@ def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_s
     weights = Weights(W_enc, b_enc, torch.zeros(d_sae, d_in), None)
     cfg = PoolFields(pool_factor=pool_factor, pool_group_size=group_size)
     cfg.k, cfg.d_sae = k, d_sae
-    record, bound = PoolRecord(d_sae, torch.device("cpu")), torch.tensor(0.8 * cutoff)
-    n_keep, threshold = int(k * n_tokens), torch.zeros(d_sae)
+    batch, bound = batch_of(x, weights, torch.zeros(d_sae), cfg), torch.tensor(0.8 * cutoff)
+    n_keep = int(k * n_tokens)
     acts = (x @ W_enc + b_enc).relu()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", chunk)
         patch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 1)
-        extracted = scan_columns(x, weights, threshold, cfg, None, bound).extracted
+        extracted = scan_columns(batch, None, bound).extracted
         pool = None
         if cfg.n_candidates < d_sae:
             pool = sae_lens_sampled.step.kept_entries.choose_pool(
-                column_statistics(acts, "l2_norm", cfg.n_candidates, group_size), cfg, record.n_steps
+                column_statistics(acts, "l2_norm", cfg.n_candidates, group_size), cfg, batch.draw
             )
-        candidates, _, _ = find_candidates(x, weights, threshold, cfg, record, pool, n_keep, bound, extracted)
+        candidates, _, _ = find_candidates(batch, pool, bound, extracted)
     pools = oracles.pools(acts.tolist(), "l2_norm", cfg.n_candidates, group_size)
     want = oracles.kept_places(acts.tolist(), pools, n_keep, group_size)
     if candidates is None:  # nothing may be kept, and more than nothing may be extracted

@@ -1,6 +1,5 @@
-"""Nested (Matryoshka) losses inside the pool, and the pool's quota for each level."""
+"""Nested (Matryoshka) losses inside the pool."""
 
-import oracles
 import pytest
 import torch
 from helpers import (
@@ -16,20 +15,16 @@ from helpers import (
     step_input,
     train,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from step_helpers import ALL, an_sae, assert_equal_steps, on_both_paths, step
 
 from sae_lens_sampled import from_batchtopk
-from sae_lens_sampled.step.selection import quota_sizes, sampled_topk
 from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode
 
 WIDTHS = [4, 13, D_SAE]
 NESTED = {"matryoshka_widths": [10, 60, 200]}
 """Fields of `an_sae`, of 200 latents."""
-QUOTA = {**NESTED, "pool_quota": [0.3, 0.3, 0.4]}
 
 
 def matryoshka_sae(**fields):
@@ -76,10 +71,9 @@ def test_on_the_kept_entries_under_autocast_the_losses_are_saelens_matryoshka_lo
 
 @pytest.mark.parametrize("step_name", ["kept", "dense"])
 @pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
-@pytest.mark.parametrize("one_level", [{}, {"pool_quota": [1.0]}], ids=str)
-def test_one_level_is_none_to_the_last_bit(step_name, pool, one_level):
+def test_one_level_is_none_to_the_last_bit(step_name, pool):
     plain = an_sae(step=step_name, **pool)
-    nested = an_sae(step=step_name, matryoshka_widths=[200], **one_level, **pool)
+    nested = an_sae(step=step_name, matryoshka_widths=[200], **pool)
     for number in range(3):
         mine, want = (step(sae, activations(50, seed=number), 30, number) for sae in (nested, plain))
         assert list(mine.losses) == list(want.losses)
@@ -88,26 +82,25 @@ def test_one_level_is_none_to_the_last_bit(step_name, pool, one_level):
         assert all(torch.equal(mine_gradients[name], want_gradients[name]) for name in want_gradients)
 
 
-@pytest.mark.parametrize("levels", [NESTED, QUOTA], ids=["nested", "quota"])
 @pytest.mark.parametrize(
     "pool",
     [{"pool_factor": 5}, {"pool_factor": 30}, {"pool_factor": 10, "pool_group_size": 16}, ALL],
     ids=["columns", "one pool", "groups", "all"],
 )
 @pytest.mark.parametrize("rescale", [True, False])
-def test_every_path_gives_the_same_numbers(levels, pool, rescale):
+def test_every_path_gives_the_same_numbers(pool, rescale):
     def run(sae):
         for number in range(2):
             step(sae, activations(50, seed=number), 30, number)
         return step(sae, activations(50, seed=9), 30, 3)
 
-    sae = an_sae(rescale_acts_by_decoder_norm=rescale, **levels, **pool)
+    sae = an_sae(rescale_acts_by_decoder_norm=rescale, **NESTED, **pool)
     assert_equal_steps(*on_both_paths(sae, run), rtol=1e-4, atol=1e-5)
 
 
 def test_inner_losses_are_of_the_first_latents_alone():
     """Plain loops, with the kept activations given."""
-    sae = an_sae(pool_factor=10, pool_group_size=16, **QUOTA)
+    sae = an_sae(pool_factor=10, pool_group_size=16, **NESTED)
     output = step(sae, x := activations(20))
     acts, norms = output.feature_acts.to_dense().tolist(), sae.W_dec.norm(dim=1).tolist()
     W_dec, b_dec = sae.W_dec.tolist(), sae.b_dec.tolist()
@@ -174,7 +167,7 @@ def test_decoding_by_levels_has_the_gradients_of_differences():
 @pytest.mark.parametrize("step_name", ["kept", "dense"])
 def test_leading_dimensions_are_rows(pool, step_name):
     """SAELens' own slices the tokens of three-dimensional input."""
-    flat, folded = an_sae(step=step_name, **QUOTA, **pool), an_sae(step=step_name, **QUOTA, **pool)
+    flat, folded = an_sae(step=step_name, **NESTED, **pool), an_sae(step=step_name, **NESTED, **pool)
     want, got = step(flat, activations(48)), step(folded, activations(48).view(4, 12, D_IN))
     torch.testing.assert_close(got.losses, want.losses)
     torch.testing.assert_close(gradients(folded, got), gradients(flat, want))
@@ -190,96 +183,20 @@ def test_merged_heads_have_inner_losses(step_name):
         torch.testing.assert_close(got.losses[name] * 3, want.losses[name])
 
 
-# The quota.
-
-
-def test_what_narrow_levels_cannot_take_goes_to_the_widest():
-    # 120 candidates by .5, .4, .1: 60, 48, 12. The levels have 10, 140 and 10 latents, so the widest takes 50 + 2 more.
-    assert quota_sizes([0.5, 0.4, 0.1], [10, 140, 10], 120) == [10, 100, 10]
-
-
-@given(
-    widths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
-    shares=st.lists(st.integers(0, 9), min_size=5),
-    data=st.data(),
-)
-def test_quota_sizes_match_plain_loops(widths, shares, data):
-    shares = shares[: len(widths)]
-    quota = [share / sum(shares) for share in shares] if sum(shares) else [1 / len(widths)] * len(widths)
-    n = data.draw(st.integers(1, sum(widths)))
-    sizes = quota_sizes(quota, widths, n)
-    # One candidate after the other to the widest level with room, from the rounded and capped shares on.
-    want, end = [], 0.0
-    for share, width in zip(quota, widths, strict=True):
-        start, end = end, end + share
-        want.append(min(round(n * end) - round(n * start), width))
-    while sum(want) < n:
-        want[max((i for i in range(len(widths)) if want[i] < widths[i]), key=lambda i: (widths[i], -i))] += 1
-    assert sizes == want
-    assert all(abs(size - n * share) <= 1 for size, share in zip(sizes, quota, strict=True)) or any(
-        size == width for size, width in zip(sizes, widths, strict=True)
-    )
-
-
-@settings(deadline=None)
-@given(
-    sizes=st.tuples(st.integers(1, 20), st.integers(3, 12)),
-    quota=st.sampled_from([[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]]),
-    pool_factor=st.floats(1, 6),
-    group_size=st.sampled_from([None, 1, 4]),
-    seed=st.integers(0, 99),
-)
-def test_pools_with_a_quota_match_plain_loops(sizes, quota, pool_factor, group_size, seed):
-    n_tokens, d_sae = sizes
-    width = 1 + seed % (d_sae - 1)
-    try:
-        cfg = config(
-            d_sae=d_sae,
-            k=2,
-            pool_factor=pool_factor,
-            pool_group_size=group_size,
-            matryoshka_widths=[width, d_sae],
-            pool_quota=quota,
-        )
-    except ValueError:  # a level without a candidate
-        return
-    generator = torch.Generator().manual_seed(seed)
-    acts = torch.randint(-2, 4, (n_tokens, d_sae), generator=generator).clamp(min=0).float()  # many ties
-    kept, pools = sampled_topk(acts, cfg, torch.tensor(0))
-    (inner, n_inner), (outer, n_outer) = cfg.pool_parts
-    rows = acts.tolist()
-    want = [
-        first | {width + latent for latent in rest}
-        for first, rest in zip(
-            oracles.pools([row[inner] for row in rows], "l2_norm", n_inner, group_size),
-            oracles.pools([row[outer] for row in rows], "l2_norm", n_outer, group_size),
-            strict=True,
-        )
-    ]
-    assert [set(pool) for pool in pools.tolist()] == want
-    assert (pools.diff(dim=1) > 0).all()
-    assert sorted(kept[kept > 0].tolist()) == oracles.kept_values(rows, want, 2 * n_tokens, group_size)
-
-
-def test_a_quota_of_all_latents_has_no_effect():
-    plain, shared = an_sae(**NESTED, **ALL), an_sae(**QUOTA, **ALL)
-    assert torch.equal(step(shared, activations(50)).loss, step(plain, activations(50)).loss)
-
-
 # Around the step.
 
 
 def test_the_export_has_no_levels_and_loads_in_plain_saelens(tmp_path):
-    sae = sampled_sae(matryoshka_widths=WIDTHS, pool_quota=[0.3, 0.3, 0.4], pool_factor=10)
+    sae = sampled_sae(matryoshka_widths=WIDTHS, pool_factor=10)
     train(sae, 30)
     sae.save_inference_model(tmp_path)
     exported = SAE.load_from_disk(tmp_path)
     assert exported.cfg.architecture() == "jumprelu"
-    assert not any(name in exported.cfg.to_dict() for name in ("matryoshka_widths", "pool_quota"))
+    assert "matryoshka_widths" not in exported.cfg.to_dict()
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    fields = {"matryoshka_widths": WIDTHS, "pool_quota": [0.3, 0.3, 0.4], "pool_factor": 6}
+    fields = {"matryoshka_widths": WIDTHS, "pool_factor": 6}
     sae = sampled_sae(**fields)
     train(sae, 5)
     sae.save_model(tmp_path)
@@ -311,15 +228,6 @@ def test_pools_start_from_the_weights_of_a_matryoshka_sae():
         ({"matryoshka_widths": WIDTHS, "inner_loss_steps": 0}, "inner_loss_steps=0 must be a whole number of"),
         ({"matryoshka_widths": WIDTHS, "inner_loss_steps": True}, "inner_loss_steps=True must be a whole number of"),
         ({"inner_loss_steps": 9}, "inner_loss_steps=9 is of the losses of levels, but there are none"),
-        ({"pool_quota": [0.5, 0.5]}, r"pool_quota=\[0.5, 0.5\] is of levels, but there are none"),
-        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5]}, r"share for each of the 3 levels"),
-        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, "0"]}, r"share for each of the 3 levels"),
-        ({"matryoshka_widths": WIDTHS, "pool_quota": [0.5, 0.5, 0.5]}, r"sum to 1; they sum to 1.5"),
-        ({"matryoshka_widths": WIDTHS, "pool_quota": [1.5, -1, 0.5]}, r"shares of at least 0 that sum to 1"),
-        (
-            {"matryoshka_widths": WIDTHS, "pool_quota": [0.01, 0.49, 0.5]},
-            r"gives the levels \[0, 6, 6\] of the 12",
-        ),
     ],
     ids=str,
 )

@@ -6,10 +6,10 @@ import torch
 
 from sae_lens_sampled import SCORES, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.step.scores import (
-    BY_COLUMNS,
     LEVERAGE_ROWS,
     entropy,
     frequency,
+    goes_by_columns,
     l2_norm,
     perplexity,
     ridge_leverage,
@@ -162,4 +162,4 @@ def test_scores_have_the_shape_of_the_groups_and_the_type_of_the_activations(nam
 
 
 def test_the_built_in_scores_that_judge_each_latent_by_itself():
-    assert set(COLUMNWISE) == BY_COLUMNS
+    assert set(COLUMNWISE) == set(filter(goes_by_columns, SCORES))

@@ -45,8 +45,6 @@ def configs(draw):
         inner = sorted(draw(st.sets(st.integers(1, d_sae - 1), min_size=1, max_size=3)))
         fields |= {"matryoshka_widths": [*inner, d_sae], "inner_loss_steps": draw(st.sampled_from([None, 2]))}
         fields["inner_loss_coefficient"] = draw(st.sampled_from([0, 0.5, 1]))
-        if draw(st.booleans()):
-            fields["pool_quota"] = [1 / (len(inner) + 1)] * (len(inner) + 1)
     if draw(st.booleans()):  # a transcoder
         fields |= {"d_out": draw(st.integers(1, 12)), "skip": draw(st.booleans()), "apply_b_dec_to_input": False}
     return {"d_in": d_in, "d_sae": d_sae, "k": k, "score": score, "pool_sampling": sampling} | fields

@@ -5,12 +5,12 @@ from functools import cache, partial
 
 import torch
 from sae_lens.registry import register_sae_training_class
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
-from sae_lens_sampled.step.thresholds import StepCounts
+from sae_lens_sampled.sae.forward import SampledTrainStepOutput
 
 
 @dataclass
@@ -43,24 +43,18 @@ class VariantSAE(SampledTopKTrainingSAE):
     def __init__(self, cfg: VariantConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.final_pool_factor = cfg.pool_factor
-        self.latest_pool: Tensor | None = None
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def training_forward_pass(self, step_input: TrainStepInput) -> SampledTrainStepOutput:
         cfg = self.cfg
         if cfg.first_pool_factor is not None:
             done = min(step_input.n_training_steps / cfg.moving_steps, 1)
             cfg.pool_factor = cfg.first_pool_factor + done * (self.final_pool_factor - cfg.first_pool_factor)
         output = super().training_forward_pass(step_input)
         if cfg.orthogonality:
-            assert self.latest_pool is not None
-            output.loss = output.loss + cfg.orthogonality * mean_squared_cosine(self.W_dec[self.latest_pool[0]])
+            assert output.pool is not None
+            output.loss = output.loss + cfg.orthogonality * mean_squared_cosine(self.W_dec[output.pool[0]])
         return output
-
-    @override
-    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int) -> None:
-        self.latest_pool = pool
-        super()._record(counts, pool, n_tokens)
 
 
 def mean_squared_cosine(rows: Tensor) -> Tensor:

@@ -201,11 +201,9 @@ def _count_selected(sae: SampledTopKTrainingSAE, batches: list[Tensor], above: T
 def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
     """`hidden_pre` of all tokens, a chunk of latents at a time."""
     width = max(1, CHUNK_ENTRIES // len(x))
-    sae_in = sae.process_sae_in(x)
-    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else torch.ones_like(sae.b_enc)
+    sae_in, weights = sae.process_sae_in(x), sae.weights()
     for start in tqdm(range(0, sae.cfg.d_sae, width), desc="Calibrating thresholds", disable=not show_progress):
-        chunk = slice(start, start + width)
-        yield (sae_in @ sae.W_enc[:, chunk] + sae.b_enc[chunk]) * norms[chunk]
+        yield weights.of(slice(start, start + width)).hidden_pre(sae_in)
 
 
 def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 
 from sae_lens_sampled.folders import UNFOLDED, read_config, read_runner_config
+from sae_lens_sampled.sae.config import refuse_quota
 from sae_lens_sampled.step.ranks import ALONE, Ranks
 
 WEIGHT_FIELDS = (
@@ -54,30 +55,40 @@ def check_width(x: Tensor, parts: Mapping[str, int]) -> None:
         raise ValueError(f"activations of shape {tuple(x.shape)} do not end in {' + '.join(parts)}={width}{how}.")
 
 
-def check_finite(step_input: TrainStepInput, ranks: Ranks = ALONE) -> int:
-    """Refuse rows that are not finite; the number of dead latents, read from the device together with theirs.
+class StepState(NamedTuple):
+    """What the host has to know before a step can begin."""
+
+    dead: Tensor | None
+    """Which latents are dead: those that have fired on no rank for long enough."""
+    n_dead: int
+
+
+def read_step(step_input: TrainStepInput, ranks: Ranks = ALONE) -> StepState:
+    """The only wait for a GPU in a step; refuses rows that are not finite.
 
     Raises:
         ValueError: with the number of rows and the step; on all ranks, if the rows of any are at fault, or if they have
             different numbers of them.
     """
-    bad_rows = ~step_input.sae_in.isfinite().all(dim=-1)
-    mask, n_rows = step_input.dead_neuron_mask, bad_rows.numel()
-    dead = torch.zeros((), dtype=torch.int64, device=bad_rows.device) if mask is None else mask.sum()
-    # The only wait for a GPU in a step.
-    n_bad, n_dead, *sizes = torch.stack([ranks.sum(bad_rows.sum()), dead, *_sizes(n_rows, dead.device, ranks)]).tolist()
-    if sizes and sizes[0] != -sizes[1]:
+    bad_rows, mask = ~step_input.sae_in.isfinite().all(dim=-1), step_input.dead_neuron_mask
+    dead = None if mask is None else ranks.min(mask).bool()
+    n_dead = bad_rows.new_zeros((), dtype=torch.int64) if dead is None else dead.sum()
+    sizes = bad_rows.new_full((2,), bad_rows.numel(), dtype=torch.int64)
+    sizes[1].neg_()
+    most, fewest = ranks.max(sizes)
+    n_bad, n_dead, most, fewest = torch.stack([ranks.sum(bad_rows.sum()), n_dead, most, fewest.neg()]).tolist()
+    if most != fewest:
         raise ValueError(
-            f"the ranks have between {-sizes[1]} and {sizes[0]} tokens at training step {step_input.n_training_steps}, "
+            f"the ranks have between {fewest} and {most} tokens at training step {step_input.n_training_steps}, "
             "but each must have as many as the others."
         )
     if n_bad:
         raise ValueError(
-            f"{n_bad} of {n_rows * ranks.count} rows of sae_in are not finite at training step "
+            f"{n_bad} of {ranks.n_of_all(most)} rows of sae_in are not finite at training step "
             f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
             "the language model (float16?) or exclude the tokens at fault."
         )
-    return n_dead
+    return StepState(dead, n_dead)
 
 
 def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
@@ -91,11 +102,6 @@ def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
             f"a rank has {n_tokens} tokens of a batch, which is no multiple of pool_group_size={group_size}: a group "
             "would lie on two ranks."
         )
-
-
-def _sizes(n_rows: int, device: torch.device, ranks: Ranks) -> list[Tensor]:
-    """The largest number of rows that a rank has, and the negative of the smallest; nothing for one process."""
-    return list(ranks.max(torch.tensor([n_rows, -n_rows], device=device))) if ranks.count > 1 else []
 
 
 def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
@@ -142,6 +148,7 @@ def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
         theirs = read_config(folder)
     except ValueError:
         return
+    refuse_quota(theirs)
     if theirs.get("architecture") != sae["architecture"]:
         raise ValueError(
             f"{str(folder)!r} holds a {theirs.get('architecture')!r} SAE, which cannot be resumed as "

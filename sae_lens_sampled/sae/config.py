@@ -1,6 +1,7 @@
 """Configs of the architecture `sampled_topk`: TopK's and BatchTopK's, and the fields that choose the candidate pool."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import NoneType
@@ -64,6 +65,12 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     def architecture(cls) -> str:
         return "sampled_topk"
 
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "SampledTopKTrainingSAEConfig":
+        refuse_quota(config_dict)
+        return super().from_dict(config_dict)
+
     @property
     def batch_parts(self) -> dict[str, int]:
         """Widths of what a training batch holds side by side, by the names of their fields."""
@@ -113,6 +120,7 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
 
     k: float = 100  # type: ignore[assignment]
     rescale_acts_by_decoder_norm: bool = True
+    pool_quota: list[float] | None = None  # only to refuse it: SAELens drops what is no field without a word
 
     @override
     @classmethod
@@ -121,12 +129,27 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_quota({"pool_quota": self.pool_quota})
         check_pool_fields(self)
         check(
             self.normalize_activations == "none",
             f"this is a checkpoint from the middle of a run with normalize_activations={self.normalize_activations!r}, "
             "which is not folded into the weights yet; sae_lens_sampled.load_checkpoint(folder) folds it.",
         )
+
+
+def refuse_quota(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose pools had a quota for each level, an option that there is no more.
+
+    Raises:
+        ValueError: with the quota.
+    """
+    quota = config.get("pool_quota")
+    check(
+        quota is None,
+        f"pool_quota={quota} was an option of earlier versions, which chose other pools with it; it is gone, so this "
+        "checkpoint cannot be trained further or select as in training. Its JumpReLU export works as it did.",
+    )
 
 
 def check_pool_fields(cfg: PoolFields) -> None:
@@ -172,7 +195,7 @@ def check_pool_fields(cfg: PoolFields) -> None:
 
 
 def _check_levels(cfg: PoolFields) -> None:
-    widths, quota = cfg.matryoshka_widths, cfg.pool_quota
+    widths = cfg.matryoshka_widths
     check(
         widths is None or (_is_list_of(widths, int) and widths[-1] == cfg.d_sae),
         f"matryoshka_widths={widths} must be a list of whole numbers that ends in d_sae={cfg.d_sae}, or None.",
@@ -181,24 +204,6 @@ def _check_levels(cfg: PoolFields) -> None:
     check(
         all(inner < outer for inner, outer in pairwise(ends)),
         f"matryoshka_widths={widths} must be positive and strictly increasing.",
-    )
-    if quota is None:
-        return
-    check(widths is not None, f"pool_quota={quota} is of levels, but there are none; set matryoshka_widths too.")
-    n_levels = len(cfg.inner_widths) + 1
-    check(
-        _is_list_of(quota, (int, float)) and len(quota) == n_levels,
-        f"pool_quota={quota} must be a list with a share for each of the {n_levels} levels of matryoshka_widths.",
-    )
-    check(
-        min(quota) >= 0 and math.isclose(sum(quota), 1, abs_tol=1e-6),
-        f"pool_quota={quota} must be shares of at least 0 that sum to 1; they sum to {sum(quota):g}.",
-    )
-    sizes = [size for _, size in cfg.pool_parts]
-    check(
-        min(sizes) > 0,
-        f"pool_quota={quota} gives the levels {sizes} of the {cfg.n_candidates} candidates; each needs at least one, "
-        "by a larger share or a larger pool_factor.",
     )
 
 

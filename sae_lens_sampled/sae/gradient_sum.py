@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.step.rank_statistics import MERGEABLE
 from sae_lens_sampled.step.ranks import GroupRanks, Ranks
+from sae_lens_sampled.step.scores import SCORES, is_mergeable
 
 LATENT_DIMENSION = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
 """Which dimension of a parameter has the latents; of others the whole gradient is summed."""
@@ -25,16 +25,18 @@ class GradientSum:
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
-        self.ranks, self.pool, self.dead = ranks, None, None
+        self.ranks, self.active = ranks, None
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.n_ready = 0
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._ready)
 
-    pool: Tensor | None
-    """Indices of the latents in a pool of this step, on any rank; None for all."""
-    dead: Tensor | None
-    """Which latents are dead, and so have a gradient by AuxK; None for none."""
+    active: Tensor | None
+    """Indices of the latents whose gradients may be other than 0 in this step; None for all."""
+
+    def expect(self, pool: Tensor | None, dead: Tensor | None) -> None:
+        """Say before `backward` where gradients may be other than 0; see `active_latents`."""
+        self.active = active_latents(pool, dead)
 
     def _ready(self, _parameter: Tensor) -> None:
         self.n_ready += 1
@@ -44,19 +46,23 @@ class GradientSum:
 
     @torch.no_grad()
     def _sum(self) -> None:
-        active = active_latents(self.pool, self.dead)
         for name, parameter in self.parameters.items():
             gradient, dimension = parameter.grad, LATENT_DIMENSION.get(name)
             assert gradient is not None
-            if active is None or dimension is None:
-                gradient.copy_(self.ranks.sum(gradient) / self.ranks.count)
+            if self.active is None or dimension is None:
+                gradient.copy_(self.ranks.mean(gradient))
             else:
-                part = self.ranks.sum(gradient.index_select(dimension, active)) / self.ranks.count
-                gradient.index_copy_(dimension, active, part)
+                part = self.ranks.mean(gradient.index_select(dimension, self.active))
+                gradient.index_copy_(dimension, self.active, part)
 
 
 def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
-    """Indices of the latents that are in a pool or dead, ascending; None for all."""
+    """Indices of the latents that are in a pool of any rank or dead, ascending; None for all.
+
+    Args:
+        pool: indices of the candidates; None if every latent is one.
+        dead: which latents are dead, and so have a gradient by AuxK; None for none.
+    """
     if pool is None:
         return None
     indices = pool.flatten()
@@ -78,10 +84,10 @@ def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
     Raises:
         ValueError: for a registered score with one pool, and for float64.
     """
-    if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and cfg.score not in MERGEABLE:
+    if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and not is_mergeable(cfg.score):
         raise ValueError(
             f"the registered score {cfg.score!r} of one pool cannot be worked out from what several processes have; "
-            f"take pool_group_size, or one of {sorted(MERGEABLE)}."
+            f"take pool_group_size, or one of {sorted(filter(is_mergeable, SCORES))}."
         )
     if cfg.dtype == "float64":
         raise ValueError("several processes find their cutoff in float32; dtype='float64' trains on one.")

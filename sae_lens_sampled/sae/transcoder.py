@@ -1,12 +1,10 @@
 """Transcoders: what one place of a model is encoded, what comes out at another place is reconstructed from it."""
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.transcoder import (
     JumpReLUSkipTranscoderConfig,
     JumpReLUTranscoderConfig,
@@ -17,7 +15,7 @@ from typing_extensions import override
 
 from sae_lens_sampled.sae.checks import check_width
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig, check
-from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct
+from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 
 
@@ -137,15 +135,3 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
         if self.use_error_term:
             raise ValueError("use_error_term=True has no meaning for a transcoder, which does not see its outputs.")
         return self.hook_sae_output(encode_and_reconstruct(self, x)[1])
-
-    @override
-    def _dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The host's forward pass with inputs and outputs in the places of `sae_in`."""
-        x, y = self.inputs_and_targets(step_input.sae_in)
-        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
-        sae_out = add_skip(self, x, self.decode(feature_acts))
-        loss = self.mse_loss_fn(sae_out, y).sum(dim=-1).mean()
-        of_outputs = dataclasses.replace(step_input, sae_in=y)
-        auxiliary = self.calculate_aux_loss(of_outputs, feature_acts, hidden_pre, sae_out)
-        losses = {"mse_loss": loss, **auxiliary}
-        return TrainStepOutput(y, sae_out, feature_acts, hidden_pre, sum(auxiliary.values(), start=loss), losses)

@@ -12,16 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.step.chunks import chunk_length
-from sae_lens_sampled.step.rank_statistics import ColumnSums, column_sums, sketch_scores
 from sae_lens_sampled.step.ranks import ALONE, Ranks
-from sae_lens_sampled.step.scores import sketch_rows
-from sae_lens_sampled.step.selection import (
-    ColumnStatistics,
-    PoolFields,
-    column_statistics,
-    merged_column_statistics,
-    score_of,
-)
+from sae_lens_sampled.step.scores import ColumnSums, column_sums, is_mergeable, sketch_scores
+from sae_lens_sampled.step.selection import ColumnStatistics, PoolFields, column_statistics, merged_statistics
 from sae_lens_sampled.step.sparse_codes import Entries, Weights
 
 MAX_EXTRACTED_SHARE = 0.25
@@ -29,6 +22,30 @@ MAX_EXTRACTED_SHARE = 0.25
 with the pools known (2,048 tokens, d_sae 8,192, groups of 16 at factor 2, where 37 % exceed it)."""
 DEAD_BYTES = 256 * 2**20
 """Pre-activations of dead latents that a scan passes on; where they are more they are computed a second time."""
+
+
+class Batch(NamedTuple):
+    """What a step selects from, and how."""
+
+    x: Float[Tensor, "tokens d_in"]
+    """The encoder's inputs; on several ranks this one's."""
+    weights: Weights
+    """Of all latents."""
+    threshold: Float[Tensor, " d_sae"]
+    """The latents' thresholds, in units of the (rescaled) pre-activations."""
+    cfg: PoolFields
+    """How to choose the pool."""
+    draw: Int[Tensor, ""]
+    """Number of the random draw, if the pool is sampled."""
+    last_cutoff: Float[Tensor, ""]
+    """The smallest activation that the batch before kept; 0 where it is not known."""
+    ranks: Ranks = ALONE
+    """The processes that share the batch; all of them take the same path."""
+
+    @property
+    def n_keep(self) -> int:
+        """Entries to keep, of all ranks together."""
+        return int(self.cfg.k * self.ranks.n_of_all(len(self.x)))
 
 
 class ColumnScan(NamedTuple):
@@ -74,28 +91,30 @@ class Extracted:
 
 @torch.no_grad()
 def scan_columns(
-    x: Float[Tensor, "tokens d_in"],
-    weights: Weights,
-    threshold: Float[Tensor, " d_sae"],
-    cfg: PoolFields,
-    dead: Int[Tensor, " n_dead"] | None,
+    batch: Batch,
+    dead: Int[Tensor, " n_dead"] | None = None,
     bound: Float[Tensor, ""] | None = None,
     member: Bool[Tensor, "groups d_sae"] | None = None,
-    ranks: Ranks = ALONE,
 ) -> ColumnScan:
     """Score every latent, count where it exceeds its threshold, and extract what exceeds the bound.
 
-    `threshold` is in units of the (rescaled) pre-activations; the score judges each column by itself, or is
-    "ridge_leverage" with one pool; `dead` are latents, ascending, whose pre-activations are wanted; extraction is of
-    latents that are `member` in their group of tokens (None: of all), and given up where the bound lies too low. The
-    statistics of one pool are those of all `ranks`, everything else is of this one's tokens.
+    The statistics of one pool are those of all ranks, everything else is of this one's tokens.
+
+    Args:
+        batch: its score goes by columns, or is "ridge_leverage" with one pool.
+        dead: latents, ascending, whose pre-activations are wanted.
+        bound: what entries to be extracted exceed; where it lies too low the extraction is given up. None: no entries.
+        member: the latents to extract from in each group of tokens; None for all.
     """
-    by_sketch, merged = cfg.score == "ridge_leverage", ranks.count > 1 and cfg.pool_group_size is None
+    x, weights, threshold, cfg = batch.x, batch.weights, batch.threshold, batch.cfg
+    # The sums of one pool are merged over ranks before they are scores; those of groups are scored in the cache.
+    merges = cfg.pool_group_size is None and is_mergeable(cfg.score)
     n_fired, peaks, statistics, extracted, dead_pre, n_seen = [], [], [], Extracted(len(x)), None, 0
     max_extracted = MAX_EXTRACTED_SHARE * len(x) * cfg.d_sae
     if dead is not None and 4 * len(dead) * len(x) <= DEAD_BYTES:
         dead_pre = x.new_empty(len(dead), len(x), dtype=weights.b_enc.dtype)
     for part, hidden_pre in _chunks(x, weights):
+        # Before `relu_`, which writes over the pre-activations: thresholds are never negative, but AuxK's entries are.
         n_fired.append((hidden_pre > threshold[part, None]).sum(dim=1, dtype=torch.int32))
         if dead is not None and dead_pre is not None:
             here = dead[(dead >= part.start) & (dead < part.stop)] - part.start
@@ -104,34 +123,39 @@ def scan_columns(
         acts = hidden_pre.relu_()
         peaks.append(acts.amax(dim=1))
         if cfg.n_candidates < cfg.d_sae:
-            score = "l2_norm" if by_sketch else cfg.score
-            if merged:
-                statistics.append(column_sums(acts.T, score))
+            if merges:
+                statistics.append(column_sums(acts.T[None], cfg.score, batch.last_cutoff))
             else:
-                statistics.append(column_statistics(acts.T, score, cfg.n_candidates, cfg.pool_group_size))
+                statistics.append(
+                    column_statistics(acts.T, cfg.score, cfg.n_candidates, cfg.pool_group_size, batch.last_cutoff)
+                )
+        # Counted before adding, so at most one chunk's entries are too many.
         if bound is not None and extracted.n_entries <= max_extracted:
             above = ~(acts <= bound)  # NaN, of broken weights, is not below: it must reach the loss
             if member is not None:
                 above &= member[:, part].T.repeat_interleave(cfg.pool_group_size or len(x), dim=1)[:, : len(x)]
             extracted.add(acts, above, part.start)
     pooled, peak = None, torch.cat(peaks)
-    columns = [torch.cat(parts, dim=-1) for parts in zip(*statistics, strict=True)]
-    if columns and merged:
-        pooled, peak = merged_column_statistics(ColumnSums(*columns), cfg.score, len(x), ranks)
-    elif columns:
-        pooled = ColumnStatistics(*columns)
-    if pooled is not None and by_sketch:  # needs all columns at once, but of a few rows only
-        pooled = pooled._replace(scores=_sketch_scores(x, weights, cfg, ranks if merged else ALONE)[None])
+    if statistics and merges:
+        pooled, peak = _one_pool(batch, statistics)
+    elif statistics:
+        pooled = ColumnStatistics(*(torch.cat(parts, dim=-1) for parts in zip(*statistics, strict=True)))
     too_many = bound is None or extracted.n_entries > max_extracted
     return ColumnScan(pooled, torch.cat(n_fired), peak, dead_pre, None if too_many else extracted)
 
 
-def _sketch_scores(x: Tensor, weights: Weights, cfg: PoolFields, ranks: Ranks) -> Float[Tensor, " d_sae"]:
-    """`ridge_leverage`, of one pool."""
-    if ranks.count > 1:
-        return sketch_scores(lambda rows: weights.hidden_pre(x[rows]).relu(), len(x), cfg.n_candidates, x.device, ranks)
-    sketch = weights.hidden_pre(x[sketch_rows(len(x), x.device)]).relu()
-    return score_of(sketch[None], cfg.score, cfg.n_candidates)[0]
+def _one_pool(batch: Batch, chunks: list[ColumnSums]) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
+    """Statistics and largest activations over all ranks, from the sums of all chunks of latents."""
+    x, weights, cfg, ranks = batch.x, batch.weights, batch.cfg, batch.ranks
+    sums = tuple(torch.cat(parts, dim=-1) for parts in zip(*(chunk.sums for chunk in chunks), strict=True))
+    whole = ColumnSums(len(x), torch.cat([chunk.peak for chunk in chunks], dim=-1), sums)
+    pooled, peak = merged_statistics(whole, cfg.score, ranks)
+    if cfg.score == "ridge_leverage":  # needs all columns at once, but of a few rows only
+        scores = sketch_scores(
+            lambda rows: weights.hidden_pre(x[rows]).relu(), len(x), cfg.n_candidates, x.device, ranks
+        )
+        pooled = pooled._replace(scores=scores[None])
+    return pooled, peak[0]
 
 
 def _chunks(x: Tensor, weights: Weights) -> Iterator[tuple[slice, Tensor]]:
@@ -142,5 +166,6 @@ def _chunks(x: Tensor, weights: Weights) -> Iterator[tuple[slice, Tensor]]:
     d_sae, width = len(weights.b_enc), chunk_length(len(x), x.device)
     for start in range(0, d_sae, width):
         part = slice(start, min(start + width, d_sae))
-        hidden_pre = weights.W_enc[:, part].T @ x_t + weights.b_enc[part, None]
-        yield part, hidden_pre if weights.norms is None else hidden_pre.mul_(weights.norms[part, None])
+        here = weights.of(part)
+        hidden_pre = here.W_enc.T @ x_t + here.b_enc[:, None]
+        yield part, hidden_pre if here.norms is None else hidden_pre.mul_(here.norms[:, None])

@@ -9,7 +9,6 @@ One small pool has a cutoff near 0, which nearly every positive entry exceeds. T
 once more, with gradient: they hold all that can be kept.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,12 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.step.auxiliary import by_entries, dead_reconstruction
-from sae_lens_sampled.step.column_scan import Extracted, scan_columns
-from sae_lens_sampled.step.pool_record import PoolRecord
-from sae_lens_sampled.step.ranks import ALONE, Ranks, largest_of_ranks
-from sae_lens_sampled.step.scores import BY_COLUMNS
+from sae_lens_sampled.step.column_scan import Batch, Extracted, scan_columns
+from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.scores import goes_by_columns
 from sae_lens_sampled.step.selection import PoolFields, choose_pool, sampled_topk
-from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode, has_kernels, level_of
+from sae_lens_sampled.step.sparse_codes import Entries, encode_and_decode, has_kernels, level_of
 from sae_lens_sampled.step.thresholds import StepCounts, count_kept
 
 Step = Literal["auto", "kept", "dense"]
@@ -63,7 +61,7 @@ class KeptStep(NamedTuple):
 def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
     """How to do a step: by the "columns" of one small pool, by "kept" entries, or "dense"; "auto" takes the fastest."""
     n_candidates, d_sae, one_pool = cfg.n_candidates, cfg.d_sae, cfg.pool_group_size is None
-    by_columns = cfg.score in BY_COLUMNS or (cfg.score == "ridge_leverage" and one_pool)
+    by_columns = goes_by_columns(cfg.score) or (cfg.score == "ridge_leverage" and one_pool)
     if step == "dense" or not (by_columns or n_candidates == d_sae):
         return "dense"
     if one_pool and n_candidates <= MAX_COLUMNS_SHARE * d_sae:
@@ -72,115 +70,78 @@ def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device
     return "kept" if has_kernels(device) and (pays or step == "kept") else "dense"
 
 
-def kept_step(
-    x: Float[Tensor, "tokens d_in"],
-    weights: Weights,
-    threshold: Float[Tensor, " d_sae"],
-    cfg: PoolFields,
-    path: StepPath,
-    record: PoolRecord,
-    dead: Int[Tensor, " n_dead"],
-    k_aux: int,
-    ranks: Ranks = ALONE,
-) -> KeptStep | None:
+def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux: int) -> KeptStep | None:
     """Scan all columns, choose the pool and what is kept in it, and reconstruct; None if that is for the dense path.
 
     Args:
-        x: the encoder's inputs.
-        weights: of all latents.
-        threshold: the latents' thresholds, in units of the (rescaled) pre-activations.
-        cfg: how to choose the pool.
+        batch: what to select from, and how.
         path: "columns" or "kept".
-        record: of the steps before; it has the number of the draw, if the pool is sampled, and the last cutoff.
         dead: indices of the dead latents, ascending, of which each token keeps `k_aux` entries.
         k_aux: at most as many as the dead.
-        ranks: the processes that share the batch; all of them take the same path.
     """
-    n_keep, n_extracted, n_scans, bound = int(cfg.k * len(x) * ranks.count), 0, 1, None
+    x, weights, ranks, n_extracted, n_scans, bound = batch.x, batch.weights, batch.ranks, 0, 1, None
     if path == "kept":
-        known = record.cutoff > 0
-        cutoff = record.cutoff if known else ranks.min(estimate_cutoff(x, weights, cfg, record.n_steps))
+        cutoff = batch.last_cutoff if batch.last_cutoff > 0 else ranks.min(estimate_cutoff(batch))
         bound = BOUND_OVER_CUTOFF * cutoff
     passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
-    scan = scan_columns(x, weights, threshold, cfg, passed_on, bound, ranks=ranks)
-    pool = None if scan.statistics is None else choose_pool(scan.statistics, cfg, record.n_steps, ranks)
+    scan = scan_columns(batch, passed_on, bound)
+    pool = None if scan.statistics is None else choose_pool(scan.statistics, batch.cfg, batch.draw, ranks)
     if bound is None:
         assert pool is not None
-        kept, reconstructions = keep_columns(x, weights, pool[0], n_keep, cfg.inner_widths, ranks)
+        kept, reconstructions = keep_columns(batch, pool[0])
     else:
-        candidates, n_extracted, n_scans = find_candidates(
-            x, weights, threshold, cfg, record, pool, n_keep, bound, scan.extracted, ranks
-        )
+        candidates, n_extracted, n_scans = find_candidates(batch, pool, bound, scan.extracted)
         if candidates is None:
             return None
-        kept, reconstructions = encode_and_decode(x, weights, keep_largest(candidates, n_keep, ranks), cfg.inner_widths)
+        kept = keep_largest(candidates, batch.n_keep, ranks)
+        kept, reconstructions = encode_and_decode(x, weights, kept, batch.cfg.inner_widths)
     of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
-    counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, threshold)
+    counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, batch.threshold)
     return KeptStep(reconstructions, of_dead, kept, pool, counts, n_extracted, n_scans)
 
 
 @torch.no_grad()
 def find_candidates(
-    x: Float[Tensor, "tokens d_in"],
-    weights: Weights,
-    threshold: Float[Tensor, " d_sae"],
-    cfg: PoolFields,
-    record: PoolRecord,
+    batch: Batch,
     pool: Int[Tensor, "groups n_candidates"] | None,
-    n_keep: int,
     bound: Float[Tensor, ""],
     extracted: Extracted | None,
-    ranks: Ranks = ALONE,
 ) -> tuple[Entries | None, int, int]:
     """Entries in the pools, by latent and then by token, with the `n_keep` largest or all positive ones among them.
 
     Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
     a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
-    they are too many for a sparse matrix. Also how many were extracted, in how many scans. `n_keep` is of all `ranks`
-    together, which decide alike.
+    they are too many for a sparse matrix. Also how many were extracted, in how many scans. All ranks decide alike.
     """
-    candidates, n_extracted, n_scans, member = None, 0, 1, None
-    group_size = cfg.pool_group_size or len(x)
+    x, ranks, candidates, n_extracted, n_scans, member = batch.x, batch.ranks, None, 0, 1, None
+    group_size = batch.cfg.pool_group_size or len(x)
     if pool is not None:
-        member = torch.zeros(len(pool), cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
-    if (extracted := _of_all_or_none(extracted, x.device, ranks)) is not None:
+        member = torch.zeros(len(pool), batch.cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
+    if not ranks.any(extracted is None):
+        assert extracted is not None
         candidates, n_extracted = extracted.inside(member, group_size), extracted.n_entries
-        if _number_of_all(candidates, ranks) >= n_keep or bound == 0:
+        if ranks.total(len(candidates.values)) >= batch.n_keep or bound == 0:
             return candidates, n_extracted, n_scans
-    estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(x, weights, cfg, record.n_steps))
+    estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(batch))
     for next_bound in (estimate, torch.zeros_like(estimate)):
         if candidates is not None and next_bound >= bound:
             continue  # would find no more
-        extracted = scan_columns(x, weights, threshold, cfg, None, next_bound, member).extracted
+        extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member).extracted
         n_scans += 1
-        if (extracted := _of_all_or_none(extracted, x.device, ranks)) is None:
+        if ranks.any(extracted is None):
             return None, n_extracted, n_scans
+        assert extracted is not None
         candidates, n_extracted = extracted.inside(None, group_size), n_extracted + extracted.n_entries
-        if _number_of_all(candidates, ranks) >= n_keep:
+        if ranks.total(len(candidates.values)) >= batch.n_keep:
             break
     return candidates, n_extracted, n_scans
 
 
-def _of_all_or_none(extracted: Extracted | None, device: torch.device, ranks: Ranks) -> Extracted | None:
-    """None if any rank had too many entries to extract."""
-    if ranks.count == 1:
-        return extracted
-    flooded = ranks.max(torch.tensor(int(extracted is None), device=device))
-    return None if flooded else extracted
-
-
-def _number_of_all(candidates: Entries, ranks: Ranks) -> int:
-    """Candidates of all ranks."""
-    n_own = len(candidates.values)
-    return n_own if ranks.count == 1 else int(ranks.sum(torch.tensor(n_own, device=candidates.values.device)))
-
-
 @torch.no_grad()
-def estimate_cutoff(
-    x: Float[Tensor, "tokens d_in"], weights: Weights, cfg: PoolFields, draw: Int[Tensor, ""]
-) -> Float[Tensor, ""]:
+def estimate_cutoff(batch: Batch) -> Float[Tensor, ""]:
     """The cutoff of the first `SAMPLE_ROWS` tokens, selected from as if they were the batch; 0 if they keep nothing."""
-    kept, _ = sampled_topk(weights.hidden_pre(x[:SAMPLE_ROWS]).relu(), cfg, draw)
+    acts = batch.weights.hidden_pre(batch.x[:SAMPLE_ROWS]).relu()
+    kept, _ = sampled_topk(acts, batch.cfg, batch.draw, batch.last_cutoff)
     smallest = torch.where(kept > 0, kept, torch.inf).amin()
     return torch.where(smallest.isfinite(), smallest, 0.0)
 
@@ -193,36 +154,22 @@ def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entr
     first, as in `torch.topk`.
     """
     rank = candidates.values.nan_to_num(nan=torch.inf)
-    if ranks.count > 1:
-        in_order = candidates.at(candidates.tokens.argsort(stable=True))
-        kept = largest_of_ranks(in_order.values, n_keep, ranks)
-        return in_order.at(kept.nonzero()[:, 0])
-    n_keep = min(n_keep, len(rank))
-    cutoff = rank.topk(n_keep, sorted=False).values.amin() if n_keep else torch.inf
+    cutoff, n_equal = ranks.cutoff(rank, n_keep)
     near = (rank >= cutoff).nonzero()[:, 0]
     near = near[candidates.tokens[near].argsort(stable=True)]  # candidates come by latent
     above, equal = rank[near] > cutoff, rank[near] == cutoff
-    return candidates.at(near[above | (equal & (equal.cumsum(dim=0) <= n_keep - above.sum()))])
+    return candidates.at(near[above | (equal & (equal.cumsum(dim=0) <= n_equal))])
 
 
 def keep_columns(
-    x: Float[Tensor, "tokens d_in"],
-    weights: Weights,
-    pool: Int[Tensor, " n_candidates"],
-    n_keep: int,
-    inner_widths: Sequence[int] = (),
-    ranks: Ranks = ALONE,
+    batch: Batch, pool: Int[Tensor, " n_candidates"]
 ) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
     """What is kept of the pooled columns and the reconstructions from it, by dense products, with gradient."""
-    part = weights.of(pool)
+    x, part, inner_widths = batch.x, batch.weights.of(pool), batch.cfg.inner_widths
     hidden_pre = x @ part.W_enc + part.b_enc
     acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
-    if ranks.count > 1:
-        is_kept = largest_of_ranks(acts, n_keep, ranks)
-        indices = is_kept.flatten().nonzero()[:, 0]
-    else:
-        indices = acts.flatten().topk(min(n_keep, acts.numel()), sorted=False).indices.sort().values
-        is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
+    indices = batch.ranks.topk_indices(acts, batch.n_keep)
+    is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
     codes = torch.where(is_kept & ~(acts <= 0), hidden_pre, 0)  # NaN, of broken weights, is not below
     tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
     values = codes.flatten().gather(0, indices)

@@ -1,21 +1,27 @@
 """Scores: how much a latent deserves a place in the candidate pool, judged over one batch.
 
-A score is a function `(acts, n_candidates) -> scores`. `acts` has shape `(..., tokens, latents)`, is non-negative and
+A score is called as `(acts, n_candidates) -> scores`. `acts` has shape `(..., tokens, latents)`, is non-negative and
 at least float32; `scores` has shape `(..., latents)`, the higher the better. Leading dimensions are pool groups.
 `n_candidates` is the number of latents that will be taken; most scores ignore it.
 
-The three scores of the paper (arXiv 2508.21324) are `l2_norm`, `squared_l2` and `entropy`. With a deterministic pool
+Most judge each latent by its own activations, from sums over tokens and the largest one: these are a `ColumnScore`. It
+is written once and works for some latents at a time, in groups, and over processes that have some of the tokens each.
+
 `l2_norm` and `squared_l2` choose the same latents, since squaring keeps the order; they differ only under
 `pool_sampling="proportional"`. And a plain L2 norm ranks a latent that is 100 on 5 % of the tokens (22.4 sqrt(B))
 above one that is 10 on 50 % of them (7.1 sqrt(B)): to prefer the consistent one take `perplexity` or `frequency`.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae_lens_sampled.step.ranks import Ranks
 
 Score: TypeAlias = Callable[[Tensor, int], Tensor]
 
@@ -23,42 +29,103 @@ LEVERAGE_ROWS = 256
 """Rows of the sketch that `ridge_leverage` works on; its cost grows with the square of this number."""
 
 
-def l2_norm(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
-    del n_candidates
-    return acts.square().sum(dim=-2).sqrt()  # over a middle dimension vector_norm takes ten times as long on a CPU
+class ColumnSums(NamedTuple):
+    """What the tokens of each group tell of each latent."""
+
+    n_tokens: int
+    """Tokens of a group."""
+    peak: Float[Tensor, "*group latents"]
+    """Largest activation."""
+    sums: tuple[Float[Tensor, "*group latents"], ...]
+    """Sums over tokens: of squares, and those that the score needs."""
 
 
-def squared_l2(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    r"""$\sum_i a_i^2$: the order of `l2_norm`; in a sampled pool it concentrates on the largest."""
-    del n_candidates
-    return acts.square().sum(dim=-2)
+def _no_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
+    return []
 
 
-def entropy(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    r"""$1 - H(p) / \log B$ with $p = a / \sum a$: prefers specialised latents, whose mass lies on few tokens.
+@dataclass(frozen=True)
+class ColumnScore:
+    """A score from sums over tokens and the largest activation of each latent."""
 
-    In [0, 1]; 0 for a latent that never fires, and for every latent if there is only one token.
-    """
-    del n_candidates
-    n_tokens = acts.shape[-2]
-    if n_tokens == 1:
-        return acts.new_zeros((*acts.shape[:-2], acts.shape[-1]))
-    log_n_tokens = torch.tensor(float(n_tokens), dtype=acts.dtype).log().item()
-    concentration = (1 - _shannon_entropy(acts) / log_n_tokens).clamp(min=0)
-    return torch.where(acts.amax(dim=-2) > 0, concentration, 0)
+    of: Callable[[ColumnSums], Tensor]
+    """The score, from the sums over all tokens of a group."""
+    sums: Callable[[Tensor, Tensor, Tensor | None], list[Tensor]] = _no_sums
+    """Sums that it needs besides that of squares, from the activations, the largest one of each latent, and the
+    smallest one that the batch before has kept of any (None where it is not known)."""
+    rescaled: Callable[..., list[Tensor]] | None = None
+    """The sums for another largest activation, from the old one over the new one and the sums, where they depend on
+    it."""
+
+    def __call__(
+        self, acts: Float[Tensor, "*group tokens latents"], n_candidates: int
+    ) -> Float[Tensor, "*group latents"]:
+        """The score of every latent in every group."""
+        del n_candidates
+        return self.of(self.column_sums(acts))
+
+    def column_sums(
+        self, acts: Float[Tensor, "*group tokens latents"], last_cutoff: Tensor | None = None
+    ) -> ColumnSums:
+        """What it needs of some tokens."""
+        peak = acts.amax(dim=-2)
+        return ColumnSums(acts.shape[-2], peak, (acts.square().sum(dim=-2), *self.sums(acts, peak, last_cutoff)))
+
+    def merged(self, own: ColumnSums, ranks: Ranks) -> ColumnSums:
+        """The sums over the tokens of all processes, from those of one."""
+        peak, (squares, *sums) = ranks.max(own.peak), own.sums
+        if self.rescaled is not None:
+            sums = self.rescaled(own.peak / peak.clamp(min=torch.finfo(peak.dtype).tiny), *sums)
+        return ColumnSums(ranks.n_of_all(own.n_tokens), peak, tuple(ranks.sum(torch.stack([squares, *sums]))))
 
 
-def perplexity(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens one fires on."""
-    del n_candidates
-    return torch.where(acts.amax(dim=-2) > 0, _shannon_entropy(acts).exp(), 0)
+def _share_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
+    """Of a / peak and of its x log x: sums of very small or large activations themselves would leave the range."""
+    share = acts / peak.unsqueeze(-2).clamp(min=torch.finfo(acts.dtype).tiny)
+    return [share.sum(dim=-2), torch.special.xlogy(share, share).sum(dim=-2)]
 
 
-def frequency(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    """Number of tokens on which the latent is positive: prefers consistent latents, blind to their size."""
-    del n_candidates
-    return (acts > 0).sum(dim=-2).to(acts.dtype)
+def _shares_of_peak(factor: Tensor, shares: Tensor, logs: Tensor) -> list[Tensor]:
+    return [factor * shares, factor * logs + torch.special.xlogy(factor, factor) * shares]
+
+
+def _shannon_entropy(sums: ColumnSums) -> Tensor:
+    """H(a / sum a) over the tokens, in nats; 0 for a latent that never fires."""
+    _, shares, logs = sums.sums
+    total = shares.clamp(min=torch.finfo(shares.dtype).tiny)
+    return (total.log() - logs / total).clamp(min=0)
+
+
+def _concentration(sums: ColumnSums) -> Tensor:
+    if sums.n_tokens == 1:
+        return torch.zeros_like(sums.peak)
+    log_n_tokens = torch.tensor(float(sums.n_tokens), dtype=sums.peak.dtype).log().item()
+    return torch.where(sums.peak > 0, (1 - _shannon_entropy(sums) / log_n_tokens).clamp(min=0), 0)
+
+
+l2_norm = ColumnScore(lambda sums: sums.sums[0].sqrt())  # over a middle dimension vector_norm takes ten times as long
+r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
+
+squared_l2 = ColumnScore(lambda sums: sums.sums[0])
+r"""$\sum_i a_i^2$: the order of `l2_norm`; in a sampled pool it concentrates on the largest."""
+
+entropy = ColumnScore(_concentration, _share_sums, _shares_of_peak)
+r"""$1 - H(p) / \log B$ with $p = a / \sum a$: prefers specialised latents, whose mass lies on few tokens.
+
+In [0, 1]; 0 for a latent that never fires, and for every latent if there is only one token."""
+
+perplexity = ColumnScore(
+    lambda sums: torch.where(sums.peak > 0, _shannon_entropy(sums).exp(), 0), _share_sums, _shares_of_peak
+)
+r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens one fires on."""
+
+frequency = ColumnScore(
+    lambda sums: sums.sums[1], lambda acts, _peak, _last_cutoff: [(acts > 0).sum(dim=-2).to(acts.dtype)]
+)
+"""Number of tokens on which the latent is positive: prefers consistent latents, blind to their size."""
+
+uniform = ColumnScore(lambda sums: (sums.peak > 0).to(sums.peak.dtype))
+"""1 for every latent that fires: the control, a pool chosen blindly. Only for proportional sampling."""
 
 
 def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
@@ -82,10 +149,24 @@ def sketch_rows(n_tokens: int, device: torch.device) -> Int[Tensor, " rows"]:
     return torch.linspace(0, n_tokens - 1, min(n_tokens, LEVERAGE_ROWS), device=device).round().long()
 
 
-def uniform(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    """1 for every latent that fires: the control, a pool chosen blindly. Only for proportional sampling."""
-    del n_candidates
-    return (acts.amax(dim=-2) > 0).to(acts.dtype)
+def sketch_scores(
+    rows_of: Callable[[Tensor], Float[Tensor, "rows latents"]],
+    n_own: int,
+    n_candidates: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> Float[Tensor, " latents"]:
+    """`ridge_leverage` of the whole batch, of which this rank has the tokens from `rank * n_own` on.
+
+    `rows_of` gives the activations, not negative, of some of this rank's tokens.
+    """
+    rows = sketch_rows(ranks.n_of_all(n_own), device)
+    places, own = ranks.own_rows(rows, n_own)
+    acts = in_float32(rows_of(own))
+    sketch = acts.new_zeros(len(rows), acts.shape[1])
+    sketch[places] = acts
+    with without_autocast(device):
+        return ridge_leverage(ranks.sum(sketch), n_candidates)
 
 
 SCORES: dict[str, Score] = {
@@ -99,8 +180,30 @@ SCORES: dict[str, Score] = {
 }
 
 
-BY_COLUMNS = {"l2_norm", "squared_l2", "entropy", "perplexity", "frequency", "uniform"}
-"""Scores that judge each latent by its own activations: the fast training step hands them some latents at a time."""
+@dataclass(frozen=True)
+class RegisteredScore:
+    """Somebody's function of whole groups of tokens, whose result is checked at every call."""
+
+    name: str
+    function: Score
+    by_columns: bool
+
+    def __call__(self, acts: Tensor, n_candidates: int) -> Tensor:
+        """The score of every latent in every group.
+
+        Raises:
+            ValueError: if the result has another shape than `(..., latents)` or NaN.
+        """
+        scores = self.function(acts, n_candidates)
+        expected = (*acts.shape[:-2], acts.shape[-1])
+        if scores.shape != expected:
+            raise ValueError(
+                f"score {self.name!r} returned shape {tuple(scores.shape)} for activations of shape "
+                f"{tuple(acts.shape)}; it must reduce dimension -2 (the tokens) alone and return {expected}."
+            )
+        if scores.isnan().any():
+            raise ValueError(f"score {self.name!r} returned NaN for {int(scores.isnan().sum())} latents.")
+        return scores
 
 
 def register_score(name: str, score: Score, by_columns: bool = False) -> None:
@@ -108,38 +211,57 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
     With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
     several times faster (`column_scan.py`). The function must have this module's signature,
-    `(acts, n_candidates) -> scores`; its result is checked at every call.
+    `(acts, n_candidates) -> scores`; a `ColumnScore` works over several processes too.
     A checkpoint stores only the name: register the score before loading one. Under proportional sampling a score is a
     weight, and what is below 0 counts as 0.
 
     Raises:
-        ValueError: if the name is taken. When called: if the result has another shape than `(..., latents)` or NaN.
+        ValueError: if the name is taken.
     """
     if name in SCORES:
         raise ValueError(f"score {name!r} is already registered; choose another name.")
-
-    def checked(acts: Tensor, n_candidates: int) -> Tensor:
-        scores = score(acts, n_candidates)
-        expected = (*acts.shape[:-2], acts.shape[-1])
-        if scores.shape != expected:
-            raise ValueError(
-                f"score {name!r} returned shape {tuple(scores.shape)} for activations of shape {tuple(acts.shape)}; "
-                f"it must reduce dimension -2 (the tokens) alone and return {expected}."
-            )
-        if scores.isnan().any():
-            raise ValueError(f"score {name!r} returned NaN for {int(scores.isnan().sum())} latents.")
-        return scores
-
-    SCORES[name] = checked
-    if by_columns:
-        BY_COLUMNS.add(name)
+    SCORES[name] = score if isinstance(score, ColumnScore) else RegisteredScore(name, score, by_columns)
 
 
-def _shannon_entropy(acts: Tensor) -> Tensor:
-    """H(a / sum a) over the tokens, in nats; 0 for a latent that never fires.
+def goes_by_columns(name: str) -> bool:
+    """Whether the score judges each latent by its own activations: the fast step hands it some latents at a time."""
+    score = SCORES[name]
+    return isinstance(score, ColumnScore) or (isinstance(score, RegisteredScore) and score.by_columns)
 
-    Scaled by the largest activation first: sums of squares of very small or large activations would leave the range.
-    """
-    share = acts / acts.amax(dim=-2, keepdim=True).clamp(min=torch.finfo(acts.dtype).tiny)
-    total = share.sum(dim=-2).clamp(min=torch.finfo(acts.dtype).tiny)
-    return (total.log() - torch.special.xlogy(share, share).sum(dim=-2) / total).clamp(min=0)
+
+def is_mergeable(name: str) -> bool:
+    """Whether the score of one pool can be worked out from what several processes have."""
+    return isinstance(SCORES[name], ColumnScore) or name == "ridge_leverage"
+
+
+def column_score(name: str) -> ColumnScore:
+    """The score; `l2_norm` in place of one that is no `ColumnScore`, for the norms and for which latents fire."""
+    score = SCORES[name]
+    return score if isinstance(score, ColumnScore) else l2_norm
+
+
+def column_sums(
+    acts: Float[Tensor, "*group tokens latents"], name: str, last_cutoff: Tensor | None = None
+) -> ColumnSums:
+    """What a score needs of some tokens, in float32 at least."""
+    with without_autocast(acts.device):
+        return column_score(name).column_sums(in_float32(acts), last_cutoff)
+
+
+def score_of(
+    acts: Float[Tensor, "*group tokens latents"], name: str, n_candidates: int
+) -> Float[Tensor, "*group latents"]:
+    """One score of every latent in every group, in float32 at least."""
+    with without_autocast(acts.device):
+        return SCORES[name](in_float32(acts), n_candidates)
+
+
+def in_float32(acts: Tensor) -> Tensor:
+    """In float32, or float64 as it is."""
+    return acts.to(torch.promote_types(acts.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Scores are of full precision under autocast too."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

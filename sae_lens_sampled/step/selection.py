@@ -6,18 +6,24 @@ group with a pool of its own, the last one possibly shorter. The cutoff is batch
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lens_sampled.step.rank_statistics import ColumnSums, column_sums, merged_statistics, sketch_scores
-from sae_lens_sampled.step.ranks import ALONE, Ranks, largest_of_ranks
-from sae_lens_sampled.step.scores import SCORES
+from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.scores import (
+    SCORES,
+    ColumnScore,
+    ColumnSums,
+    column_score,
+    column_sums,
+    l2_norm,
+    score_of,
+    sketch_scores,
+)
 
 PoolSampling = Literal["top", "proportional"]
 
@@ -41,8 +47,6 @@ class PoolFields:
         matryoshka_widths (list[int] | None): Widths of nested levels, increasing, the last one d_sae. The first w
             latents of each inner width w have a reconstruction loss of their own, as in SAELens' Matryoshka, from the
             same kept activations. None, or d_sae alone: no levels.
-        pool_quota (list[float] | None): Share of the pool that each level has for its own latents; they sum to 1.
-            None: all latents compete for the pool. With a pool of all latents it has no effect.
     """
 
     pool_factor: float | None = 5.0
@@ -51,7 +55,6 @@ class PoolFields:
     pool_group_size: int | None = None
     pool_seed: int = 0
     matryoshka_widths: list[int] | None = None
-    pool_quota: list[float] | None = None
 
     if TYPE_CHECKING:
         k: float
@@ -67,15 +70,6 @@ class PoolFields:
         """Widths of the levels inside the whole dictionary, which have losses of their own."""
         return (self.matryoshka_widths or [])[:-1]
 
-    @property
-    def pool_parts(self) -> list[tuple[slice, int]]:
-        """Ranges of latents that do not compete with each other for the pool, and how many of each are candidates."""
-        if self.pool_quota is None:
-            return [(slice(0, self.d_sae), self.n_candidates)]
-        levels = [slice(*ends) for ends in pairwise([0, *self.inner_widths, self.d_sae])]
-        sizes = quota_sizes(self.pool_quota, [level.stop - level.start for level in levels], self.n_candidates)
-        return list(zip(levels, sizes, strict=True))
-
 
 class ColumnStatistics(NamedTuple):
     """What a batch tells about each latent, per group; all a pool is chosen from."""
@@ -88,7 +82,11 @@ class ColumnStatistics(NamedTuple):
 
 
 def sampled_topk(
-    acts: Float[Tensor, "tokens d_sae"], cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
+    acts: Float[Tensor, "tokens d_sae"],
+    cfg: PoolFields,
+    draw: Int[Tensor, ""],
+    last_cutoff: Float[Tensor, ""] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Float[Tensor, "tokens d_sae"], Int[Tensor, "groups n_candidates"]]:
     """Both stages: the kept activations, 0 elsewhere, and the pools they were kept from.
 
@@ -96,11 +94,12 @@ def sampled_topk(
         acts: non-negative activations.
         cfg: how to choose the pool.
         draw: number of the random draw, if the pool is sampled.
+        last_cutoff: the smallest activation that the batch before kept, which scores may look at; None: not known.
         ranks: the processes that share the batch, of which `acts` are this one's; all call this.
     """
-    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, ranks)
+    statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, last_cutoff, ranks)
     pool = choose_pool(statistics, cfg, draw, ranks)
-    n_keep = int(cfg.k * len(acts) * ranks.count)
+    n_keep = int(cfg.k * ranks.n_of_all(len(acts)))
     return keep_top_entries(acts, pool, n_keep, cfg.pool_group_size, ranks), pool
 
 
@@ -111,30 +110,7 @@ def choose_pool(
     if cfg.pool_sampling == "proportional":
         first_group = 0 if cfg.pool_group_size is None else ranks.rank * len(statistics.scores)
         statistics = perturb_scores(statistics, cfg.pool_seed, draw, first_group)
-    # Level after level is ascending already.
-    chosen = []
-    for part, size in cfg.pool_parts:
-        of_part = ColumnStatistics(*(statistic[:, part] for statistic in statistics))
-        chosen.append(candidate_pool(of_part, size) + part.start)
-    return torch.cat(chosen, dim=1)
-
-
-def quota_sizes(quota: list[float], widths: list[int], n_candidates: int) -> list[int]:
-    """How many of `n_candidates` each level has: its share, rounded, and at most all of its latents.
-
-    What levels cannot take fills those that have room, the widest first. Among equally wide ones the innermost.
-
-    Args:
-        quota: shares, which sum to 1.
-        widths: numbers of latents of the levels, without those of the levels inside.
-        n_candidates: at most as many as there are latents.
-    """
-    # Rounding the cumulative sums, the sizes add up.
-    ends = [0, *(round(n_candidates * share) for share in accumulate(quota))]
-    sizes = [min(end - start, width) for (start, end), width in zip(pairwise(ends), widths, strict=True)]
-    for level in sorted(range(len(widths)), key=lambda level: -widths[level]):
-        sizes[level] += min(widths[level] - sizes[level], n_candidates - sum(sizes))
-    return sizes
+    return candidate_pool(statistics, cfg.n_candidates)
 
 
 def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
@@ -146,7 +122,12 @@ def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
 
 @torch.no_grad()
 def column_statistics(
-    acts: Float[Tensor, "tokens d_sae"], score: str, n_candidates: int, group_size: int | None, ranks: Ranks = ALONE
+    acts: Float[Tensor, "tokens d_sae"],
+    score: str,
+    n_candidates: int,
+    group_size: int | None,
+    last_cutoff: Float[Tensor, ""] | None = None,
+    ranks: Ranks = ALONE,
 ) -> ColumnStatistics:
     """Score, norm and liveness of every latent in every group, in float32 at least.
 
@@ -155,39 +136,33 @@ def column_statistics(
         score: a key of `SCORES`.
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
-        ranks: the processes that share the batch, of which `acts` are this one's.
+        last_cutoff: see `sampled_topk`.
+        ranks: the processes that share the batch, of which `acts` are this one's; no group lies on two.
     """
-    if ranks.count > 1 and group_size is None:
-        statistics, _ = merged_column_statistics(column_sums(acts, score), score, len(acts), ranks)
-        if score != "ridge_leverage":
-            return statistics
-        scores = sketch_scores(lambda rows: acts[rows], len(acts), n_candidates, acts.device, ranks)
-        return statistics._replace(scores=scores[None])
     parts = []
     for groups in _in_groups(acts, group_size):
-        norms = score_of(groups, "l2_norm", n_candidates)
-        scores = norms if score == "l2_norm" else score_of(groups, score, n_candidates)
-        parts.append(ColumnStatistics(scores, norms, groups.sum(dim=1) > 0))
+        sums = column_sums(groups, score, last_cutoff)
+        part = statistics_of(sums, score) if group_size is not None else merged_statistics(sums, score, ranks)[0]
+        if score == "ridge_leverage" and group_size is None:
+            sketched = sketch_scores(lambda rows: acts[rows], len(acts), n_candidates, acts.device, ranks)
+            part = part._replace(scores=sketched[None])
+        elif not isinstance(SCORES[score], ColumnScore):
+            part = part._replace(scores=score_of(groups, score, n_candidates))
+        parts.append(part)
     return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def merged_column_statistics(
-    sums: ColumnSums, score: str, n_own: int, ranks: Ranks
-) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
-    """Statistics of one pool over all ranks, of whose tokens `n_own` are this one's, and the largest activations."""
-    scores, norms, alive, peak = merged_statistics(sums, score, n_own * ranks.count, ranks)
-    return ColumnStatistics(scores[None], norms[None], alive[None]), peak
+def merged_statistics(
+    sums: ColumnSums, score: str, ranks: Ranks
+) -> tuple[ColumnStatistics, Float[Tensor, "groups d_sae"]]:
+    """Statistics of one pool, from what the tokens of each rank tell; and the largest activations, of all ranks."""
+    merged = column_score(score).merged(sums, ranks)
+    return statistics_of(merged, score), merged.peak
 
 
-@torch.no_grad()
-def score_of(
-    acts: Float[Tensor, "groups tokens latents"], score: str, n_candidates: int
-) -> Float[Tensor, "groups latents"]:
-    """One score of every latent in every group, in float32 at least, under autocast too."""
-    device = acts.device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    with torch.autocast(device, enabled=False) if available else nullcontext():
-        return SCORES[score](acts.to(torch.promote_types(acts.dtype, torch.float32)), n_candidates)
+def statistics_of(sums: ColumnSums, score: str) -> ColumnStatistics:
+    """From what all tokens of each group tell; norms stand in for scores that are no `ColumnScore`."""
+    return ColumnStatistics(column_score(score).of(sums), l2_norm.of(sums), sums.peak > 0)
 
 
 @torch.no_grad()
@@ -247,10 +222,7 @@ def keep_top_entries(
     """
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
-    if ranks.count > 1:
-        kept = torch.where(largest_of_ranks(candidates.detach(), n_keep, ranks), candidates, 0)
-        return torch.zeros_like(acts).scatter(1, columns, kept)
-    indices = candidates.detach().flatten().topk(min(n_keep, candidates.numel()), sorted=False).indices
+    indices = ranks.topk_indices(candidates.detach(), n_keep)
     values = candidates.flatten().gather(0, indices)
     kept = torch.zeros_like(candidates).flatten().scatter(0, indices, values).view_as(candidates)
     return torch.zeros_like(acts).scatter(1, columns, kept)

@@ -28,10 +28,13 @@ class Weights(NamedTuple):
     r"""What was subtracted from the inputs, where its gradient is wanted but not theirs: it is $-W_{enc} \partial b$,
     a vector in place of their matrix."""
 
-    def of(self, latents: Int[Tensor, " some"]) -> "Weights":
-        """Copies of those of some latents, with gradient; for dense products, which need no `input_bias`."""
+    def of(self, latents: Int[Tensor, " some"] | slice) -> "Weights":
+        """Those of some latents, copies or views, with gradient; for dense products, which need no `input_bias`."""
+        norms = None if self.norms is None else self.norms[latents]
+        if isinstance(latents, slice):
+            return Weights(self.W_enc[:, latents], self.b_enc[latents], self.W_dec[latents], norms)
         W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
-        return Weights(W_enc, self.b_enc[latents], W_dec, None if self.norms is None else self.norms[latents])
+        return Weights(W_enc, self.b_enc[latents], W_dec, norms)
 
     def hidden_pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens latents"]:
         """Pre-activations, rescaled where decoder norms rescale them."""

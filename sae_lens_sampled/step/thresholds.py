@@ -59,14 +59,12 @@ class StepCounts(NamedTuple):
 
 
 @torch.no_grad()
-def counts_of_all(counts: StepCounts, ranks: Ranks, peak_is_of_all: bool = False) -> StepCounts:
+def reduce_counts(counts: StepCounts, ranks: Ranks, peak_is_of_all: bool = False) -> StepCounts:
     """Over the tokens of all ranks; the peak may be known already."""
-    if ranks.count == 1:
-        return counts
     numbers = torch.stack([n.int() for n in (counts.n_selected, counts.n_fired, counts.n_hits)])
     n_selected, n_fired, n_hits = ranks.sum(numbers).long()
-    smallest = ranks.min(counts.smallest.float())
-    return StepCounts(n_selected, n_fired, n_hits, counts.peak if peak_is_of_all else ranks.max(counts.peak), smallest)
+    peak = counts.peak if peak_is_of_all else ranks.max(counts.peak)
+    return StepCounts(n_selected, n_fired, n_hits, peak, ranks.min(counts.smallest))
 
 
 @torch.no_grad()
@@ -144,9 +142,10 @@ class RateMatcher(nn.Module):
     ) -> None:
         r"""One step of $\theta_j \mathrel{+}= \eta M_j \mathrm{clip}((f_j - w_j r_j)/(\bar f_j + w_j \bar r_j + 1/B))$.
 
-        The weights $w_j$ are proportional to the precisions. The step follows the latent's own scale $M_j$: with the
-        cutoff as scale it fails where that is near 0. The error is divided by *running* rates: divided by the batch's
-        own, medians would be balanced instead of means.
+        The weights are $w_j = g p_j \sum_i \bar r_i / \sum_i \bar p_i \bar r_i$ with the precisions p and the gain g,
+        which holds the L0: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. The step follows the latent's own
+        scale $M_j$: with the cutoff as scale it fails where that is near 0. The error is divided by *running* rates:
+        divided by the batch's own, medians would be balanced instead of means.
 
         Args:
             counts: of this batch; in the first those of thresholds are not used.
@@ -155,22 +154,25 @@ class RateMatcher(nn.Module):
             n_tokens: B.
             n_steps: steps before this one.
         """
-        # Before the first batch there are no thresholds to fire above.
+        # This batch's rates. Before the first one there are no thresholds to fire above.
         selection_rate = counts.n_selected / n_tokens
         firing_rate = torch.where(n_steps > 0, counts.n_fired / n_tokens, selection_rate)
         hit_rate = torch.where(n_steps > 0, counts.n_hits / n_tokens, selection_rate)
+        # Running means, from 0 on: divided by `correction` they are weighted averages.
         new = (firing_rate, selection_rate, counts.peak)
         for mean, value in zip((self.firing_rate, self.selection_rate, self.peak), new, strict=True):
             mean.lerp_(value.to(mean.dtype), EMA_RATE)
         precision = torch.where(firing_rate > 0, hit_rate / firing_rate, self.precision)
         self.precision.lerp_(precision.to(torch.float32), PRECISION_EMA_RATE)
         correction = 1 - (1 - EMA_RATE) ** (n_steps + 1)
+        # The step itself, in units of the latent's own peak; the first batch starts all at its cutoff.
         weight = self._weight()
         rates = (self.firing_rate + weight * self.selection_rate) / correction + 1 / n_tokens
         error = ((firing_rate - weight * selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
         step = (n_steps + 1).rsqrt().clamp(min=THRESHOLD_STEP)
         moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
         self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
+        # The gain takes up what the export's L0, of latents that are not silent, lacks.
         missing = selection_rate.sum() - firing_rate.masked_fill(~recently_pooled, 0).sum()
         total = (self.selection_rate.sum() / correction).clamp(min=MIN_SELECTION_RATE)
         self.gain.mul_(1 + GAIN_STEP * missing / total).clamp_(0.5, 100)

@@ -1,0 +1,107 @@
+"""A step on the kept entries in SAELens' terms: from a batch as the trainer gives it to an output as it takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor
+
+from sae_lens_sampled.sae.checks import StepState
+from sae_lens_sampled.sae.reconstruction import add_skip
+from sae_lens_sampled.sae.recorded import RecordedSAE
+from sae_lens_sampled.step.auxiliary import auxiliary_loss, dead_latents
+from sae_lens_sampled.step.column_scan import Batch
+from sae_lens_sampled.step.kept_entries import StepPath, kept_step
+from sae_lens_sampled.step.ranks import Ranks
+from sae_lens_sampled.step.sparse_codes import as_coo
+from sae_lens_sampled.step.thresholds import StepCounts, reduce_counts
+
+
+@dataclass
+class SampledTrainStepOutput(TrainStepOutput):
+    """SAELens' output of a step, and what was chosen on the way."""
+
+    pool: Tensor | None = None
+    """Indices of the candidates, shape (groups, n_candidates), of the process's own tokens; None if every latent is."""
+    path: StepPath = "dense"
+    """How the step was computed."""
+
+
+class ForwardPass(NamedTuple):
+    """What either way to compute a step gives."""
+
+    output: SampledTrainStepOutput
+    counts: StepCounts
+    """Over the tokens of all ranks."""
+    inner: Sequence[Tensor]
+    """Reconstructions from the inner widths, shape (tokens, d_out)."""
+
+
+@torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
+def kept_forward_pass(
+    sae: RecordedSAE, sae_in: Tensor, target: Tensor, state: StepState, path: StepPath, ranks: Ranks
+) -> ForwardPass | None:
+    """The host's forward pass with `kept_step` in its place; None if this step is for the dense path.
+
+    Args:
+        sae: in training.
+        sae_in: what is encoded, shape (..., d_in).
+        target: what is reconstructed, shape (..., d_out).
+        state: of this step.
+        path: "columns" or "kept".
+        ranks: the processes that share the batch, of which `sae_in` is this one's.
+    """
+    cfg, record = sae.cfg, sae.pool_record
+    x = (processed := sae.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
+    # Without it the gradient of the inputs would be wanted, a matrix product for a vector.
+    input_bias = sae.b_dec if cfg.apply_b_dec_to_input and not sae_in.requires_grad else None
+    weights = sae.weights()._replace(input_bias=input_bias)
+    batch = Batch(x, weights, sae.latent_threshold, cfg, record.n_steps, record.cutoff, ranks)
+    width = target.shape[-1]  # that of a head, where the heads are merged for the encoder
+    step = kept_step(batch, path, dead_latents(state.dead, state.n_dead), min(width // 2, state.n_dead))
+    if step is None:
+        sae.scan_record["dense_steps"] += 1
+        return None
+    sae.scan_record["second_scans"] += step.n_scans - 1
+    sae.scan_record["extracted_per_kept"] = step.n_extracted / max(len(step.kept.values), 1)
+    # The decoder's bias and the skip connection once for all levels, then back to the shape that came.
+    *inner, reconstruction = add_skip(sae, x, step.reconstructions + sae.b_dec)
+    sae_out = sae.run_time_activation_norm_fn_out(reconstruction.view(*processed.shape[:-1], -1))
+    sae_out = sae.reshape_fn_out(sae_out, sae.d_head)
+    losses = {"mse_loss": sae.mse_loss_fn(sae_out, target).sum(dim=-1).mean()}
+    # AuxK reconstructs what is left, which gets no gradient from it.
+    residual = (target - sae_out).detach().reshape(reconstruction.shape)
+    auxiliary = auxiliary_loss(step.dead_reconstruction, residual, state.n_dead, width, cfg.aux_loss_coefficient)
+    losses["auxiliary_reconstruction_loss"] = auxiliary
+    feature_acts = as_coo(step.kept, torch.Size([*processed.shape[:-1], cfg.d_sae]))
+    output = SampledTrainStepOutput(
+        sae_in=target,
+        sae_out=sae_out,
+        feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
+        hidden_pre=x.new_empty(0),  # nothing of the host reads it
+        loss=losses["mse_loss"] + auxiliary,
+        losses=losses,
+        pool=step.pool,
+        path=path,
+    )
+    one_pool = cfg.pool_group_size is None and step.pool is not None
+    return ForwardPass(output, reduce_counts(step.counts, ranks, peak_is_of_all=one_pool), inner)
+
+
+def add_inner_losses(sae: RecordedSAE, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
+    """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_out).
+
+    Where they count no more they are still there to be logged, times 0: the record's number of steps, this one
+    counted already, stays on the device, and SAELens' own is one too low after a checkpoint.
+    """
+    last, weight = sae.cfg.inner_loss_steps, sae.cfg.inner_loss_coefficient
+    if last is not None:
+        weight = weight * (sae.pool_record.n_steps <= last)
+    for width, reconstruction in zip(sae.cfg.inner_widths, reconstructions, strict=True):
+        inner = reconstruction.view(*output.feature_acts.shape[:-1], -1)
+        inner = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(inner), sae.d_head)
+        loss = sae.mse_loss_fn(inner, output.sae_in).sum(dim=-1).mean()
+        output.losses[f"inner_mse_loss_{width}"] = loss
+        output.loss = output.loss + weight * loss

@@ -1,0 +1,168 @@
+"""What a training SAE remembers beside its weights: how it is kept, saved, folded, loaded, and read at export."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from safetensors import SafetensorError
+from torch import Tensor
+from typing_extensions import Self, override
+
+from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.sae.checks import check_same_weights, check_shape
+from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.sae.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
+from sae_lens_sampled.sae.export import to_jumprelu
+from sae_lens_sampled.sae.reconstruction import add_skip
+from sae_lens_sampled.step.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.step.sparse_codes import Weights
+from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, RateMatcher
+
+METRIC_TOKENS = 256
+"""Tokens of a batch on which the export is looked at while training."""
+
+
+class RecordedSAE(BatchTopKTrainingSAE):
+    """A BatchTopK training SAE with a record of its pools and with thresholds that match rates; see `training.py`."""
+
+    cfg: SampledTopKTrainingSAEConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: SampledTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
+        self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
+        # What extraction has cost so far; it matters for speed alone, so it is not saved.
+        self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
+
+    @property
+    def latent_threshold(self) -> Tensor:
+        """The threshold that each latent would be exported with, float32, shape (d_sae,), in units of `hidden_pre`."""
+        return self.rate_matcher.threshold
+
+    def weights(self) -> Weights:
+        """What encodes and decodes, with gradient."""
+        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        return Weights(self.W_enc, self.b_enc, self.W_dec, norms)
+
+    def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a training batch, shape (..., d_in), is encoded and what is reconstructed: all of it.
+
+        Raises:
+            ValueError: if it is empty or of another width.
+        """
+        check_shape(self, batch)
+        return batch, batch
+
+    def pool_statistics(self) -> dict[str, float]:
+        """The pools so far, in numbers; the same that are logged in training. See the README's table."""
+        of_pools = {name: statistic(self.pool_record).item() for name, statistic in POOL_STATISTICS.items()}
+        return of_pools | self.scan_record
+
+    def learnt_thresholds(self) -> Float[Tensor, " d_sae"]:
+        """What training has learnt, by the rule of `inference_threshold`, in units of `hidden_pre`.
+
+        Before the first step BatchTopK's threshold, as it is: 0, or what was set.
+        """
+        n_steps = self.pool_record.n_steps
+        if n_steps == 0:
+            warnings.warn(
+                "this SAE has taken no training step (of training_forward_pass), so it has learnt no thresholds; all "
+                f"are {self.topk_threshold.item():g}. calibrate_thresholds(sae, activations) sets them from data.",
+                stacklevel=4,
+            )
+            return self.topk_threshold.repeat(self.cfg.d_sae)
+        if self.cfg.inference_threshold == "per_latent":
+            return self.rate_matcher.export(n_steps, self.pool_record.pooled_within(SILENT_AFTER_STEPS))
+        # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
+        correction = 1 - (1 - self.cfg.topk_threshold_lr) ** n_steps
+        return (self.topk_threshold / correction).repeat(self.cfg.d_sae)
+
+    def export_metrics(self, sae_in: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """L0 and FVU that the exported SAE has on some of a batch; functions, so that they cost nothing unless logged.
+
+        Args:
+            sae_in: the training batch, shape (..., d_batch), of which the first `METRIC_TOKENS` are looked at.
+        """
+
+        def rows() -> tuple[Tensor, Tensor]:
+            shape = sae_in.shape[sae_in.ndim - (2 if self.hook_z_reshaping_mode else 1) :]
+            return self.inputs_and_targets(sae_in.reshape(-1, *shape)[:METRIC_TOKENS])
+
+        @torch.no_grad()
+        def acts_of(x: Tensor) -> Tensor:
+            hidden_pre = self.weights().hidden_pre(self.process_sae_in(x))
+            return torch.where(hidden_pre > self.learnt_thresholds(), hidden_pre, 0)
+
+        @torch.no_grad()
+        def fvu() -> Tensor:
+            x, target = rows()
+            reconstruction = add_skip(self, x, self.decode(acts_of(x)))
+            return fraction_of_variance_unexplained(target.flatten(1), reconstruction.flatten(1))
+
+        return {"export_l0": lambda: (acts_of(rows()[0]) > 0).sum(dim=-1).float().mean(), "export_fvu": fvu}
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        pack_buffers(self, state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        unpack_buffers(self, state_dict)
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        # Past BatchTopK's own version, which expects its buffer unpacked.
+        super(BatchTopKTrainingSAE, self).process_state_dict_for_saving_inference(state_dict)
+        for name, _ in self.named_buffers():
+            del state_dict[name]
+        state_dict["threshold"] = self.learnt_thresholds().to(self.b_enc.dtype)
+
+    @override
+    def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
+        """Save as a JumpReLU SAE, which plain SAELens loads; the decoder rows come out unit-norm."""
+        starved = POOL_STATISTICS["starved_share"](self.pool_record).item()
+        if starved > 0.5 and self.pool_record.n_steps > 0 and self.cfg.pool_group_size is None:
+            warnings.warn(
+                f"{starved:.0%} of the latents were never in a pool: with one pool per batch and a small pool_factor "
+                f"(here {self.cfg.pool_factor}) the pool freezes. pool_group_size=16 lets more latents in.",
+                stacklevel=2,
+            )
+        return to_jumprelu(self).save_model(path)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.pool_record.input_norm /= scaling_factor
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # These too are in units of hidden_pre * W_dec.norm(), as SAELens' own threshold is (its issue #763).
+            self.rate_matcher.scale(1 / scaling_factor)
+            self.pool_record.cutoff /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        super().fold_activation_whitening(*args, **kwargs)
+        self.pool_record.input_norm.zero_()  # that of whitened inputs says nothing of others
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Weights and buffers of a checkpoint; ValueError if it is missing, truncated, or of another kind or size."""
+        check_same_weights(Path(checkpoint_path), self.cfg.to_dict())
+        try:
+            super().load_weights_from_checkpoint(checkpoint_path)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"no readable checkpoint in {str(checkpoint_path)!r}: {error}") from error
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        originals = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        restore_buffers(self, originals)
+        return self
