@@ -158,9 +158,7 @@ def width(arm: Arm, k: float, d_sae: int) -> int:
 
 def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
     """The arm's config on the language model."""
-    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    shared = {"d_in": study.d_in, "d_sae": width(arm, study.k, study.d_sae), "device": study.device}
-    return arm.config(**shared, k=study.k, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **arm.fields)
+    return _config(study, arm, seed, {"d_in": study.d_in, "d_sae": study.d_sae, "k": study.k}, arm.fields)
 
 
 def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
@@ -172,10 +170,16 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
     if "inner_loss_steps" in fields:
         fields["inner_loss_steps"] = synthetic.steps // 2
-    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    d_sae = width(arm, synthetic.k, synthetic.d_sae)
-    shared = {"d_in": synthetic.data.hidden_dim, "d_sae": d_sae, "k": synthetic.k, "device": study.device}
-    return arm.config(**shared, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **fields)
+    sizes = {"d_in": synthetic.data.hidden_dim, "d_sae": synthetic.d_sae, "k": synthetic.k}
+    return _config(study, arm, seed, sizes, fields)
+
+
+def _config(study: Study, arm: Arm, seed: int, sizes: dict[str, Any], fields: dict[str, Any]) -> TrainingSAEConfig:
+    d_sae = width(arm, sizes["k"], sizes["d_sae"])
+    given = sizes | {"d_sae": d_sae, "device": study.device, "aux_loss_coefficient": study.aux_loss_coefficient}
+    if arm.config is SampledTopKTrainingSAEConfig:
+        given["pool_seed"] = seed
+    return arm.config(**given, **fields)
 
 
 def units(study: Study) -> list[Unit]:
