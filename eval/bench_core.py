@@ -7,7 +7,6 @@ proportion that SAEBench's documentation has, 1 to 10. Both sides run in turns i
 is what counts.
 """
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -16,6 +15,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import sae_bench.evals.core.main as core
 import torch
@@ -29,34 +29,28 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from bundled import TINY_LM
 
+N_SAES, D_SAE, REPEATS = 8, 256, 3
+BATCHES: dict[str, Any] = {"n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 40}
 
-def jumprelu(seed: int, d_sae: int) -> JumpReLUSAE:
+
+def jumprelu(seed: int) -> JumpReLUSAE:
     metadata = SAEMetadata(
         model_name=str(TINY_LM), hook_name="blocks.2.hook_resid_post", context_size=128, prepend_bos=False
     )
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=d_sae, metadata=metadata))
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=D_SAE, metadata=metadata))
     generator = torch.Generator().manual_seed(seed)
-    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, 128, generator=generator), dim=1)
-    threshold = torch.full((d_sae,), 8.0)
-    sae.load_state_dict(
-        {
-            "W_enc": w_dec.T,
-            "W_dec": w_dec,
-            "b_enc": torch.zeros(d_sae),
-            "b_dec": torch.zeros(128),
-            "threshold": threshold,
-        }
-    )
+    w_dec = torch.nn.functional.normalize(torch.randn(D_SAE, 128, generator=generator), dim=1)
+    biases = {"b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(128)}
+    sae.load_state_dict({"W_enc": w_dec.T, "W_dec": w_dec, "threshold": torch.full((D_SAE,), 8.0), **biases})
     return sae
 
 
-def by_hand(saes: dict[str, JumpReLUSAE], folder: Path, n_reconstruction: int, n_sparsity: int) -> None:
+def by_hand(saes: dict[str, JumpReLUSAE], folder: Path) -> None:
     """One run of core per SAE, as SAEBench's own command line does it."""
     for name, sae in saes.items():
         core.multiple_evals(
             [(name, sae)],
-            n_eval_reconstruction_batches=n_reconstruction,
-            n_eval_sparsity_variance_batches=n_sparsity,
+            **BATCHES,
             eval_batch_size_prompts=16,
             compute_featurewise_density_statistics=True,
             compute_featurewise_weight_based_metrics=True,
@@ -68,25 +62,17 @@ def by_hand(saes: dict[str, JumpReLUSAE], folder: Path, n_reconstruction: int, n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-saes", type=int, default=8)
-    parser.add_argument("--d-sae", type=int, default=256)
-    parser.add_argument("--reconstruction-batches", type=int, default=4)
-    parser.add_argument("--sparsity-batches", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
     warnings.filterwarnings("ignore")
     OFFICIAL_MODEL_NAMES.append(str(TINY_LM))
-    counts = (args.reconstruction_batches, args.sparsity_batches)
     seconds: dict[str, list[float]] = {"by hand": [], "shared": []}
-    for _ in range(args.repeats):
+    for _ in range(REPEATS):
         for way in seconds:
-            saes = {f"sae_{i}": jumprelu(i, args.d_sae) for i in range(args.n_saes)}
+            saes = {f"sae_{i}": jumprelu(i) for i in range(N_SAES)}
             with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
                 start = time.perf_counter()
                 with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                     if way == "by hand":
-                        by_hand(saes, Path(folder), *counts)
+                        by_hand(saes, Path(folder))
                     else:
                         run_evals(
                             list(saes.items()),
@@ -94,12 +80,7 @@ def main() -> None:
                             TINY_LM,
                             folder,
                             text=TINY_LM / "text",
-                            overrides={
-                                "core": {
-                                    "n_eval_reconstruction_batches": counts[0],
-                                    "n_eval_sparsity_variance_batches": counts[1],
-                                }
-                            },
+                            overrides={"core": BATCHES},
                             show_progress=False,
                         )
                 seconds[way].append(time.perf_counter() - start)

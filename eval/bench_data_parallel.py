@@ -26,10 +26,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sae_lens import SAETrainer
-from sae_lens.config import SAETrainerConfig
 
-from bench_training_step import real_batches
+from bench_training_step import make_trainer, real_batches
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step.ranks import GroupRanks
 
@@ -37,12 +35,12 @@ RESULTS = Path(__file__).parent / "results"
 SIZE = {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64, "steps": 8}
 QUICK = {"tokens": 256, "d_in": 128, "d_sae": 1024, "k": 8, "steps": 4}
 BATCHES = "batches.pt"
-Case = dict[str, Any]
+Fields = dict[str, Any]
 
 
-def cases(size: dict[str, int]) -> dict[str, Case]:
+def cases(size: dict[str, int]) -> dict[str, Fields]:
     """Fields of the SAE's config, and the share of dead latents, by the name of the case."""
-    one_pool: Case = {"pool_factor": 5}
+    one_pool: Fields = {"pool_factor": 5}
     return {
         "one pool, factor 5": one_pool,
         "one pool, factor 10": {"pool_factor": 10},
@@ -57,7 +55,7 @@ def cases(size: dict[str, int]) -> dict[str, Case]:
 
 
 def train(
-    case: Case, size: dict[str, int], batches: torch.Tensor, rank: int, count: int, device: str
+    case: Fields, size: dict[str, int], batches: torch.Tensor, rank: int, count: int, device: str
 ) -> dict[str, Any]:
     """Train on this process's part of every batch: what it took, and what the SAE has become."""
     torch.manual_seed(0)
@@ -69,10 +67,7 @@ def train(
         sae.data_parallel()
         assert sae._gradient_sum is not None
         of_gradients = sae._gradient_sum.ranks = GroupRanks()  # counts for itself
-    config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=n_own, lr=1e-3, lr_end=1e-3, device=device
-    )
-    trainer = SAETrainer(config, sae, iter(()))
+    trainer = make_trainer(sae, {"tokens": n_own, "device": device, "autocast": False}, lr=1e-3)
     dead = torch.arange(size["d_sae"], device=device) < case.get("dead", 0) * size["d_sae"]
     seconds = []
     for step in range(size["steps"]):
@@ -89,7 +84,7 @@ def train(
         "seconds": seconds,
         "weights": {n: p.detach().cpu() for n, p in sae.named_parameters()},
         "record": record,
-    } | (exchanged)
+    } | exchanged
 
 
 def _bytes_of(sae: SampledTopKTrainingSAE, of_gradients: GroupRanks, n_steps: int) -> dict[str, float]:
@@ -122,7 +117,7 @@ def work(rank: int, count: int, size: dict[str, int], kind: str, folder: Path) -
         dist.destroy_process_group()
 
 
-def compare(name: str, fields: Case, count: int, folder: Path) -> dict[str, Any]:
+def compare(name: str, fields: Fields, count: int, folder: Path) -> dict[str, Any]:
     """What `count` processes took, beside one, and how far they are from it and from each other."""
     one = torch.load(folder / f"{name}_1_0.pt")
     ranks = [torch.load(folder / f"{name}_{count}_{rank}.pt") for rank in range(count)]

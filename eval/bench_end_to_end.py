@@ -5,7 +5,7 @@
     python eval/bench_end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --d-sae 65536 --k 64 --device cuda
 
-Each side is a `LanguageModelSAETrainingRunner` of its own, in turns: with SAELens' activation store, and with
+Each case is a `LanguageModelSAETrainingRunner` of its own, in turns: with SAELens' activation store, and with
 activations from a file (`activation_cache`), for which the language model has run once. The first step of a run fills
 the store and is not counted, nor is saving.
 """
@@ -25,19 +25,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
-    SAETrainer,
-)
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
+from step_cases import ALL_LATENTS, BATCHTOPK, Case, groups, one_pool, sae_config
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -45,31 +39,18 @@ from bundled import TINY_LM
 from smollm2 import smollm2_folder
 
 RESULTS = Path(__file__).parent / "results"
-SIDES: dict[str, dict[str, Any] | None] = {
-    "SAELens BatchTopK": None,
-    "all latents": {"pool_factor": 1e9},
-    "groups of 16, factor 10": {"pool_factor": 10, "pool_group_size": 16},
-    "one pool, factor 5": {"pool_factor": 5},
-}
-
-
+CASES = (BATCHTOPK, ALL_LATENTS, groups(10), one_pool(5))
 DEFAULTS = {
     str(TINY_LM): {"hook": "blocks.2.hook_resid_post", "d_sae": 8192, "k": 32, "steps": 40},
     "smollm2": {"hook": "blocks.10.hook_resid_post", "d_sae": 4096, "k": 32, "steps": 20},
 }
 
 
-def measure(side: str, args: argparse.Namespace, model: TransformerBridge, cached: Tensor | None) -> dict[str, float]:
+def measure(case: Case, args: argparse.Namespace, model: TransformerBridge, cached: Tensor | None) -> dict[str, float]:
     """Seconds of the steps but the first: all of them, and those that are the SAE's and the language model's."""
-    shared = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "aux_loss_coefficient": 1 / 32}
-    fields = SIDES[side]
-    sae = (
-        BatchTopKTrainingSAEConfig(**shared, device=args.device)
-        if fields is None
-        else SampledTopKTrainingSAEConfig(**shared, device=args.device, **fields)
-    )
+    setting = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "device": args.device}
     cfg = LanguageModelSAERunnerConfig(
-        sae=sae,
+        sae=sae_config(case, setting),
         model_name=args.model,
         hook_name=args.hook,
         dataset_path=args.dataset,
@@ -132,9 +113,9 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         cached, written_per_second = write_file(args, model, Path(scratch))
         for _ in range(args.repeats):
-            for side in SIDES:
+            for case in CASES:
                 for source, activations in (("store", None), ("file", cached)):
-                    runs.setdefault((side, source), []).append(measure(side, args, model, activations))
+                    runs.setdefault((case.name, source), []).append(measure(case, args, model, activations))
     n_tokens = (args.steps - 1) * args.batch_size
     rows = []
     for (side, source), seconds in runs.items():

@@ -1,6 +1,6 @@
 """Does the exported SAE do at inference what it did in training? L0 and FVU of both, over all kinds of pools.
 
-    python eval/check_export.py                     # everything: 140 SAEs, about half an hour on two CPU cores
+    python eval/check_export.py                     # everything: 132 SAEs, about half an hour on two CPU cores
     python eval/check_export.py --quick             # a few of them, in two minutes
     python eval/check_export.py --report            # eval/EXPORT.md from the results that are there
 
@@ -48,7 +48,6 @@ D_SAE, K, BATCH, STEPS, N_HELD_OUT = 512, 12, 512, 800, 80
 POOL_FACTORS = (1, 1.5, 3, 5, 10)
 SCORES = ("l2_norm", "entropy", "perplexity")
 WIDTHS = [D_SAE // 8, D_SAE // 2, D_SAE]
-QUOTA = [0.2, 0.3, 0.5]
 
 Setting = dict[str, Any]
 
@@ -67,14 +66,12 @@ def settings(data: str, quick: bool) -> list[Setting]:
         for group in (None, 16)
         for factor in ((10,) if quick else (5, 10))
     ]
-    shared = [setting | {"pool_quota": QUOTA} for setting in nested]
-    return [all_latents, *rows, all_latents | {"matryoshka_widths": WIDTHS}, *nested, *shared]
+    return [all_latents, *rows, all_latents | {"matryoshka_widths": WIDTHS}, *nested]
 
 
 def is_of(row: Setting, setting: Setting) -> bool:
     """Whether a row is the result of a setting; levels that a setting has not are none."""
-    levels = {"matryoshka_widths": None, "pool_quota": None}
-    return all(row.get(name) == value for name, value in (levels | setting).items())
+    return all(row.get(name) == value for name, value in ({"matryoshka_widths": None} | setting).items())
 
 
 def language_model_activations(split: str) -> Tensor:
@@ -200,7 +197,7 @@ def gaps(row: Setting) -> tuple[float, float]:
 def levels_of(row: Setting) -> str:
     """Nested widths in words."""
     widths = row.get("matryoshka_widths")
-    return "-" if widths is None else ", ".join(map(str, widths)) + (" with quota" if row.get("pool_quota") else "")
+    return "-" if widths is None else ", ".join(map(str, widths))
 
 
 COLUMNS: dict[str, Callable[[Setting], str]] = {

@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 from pages import markdown_table
 from pages import render as render_page
 from sae_lens_sampled.step import kept_entries
+from step_cases import BATCHTOPK, plan
 
 EVAL = Path(__file__).parent
-BASE = "SAELens BatchTopK"
+BASE = BATCHTOPK.name
 Row = dict[str, Any]
 WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
 """A size that one trains on several GPUs."""
@@ -46,13 +47,12 @@ def table(rows: list[Row]) -> str:
     return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
-def crossing_table(rows: list[Row], what: str) -> str:
-    """Markdown: the ways of doing a step beside each other, over what is varied."""
+def crossing_table(sections: dict[str, list[Row]], section: str, what: str) -> str:
+    """Markdown: the ways of doing a step beside each other, over the size or the pool factor that is varied."""
     lines = []
-    for row in rows:
-        ways = {side.rstrip(")").rpartition("(")[2]: ms for side, ms in row["step_ms"].items() if side != "product"}
-        factor = next(iter(row["step_ms"])).partition(", factor ")[2].partition(" ")[0]
-        lines.append({what: factor or row["case"][what], **{way: f"{ms:.1f} ms" for way, ms in ways.items()}})
+    for row, (setting, cases) in zip(sections[section], plan("cpu")[section], strict=True):
+        varied = setting.get(what, cases[0].fields["pool_factor"])
+        lines.append({what: varied, **{case.way: f"{row['step_ms'][case.name]:.1f} ms" for case in cases}})
     return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 

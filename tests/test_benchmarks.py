@@ -11,17 +11,22 @@ import torch
 import bench_data_parallel
 import bench_training_step
 from sae_lens_sampled.step.kept_entries import choose_path
+from step_cases import (
+    ALL_LATENTS,
+    BATCHTOPK,
+    WAYS_OF_ONE_POOL,
+    forced,
+    groups,
+    matryoshka,
+    one_pool,
+    plan,
+    sae_config,
+)
 
 EVAL = Path(__file__).parent.parent / "eval"
-CASE = {"tokens": 64, "d_in": 128, "d_sae": 256, "k": 4, "device": "cpu", "autocast": False, "dead": 0.0}
-CASE |= {"trained": False, "training_steps": 2}
-SIDES = [
-    "SAELens BatchTopK",
-    "SAELens Matryoshka",
-    "all latents (kept)",
-    "groups of 16, factor 3",
-    "one pool, factor 3",
-]
+SETTING = {"tokens": 64, "d_in": 128, "d_sae": 256, "k": 4, "device": "cpu", "autocast": False, "dead": 0.0}
+SETTING |= {"trained": False, "training_steps": 2}
+CASES = [BATCHTOPK, matryoshka([64, 256]), forced(ALL_LATENTS, "kept"), groups(3), one_pool(3)]
 
 
 def load(name):
@@ -32,11 +37,10 @@ def load(name):
 
 
 @pytest.mark.parametrize(("dead", "trained"), [(0.0, False), (0.5, True)])
-def test_a_training_step_is_measured_on_every_side(dead, trained, monkeypatch):
-    bench = load("bench_training_step")
-    monkeypatch.setattr(bench, "language_model_activations", lambda: torch.randn(200, 128))
-    row = bench.measure(CASE | {"dead": dead, "trained": trained}, SIDES, repeats=1)
-    assert list(row["step_ms"]) == [*SIDES, "product"]
+def test_a_training_step_is_measured_in_every_case(dead, trained, monkeypatch):
+    monkeypatch.setattr(bench_training_step, "language_model_activations", lambda: torch.randn(200, 128))
+    row = bench_training_step.measure(SETTING | {"dead": dead, "trained": trained}, CASES, repeats=1)
+    assert list(row["step_ms"]) == [*(case.name for case in CASES), "product"]
     assert all(milliseconds > 0 for milliseconds in row["step_ms"].values())
     assert {side: scan["path"] for side, scan in row["scans"].items()} == {
         "all latents (kept)": "kept",
@@ -44,42 +48,49 @@ def test_a_training_step_is_measured_on_every_side(dead, trained, monkeypatch):
         "one pool, factor 3": "columns",
     }
     lines = load("speed").table([row]).splitlines()
-    assert len(lines) == 2 + len(SIDES) + 1
+    assert len(lines) == 2 + len(CASES) + 1
     assert "| 1.0x " in lines[2]
 
 
-def test_the_sides_are_what_they_are_called():
-    bench = load("bench_training_step")
-    grouped = bench.side_config("groups of 16, factor 10 (dense)", CASE)
-    assert (grouped.pool_group_size, grouped.pool_factor, grouped.step) == (16, 10, "dense")
-    assert bench.side_config("all latents", CASE).n_candidates == 256
-    assert bench.side_config("sampled pool, factor 4", CASE).pool_sampling == "proportional"
-    assert bench.side_config("SAELens BatchTopK", CASE).architecture() == "batchtopk"
+@pytest.mark.parametrize("factor", [3, 30], ids=["small", "large"])
+def test_one_pool_goes_the_way_that_it_is_told(factor):
+    row = bench_training_step.measure(SETTING, [forced(one_pool(factor), way) for way in WAYS_OF_ONE_POOL], repeats=1)
+    columns, entries = row["scans"].values()
+    assert (columns["path"], entries["path"]) == ("columns", "kept")
+    assert columns["extracted_per_kept"] == 0 < entries["extracted_per_kept"]
+
+
+def test_the_plan_is_that_of_the_committed_results():
+    sections, planned = results("bench_training_step")["sections"], plan("cpu")
+    assert sections.keys() == planned.keys()
+    for name, rows in sections.items():
+        for row, (setting, cases) in zip(rows, planned[name], strict=True):
+            assert list(row["step_ms"]) == [*(case.name for case in cases), "product"]
+            assert row["case"].items() >= setting.items()
 
 
 def test_the_dead_are_as_many_as_asked_for():
-    assert load("bench_training_step").dead_latents(CASE | {"dead": 0.25}).sum() == 64
+    assert bench_training_step.dead_latents(SETTING | {"dead": 0.25}).sum() == 64
 
 
 def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own():
-    bench = load("bench_training_step")
-    case = CASE | {"tokens": 1024, "d_sae": 4096}
-    dense, kept = (bench.peak_memory(side, case) for side in ("SAELens BatchTopK", "all latents"))
+    setting = SETTING | {"tokens": 1024, "d_sae": 4096}
+    dense, kept = (bench_training_step.peak_memory(case, setting) for case in (BATCHTOPK, ALL_LATENTS))
     assert dense > 1024 * 4096 * 4 / 2**20  # at least one matrix of all tokens and latents
     assert kept < dense / 2
 
 
 def test_auto_takes_what_was_measured_to_be_the_fastest():
     """Within the noise: nothing measured was a fifth faster than what `choose_path` takes there."""
-    bench, sections = load("bench_training_step"), results("bench_training_step")["sections"]
-    rows = [row for name, rows in sections.items() if name.startswith("crossing_") for row in rows]
+    sections, planned = results("bench_training_step")["sections"], plan("cpu")
+    crossing = [name for name in planned if name.startswith("crossing_")]
+    rows = [pair for name in crossing for pair in zip(sections[name], planned[name], strict=True)]
     assert len(rows) > 10
-    for row in rows:
-        ways = {side.rstrip(")").rpartition("(")[2]: ms for side, ms in row["step_ms"].items() if side != "product"}
-        cfg = bench.side_config(next(iter(row["step_ms"])).partition(" (")[0], row["case"])
-        path = choose_path(cfg, "auto", row["case"]["tokens"], torch.device("cpu"))
+    for row, (setting, cases) in rows:
+        ways = {case.way: row["step_ms"][case.name] for case in cases}
+        path = choose_path(sae_config(cases[0], setting), "auto", setting["tokens"], torch.device("cpu"))
         way = path if path in ways else "entries"  # where one pool may go by its columns, "kept" is called so
-        assert ways[way] < 1.2 * min(ways.values()), (row["case"], ways, path)
+        assert ways[way] < 1.2 * min(ways.values()), (setting, ways, path)
 
 
 def test_the_page_is_the_one_that_the_results_give():
@@ -139,9 +150,9 @@ def test_a_whole_run_is_measured_with_the_store_and_from_a_file(tiny_lm, tmp_pat
     cached, per_second = bench.write_file(args, model, tmp_path)
     assert cached.shape == (4 * 2048, 128)
     assert per_second > 0
-    with_store = bench.measure("one pool, factor 5", args, model, None)
+    with_store = bench.measure(one_pool(5), args, model, None)
     assert 0 < with_store["model"] < with_store["all"]
     assert 0 < with_store["sae"] < with_store["all"]
-    from_file = bench.measure("one pool, factor 5", args, model, cached)
+    from_file = bench.measure(one_pool(5), args, model, cached)
     assert from_file["model"] == 0
     assert 0 < from_file["sae"] < from_file["all"]

@@ -27,7 +27,7 @@ def test_the_committed_page_is_that_of_the_committed_results():
     results = json.loads(check_export.RESULTS.read_text())
     wanted = check_export.settings("tiny_lm", quick=False) + check_export.settings("synthetic", quick=False)
     rows = [row for setting in wanted for row in results if check_export.is_of(row, setting)]
-    assert len(rows) == len(wanted) == len(results) == 140
+    assert len(rows) == len(wanted) == len(results) == 132
     assert check_export.page(rows) == check_export.PAGE.read_text()
 
 

@@ -86,11 +86,6 @@ SMALL = Benchmark(
         ),
         "groups": BenchmarkArm("groups", SAMPLED, GROUPS),
         "nested": BenchmarkArm("nested in groups, levels 4, 16, 64", SAMPLED, GROUPS | {"matryoshka_widths": INNER}),
-        "nested_quota": BenchmarkArm(
-            "the same with quota",
-            SAMPLED,
-            GROUPS | {"matryoshka_widths": INNER, "pool_quota": [0.25, 0.25, 0.25, 0.25]},
-        ),
         "nested_one_pool": BenchmarkArm(
             "nested in one pool, levels 4, 16, 64", SAMPLED, {"pool_factor": 10, "matryoshka_widths": INNER}
         ),
@@ -157,14 +152,6 @@ TUNING = replace(
             GROUPS | {"pool_factor": 16, "matryoshka_widths": INNER},
         ),
         **{
-            f"quota_{i}": BenchmarkArm(
-                f"nested in groups, {INNER}, quota {quota}",
-                SAMPLED,
-                GROUPS | {"matryoshka_widths": INNER, "pool_quota": quota},
-            )
-            for i, quota in enumerate(([0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.3, 0.5]))
-        },
-        **{
             f"scheduled_{first}": BenchmarkArm(
                 f"groups, pool factor from {first} to 10", VariantConfig, SCHEDULED | {"first_pool_factor": first}
             )
@@ -211,7 +198,7 @@ TUNING = replace(
     ks=(4,),
     n_seeds=2,
 )
-"""What levels, pool factor, quota and coefficient of `SMALL` were chosen by, on features that are not among its own."""
+"""What levels, pool factor and coefficient of `SMALL` were chosen by, on features that are not among its own."""
 
 INNER_16K = [128, 512, 2048]
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from pages import markdown_table, render
-from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
+from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import tables
 from study.benchmark_configs import BENCHMARKS, PUBLISHED_16K
 from study.benchmark_plan import Benchmark
 from study.configs import STUDIES
 from study.plan import GROUPED, pool_name
 from study.storage import Key, ResultTable, Storage
-from study.summary import Summary, shown
+from study.summary import Summary, mean_difference, mean_of, shown
 
 TEMPLATE = Path(__file__).parent / "templates" / "nested.md"
 COLUMNS = {
@@ -44,16 +44,13 @@ class BenchmarkSummary:
 
     def mean(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> Estimate | None:
         """Mean over data and seeds."""
-        values = list(self.values(arm, k, metric, data).values())
-        return estimate(values) if values else None
+        return mean_of(self.values(arm, k, metric, data))
 
     def difference(
         self, arm: str, other: str, k: int, metric: str, data: tuple[str, ...] = REPORTED
     ) -> Estimate | None:
         """Mean of the differences of two arms that started from the same weights."""
-        a, b = self.values(arm, k, metric, data), self.values(other, k, metric, data)
-        both = [a[stream] - b[stream] for stream in a if stream in b]
-        return estimate(both) if both else None
+        return mean_difference(self.values(arm, k, metric, data), self.values(other, k, metric, data))
 
     def table(
         self, k: int, data: tuple[str, ...] = REPORTED, published: Mapping[str, Mapping[str, float]] | None = None

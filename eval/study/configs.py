@@ -244,7 +244,7 @@ SMOLLM2 = Study(
     probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
     arms=(
         *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
-        *("pool_20_groups_16", "nested_10", "nested_20", "nested_20_quota", "nested_10_then_plain"),
+        *("pool_20_groups_16", "nested_10", "nested_20", "nested_10_then_plain"),
     ),
     pool_factors=(5, 10, 20),
     group_sizes=(16,),

@@ -17,15 +17,13 @@ from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from study.plan import Arm, Unit
 from study.storage import Storage
-from study.text import text_activations
+from study.text import CHUNK, text_activations
 from study.training import language_model
 
 PARTNER = 0.7
 """Decoder cosine from which on a latent counts as found again."""
 N_UNMATCHED = 4
 """Number of latents without a partner that are kept of a pair of arms."""
-CHUNK = 4096
-"""Tokens encoded at a time."""
 
 
 class Dictionary:

@@ -1,7 +1,7 @@
 """Stage `evaluate`: what the exported SAEs do on the language model, one result for each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from sae_lens_sampled.saebench import run_evals
 from study.configs import Study
 from study.plan import Arm, Unit, arms, sweep
 from study.storage import Storage
-from study.text import held_out, text_activations
+from study.text import CHUNK, held_out, text_activations
 from study.training import model_path, new_sae
 
 DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 """Edges of the histogram, in log10 of the share of tokens a latent fires on."""
-CHUNK = 4096
-"""Tokens encoded at a time."""
 
 
 def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
@@ -159,15 +157,10 @@ def batches_of_training(study: Study, arm: Arm, x: Tensor) -> list[Tensor]:
     return list(x.split(study.batch_size))
 
 
-@torch.no_grad()
 def in_training(study: Study, arm: Arm, sae: TrainingSAE[Any], unseen: Tensor) -> dict[str, float]:
-    """L0 and FVU of the selection of training; a sampled pool is drawn anew for every batch."""
-    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, unseen.device)
-    for i, batch in enumerate(batches_of_training(study, arm, unseen)):
-        acts = sae.select(batch, draw=i) if isinstance(sae, SampledTopKTrainingSAE) else sae.encode(batch)
-        statistics.update(batch, acts, sae.decode(acts))
-    summary = statistics.summary()
-    return {"l0_in_training": summary["l0"], "fvu_in_training": summary["fvu"]}
+    """L0 and FVU of the selection of training."""
+    of_batches = l0_and_fvu(sae, batches_of_training(study, arm, unseen))
+    return {f"{name}_in_training": value for name, value in of_batches.items()}
 
 
 def export_variants(
@@ -182,16 +175,16 @@ def export_variants(
     sae.cfg.inference_threshold = "per_latent"
     for mode in ("per_latent", "global"):
         variants[f"{mode}_at_equal_l0"] = _calibrated(study, arm, sae, calibration, mode)
-    return {name: l0_and_fvu(export, unseen) for name, export in variants.items()}
+    return {name: l0_and_fvu(export, unseen.split(CHUNK)) for name, export in variants.items()}
 
 
 @torch.no_grad()
-def l0_and_fvu(sae: SAE[Any], x: Tensor) -> dict[str, float]:
-    """L0 and FVU on `x`, shape (n_tokens, d_in)."""
-    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, x.device)
-    for chunk in x.split(CHUNK):
-        acts = sae.encode(chunk)
-        statistics.update(chunk, acts, sae.decode(acts))
+def l0_and_fvu(sae: SAE[Any], batches: Iterable[Tensor]) -> dict[str, float]:
+    """L0 and FVU over batches of shape (n_tokens, d_in); a sampled pool is drawn anew for each."""
+    statistics = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
+    for i, batch in enumerate(batches):
+        acts = sae.select(batch, draw=i) if isinstance(sae, SampledTopKTrainingSAE) else sae.encode(batch)
+        statistics.update(batch, acts, sae.decode(acts))
     summary = statistics.summary()
     return {name: summary[name] for name in ("l0", "fvu")}
 

@@ -16,12 +16,8 @@ GROUPED = 16
 """Group size of the arms that are about something else."""
 NARROW = (3, 5)
 """Pool factors with a control: a BatchTopK SAE of the pool's size, for what comes of having few latents alone."""
-NESTED: dict[str, tuple[float, list[float] | None]] = {
-    "nested_10": (10, None),
-    "nested_20": (20, None),
-    "nested_20_quota": (20, [0.2, 0.3, 0.5]),
-}
-"""Pool factor and quota of the arms with nested losses in groups."""
+NESTED = {"nested_10": 10, "nested_20": 20}
+"""Pool factors of the arms with nested losses in groups."""
 THEN_PLAIN = "nested_10_then_plain"
 """The arm whose inner losses count in the first half of the training alone."""
 RECOMMENDED = "pool_10_groups_16"
@@ -84,10 +80,9 @@ def arms(study: Study) -> list[Arm]:
             {"matryoshka_widths": widths},
         ),
     ]
-    for name, (factor, quota) in NESTED.items():
-        label = f"nested, {pool_label(factor, GROUPED)}" + (", quota" if quota else "")
-        fields = {"matryoshka_widths": widths, "pool_factor": factor, "pool_group_size": GROUPED, "pool_quota": quota}
-        plan.append(Arm(name, label, sampled, n, fields))
+    for name, factor in NESTED.items():
+        fields = {"matryoshka_widths": widths, "pool_factor": factor, "pool_group_size": GROUPED}
+        plan.append(Arm(name, f"nested, {pool_label(factor, GROUPED)}", sampled, n, fields))
     fields = {"matryoshka_widths": widths, "pool_factor": 10, "pool_group_size": GROUPED}
     label = f"nested, {pool_label(10, GROUPED)}, then plain"
     plan.append(Arm(THEN_PLAIN, label, sampled, n, fields | {"inner_loss_steps": study.steps // 2}))
@@ -163,9 +158,7 @@ def width(arm: Arm, k: float, d_sae: int) -> int:
 
 def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
     """The arm's config on the language model."""
-    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    shared = {"d_in": study.d_in, "d_sae": width(arm, study.k, study.d_sae), "device": study.device}
-    return arm.config(**shared, k=study.k, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **arm.fields)
+    return _config(study, arm, seed, {"d_in": study.d_in, "d_sae": study.d_sae, "k": study.k}, arm.fields)
 
 
 def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
@@ -177,10 +170,16 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
     if "inner_loss_steps" in fields:
         fields["inner_loss_steps"] = synthetic.steps // 2
-    seeded = {"pool_seed": seed} if arm.config is SampledTopKTrainingSAEConfig else {}
-    d_sae = width(arm, synthetic.k, synthetic.d_sae)
-    shared = {"d_in": synthetic.data.hidden_dim, "d_sae": d_sae, "k": synthetic.k, "device": study.device}
-    return arm.config(**shared, aux_loss_coefficient=study.aux_loss_coefficient, **seeded, **fields)
+    sizes = {"d_in": synthetic.data.hidden_dim, "d_sae": synthetic.d_sae, "k": synthetic.k}
+    return _config(study, arm, seed, sizes, fields)
+
+
+def _config(study: Study, arm: Arm, seed: int, sizes: dict[str, Any], fields: dict[str, Any]) -> TrainingSAEConfig:
+    d_sae = width(arm, sizes["k"], sizes["d_sae"])
+    given = sizes | {"d_sae": d_sae, "device": study.device, "aux_loss_coefficient": study.aux_loss_coefficient}
+    if arm.config is SampledTopKTrainingSAEConfig:
+        given["pool_seed"] = seed
+    return arm.config(**given, **fields)
 
 
 def units(study: Study) -> list[Unit]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
@@ -41,14 +41,11 @@ class Summary:
 
     def mean(self, arm: str, metric: str, synthetic: bool = False) -> Estimate | None:
         """Mean over seeds."""
-        values = list(self.values(arm, metric, synthetic).values())
-        return estimate(values) if values else None
+        return mean_of(self.values(arm, metric, synthetic))
 
     def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Estimate | None:
         """Mean of the differences seed by seed: two arms of one seed share weights at the start and all data."""
-        a, b = self.values(arm, metric, synthetic), self.values(other, metric, synthetic)
-        both = [a[seed] - b[seed] for seed in a if seed in b]
-        return estimate(both) if both else None
+        return mean_difference(self.values(arm, metric, synthetic), self.values(other, metric, synthetic))
 
     def similarity(self, arm: str, other: str, *path: str) -> Estimate | None:
         """Mean over pairs of seeds of two arms, of the value at `path` in the comparison of a pair."""
@@ -82,6 +79,16 @@ class Summary:
     def label(self, arm: str) -> str:
         """The arm's name on the page."""
         return self.arms[arm].label
+
+
+def mean_of(values: Mapping[Any, float]) -> Estimate | None:
+    """Mean of values by SAE; None of none."""
+    return estimate(list(values.values())) if values else None
+
+
+def mean_difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> Estimate | None:
+    """Mean of the differences over what both have."""
+    return mean_of({key: a[key] - b[key] for key in a if key in b})
 
 
 def estimate_over_pairs(values: dict[tuple[int, int], float]) -> Estimate:

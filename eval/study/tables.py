@@ -55,7 +55,6 @@ SIDES = {
     "pool_20_groups_16": "groups of 16, factor 20",
     "nested_10": "nested groups of 16, factor 10",
     "nested_20": "nested groups of 16, factor 20",
-    "nested_20_quota": "nested groups of 16, factor 20",
 }
 """Names of the arms in the benchmark of training steps."""
 VARIANTS = {

@@ -14,6 +14,9 @@ from study.plan import Unit, arms
 from study.storage import Storage
 from study.training import language_model, new_sae
 
+CHUNK = 4096
+"""Tokens encoded at a time."""
+
 
 def held_out(storage: Storage) -> str:
     """The text that core is run on: a Hub name or a folder. Core reads the split `train`, so a file becomes one."""
