@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples" / "tiny_probing"
+FOLDER = Path(__file__).parents[2] / "examples" / "tiny_probing"
 LABELS = {
     "authors": {"bronte", "eliot", "james", "morris"},
     "late_authors": {"chesterton", "conrad", "corelli", "haggard"},

@@ -20,7 +20,7 @@ from study.benchmark_report import BenchmarkSummary, render_nested_page, result_
 from study.synthetic import large_synthetic_model
 from study.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised
 
-EVAL = Path(__file__).parent.parent / "eval"
+EVAL = Path(__file__).parents[2] / "eval"
 FEATURES = SyntheticModelConfig(num_features=32, hidden_dim=8, seed=0)
 TOY = replace(
     SMALL,

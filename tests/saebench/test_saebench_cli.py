@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sae_lens_sampled.analysis.similarity import random_baseline
 from sae_lens_sampled.cli import _overrides, app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WITHOUT = """
 import sys
 

@@ -24,7 +24,7 @@ from sae_lens_sampled.runners.train_command import TrainError, format_command, t
 from sae_lens_sampled.signals import Interrupted, Signals
 
 N_KILLS = int(os.environ.get("TRAIN_KILLS", "1"))
-"""`TRAIN_KILLS=10 pytest tests/test_interrupting.py -k random` takes some minutes."""
+"""`TRAIN_KILLS=10 pytest tests/runners/test_interrupting.py -k random` takes some minutes."""
 
 N_TOKENS, BATCH = 1024, 128
 PROGRAM = [sys.executable, "-W", "ignore", "-m", "sae_lens_sampled"]

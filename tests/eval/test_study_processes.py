@@ -28,7 +28,7 @@ ARMS = ["pool_5", "pool_5_global"]
 STUDY = ["--config", "tiny", "--smoke", "--arms"]
 N_PARTS = 3
 N_KILLS = int(os.environ.get("STUDY_KILLS", "1"))
-"""`STUDY_KILLS=10 pytest tests/test_study_processes.py -k killed` takes some minutes."""
+"""`STUDY_KILLS=10 pytest tests/eval/test_study_processes.py -k killed` takes some minutes."""
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])

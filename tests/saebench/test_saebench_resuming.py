@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_where_it_was(results, saes, tmp_path):
         folders.append(str(tmp_path / name))
     output = tmp_path / "out"
     script = KILLED.format(
-        folders_of_helpers=[str(Path(__file__).parent), str(EXAMPLES)], folders=folders, output=str(output)
+        folders_of_helpers=[str(Path(__file__).parents[1]), str(EXAMPLES)], folders=folders, output=str(output)
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(output.glob("eval_results/core/*.json")) and process.poll() is None:

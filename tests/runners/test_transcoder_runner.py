@@ -10,33 +10,18 @@ import pytest
 import torch
 import wandb
 from helpers import train_arguments
-from sae_lens import (
-    SAE,
-    ActivationsStore,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
-    SAETrainer,
-)
+from sae_lens import SAE, ActivationsStore, LoggingConfig, SAETrainer
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 from sae_lens.training.activation_scaler import ActivationScaler
-from transformer_lens.model_bridge import TransformerBridge
+from transcoder_runner_helpers import BRIDGED_IN, BRIDGED_OUT, IN, OUT, runner_config
 from typer.testing import CliRunner
 
-from sae_lens_sampled import (
-    SampledTopKTrainingSAE,
-    SampledTopKTrainingSAEConfig,
-    SampledTopKTranscoder,
-    SampledTopKTranscoderConfig,
-    TranscoderRunner,
-    as_sae_on_outputs,
-)
+from sae_lens_sampled import SampledTopKTranscoder, TranscoderRunner, as_sae_on_outputs
 from sae_lens_sampled.cli import app
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 
-IN, OUT = "gpt_neox.layers.2.post_attention_layernorm", "gpt_neox.layers.2.mlp"
 EVERYTHING = {
     f"compute_{name}": True
     for name in (
@@ -49,41 +34,6 @@ EVERYTHING = {
         "featurewise_weight_based_metrics",
     )
 }
-BRIDGED_IN, BRIDGED_OUT = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"
-
-
-def runner_config(tiny_lm, **fields):
-    sae = {
-        name: fields.pop(name) for name in ("skip", "pool_factor", "pool_group_size", "d_in", "d_out") if name in fields
-    }
-    sae = {"d_in": 128, "d_sae": 256, "k": 8, "hook_name_out": fields.pop("hook_name_out", OUT), **sae}
-    given = {
-        "sae": SampledTopKTranscoderConfig(**sae),
-        "model_name": str(tiny_lm),
-        "model_class_name": "AutoModelForCausalLM",
-        "hook_name": IN,
-        "dataset_path": str(tiny_lm / "text"),
-        "is_dataset_tokenized": False,
-        "prepend_bos": False,
-        "context_size": 48,
-        "training_tokens": 256 * 8,
-        "train_batch_size_tokens": 256,
-        "store_batch_size_prompts": 8,
-        "n_batches_in_buffer": 16,
-        "n_eval_batches": 2,
-        "lr": 2e-3,
-        "dead_feature_window": 20,
-        "checkpoint_path": None,
-        "output_path": None,
-        "verbose": False,
-        "logger": LoggingConfig(log_to_wandb=False),
-    }
-    return LanguageModelSAERunnerConfig(**given | fields)
-
-
-@pytest.fixture(scope="module")
-def bridge(tiny_lm):
-    return TransformerBridge.boot_transformers(str(tiny_lm), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -206,35 +156,6 @@ def test_a_run_logs_evaluates_checkpoints_and_resumes(tiny_lm, tmp_path, monkeyp
     assert resumed.sae.pool_record.n_steps == whole.sae.pool_record.n_steps == 8
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"hook_name_out": None}, "hook_name_out is None: name the hook whose activations are to be reconstructed."),
-        ({"hook_name_out": "gpt_neox.layers.9.mlp"}, "hook_names not found as submodules of the model: "),
-        ({"d_out": 64}, "d_out=64, but gpt_neox.layers.2.mlp of "),
-        ({"hook_name": "gpt_neox.layers.2.mlp.act"}, "d_in=128, but gpt_neox.layers.2.mlp.act of "),
-        ({"hook_head_index": 1}, "hook_head_index=1: a transcoder reads and writes whole hooks, no heads."),
-        ({"use_cached_activations": True}, "use_cached_activations=True: SAELens caches one hook, and a transcoder"),
-    ],
-    ids=str,
-)
-def test_what_a_transcoder_cannot_read_is_told_at_the_start(tiny_lm, fields, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
-        TranscoderRunner(runner_config(tiny_lm, **fields))
-    assert str(error.value).startswith(message)
-
-
-def test_hooks_of_transformer_lens_are_checked_too(tiny_lm, bridge):
-    with pytest.raises(ValueError, match=r"hook_name_out='blocks\.9\.hook_mlp_out' is not a hook of "):
-        TranscoderRunner(
-            runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.9.hook_mlp_out"), override_model=bridge
-        )
-    # Attention patterns have a row for each head, where tokens are elsewhere.
-    cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.2.attn.hook_pattern")
-    with pytest.raises(ValueError, match=r"shapes \(1, 1, 128\) and \(1, 4, 1, 1\) for one token: a transcoder needs"):
-        TranscoderRunner(cfg, override_model=bridge)
-
-
 def test_outputs_must_come_after_inputs(tiny_lm, bridge, trained):
     """Else evaluations would reconstruct them from the inputs of another pass."""
     for swapped, model in (((OUT, IN), None), ((BRIDGED_OUT, BRIDGED_IN), bridge)):
@@ -248,43 +169,6 @@ def test_outputs_must_come_after_inputs(tiny_lm, bridge, trained):
             view.encode(torch.empty(0))
 
 
-def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
-    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
-    from eval_helpers import run_small
-
-    from sae_lens_sampled.saebench.models import load_model
-
-    hooks = {"hook_name": "blocks.2.attn.hook_z", "hook_name_out": "blocks.2.hook_attn_out"}
-    runner = TranscoderRunner(runner_config(tiny_lm, **hooks), override_model=load_model(tiny_lm).hooked)
-    made = runner.run()
-    metrics = runner.evaluator(made, runner.activations_store, ActivationScaler())
-    assert metrics["sparsity"]["l0"] == 8
-    assert metrics["reconstruction_quality"]["cossim"] > 0.1
-    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder of attention heads; core takes those of"):
-        run_small([("heads", made)], ["core"], tmp_path)
-
-
-def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
-    cfg, wider = runner_config(tiny_lm), runner_config(tiny_lm, d_out=512).sae
-    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=256, d_sae=256, k=8))
-    for given, named in ((sae, r"SampledTopKTrainingSAE of {'d_in': 256}"), (SampledTopKTranscoder(wider), "512}")):
-        with pytest.raises(ValueError, match=f"{named}; the config asks for a transcoder of {{'d_in': 128, 'd_out'"):
-            TranscoderRunner(cfg, override_sae=given)
-
-
-def test_hooks_that_are_not_named_are_told(tiny_lm, bridge, tmp_path):
-    nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
-    nameless.cfg.metadata.hook_name = BRIDGED_IN
-    told = "the metadata of this SampledTopKTranscoder have no hook_name_out: set it first."
-    with pytest.raises(ValueError, match=told), as_sae_on_outputs(nameless, bridge):
-        pass
-    nameless.save_model(tmp_path / "checkpoint")
-    arguments = ["--dataset", str(tiny_lm / "text"), "--out", str(tmp_path / "out"), "--model", str(tiny_lm)]
-    result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
-    assert result.exit_code == 1
-    assert told in result.output
-
-
 def test_only_transcoders_of_one_place_are_compared(trained, tmp_path):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from eval_helpers import run_small
@@ -296,17 +180,6 @@ def test_only_transcoders_of_one_place_are_compared(trained, tmp_path):
     narrow = SampledTopKTranscoder(replace(trained.all.cfg, d_out=64))
     with pytest.raises(ValueError, match=r"SAE 'narrow_custom_sae' has d_out=64, but blocks\.2\.hook_mlp_out of"):
         run_small([("narrow", narrow)], ["core"], tmp_path)
-
-
-def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm):
-    sae = runner_config(tiny_lm)
-    sae.sae = SampledTopKTranscoderConfig.__mro__[1](d_in=128, d_sae=256, k=8)
-    with pytest.raises(ValueError, match="architecture='sampled_topk' reads one hook; LanguageModelSAETrainingRunner"):
-        TranscoderRunner(sae)
-    with pytest.raises(
-        ValueError, match=r"\(256, 128\) do not end in d_in \+ d_out=256: .*, as TranscoderRunner yields"
-    ):
-        LanguageModelSAETrainingRunner(runner_config(tiny_lm)).run()
 
 
 def test_the_command_trains_one_and_calibrates_it(tiny_lm, tmp_path):
@@ -391,19 +264,3 @@ def test_probing_takes_inputs_and_absorption_is_refused(trained, tmp_path):
     broken.cfg.metadata.hook_name_out = None
     with pytest.raises(ValueError, match="has no hook_name_out in its metadata: where it writes is unknown"):
         run_small([("broken", broken)], ["core"], tmp_path)
-
-
-def test_core_takes_transcoders_between_widths(tiny_lm, bridge, tmp_path):
-    """From the MLP's input to its neurons, which are more."""
-    pytest.importorskip("sae_bench", reason="needs the extra `eval`")
-    from eval_helpers import run_small
-
-    hooks = {"hook_name": BRIDGED_IN, "hook_name_out": "blocks.2.mlp.hook_post"}
-    made = TranscoderRunner(runner_config(tiny_lm, d_out=512, **hooks), override_model=bridge).run()
-    result = run_small([("wide", made)], ["core"], tmp_path)["core"]["wide_custom_sae"]
-    assert result["eval_result_metrics"]["reconstruction_quality"]["explained_variance"] > 0
-    assert all(latent["encoder_decoder_cosine_sim"] == 0 for latent in result["eval_result_details"])
-    W_dec = made.W_dec.detach() / made.W_dec.norm(dim=1, keepdim=True)
-    cosines = (W_dec @ W_dec.T).fill_diagonal_(-1).amax(dim=1)
-    for latent in result["eval_result_details"][::20]:
-        assert latent["max_decoder_cosine_sim"] == pytest.approx(cosines[latent["index"]].item(), abs=1e-5)

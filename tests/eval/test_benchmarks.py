@@ -12,7 +12,7 @@ import bench_data_parallel
 import bench_training_step
 from sae_lens_sampled.step.kept_entries import choose_path
 
-EVAL = Path(__file__).parent.parent / "eval"
+EVAL = Path(__file__).parents[2] / "eval"
 CASE = {"tokens": 64, "d_in": 128, "d_sae": 256, "k": 4, "device": "cpu", "autocast": False, "dead": 0.0}
 CASE |= {"trained": False, "training_steps": 2}
 SIDES = [

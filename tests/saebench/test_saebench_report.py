@@ -333,7 +333,7 @@ def test_markdown_has_the_same_tables_with_the_best_in_bold(tmp_path):
 
 def test_script_refuses_in_one_sentence(tmp_path):
     """What it says where it has written is in `test_saebench_cli.py`."""
-    script = Path(__file__).parent.parent / "eval" / "report.py"
+    script = Path(__file__).parents[2] / "eval" / "report.py"
     refused = subprocess.run([sys.executable, script, tmp_path / "nothing"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert "is not a folder; pass the output_dir of" in refused.stderr

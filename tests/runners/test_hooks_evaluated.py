@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.training.activation_scaler import ActivationScaler
-from test_transcoder_runner import runner_config
+from transcoder_runner_helpers import runner_config
 from transformer_lens.model_bridge import TransformerBridge
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")

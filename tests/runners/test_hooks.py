@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from sae_lens.load_model import load_model
-from test_transcoder_runner import runner_config
+from transcoder_runner_helpers import runner_config
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
