@@ -1,6 +1,5 @@
-"""The benchmark of nested losses in eval/study: a killed run ends as an undisturbed one; the page is of the results."""
+"""The benchmark of nested losses: a killed run ends as an undisturbed one; the page is of the results."""
 
-import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 from helpers import D_IN, D_SAE, activations, step_input
 from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, SyntheticModelConfig
 
-from study import benchmark as script
-from study.benchmark_configs import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING
-from study.benchmark_plan import BenchmarkUnit, Data, new_sae, units
-from study.benchmark_report import BenchmarkSummary, render_nested_page, result_table
+from benchmark import run as script
+from benchmark.configs import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING
+from benchmark.plan import BenchmarkUnit, Data, new_sae, units
+from benchmark.report import BenchmarkSummary, render_nested_page, result_table
+from benchmark.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised
+from study import run as study_script
 from study.synthetic import large_synthetic_model
-from study.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised
 
 EVAL = Path(__file__).parents[2] / "eval"
 FEATURES = SyntheticModelConfig(num_features=32, hidden_dim=8, seed=0)
@@ -161,9 +161,7 @@ def test_a_winsorised_score_counts_nothing_above_the_cutoff():
     assert winsorised(acts, 2, pool_factor=2).tolist() == [[4, 8, 1], [9.25, 9, 0]]
 
 
-@pytest.mark.parametrize("script", ["run", "benchmark"])
-def test_a_misspelt_arm_is_an_error_that_names_those_there_are(script, tmp_path):
-    main = importlib.import_module(f"study.{script}").main
-    config = {"run": ["--config", "tiny", "--status"], "benchmark": ["--config", "small", "--report"]}[script]
+@pytest.mark.parametrize(("of", "options"), [(study_script, ["tiny", "--status"]), (script, ["small", "--report"])])
+def test_a_misspelt_arm_is_an_error_that_names_those_there_are(of, options, tmp_path):
     with pytest.raises(SystemExit, match=r"^--arms batchtok matches no arm; there are .*batchtopk"):
-        main([*config, "--arms", "batchtopk", "batchtok", "--results-dir", str(tmp_path)])
+        of.main(["--config", *options, "--arms", "batchtopk", "batchtok", "--results-dir", str(tmp_path)])

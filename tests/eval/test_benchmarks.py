@@ -1,15 +1,13 @@
-"""The benchmarks in `eval/` run and report what they measured; how fast is nobody's business here."""
+"""The benchmarks in `eval/bench/` run and report what they measured; how fast is nobody's business here."""
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import bench_data_parallel
-import bench_training_step
+from bench import data_parallel, end_to_end, speed, training_step
 from sae_lens_sampled.step.kept_entries import choose_path
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -24,18 +22,10 @@ SIDES = [
 ]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("dead", "trained"), [(0.0, False), (0.5, True)])
 def test_a_training_step_is_measured_on_every_side(dead, trained, monkeypatch):
-    bench = load("bench_training_step")
-    monkeypatch.setattr(bench, "language_model_activations", lambda: torch.randn(200, 128))
-    row = bench.measure(CASE | {"dead": dead, "trained": trained}, SIDES, repeats=1)
+    monkeypatch.setattr(training_step, "language_model_activations", lambda: torch.randn(200, 128))
+    row = training_step.measure(CASE | {"dead": dead, "trained": trained}, SIDES, repeats=1)
     assert list(row["step_ms"]) == [*SIDES, "product"]
     assert all(milliseconds > 0 for milliseconds in row["step_ms"].values())
     assert {side: scan["path"] for side, scan in row["scans"].items()} == {
@@ -43,40 +33,38 @@ def test_a_training_step_is_measured_on_every_side(dead, trained, monkeypatch):
         "groups of 16, factor 3": "dense",
         "one pool, factor 3": "columns",
     }
-    lines = load("speed").table([row]).splitlines()
+    lines = speed.table([row]).splitlines()
     assert len(lines) == 2 + len(SIDES) + 1
     assert "| 1.0x " in lines[2]
 
 
 def test_the_sides_are_what_they_are_called():
-    bench = load("bench_training_step")
-    grouped = bench.side_config("groups of 16, factor 10 (dense)", CASE)
+    grouped = training_step.side_config("groups of 16, factor 10 (dense)", CASE)
     assert (grouped.pool_group_size, grouped.pool_factor, grouped.step) == (16, 10, "dense")
-    assert bench.side_config("all latents", CASE).n_candidates == 256
-    assert bench.side_config("sampled pool, factor 4", CASE).pool_sampling == "proportional"
-    assert bench.side_config("SAELens BatchTopK", CASE).architecture() == "batchtopk"
+    assert training_step.side_config("all latents", CASE).n_candidates == 256
+    assert training_step.side_config("sampled pool, factor 4", CASE).pool_sampling == "proportional"
+    assert training_step.side_config("SAELens BatchTopK", CASE).architecture() == "batchtopk"
 
 
 def test_the_dead_are_as_many_as_asked_for():
-    assert load("bench_training_step").dead_latents(CASE | {"dead": 0.25}).sum() == 64
+    assert training_step.dead_latents(CASE | {"dead": 0.25}).sum() == 64
 
 
 def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own():
-    bench = load("bench_training_step")
     case = CASE | {"tokens": 1024, "d_sae": 4096}
-    dense, kept = (bench.peak_memory(side, case) for side in ("SAELens BatchTopK", "all latents"))
+    dense, kept = (training_step.peak_memory(side, case) for side in ("SAELens BatchTopK", "all latents"))
     assert dense > 1024 * 4096 * 4 / 2**20  # at least one matrix of all tokens and latents
     assert kept < dense / 2
 
 
 def test_auto_takes_what_was_measured_to_be_the_fastest():
     """Within the noise: nothing measured was a fifth faster than what `choose_path` takes there."""
-    bench, sections = load("bench_training_step"), results("bench_training_step")["sections"]
+    sections = results("bench_training_step")["sections"]
     rows = [row for name, rows in sections.items() if name.startswith("crossing_") for row in rows]
     assert len(rows) > 10
     for row in rows:
         ways = {side.rstrip(")").rpartition("(")[2]: ms for side, ms in row["step_ms"].items() if side != "product"}
-        cfg = bench.side_config(next(iter(row["step_ms"])).partition(" (")[0], row["case"])
+        cfg = training_step.side_config(next(iter(row["step_ms"])).partition(" (")[0], row["case"])
         path = choose_path(cfg, "auto", row["case"]["tokens"], torch.device("cpu"))
         way = path if path in ways else "entries"  # where one pool may go by its columns, "kept" is called so
         assert ways[way] < 1.2 * min(ways.values()), (row["case"], ways, path)
@@ -85,12 +73,12 @@ def test_auto_takes_what_was_measured_to_be_the_fastest():
 def test_the_page_is_the_one_that_the_results_give():
     runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
     steps, ranks = results("bench_training_step"), results("bench_data_parallel")
-    assert (EVAL / "SPEED.md").read_text() == load("speed").render(steps, runs, ranks)
+    assert (EVAL / "SPEED.md").read_text() == speed.render(steps, runs, ranks)
 
 
 def test_what_several_processes_exchange_is_what_the_page_calculates_with():
     """To the byte, where no group and no dead latent makes it depend on the data."""
-    speed, ranks = load("speed"), results("bench_data_parallel")
+    ranks = results("bench_data_parallel")
     exact = [row for row in ranks["rows"] if not {"pool_group_size", "dead"} & row["fields"].keys()]
     assert len(exact) >= 12
     for row in ranks["rows"]:
@@ -102,8 +90,8 @@ def test_what_several_processes_exchange_is_what_the_page_calculates_with():
 
 
 def test_several_processes_are_measured_beside_one(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(bench_training_step, "language_model_activations", lambda: torch.randn(2000, 128))
-    bench_data_parallel.main(["--quick", "--processes", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(training_step, "language_model_activations", lambda: torch.randn(2000, 128))
+    data_parallel.main(["--quick", "--processes", "2", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "bench_data_parallel.json").read_text())["rows"]
     assert len(rows) == 9
     assert {row["processes"] for row in rows} == {2}
@@ -124,7 +112,6 @@ def results(name):
 def test_a_whole_run_is_measured_with_the_store_and_from_a_file(tiny_lm, tmp_path):
     from transformer_lens.model_bridge import TransformerBridge
 
-    bench = load("bench_end_to_end")
     args = argparse.Namespace(
         model=str(tiny_lm),
         dataset=str(tiny_lm / "text"),
@@ -136,12 +123,12 @@ def test_a_whole_run_is_measured_with_the_store_and_from_a_file(tiny_lm, tmp_pat
         steps=4,
     )
     model = TransformerBridge.boot_transformers(args.model, device="cpu")
-    cached, per_second = bench.write_file(args, model, tmp_path)
+    cached, per_second = end_to_end.write_file(args, model, tmp_path)
     assert cached.shape == (4 * 2048, 128)
     assert per_second > 0
-    with_store = bench.measure("one pool, factor 5", args, model, None)
+    with_store = end_to_end.measure("one pool, factor 5", args, model, None)
     assert 0 < with_store["model"] < with_store["all"]
     assert 0 < with_store["sae"] < with_store["all"]
-    from_file = bench.measure("one pool, factor 5", args, model, cached)
+    from_file = end_to_end.measure("one pool, factor 5", args, model, cached)
     assert from_file["model"] == 0
     assert 0 < from_file["sae"] < from_file["all"]

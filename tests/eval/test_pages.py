@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import check_export
+from bench import check_export
 
 TRAINED = {"data": "tiny_lm", "pool_factor": 5, "score": "l2_norm", "L0": 10.0, "FVU": 0.2}
 GLOBAL = {"global_L0": 30.0, "global_FVU": 0.1}
@@ -17,8 +17,9 @@ def row(l0, fvu, **fields):
 def test_the_index_names_every_script_and_every_page():
     eval_folder = check_export.EVAL
     index = (eval_folder / "README.md").read_text()
-    scripts = [*eval_folder.glob("*.py"), *(eval_folder / "study" / f"{name}.py" for name in ("run", "benchmark"))]
-    files = [*scripts, *eval_folder.glob("*.md")]
+    scripts = [file for file in eval_folder.rglob("*.py") if 'if __name__ == "__main__":' in file.read_text()]
+    assert len(scripts) > 8
+    files = [*scripts, *eval_folder.rglob("*.sh"), *eval_folder.glob("*.md")]
     missing = [file for file in files if f"({file.relative_to(eval_folder)})" not in index and file.name != "README.md"]
     assert not missing
 

@@ -198,7 +198,7 @@ def test_an_array_of_processes_has_the_results_of_one(whole, tmp_path):
     path, folder = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", tmp_path / "array"
     stages = {"PARTS": "2", "STAGES": "synthetic absorption"}
     array = subprocess.run(
-        ["bash", EVAL / "slurm.sh", "tiny", "--smoke", "--arms", *ARMS, "--work-dir", folder],
+        ["bash", EVAL / "study" / "slurm.sh", "tiny", "--smoke", "--arms", *ARMS, "--work-dir", folder],
         env=os.environ | {"PATH": path, "LOG": str(tmp_path / "log"), "OMP_NUM_THREADS": "1"} | stages,
         check=True,
         capture_output=True,

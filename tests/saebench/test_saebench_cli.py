@@ -1,22 +1,18 @@
-"""`sae-lens-sampled eval | report | mmcs`, with the extra `eval` and without it; and the scripts in `eval/`."""
+"""`sae-lens-sampled eval | report | mmcs`, with the extra `eval` and without it."""
 
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from eval_helpers import D_IN, D_SAE
-from process_helpers import run_script
 from sae_lens.saes.sae import TrainingSAE
 from typer.testing import CliRunner
 
 from sae_lens_sampled.analysis.similarity import random_baseline
 from sae_lens_sampled.cli import _overrides, app
 
-ROOT = Path(__file__).parents[2]
 WITHOUT = """
 import sys
 
@@ -30,9 +26,6 @@ class Missing:
 missing = Missing()
 sys.meta_path.insert(0, missing)
 """
-
-
-SUMMARIES = {"eval": "Evaluate SAEs", "report": "Make a page", "mmcs": "Print how alike"}
 
 
 def python(code, *arguments):
@@ -118,8 +111,7 @@ def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     ]
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
-    report = run_script(ROOT / "eval" / "report.py", str(tmp_path), folder=tmp_path, log=tmp_path / "log")
-    assert str(tmp_path / "report.html") in report
+    assert str(tmp_path / "report.html") in CliRunner().invoke(app, ["report", str(tmp_path)]).output
 
 
 def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
@@ -182,18 +174,3 @@ def test_mmcs_of_one_sae_is_refused(folders):
     result = CliRunner().invoke(app, ["mmcs", folders[0]])
     assert result.exit_code == 2
     assert "comparing needs at least two SAEs" in result.output
-
-
-@pytest.mark.parametrize(
-    ("script", "command"), [("run_saebench", "eval"), ("report", "report"), ("compare_seeds", "mmcs")]
-)
-def test_the_scripts_are_the_commands(script, command, monkeypatch, capsys):
-    file = str(ROOT / "eval" / f"{script}.py")
-    monkeypatch.setattr(sys, "argv", [file, "--help"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(file, run_name="__main__")
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    want = CliRunner().invoke(app, [command, "--help"]).output
-    [summary] = [line.strip() for line in want.splitlines() if line.strip().startswith(SUMMARIES[command])]
-    assert summary in text

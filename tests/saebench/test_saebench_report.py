@@ -2,9 +2,7 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,9 @@ pytest.importorskip("sae_bench")
 pytest.importorskip("plotly")
 
 from report_helpers import write_all, write_core, write_mmcs, write_probing
+from typer.testing import CliRunner
 
+from sae_lens_sampled.cli import app
 from sae_lens_sampled.saebench.report import write_report
 from sae_lens_sampled.saebench.report.facts import notes
 from sae_lens_sampled.saebench.report.figures import figures
@@ -331,13 +331,12 @@ def test_markdown_has_the_same_tables_with_the_best_in_bold(tmp_path):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_script_refuses_in_one_sentence(tmp_path):
+def test_the_command_refuses_in_one_sentence(tmp_path):
     """What it says where it has written is in `test_saebench_cli.py`."""
-    script = Path(__file__).parents[2] / "eval" / "report.py"
-    refused = subprocess.run([sys.executable, script, tmp_path / "nothing"], capture_output=True, text=True)
-    assert refused.returncode == 1
+    refused = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert refused.exit_code == 1
     assert "is not a folder; pass the output_dir of" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 LIST_LOADED = """<script>addEventListener("load", () => setTimeout(() => {

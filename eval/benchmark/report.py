@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmark.configs import BENCHMARKS, PUBLISHED_16K
+from benchmark.plan import Benchmark
 from pages import markdown_table, render
 from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
 from study import tables
-from study.benchmark_configs import BENCHMARKS, PUBLISHED_16K
-from study.benchmark_plan import Benchmark
 from study.configs import STUDIES
 from study.plan import GROUPED, pool_name
 from study.storage import Key, ResultTable, Storage

@@ -1,10 +1,10 @@
 """Nested losses inside the pool, on data with known features made by SynthSAEBench's recipe (arXiv 2602.14687).
 
-    python eval/study/benchmark.py --config small                # eval/NESTED.md, on two CPU cores in an hour
-    python eval/study/benchmark.py --config small --report       # only renders the page again
-    python eval/study/benchmark.py --config tuning               # what its settings were chosen by
-    python eval/study/benchmark.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
-    python eval/study/benchmark.py --config synth-sae-bench-16k-cpu  # 5M samples
+    python eval/benchmark/run.py --config small                # eval/NESTED.md, on two CPU cores in an hour
+    python eval/benchmark/run.py --config small --report       # only renders the page again
+    python eval/benchmark/run.py --config tuning               # what its settings were chosen by
+    python eval/benchmark/run.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
+    python eval/benchmark/run.py --config synth-sae-bench-16k-cpu  # 5M samples
 
 All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
 where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
@@ -36,9 +36,9 @@ EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 sys.path.append(str(EVAL.parent / "examples"))
 
-from study.benchmark_configs import BENCHMARKS
-from study.benchmark_plan import Benchmark, BenchmarkUnit, new_sae, units
-from study.benchmark_report import result_table, write_nested_page
+from benchmark.configs import BENCHMARKS
+from benchmark.plan import Benchmark, BenchmarkUnit, new_sae, units
+from benchmark.report import result_table, write_nested_page
 from study.plan import check_patterns
 from study.synthetic import evaluate_on_synthetic_data, large_synthetic_model
 

@@ -13,9 +13,9 @@ from sae_lens.synthetic import (
     ZipfianFiringProbabilityConfig,
 )
 
+from benchmark.plan import Benchmark, BenchmarkArm, Data
+from benchmark.variants import VariantConfig
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from study.benchmark_plan import Benchmark, BenchmarkArm, Data
-from study.variants import VariantConfig
 
 RECIPE_16K = SyntheticModelConfig(
     num_features=16_384,

@@ -1,8 +1,8 @@
 """What a training step costs: Sampled-SAE beside SAELens' BatchTopK and Matryoshka, interleaved in one run.
 
-    python eval/bench_training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
-    python eval/bench_training_step.py --device cuda    # the same on a GPU, with every path forced once
-    python eval/bench_training_step.py --quick          # one small case, to see that it runs
+    python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
+    python eval/bench/training_step.py --device cuda    # the same on a GPU, with every path forced once
+    python eval/bench/training_step.py --quick          # one small case, to see that it runs
 
 A step is SAELens' whole trainer step, with clipping and Adam; its time is the median of repeats, in which the sides
 take turns, so that whatever else runs on the machine hits all alike. Ratios are what counts. `memory_mib` is what a
@@ -39,10 +39,13 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from tqdm import tqdm
 
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step import kept_entries
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = EVAL / "results"
 BASE = "SAELens BatchTopK"
 SIZES = {
     "large": {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64},
@@ -140,8 +143,7 @@ def real_batches(case: Case) -> Iterator[torch.Tensor]:
 
 @cache
 def language_model_activations() -> torch.Tensor:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import check_export
+    from bench import check_export
 
     return check_export.language_model_activations("train")[:100_000]
 

@@ -1,13 +1,13 @@
 """What several processes that train one SAE exchange in a step, and whether they have the numbers of one.
 
-    python eval/bench_data_parallel.py                                      # the JSON behind its part of eval/SPEED.md
-    python eval/bench_data_parallel.py --device cuda --processes 1 2 4 8    # on a machine with as many GPUs
-    python eval/bench_data_parallel.py --quick                              # a small SAE, to see that it runs
+    python eval/bench/data_parallel.py                                      # the JSON behind its part of eval/SPEED.md
+    python eval/bench/data_parallel.py --device cuda --processes 1 2 4 8    # on a machine with as many GPUs
+    python eval/bench/data_parallel.py --quick                              # a small SAE, to see that it runs
 
 The same batches are trained on by one process and, cut into parts, by several, inside SAELens' trainer. Bytes are
 counted where they are handed to torch.distributed, those of gradients apart. On a CPU every process has one thread, and
 where there are more processes than cores no time is given. Inputs are activations of the bundled language model, in
-d_in dimensions as `bench_training_step.py` has them. Sums over ranks are rounded otherwise than over one process, so
+d_in dimensions as `training_step.py` has them. Sums over ranks are rounded otherwise than over one process, so
 that in a near tie another entry may be kept, after which Adam moves other weights: it is counted how many.
 """
 
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -29,11 +30,14 @@ import torch.distributed as dist
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 
-from bench_training_step import real_batches
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+
+from bench.training_step import real_batches
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step.ranks import GroupRanks
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = EVAL / "results"
 SIZE = {"tokens": 2048, "d_in": 768, "d_sae": 16_384, "k": 64, "steps": 8}
 QUICK = {"tokens": 256, "d_in": 128, "d_sae": 1024, "k": 8, "steps": 4}
 BATCHES = "batches.pt"

@@ -1,19 +1,22 @@
 """Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
 
-Run it after `bench_training_step.py`, `bench_end_to_end.py` and `bench_data_parallel.py`: `python eval/speed.py`.
+Run it after `training_step.py`, `end_to_end.py` and `data_parallel.py`: `python eval/bench/speed.py`.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+
 from pages import markdown_table
 from pages import render as render_page
 from sae_lens_sampled.step import kept_entries
 
-EVAL = Path(__file__).parent
 BASE = "SAELens BatchTopK"
 Row = dict[str, Any]
 WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
@@ -165,7 +168,7 @@ def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[s
         return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
 
     return render_page(
-        EVAL / "templates" / "SPEED.md",
+        Path(__file__).parent / "templates" / "SPEED.md",
         steps=steps,
         runs=runs,
         ranks=ranks,

@@ -1,8 +1,8 @@
 """Does the exported SAE do at inference what it did in training? L0 and FVU of both, over all kinds of pools.
 
-    python eval/check_export.py                     # everything: 140 SAEs, about half an hour on two CPU cores
-    python eval/check_export.py --quick             # a few of them, in two minutes
-    python eval/check_export.py --report            # eval/EXPORT.md from the results that are there
+    python eval/bench/check_export.py                     # everything: 140 SAEs, about half an hour on two CPU cores
+    python eval/bench/check_export.py --quick             # a few of them, in two minutes
+    python eval/bench/check_export.py --report            # eval/EXPORT.md from the results that are there
 
 Trains each SAE in SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
 on held-out data the selection of training (every batch of 512 tokens has its own pool and cutoff) with the default
@@ -32,15 +32,15 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 from torch import Tensor
 from tqdm import tqdm
 
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path.append(str(EVAL.parent / "examples"))
+
+from bundled import TINY_LM
 from pages import markdown_table, render
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.files import complete, write_whole
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
-
-EVAL = Path(__file__).parent
-sys.path.append(str(EVAL.parent / "examples"))
-
-from bundled import TINY_LM  # noqa: E402
 
 RESULTS = EVAL / "results" / "check_export.json"
 PAGE = EVAL / "EXPORT.md"

@@ -1,8 +1,8 @@
 """Tokens per second of a whole training run, and what share of it language model, store and SAE have.
 
-    python eval/bench_end_to_end.py                     # the bundled model, some minutes on two CPU cores
-    python eval/bench_end_to_end.py --model smollm2     # a model that people study, in bfloat16
-    python eval/bench_end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
+    python eval/bench/end_to_end.py                     # the bundled model, some minutes on two CPU cores
+    python eval/bench/end_to_end.py --model smollm2     # a model that people study, in bfloat16
+    python eval/bench/end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --d-sae 65536 --k 64 --device cuda
 
 Each side is a `LanguageModelSAETrainingRunner` of its own, in turns: with SAELens' activation store, and with
@@ -36,15 +36,16 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled import SampledTopKTrainingSAEConfig
-from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path.append(str(EVAL.parent / "examples"))
 
 from bundled import TINY_LM
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
 from smollm2 import smollm2_folder
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = EVAL / "results"
 SIDES: dict[str, dict[str, Any] | None] = {
     "SAELens BatchTopK": None,
     "all latents": {"pool_factor": 1e9},

@@ -1,6 +1,6 @@
 """How much time do shared passes of the language model save? Core metrics of 8 SAEs against 8 runs of SAEBench's core.
 
-    python eval/bench_core.py
+    python eval/bench/core.py
 
 Untrained SAEs on the bundled language model: time does not depend on the weights. Both parts of core get batches in the
 proportion that SAEBench's documentation has, 1 to 10. Both sides run in turns in one process; the ratio of the medians
@@ -23,11 +23,12 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from sae_lens_sampled.saebench import run_evals
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path.append(str(EVAL.parent / "examples"))
 
 from bundled import TINY_LM
+from sae_lens_sampled.saebench import run_evals
 
 
 def jumprelu(seed: int, d_sae: int) -> JumpReLUSAE:

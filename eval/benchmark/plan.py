@@ -8,7 +8,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.synthetic import SyntheticModelConfig
 
-from study.variants import register_variants
+from benchmark.variants import register_variants
 
 
 @dataclass(frozen=True)
