@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "examples")]
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,18 @@ COMMANDS: dict[str, Run | str] = {
     # eval/README.md
     'pip install ".[eval,dev]"': WHEEL,
     "sae-lens-sampled eval": MENTIONED,
-    "sae-lens-sampled report": MENTIONED,
     "sae-lens-sampled calibrate": MENTIONED,
     "sae-lens-sampled mmcs": Run("output by_two", needs="sae_bench"),
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),
-    "study/benchmark.py --config small --report": Run(),
-    "check_export.py --report": Run(),
+    "benchmark/run.py --config small --report": Run(),
+    "bench/check_export.py --report": Run(),
     "mutation.py --survivors": Run(needs="libcst"),
     "python eval/study/run.py --config tiny": HOURS,
-    "python eval/study/benchmark.py --config synth-sae-bench-16k": HOURS,
+    "python eval/benchmark/run.py --config synth-sae-bench-16k": HOURS,
     "for i in 1 2 3 4; do CUDA_VISIBLE_DEVICES=$((i - 1)) python eval/study/run.py --config pythia-160m --stages train "
     "--part $i/4 & done; wait": HUB,
-    "bash eval/slurm.sh pythia-160m": "needs a cluster",
+    "bash eval/study/slurm.sh pythia-160m": "needs a cluster",
     'pip install -c constraints.txt ".[eval]"': WHEEL,
     "pip uninstall -y torchvision": WHEEL,
 }

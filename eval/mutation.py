@@ -44,18 +44,28 @@ REASONS = ROOT / "eval" / "results" / "mutation_survivors.json"
 TIMEOUT_SECONDS = 120
 MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
 MODULES = {
-    "step/scores": ["test_scores"],
-    "step/selection": ["test_selection", "test_nested", "test_step_paths", "test_data_parallel"],
-    "step/column_scan": ["test_kept_entries", "test_step_paths", "test_data_parallel", "test_whole_life"],
-    "step/sparse_codes": ["test_sparse_codes", "test_kept_entries", "test_step_paths", "test_nested"],
-    "step/kept_entries": ["test_kept_entries", "test_step_paths", "test_nested", "test_data_parallel"],
-    "step/auxiliary": ["test_auxiliary", "test_step_paths"],
-    "step/thresholds": ["test_thresholds", "test_data_parallel"],
-    "sae/calibration": ["test_calibration", "-k", "not million"],
-    "sae/export": ["test_export", "test_thresholds", "test_transcoder"],
-    "analysis/similarity": ["test_dictionary_similarity"],
-    "sae/transcoder": ["test_transcoder"],
-    "sae/reconstruction": ["test_transcoder"],
+    "step/scores": ["step/test_scores"],
+    "step/selection": ["step/test_selection", "step/test_nested", "step/test_step_paths", "sae/test_data_parallel"],
+    "step/column_scan": ["step/test_kept_entries", "step/test_step_paths", "sae/test_data_parallel", "test_whole_life"],
+    "step/sparse_codes": [
+        "step/test_sparse_codes",
+        "step/test_kept_entries",
+        "step/test_step_paths",
+        "step/test_nested",
+    ],
+    "step/kept_entries": [
+        "step/test_kept_entries",
+        "step/test_step_paths",
+        "step/test_nested",
+        "sae/test_data_parallel",
+    ],
+    "step/auxiliary": ["step/test_auxiliary", "step/test_step_paths"],
+    "step/thresholds": ["step/test_thresholds", "sae/test_data_parallel"],
+    "sae/calibration": ["sae/test_calibration", "-k", "not million"],
+    "sae/export": ["sae/test_export", "step/test_thresholds", "sae/test_transcoder", "sae/test_transcoder_export"],
+    "analysis/similarity": ["analysis/test_dictionary_similarity"],
+    "sae/transcoder": ["sae/test_transcoder", "sae/test_transcoder_export"],
+    "sae/reconstruction": ["sae/test_transcoder", "sae/test_transcoder_export"],
 }
 """The tests that belong to each module, by its path in the package, with pytest's options."""
 
@@ -143,7 +153,7 @@ def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
         sys.dont_write_bytecode = True
         import pytest
 
-        chosen = [f"tests/{name}.py" if name.startswith("test_") else name for name in names]
+        chosen = [f"tests/{name}.py" if "test_" in name else name for name in names]
         status = pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *chosen])
     os._exit(int(status != 0))
 

@@ -1,7 +1,5 @@
 import json
-import os
 import random
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,39 +112,3 @@ def saes(activations):
     ours = [(f"sampled_seed{seed}", trained_sae("sampled_topk", seed, activations)) for seed in (0, 1)]
     others = [(kind, trained_sae(kind, 0, activations)) for kind in KINDS if kind != "sampled_topk"]
     return ours + others
-
-
-@pytest.fixture(scope="session")
-def output_dir(tmp_path_factory):
-    """The output folder of `results`; where tests run in several processes the second finds the first one's there."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "results"
-
-
-@pytest.fixture
-def copy_probes(results, output_dir):
-    """Puts absorption's probes of the bundled model, which take long to train, into another output folder."""
-    return lambda folder: shutil.copytree(output_dir / "artifacts", folder / "artifacts", dirs_exist_ok=True)
-
-
-@pytest.fixture(scope="session")
-def run_of_all(saes, output_dir, tmp_path_factory):
-    """All evals on all `saes`: their results, and the files before and after in folders that are only to be read."""
-    import sae_bench
-    from eval_helpers import ALL, GIVEN, PROBING, SMALL, files_in
-    from filelock import FileLock
-
-    from sae_lens_sampled.saebench import run_evals
-
-    read_only = Path(sae_bench.__file__).parent, GIVEN["model"], PROBING, tmp_path_factory.mktemp("cwd")
-    before = list(map(files_in, read_only))
-    with pytest.MonkeyPatch.context() as patch, FileLock(f"{output_dir}.lock"):
-        patch.chdir(read_only[-1])
-        results = run_evals(saes, ALL, output_dir=output_dir, overrides=SMALL, **GIVEN)
-    return SimpleNamespace(results=results, before=before, after=list(map(files_in, read_only)))
-
-
-@pytest.fixture(scope="session")
-def results(run_of_all):
-    """All evals on all `saes`."""
-    return run_of_all.results

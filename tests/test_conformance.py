@@ -41,7 +41,7 @@ ALL = D_SAE / K
 
 
 def test_every_point_has_a_test():
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     assert {int(point) for point in re.findall(r"mark\.conformance\((\d+)\)", text)} == set(range(1, 17))
 
 

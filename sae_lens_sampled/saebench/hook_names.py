@@ -1,7 +1,7 @@
 """Names of TransformerLens' HookedTransformer for places that its bridge and Hugging Face's models call otherwise.
 
 A name is translated only where activations are the same, and where putting something in has the same effect; that
-depends on the architecture. `tests/test_hook_names.py` runs the models both ways.
+depends on the architecture. `tests/saebench/test_hook_names.py` runs the models both ways.
 """
 
 import re

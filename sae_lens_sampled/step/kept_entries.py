@@ -28,7 +28,7 @@ StepPath = Literal["columns", "kept", "dense"]
 
 MAX_COLUMNS_SHARE = 0.08
 """Share of the latents up to which the columns of one pool are computed. This and the next two are what
-`eval/bench_training_step.py` measured on two CPU cores (its sections crossing_*)."""
+`eval/bench/training_step.py` measured on two CPU cores (its sections crossing_*)."""
 MAX_DENSITY = 0.2
 """Share of all entries that are kept, up to which sparse products are faster than dense ones."""
 MIN_ENTRIES = 2**16

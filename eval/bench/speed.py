@@ -1,0 +1,201 @@
+"""Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
+
+Run it after `training_step.py`, `end_to_end.py` and `data_parallel.py`: `python eval/bench/speed.py`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+
+from bench.cases import BATCHTOPK, plan
+from pages import markdown_table
+from pages import render as render_page
+from sae_lens_sampled.step import kept_entries
+
+BASE = BATCHTOPK.name
+Row = dict[str, Any]
+WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
+"""A size that one trains on several GPUs."""
+BANDWIDTHS = {"NVLink": 460e9, "RoCE": 35e9}
+"""Bytes per second that an all-reduce between GPUs of one machine, and of several, is published to move."""
+HISTOGRAM_BYTES = 4 * (2048 + 2048 + 512)
+"""What finding the cutoff takes, at any size."""
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each side of each row, times beside SAELens' BatchTopK of the same row."""
+    lines = []
+    for row in rows:
+        case, base = row["case"], row["step_ms"][BASE]
+        state = "after 200 steps" if case["trained"] else "at initialisation"
+        for side, milliseconds in row["step_ms"].items():
+            scan, memory = row["scans"].get(side, {}), row.get("memory_mib", {}).get(side)
+            lines.append(
+                {
+                    "": state,
+                    "dead": f"{case['dead']:.0%}",
+                    "side": side,
+                    "step": f"{milliseconds:,.0f} ms",
+                    "BatchTopK over it": f"{base / milliseconds:.1f}x",
+                    "memory": "" if memory is None else f"{memory:,.0f} MiB",
+                    "extracted per kept": f"{scan['extracted_per_kept']:.1f}" if scan.get("path") == "kept" else "",
+                }
+            )
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def crossing_table(sections: dict[str, list[Row]], section: str, what: str) -> str:
+    """Markdown: the ways of doing a step beside each other, over the size or the pool factor that is varied."""
+    lines = []
+    for row, (setting, cases) in zip(sections[section], plan("cpu")[section], strict=True):
+        varied = setting.get(what, cases[0].fields["pool_factor"])
+        lines.append({what: varied, **{case.way: f"{row['step_ms'][case.name]:.1f} ms" for case in cases}})
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Time of a step against d_sae, both axes logarithmic."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    widths = [row["case"]["d_sae"] for row in rows]
+    for side in rows[0]["step_ms"]:
+        style = {"color": "0.6", "linestyle": "--"} if side == "product" else {"marker": "o"}
+        label = "bare encoder product" if side == "product" else side
+        axes.plot(widths, [row["step_ms"][side] for row in rows], label=label, **style)
+    axes.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="training step, ms")
+    axes.set_xticks(widths, [f"{width // 1024}k" for width in widths])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def runs_table(results: dict[str, Any]) -> str:
+    """Markdown: whole runs, beside SAELens' BatchTopK with SAELens' store."""
+    [base] = [run["tokens_per_second"] for run in results["runs"] if (run["side"], run["source"]) == (BASE, "store")]
+    lines = [
+        [
+            run["side"],
+            run["source"],
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['tokens_per_second'] / base:.1f}x",
+            *(f"{run[share]:.0%}" for share in ("sae_share", "model_share")),
+        ]
+        for run in results["runs"]
+    ]
+    header = ["side", "activations from", "tokens/s", "over BatchTopK", "SAE's share", "model's share"]
+    return markdown_table(header, lines)
+
+
+def ranks_table(results: dict[str, Any]) -> str:
+    """Markdown: what several processes exchange, and how far they are from one."""
+    lines = [
+        [
+            row["case"],
+            f"{row['processes']}",
+            "yes" if row["ranks_equal"] else "no",
+            f"{row['other_selections']:,} of {row['selections']:,}",
+            f"{row['largest_difference']:.0e}",
+            f"{row['gradient_bytes'] / 1e6:,.2f} MB",
+            f"{row['other_bytes'] / 1e6:,.2f} MB",
+            f"{row['one_over_it']:.2f}x" if "one_over_it" in row else "",
+        ]
+        for row in results["rows"]
+    ]
+    header = [
+        "",
+        "processes",
+        "ranks bit-equal",
+        "other entries kept",
+        "largest difference",
+        "gradients",
+        "rest",
+        "time",
+    ]
+    return markdown_table(header, lines)
+
+
+def active_latents(fields: dict[str, Any], d_sae: int, k: int) -> int:
+    """Latents whose gradients are exchanged, at most: those of the pool and the dead ones; with groups all."""
+    if "pool_group_size" in fields:
+        return d_sae
+    return min(int(fields["pool_factor"] * k + fields.get("dead", 0) * d_sae), d_sae)
+
+
+def gradient_bytes(n_latents: int, d_in: int) -> int:
+    """Bytes of the gradients of so many latents, and of the decoder's bias, in float32."""
+    return 4 * (n_latents * (2 * d_in + 1) + d_in)
+
+
+def groups_share(results: dict[str, Any]) -> float:
+    """How much of all gradients groups of tokens exchange, as counted."""
+    counted, *_ = [row["gradient_bytes"] for row in results["rows"] if "pool_group_size" in row["fields"]]
+    return counted / gradient_bytes(results["size"]["d_sae"], results["size"]["d_in"])
+
+
+def arithmetic_table(results: dict[str, Any]) -> str:
+    """Markdown: the bytes of a step at `WIDE`, and the time they would take."""
+    lines = []
+    for row in results["rows"]:
+        if row["processes"] != 2:
+            continue
+        all_latents = row["fields"]["pool_factor"] * results["size"]["k"] >= results["size"]["d_sae"]
+        n_latents = WIDE["d_sae"] if all_latents else active_latents(row["fields"], WIDE["d_sae"], WIDE["k"])
+        gradients = gradient_bytes(n_latents, WIDE["d_in"])
+        rest = HISTOGRAM_BYTES + (row["other_bytes"] - HISTOGRAM_BYTES) // results["size"]["d_sae"] * WIDE["d_sae"]
+        on_the_wire = (gradients + rest) * 2 * (WIDE["gpus"] - 1) / WIDE["gpus"]  # of a ring
+        times = [f"{1e3 * on_the_wire / bandwidth:.1f} ms" for bandwidth in BANDWIDTHS.values()]
+        lines.append([row["case"], f"{gradients / 1e6:,.1f} MB", f"{rest / 1e6:,.1f} MB", *times])
+    return markdown_table(["", "gradients", "rest", *BANDWIDTHS], lines)
+
+
+def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any]) -> str:
+    """The page, from what the three benchmarks have written; `runs` by model."""
+
+    def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
+        """BatchTopK's time over that of a side."""
+        [row] = [
+            row
+            for row in steps["sections"][section]
+            if row["case"]["dead"] == dead and row["case"]["trained"] == trained
+        ]
+        return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
+
+    return render_page(
+        Path(__file__).parent / "templates" / "SPEED.md",
+        steps=steps,
+        runs=runs,
+        ranks=ranks,
+        ranks_table=ranks_table,
+        arithmetic_table=arithmetic_table,
+        groups_share=groups_share,
+        wide=WIDE,
+        bandwidths=BANDWIDTHS,
+        sections=steps["sections"],
+        table=table,
+        crossing_table=crossing_table,
+        runs_table=runs_table,
+        times=times,
+        limits=kept_entries,
+    )
+
+
+def main() -> None:
+    steps = read("bench_training_step")
+    runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
+    (EVAL / "SPEED.md").write_text(render(steps, runs, read("bench_data_parallel")))
+    draw(steps["sections"]["d_sae"], EVAL / "results" / "bench_training_step.png")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((EVAL / "results" / f"{name}.json").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The benchmarks of nested losses: data by SynthSAEBench's recipe, and arms."""
+
+from dataclasses import replace
+
+from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
+from sae_lens.synthetic import (
+    FoldedNormalMagnitudeConfig,
+    HierarchyConfig,
+    LinearMagnitudeConfig,
+    LowRankCorrelationConfig,
+    OrthogonalizationConfig,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+)
+
+from benchmark.plan import Benchmark, BenchmarkArm, Data
+from benchmark.variants import VariantConfig
+from sae_lens_sampled import SampledTopKTrainingSAEConfig
+
+RECIPE_16K = SyntheticModelConfig(
+    num_features=16_384,
+    hidden_dim=768,
+    firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
+    hierarchy=HierarchyConfig(
+        total_root_nodes=128,
+        branching_factor=4,
+        max_depth=3,
+        mutually_exclusive_portion=1.0,
+        compensate_probabilities=True,
+        scale_children_by_parent=True,
+    ),
+    orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
+    correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+    mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
+    std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+    bias=0.5,
+    seed=42,
+)
+"""SynthSAEBench-16k, as SAELens' documentation has it."""
+
+SAMPLED = SampledTopKTrainingSAEConfig
+GROUPS = {"pool_factor": 10, "pool_group_size": 16}
+HALF = 500
+"""Half of the steps of `SMALL` and `TUNING`."""
+SCHEDULED = GROUPS | {"first_pool_factor": 3.0, "moving_steps": HALF}
+WINSORISED = {"score": "winsorised_10"}
+THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
+
+
+def small_recipe(seed: int, **hierarchy: bool) -> SyntheticModelConfig:
+    """The recipe with 512 features in 96 dimensions."""
+    return replace(
+        RECIPE_16K,
+        num_features=512,
+        hidden_dim=96,
+        firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.3, min_prob=2e-3),
+        hierarchy=replace(RECIPE_16K.hierarchy, total_root_nodes=16, max_depth=2, **hierarchy),
+        orthogonalization=OrthogonalizationConfig(num_steps=100),
+        correlation=LowRankCorrelationConfig(rank=8, correlation_scale=0.1),
+        seed=seed,
+    )
+
+
+PLAIN = {"compensate_probabilities": False, "scale_children_by_parent": False}
+TWO = {"arms": ("batchtopk", "matryoshka"), "ks": (4,)}
+INNER = [4, 16, 64]
+"""Inner widths; d_sae comes after them."""
+
+SMALL = Benchmark(
+    name="small",
+    data={
+        "features_42": Data("features of seed 42", small_recipe(42), 128),
+        "features_43": Data("features of seed 43", small_recipe(43), 128),
+        "wide": Data("the recipe", small_recipe(42), 256, **TWO),
+        "plain_hierarchy": Data("plain hierarchy", small_recipe(42, **PLAIN), 128, **TWO),
+        "plain_hierarchy_wide": Data("plain hierarchy", small_recipe(42, **PLAIN), 256, **TWO),
+    },
+    arms={
+        "batchtopk": BenchmarkArm("BatchTopK", BatchTopKTrainingSAEConfig),
+        "topk": BenchmarkArm("TopK", TopKTrainingSAEConfig),
+        "matryoshka": BenchmarkArm(
+            "Matryoshka, levels 4, 16, 64", MatryoshkaBatchTopKTrainingSAEConfig, {"matryoshka_widths": INNER}
+        ),
+        "matryoshka_32": BenchmarkArm(
+            "Matryoshka, level 32", MatryoshkaBatchTopKTrainingSAEConfig, {"matryoshka_widths": [32]}
+        ),
+        "groups": BenchmarkArm("groups", SAMPLED, GROUPS),
+        "nested": BenchmarkArm("nested in groups, levels 4, 16, 64", SAMPLED, GROUPS | {"matryoshka_widths": INNER}),
+        "nested_one_pool": BenchmarkArm(
+            "nested in one pool, levels 4, 16, 64", SAMPLED, {"pool_factor": 10, "matryoshka_widths": INNER}
+        ),
+        "nested_light": BenchmarkArm(
+            "nested in groups, level 64, inner loss x 0.5",
+            SAMPLED,
+            GROUPS | {"matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
+        ),
+        "all_light": BenchmarkArm(
+            "all latents, level 64, inner loss x 0.5",
+            SAMPLED,
+            {"pool_factor": 10**6, "matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
+        ),
+        "scheduled": BenchmarkArm("groups, pool factor from 3 to 10", VariantConfig, SCHEDULED),
+        "winsorised": BenchmarkArm("groups, winsorised score", SAMPLED, GROUPS | WINSORISED),
+        "then_plain": BenchmarkArm(
+            "nested in groups, levels 4, 16, 64, then plain", SAMPLED, THEN_PLAIN | {"matryoshka_widths": INNER}
+        ),
+        "one_pool": BenchmarkArm("one pool", SAMPLED, {"pool_factor": 10}),
+        "one_pool_orthogonal": BenchmarkArm(
+            "one pool, orthogonality penalty", VariantConfig, {"pool_factor": 10, "orthogonality": 1.0}
+        ),
+    },
+    ks=(3, 4, 5),
+    n_seeds=5,
+    batch_size=512,
+    samples=512_000,
+    lr=2e-3,
+    warm_up=0.05,
+    decay=0.2,
+    dead_window=100,
+    eval_samples=32_768,
+    aux_loss_coefficient=1 / 32,
+)
+"""The recipe at a size that two CPU cores train."""
+
+LEVELS = ([32], [64], [8, 32], [16, 64], [4, 16, 64], [8, 32, 80], [16, 48, 80])
+
+TUNING = replace(
+    SMALL,
+    name="tuning",
+    data={"features_7": Data("features of seed 7", small_recipe(7), 128)},
+    arms={
+        "batchtopk": SMALL.arms["batchtopk"],
+        "groups": SMALL.arms["groups"],
+        **{
+            f"matryoshka_{'_'.join(map(str, levels))}": BenchmarkArm(
+                f"Matryoshka, {levels}", MatryoshkaBatchTopKTrainingSAEConfig, {"matryoshka_widths": levels}
+            )
+            for levels in LEVELS
+        },
+        **{
+            f"nested_{'_'.join(map(str, levels))}_{coefficient:g}": BenchmarkArm(
+                f"nested in groups, {levels}, inner loss x {coefficient:g}",
+                SAMPLED,
+                GROUPS | {"matryoshka_widths": levels, "inner_loss_coefficient": coefficient},
+            )
+            for levels in LEVELS
+            for coefficient in ((1, 0.5, 0.25) if levels in ([64], [16, 64], [4, 16, 64]) else (1,))
+        },
+        "factor_16": BenchmarkArm(
+            f"nested in groups, {INNER}, pool factor 16",
+            SAMPLED,
+            GROUPS | {"pool_factor": 16, "matryoshka_widths": INNER},
+        ),
+        **{
+            f"scheduled_{first}": BenchmarkArm(
+                f"groups, pool factor from {first} to 10", VariantConfig, SCHEDULED | {"first_pool_factor": first}
+            )
+            for first in (3, 20)
+        },
+        "winsorised": SMALL.arms["winsorised"],
+        **{
+            f"winsorised_factor_{factor}": BenchmarkArm(
+                f"groups, winsorised score, pool factor {factor}",
+                SAMPLED,
+                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_{factor}"},
+            )
+            for factor in (5, 20)
+        },
+        "winsorised_nested": BenchmarkArm(
+            f"nested in groups, {INNER}, winsorised score", SAMPLED, GROUPS | WINSORISED | {"matryoshka_widths": INNER}
+        ),
+        "winsorised_light": BenchmarkArm(
+            "nested in groups, [64], inner loss x 0.5, winsorised score",
+            SAMPLED,
+            GROUPS | WINSORISED | {"matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
+        ),
+        "winsorised_then_plain": BenchmarkArm(
+            f"nested in groups, {INNER}, then plain, winsorised score",
+            SAMPLED,
+            THEN_PLAIN | WINSORISED | {"matryoshka_widths": INNER},
+        ),
+        **{
+            f"then_plain_{'_'.join(map(str, levels))}": BenchmarkArm(
+                f"nested in groups, {levels}, then plain", SAMPLED, THEN_PLAIN | {"matryoshka_widths": levels}
+            )
+            for levels in LEVELS[:5]
+        },
+        "one_pool": SMALL.arms["one_pool"],
+        **{
+            f"one_pool_orthogonal_{weight:g}": BenchmarkArm(
+                f"one pool, orthogonality penalty x {weight:g}",
+                VariantConfig,
+                {"pool_factor": 10, "orthogonality": weight},
+            )
+            for weight in (0.1, 1.0, 10.0)
+        },
+    },
+    ks=(4,),
+    n_seeds=2,
+)
+"""What levels, pool factor and coefficient of `SMALL` were chosen by, on features that are not among its own."""
+
+INNER_16K = [128, 512, 2048]
+
+SYNTH_SAE_BENCH_16K = Benchmark(
+    name="synth-sae-bench-16k",
+    data={"features_42": Data("SynthSAEBench-16k", RECIPE_16K, 4096, large=True)},
+    arms={
+        "batchtopk": BenchmarkArm("BatchTopK", BatchTopKTrainingSAEConfig),
+        "matryoshka": BenchmarkArm(
+            "Matryoshka",
+            MatryoshkaBatchTopKTrainingSAEConfig,
+            {"matryoshka_widths": INNER_16K, "use_matryoshka_aux_loss": True},
+        ),
+        "groups": BenchmarkArm("groups", SAMPLED, GROUPS),
+        "nested": BenchmarkArm("nested in groups", SAMPLED, GROUPS | {"matryoshka_widths": INNER_16K}),
+        "nested_light": BenchmarkArm(
+            "nested in groups, level 2048, inner loss x 0.5",
+            SAMPLED,
+            GROUPS | {"matryoshka_widths": [2048], "inner_loss_coefficient": 0.5},
+        ),
+    },
+    ks=(25, 20),
+    n_seeds=2,
+    batch_size=1024,
+    samples=200_000_000,
+    lr=3e-4,
+    warm_up=0.0,
+    decay=0.0,
+    dead_window=1000,
+    eval_samples=500_000,
+    aux_loss_coefficient=1.0,
+    n_checkpoints=50,
+    device="cuda",
+)
+"""The benchmark itself, with the settings of SAELens' documentation."""
+
+SYNTH_SAE_BENCH_16K_CPU = replace(
+    SYNTH_SAE_BENCH_16K,
+    name="synth-sae-bench-16k-cpu",
+    ks=(25,),
+    n_seeds=1,
+    samples=5_000_000,
+    eval_samples=50_000,
+    n_checkpoints=20,
+    device="cpu",
+)
+"""The same with a fortieth of the samples, for two CPU cores."""
+
+PUBLISHED_16K = {
+    25: {"BatchTopK": {"f1": 0.7316, "mcc": 0.7574}, "Matryoshka": {"f1": 0.8793, "mcc": 0.7927}},
+    20: {"BatchTopK": {"f1": 0.8183, "mcc": 0.7526}, "Matryoshka": {"f1": 0.8601, "mcc": 0.7455}},
+}
+"""What arXiv 2602.14687 has for 200M samples, by L0."""
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K, SYNTH_SAE_BENCH_16K_CPU)}

@@ -1,0 +1,110 @@
+"""What a benchmark of nested losses is: data, arms, the settings that they share, and the SAEs that these make."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.synthetic import SyntheticModelConfig
+
+from benchmark.variants import register_variants
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features, and how many latents are to find them."""
+
+    label: str
+    features: SyntheticModelConfig
+    d_sae: int
+    arms: tuple[str, ...] | None = None
+    """Arms that are trained on it; None for all."""
+    ks: tuple[int, ...] | None = None
+    """Values of k; None for the benchmark's."""
+    large: bool = False
+    """The features are made by `large_synthetic_model`."""
+
+
+@dataclass(frozen=True)
+class BenchmarkArm:
+    """One configuration."""
+
+    label: str
+    config: type[TrainingSAEConfig]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Data, arms and the settings that they share."""
+
+    name: str
+    data: dict[str, Data]
+    arms: dict[str, BenchmarkArm]
+    ks: tuple[int, ...]
+    """Latents kept per sample, on average."""
+    n_seeds: int
+    """SAEs per arm, data and k."""
+    batch_size: int
+    samples: int
+    """Training samples."""
+    lr: float
+    """Adam's learning rate, after `warm_up` and until the last `decay` of the steps."""
+    warm_up: float
+    decay: float
+    dead_window: int
+    """Training steps without firing after which a latent counts as dead."""
+    eval_samples: int
+    """Fresh samples that an SAE is evaluated on."""
+    aux_loss_coefficient: float
+    """Weight of the auxiliary loss, in every arm."""
+    n_checkpoints: int = 0
+    device: str = "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON has it; not which data, arms, k and seeds there are."""
+        left_out = ("name", "device", "n_checkpoints", "data", "arms", "ks", "n_seeds")
+        return {name: value for name, value in asdict(replace(self, data={}, arms={})).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class BenchmarkUnit:
+    """One SAE."""
+
+    data: str
+    k: int
+    seed: int
+    arm: str
+
+    @property
+    def stream(self) -> tuple[str, int, int]:
+        """What all arms that see the same samples have in common."""
+        return self.data, self.k, self.seed
+
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        """What its result is found by."""
+        return self.data, self.k, self.arm, self.seed
+
+
+def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
+    """Every SAE, those of a stream of samples one after the other."""
+    for seed in range(benchmark.n_seeds):
+        for data in benchmark.data:
+            of_data = benchmark.data[data]
+            for k in of_data.ks or benchmark.ks:
+                for arm in of_data.arms or benchmark.arms:
+                    yield BenchmarkUnit(data, k, seed, arm)
+
+
+def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
+    """An untrained SAE."""
+    register_variants()
+    arm, data = benchmark.arms[unit.arm], benchmark.data[unit.data]
+    fields = dict(arm.fields)
+    if widths := fields.get("matryoshka_widths"):
+        fields["matryoshka_widths"] = [*widths, data.d_sae]
+    shared = {"d_in": data.features.hidden_dim, "d_sae": data.d_sae, "k": unit.k, "device": benchmark.device}
+    config = arm.config(**shared, aux_loss_coefficient=benchmark.aux_loss_coefficient, **fields)
+    return get_sae_training_class(config.architecture())[0](config)
