@@ -53,7 +53,7 @@ class OnPath(SampledTopKTrainingSAE):
         self.path: StepPath = path
 
     @override
-    def _choose_path(self, sae_in: torch.Tensor) -> StepPath:
+    def choose_path(self, x: torch.Tensor) -> StepPath:
         return self.path
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 from latents.attribution import attribute, coherence
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, N_CONTEXTS, TopActivations
 
 REACH = 31

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
 from sae_lens_sampled.analysis.similarity import OneWay, dictionary_similarity, max_cosines
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from study.plan import Arm, Unit

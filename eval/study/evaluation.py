@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, calibrate_thresholds, load_checkpoint, to_jumprelu
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.sae.checks import check_weights
 from sae_lens_sampled.saebench import run_evals
 from study.configs import Study

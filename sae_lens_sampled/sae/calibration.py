@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.metrics import differs
+from sae_lens_sampled.metrics import ActivationStatistics, differs
 from sae_lens_sampled.sae.checks import check_weights, check_width
 from sae_lens_sampled.sae.export import ExportedSAE, to_jumprelu
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
@@ -282,13 +282,9 @@ def _report(
 
 def _firing_rates_and_fvu(sae: ExportedSAE, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
     """Share of tokens that each latent fires on, and FVU, with one chunk of activations in memory."""
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=x.device)
-    squared_error, variance = torch.zeros(2, dtype=torch.double, device=x.device)
-    mean, n_rows = target.mean(dim=0).double(), max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+    statistics = ActivationStatistics(target.shape[1], sae.cfg.d_sae, x.device)
+    n_rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     for inputs, wanted in zip(x.split(n_rows), target.split(n_rows), strict=True):
         acts, reconstruction = encode_and_reconstruct(sae, inputs)
-        wanted = wanted.double()
-        fired += (acts > 0).sum(dim=0)
-        squared_error += (reconstruction.double() - wanted).square().sum()
-        variance += (wanted - mean).square().sum()
-    return fired / len(x), (squared_error / variance).item()
+        statistics.update(wanted, acts, reconstruction)
+    return statistics.density, statistics.fvu

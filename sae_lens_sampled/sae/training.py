@@ -114,7 +114,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
         output.metrics.update(of_pools | self.export_metrics(step_input.sae_in))
         return output
 
-    def _choose_path(self, n_tokens: int, device: torch.device) -> StepPath:
+    def choose_path(self, x: Tensor) -> StepPath:
+        """How a step on inputs `x` is computed; called once a step."""
+        n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
         path = choose_path(self.cfg, "dense" if own_step or hooked else self.cfg.step, n_tokens, device)
@@ -130,7 +132,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
     def _kept_forward_pass(self, x: Tensor, target: Tensor, state: StepState) -> ForwardPass | None:
-        path = self._choose_path(math.prod(x.shape) // self.cfg.d_in, x.device)
+        path = self.choose_path(x)
         return None if path == "dense" else kept_forward_pass(self, x, target, state, path, self.ranks)
 
     def _dense_forward_pass(

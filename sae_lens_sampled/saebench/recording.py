@@ -24,8 +24,8 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
 from sae_lens_sampled.files import reserve
+from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import is_split
 from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.metrics import ActivationStatistics
 
 N_LATENTS = 8
 N_CONTEXTS = 3

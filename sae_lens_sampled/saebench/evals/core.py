@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_sampled.analysis.statistics import ActivationStatistics
+from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
 from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lens_sampled.analysis.statistics import QUANTILES, ActivationStatistics
-from sae_lens_sampled.metrics import fraction_of_variance_unexplained
+from sae_lens_sampled.metrics import QUANTILES, ActivationStatistics, fraction_of_variance_unexplained
 
 
 @pytest.fixture
