@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
-from sae_lens_sampled.files import whole_folder
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.folders import UNFOLDED, find_checkpoint, read_config
 from sae_lens_sampled.runners.hooks import heads_side_by_side, is_split, switch_on
 from sae_lens_sampled.runners.run_checks import check_hook, check_run, check_same_activations
@@ -58,7 +58,7 @@ class ResumableTrainer(SAETrainer[Any, Any]):
         run_folder = base_path or self.cfg.checkpoint_path
         if run_folder is None:
             return super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-        with whole_folder(Path(run_folder) / checkpoint_name) as unfinished:
+        with atomic_path(Path(run_folder) / checkpoint_name, replace=True) as unfinished:
             return super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
 
@@ -197,7 +197,7 @@ def _link_into(run_folder: Path, checkpoint: Path) -> None:
     """Make the checkpoint one of this run's, at no cost where the file system has links."""
     copy = run_folder / checkpoint.name
     if not copy.exists():
-        with whole_folder(copy) as unfinished:
+        with atomic_path(copy, replace=True) as unfinished:
             shutil.copytree(checkpoint, unfinished, copy_function=_link)
 
 
