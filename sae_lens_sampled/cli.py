@@ -49,7 +49,7 @@ def main(
 
 
 @contextmanager
-def _told(*errors: type[Exception]) -> Iterator[None]:
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Turns errors into their message alone and the exit status 1."""
     try:
         yield
@@ -65,7 +65,7 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
 )
 def train(context: typer.Context) -> None:
     """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
-    with _told(TrainError):
+    with exit_on(TrainError):
         status = train_command.train(context.args)
     raise typer.Exit(status)
 
@@ -89,7 +89,7 @@ def calibrate(
     """
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         lines = calibrate_command.calibrate(
             checkpoint,
             dataset,
@@ -137,7 +137,7 @@ def upload(
         raise typer.BadParameter(
             "two of the folders have the same name, which would be their sae_id; pass NAME=FOLDER."
         )
-    with _told(ValueError, OSError, sae_lens_sampled.HubError):
+    with exit_on(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
@@ -174,9 +174,9 @@ def evaluate(
     part: Annotated[str, typer.Option(help="Such as 2/8: every eighth SAE, for processes on one folder.")] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
-    with _told(ValueError, OSError, EvalError):
+    with exit_on(ValueError, OSError, EvalError):
         mine, wanted = parse_part(part).of(saes), [name.strip() for name in evals.split(",") if name.strip()]
         if len(mine) < len(saes) and "mmcs" in wanted:
             raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have ended.")
@@ -224,9 +224,9 @@ def report(
 
     Writes `report.html`, one file that needs no network, and `report.md` into the folder.
     """
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import write_report
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         path = write_report(folder)
     typer.echo(f"Written to {path} and {path.with_suffix('.md')}")
 
@@ -242,13 +242,13 @@ def mmcs(
     decoder and encoder rows; the share of its latents with a partner above 0.7 and 0.9; the one-to-one matched mean;
     and what random dictionaries would give.
     """
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
         from sae_lens_sampled.saebench.evals.mmcs import check_alike
         from sae_lens_sampled.saebench.models import check_one_model
     if len(saes) < 2:
         raise typer.BadParameter("comparing needs at least two SAEs.")
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         loaded = load_saes([parse_source(sae) for sae in saes], device)
         check_alike(loaded)
         check_one_model(loaded)

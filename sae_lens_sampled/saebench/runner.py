@@ -24,7 +24,7 @@ from sae_lens_sampled.saebench.models import EvalModel, attach, common_model, co
 from sae_lens_sampled.saebench.network import cache_only, check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
-from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_whole_saes
+from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_intact_saes
 from sae_lens_sampled.signals import interruptible
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def run_evals(
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with cache_only() if offline else nullcontext():
-        loaded, broken = load_whole_saes(saes, device)
+        loaded, broken = load_intact_saes(saes, device)
     # What is left out from the beginning, by eval and SAE in words: broken SAEs, and comparisons with them alone.
     n_wanted = len(eval_classes) * len(saes)
     failures: dict[str, Exception] = {f"{e.name} of {sae.name}": sae.reason for sae in broken for e in eval_classes}
