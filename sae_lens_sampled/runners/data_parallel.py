@@ -129,7 +129,9 @@ class DataParallelRunner(ResumableRunner):
             self.ranks, self.control = join_processes(own_device(cfg.device), timeout)
             check_same_config(cfg, cfg.sae if override_sae is None else override_sae.cfg, self.control)
             cfg = _of_process(cfg, self.control)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        super().__init__(
+            cfg, override_dataset=override_dataset, override_model=override_model, override_sae=override_sae
+        )
         if count > 1:
             split_text(self.activations_store, self.control.rank, count)
         if self.ranks.rank > 0:  # the order in which its buffer is mixed

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
 from sae_lens_sampled.files import atomic_path
@@ -81,20 +80,15 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
     checkpoint: Path | None = None
     """The one written when the run was stopped."""
 
-    def __init__(
-        self,
-        cfg: LanguageModelSAERunnerConfig[Any],
-        override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
-        override_sae: TrainingSAE[Any] | None = None,
-    ) -> None:
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
+        given = {name for name, value in overrides.items() if value is not None}
         if cfg.resume_from_checkpoint is not None:
-            _check_same_run(cfg, override_model is not None, override_sae)
-        text = "override_dataset" if override_dataset is not None else f"dataset_path={cfg.dataset_path!r}"
+            _check_same_run(cfg, "override_model" in given, overrides.get("override_sae"))
+        text = "override_dataset" if "override_dataset" in given else f"dataset_path={cfg.dataset_path!r}"
         try:
             with short_text_told(text):
-                super().__init__(cfg, override_dataset, override_model, override_sae)
+                super().__init__(cfg, **overrides)
         except OSError as error:
             if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
                 raise

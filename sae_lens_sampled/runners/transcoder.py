@@ -207,7 +207,7 @@ def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any
         ValueError: with the hook, and its width, number of tokens or place.
     """
     name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
-    cache = one_token(model, cfg, {"hook_name": cfg.hook_name, "hook_name_out": name})
+    cache = one_token(model, {cfg.hook_name: "hook_name", name: "hook_name_out"}, cfg.model_name, cfg.model_kwargs)
     inputs, outputs = cache[cfg.hook_name], cache[name]
     if is_one_place(model, cfg.hook_name, name):
         raise ValueError(_told_of_one_place(cfg.hook_name, name))
