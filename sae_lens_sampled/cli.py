@@ -5,18 +5,15 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAE
-from tabulate import tabulate
 
 import sae_lens_sampled
-from sae_lens_sampled.analysis.similarity import dictionary_similarity
+from sae_lens_sampled.analysis.similarity import similarity_table
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.runners import calibrate_command, train_command
 from sae_lens_sampled.runners.parts import parse_part
@@ -25,10 +22,27 @@ from sae_lens_sampled.sae.calibration import MIN_TOKENS
 from sae_lens_sampled.step.kept_entries import choose_path
 from sae_lens_sampled.step.sparse_codes import has_kernels
 
+
+def _parse_kwargs(text: str) -> dict[str, Any]:
+    """The JSON object of `--model-kwargs`."""
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise typer.BadParameter(f'{text} is not a JSON object such as \'{{"revision": "step1000"}}\'.')
+    return kwargs
+
+
 ModelKwargs = Annotated[
-    str | None,
-    typer.Option(help="Arguments of from_pretrained, a JSON object; default: those of the training run."),
+    dict[str, Any] | None,
+    typer.Option(
+        parser=_parse_kwargs,
+        metavar="JSON",
+        help="Arguments of from_pretrained, a JSON object; default: those of the training run.",
+    ),
 ]
+Sources = Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,7 +63,7 @@ def main(
 
 
 @contextmanager
-def _told(*errors: type[Exception]) -> Iterator[None]:
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Turns errors into their message alone and the exit status 1."""
     try:
         yield
@@ -65,7 +79,7 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
 )
 def train(context: typer.Context) -> None:
     """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
-    with _told(TrainError):
+    with exit_on(TrainError):
         status = train_command.train(context.args)
     raise typer.Exit(status)
 
@@ -89,13 +103,13 @@ def calibrate(
     """
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         lines = calibrate_command.calibrate(
             checkpoint,
             dataset,
             out,
             model=model,
-            model_kwargs=_parse_kwargs(model_kwargs),
+            model_kwargs=model_kwargs,
             mode=mode,
             target_l0=target_l0,
             max_tokens=max_tokens,
@@ -105,19 +119,6 @@ def calibrate(
     for line in lines:
         typer.echo(line)
     typer.echo(f"Saved to {out}")
-
-
-def _parse_kwargs(text: str | None) -> dict[str, Any] | None:
-    """The JSON object of `--model-kwargs`."""
-    if text is None:
-        return None
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError:
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise typer.BadParameter(f'--model-kwargs {text} is not a JSON object such as \'{{"revision": "step1000"}}\'.')
-    return kwargs
 
 
 @app.command()
@@ -137,7 +138,7 @@ def upload(
         raise typer.BadParameter(
             "two of the folders have the same name, which would be their sae_id; pass NAME=FOLDER."
         )
-    with _told(ValueError, OSError, sae_lens_sampled.HubError):
+    with exit_on(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
@@ -152,7 +153,7 @@ def _named_folder(argument: str) -> tuple[str, Path]:
 
 @app.command("eval")
 def evaluate(
-    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")],
+    saes: Sources,
     evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
     model: Annotated[str | None, typer.Option(help="Official name or folder; default: the one trained on.")] = None,
     model_kwargs: ModelKwargs = None,
@@ -174,9 +175,9 @@ def evaluate(
     part: Annotated[str, typer.Option(help="Such as 2/8: every eighth SAE, for processes on one folder.")] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
-    with _told(ValueError, OSError, EvalError):
+    with exit_on(ValueError, OSError, EvalError):
         mine, wanted = parse_part(part).of(saes), [name.strip() for name in evals.split(",") if name.strip()]
         if len(mine) < len(saes) and "mmcs" in wanted:
             raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have ended.")
@@ -190,7 +191,7 @@ def evaluate(
             probing_datasets=probing_data or (),
             text=text,
             overrides=_overrides(setting or []),
-            model_kwargs=_parse_kwargs(model_kwargs),
+            model_kwargs=model_kwargs,
             device=device,
             dtype=dtype,
             seed=seed,
@@ -224,16 +225,16 @@ def report(
 
     Writes `report.html`, one file that needs no network, and `report.md` into the folder.
     """
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import write_report
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         path = write_report(folder)
     typer.echo(f"Written to {path} and {path.with_suffix('.md')}")
 
 
 @app.command()
 def mmcs(
-    saes: Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")],
+    saes: Sources,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Print how alike the dictionaries of several seeds are: mean max cosine similarity, without a language model.
@@ -242,33 +243,17 @@ def mmcs(
     decoder and encoder rows; the share of its latents with a partner above 0.7 and 0.9; the one-to-one matched mean;
     and what random dictionaries would give.
     """
-    with _told(ModuleNotFoundError):
+    with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
         from sae_lens_sampled.saebench.evals.mmcs import check_alike
         from sae_lens_sampled.saebench.models import check_one_model
     if len(saes) < 2:
         raise typer.BadParameter("comparing needs at least two SAEs.")
-    with _told(ValueError, OSError):
+    with exit_on(ValueError, OSError):
         loaded = load_saes([parse_source(sae) for sae in saes], device)
         check_alike(loaded)
         check_one_model(loaded)
-        typer.echo(_similarity_table({sae.name: sae.sae for sae in loaded}))
-
-
-def _similarity_table(saes: dict[str, SAE[Any]]) -> str:
-    header = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
-    rows = []
-    for (a, sae_a), (b, sae_b) in combinations(saes.items(), 2):
-        decoder = dictionary_similarity(sae_a.W_dec, sae_b.W_dec)
-        encoder = dictionary_similarity(sae_a.W_enc.T, sae_b.W_enc.T)
-        for names, of_decoder, of_encoder in (
-            ((a, b), decoder.forward, encoder.forward),
-            ((b, a), decoder.backward, encoder.backward),
-        ):
-            shares = [of_decoder.share_above_0_7, of_decoder.share_above_0_9]
-            means = [of_decoder.mmcs, of_encoder.mmcs, of_decoder.mmcs_absolute]
-            rows.append([*names, *means, *shares, decoder.matched, of_decoder.baseline])
-    return tabulate(rows, header, tablefmt="pipe", floatfmt=".3f", missingval="-")
+        typer.echo(similarity_table({sae.name: sae.sae for sae in loaded}))
 
 
 @app.command()

@@ -5,14 +5,12 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock
 
 SCRATCH = "unfinished_"
 """What names of scratch folders begin with."""
@@ -22,7 +20,7 @@ class NoSpaceError(OSError):
     """A disk is full; the message says where, and how much is free there."""
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write beside `path`, then rename: whoever finds the file finds all of it, whenever the process is killed.
 
     Raises:
@@ -63,30 +61,26 @@ def check_new(path: Path, name: str) -> None:
 
 
 @contextmanager
-def complete(path: Path) -> Iterator[Path]:
-    """A new path, to write a file or a folder at, that is called `path` once it is complete.
+def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A new path, to write a file or a folder at, that is renamed to `path` at the end.
+
+    A folder that is at `path` by then stays, or goes with `replace`.
 
     Raises:
         NoSpaceError: if it does not fit; nothing is left of it then.
     """
     with scratch_folder(path.parent) as scratch, no_space_told(path.parent):
         yield scratch / path.name
-        finish(scratch / path.name, path)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that holds something
+        atomic_rename(scratch / path.name, path)
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """As `complete`, for a folder that replaces what is at `path`."""
-    with complete(path) as unfinished:
-        yield unfinished
-        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that holds something
-
-
-def finish(complete: Path, path: Path) -> None:
-    """Call a complete file or folder `path`. A folder that somebody else has completed there meanwhile stays."""
+def atomic_rename(source: Path, path: Path) -> None:
+    """Rename a complete file or folder to `path`. A folder that somebody else has completed there meanwhile stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.replace(complete, path)
+        os.replace(source, path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -101,13 +95,25 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(parent)
-    scratch = parent / f"{SCRATCH}{token_hex(8)}"
-    with _locked(_lock_of(scratch)):
+    scratch = parent / f"{SCRATCH}{token_hex(8)}@{platform.node()}"
+    lock_file = scratch.with_name(f"{scratch.name}.lock")
+    lock = FileLock(lock_file)
+    try:
+        with suppress(OSError, NotImplementedError):  # not on every file system: then nobody else deletes the folder
+            lock.acquire()
         scratch.mkdir()
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
+        lock_file.unlink(missing_ok=True)
+
+
+def _delete_abandoned(parent: Path) -> None:
+    for lock_file in parent.glob(f"{SCRATCH}*@{escape(platform.node())}.lock"):
+        with suppress(OSError, NotImplementedError), FileLock(lock_file, timeout=0):
+            shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
 
 
 def reserve(file: Path, n_bytes: int, what: str) -> None:
@@ -165,45 +171,3 @@ def _lasting(folder: Path) -> Path:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.1f} MB"
-
-
-def _lock_of(scratch: Path) -> Path:
-    return scratch.with_name(f"{scratch.name}.lock")
-
-
-@contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Holds `lock`, in which the host's name is; without one where the system has no locks."""
-    if fcntl is None:
-        yield
-        return
-    try:
-        with lock.open("w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # not on every file system: then nobody ever takes the folder for abandoned
-                pass
-            else:
-                file.write(platform.node())
-                file.flush()
-            yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _delete_abandoned(parent: Path) -> None:
-    for lock in parent.glob(f"{SCRATCH}*.lock"):
-        if _is_abandoned(lock):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink(missing_ok=True)
-
-
-def _is_abandoned(lock: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        with lock.open("r+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file.read() == platform.node()
-    except OSError:  # held, gone by now, somebody else's, or on a file system without locks
-        return False

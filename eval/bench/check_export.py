@@ -39,7 +39,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 from bundled import TINY_LM
 from pages import markdown_table, render
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
-from sae_lens_sampled.files import complete, write_whole
+from sae_lens_sampled.files import atomic_path, atomic_write
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 RESULTS = EVAL / "results" / "check_export.json"
@@ -269,14 +269,14 @@ def train_missing(wanted: list[Setting], n_processes: int) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     for split in ("train", "validation"):
         if not cache_file(split).exists():
-            with complete(cache_file(split)) as file:
+            with atomic_path(cache_file(split)) as file:
                 torch.save(language_model_activations(split), file)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     missing = [setting for setting in wanted if not any(is_of(row, setting) for row in rows)]
     with multiprocessing.get_context("spawn").Pool(n_processes) as pool:
         for row in tqdm(pool.imap_unordered(train_and_compare, missing), total=len(missing), desc="SAEs"):
             rows.append(row)
-            write_whole(RESULTS, json.dumps(rows, indent=1) + "\n")
+            atomic_write(RESULTS, json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:

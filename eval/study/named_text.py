@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from sae_lens_sampled.files import complete, write_whole
+from sae_lens_sampled.files import atomic_path, atomic_write
 from study.configs import Study
 from study.storage import SETTINGS
 
@@ -35,7 +35,7 @@ def with_text(study: Study, text: str, work: Path) -> Study:
     ]
     folder = work / f"text_{fingerprint}"
     if not folder.is_dir():
-        with complete(folder) as unfinished:
+        with atomic_path(folder) as unfinished:
             split(files, unfinished)
     return replace(study, dataset=str(folder / "train"), held_out=str(folder / "held_out"), text=fingerprint)
 
@@ -52,7 +52,7 @@ def keep_titles(study: Study, results: Path) -> None:
     """Put the titles of both parts of the study's text beside its results; nothing for a data set of the Hub."""
     titles = Path(study.dataset).parent / TITLES
     if study.text and titles.is_file():
-        write_whole(results / TITLES, titles.read_text())
+        atomic_write(results / TITLES, titles.read_text())
 
 
 def split(files: list[Path], folder: Path) -> None:

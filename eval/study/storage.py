@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_sampled.files import write_whole
+from sae_lens_sampled.files import atomic_write
 from study.configs import Study
 from study.plan import Unit
 
@@ -61,7 +61,7 @@ class ResultTable:
             lines = table.read()
             n_whole = lines.rfind(b"\n") + 1
             if n_whole == 0 and not self._settings_file.exists():
-                write_whole(self._settings_file, json.dumps(self.settings, indent=1) + "\n")
+                atomic_write(self._settings_file, json.dumps(self.settings, indent=1) + "\n")
             self._check_settings()
             if self._key(result) in {self._key(json.loads(whole)) for whole in lines[:n_whole].splitlines()}:
                 return

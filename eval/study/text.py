@@ -8,7 +8,7 @@ from sae_lens import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
-from sae_lens_sampled.files import complete
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.runners.stores import short_text_told
 from study.plan import Unit, arms
 from study.storage import Storage
@@ -25,7 +25,7 @@ def held_out(storage: Storage) -> str:
         return text
     folder = storage.cache / "held_out_text"
     if not folder.exists():
-        with complete(folder) as unfinished:
+        with atomic_path(folder) as unfinished:
             unfinished.mkdir(parents=True)
             shutil.copy(text, unfinished / "train.jsonl")
     return str(folder)

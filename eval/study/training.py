@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
-from sae_lens_sampled.files import complete
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.runners.progress import live_bar
 from smollm2 import smollm2_folder
 from study.configs import Study
@@ -43,7 +43,7 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     with live_bar():
         trained = runner.run()
     for name, sae in trained.items():
-        with complete(storage.cache / "saes" / name) as folder:
+        with atomic_path(storage.cache / "saes" / name) as folder:
             folder.mkdir(parents=True)
             sae.save_model(folder)
 

@@ -20,7 +20,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_lens_sampled.files import reserve, write_whole
+from sae_lens_sampled.files import atomic_write, reserve
 from sae_lens_sampled.runners.hooks import switch_on
 from sae_lens_sampled.runners.stores import check_count, check_hooks, short_text_told, store_settings
 from sae_lens_sampled.signals import interruptible
@@ -135,10 +135,10 @@ def _complete_activations(
             if activations is None:
                 reserve(file, 2 * n_entries, "the activations")
                 activations = _mapped(file, n_entries, n_tokens)
-                write_whole(folder / SETTINGS, json.dumps(settings, indent=2))
+                atomic_write(folder / SETTINGS, json.dumps(settings, indent=2))
             activations[done["tokens"] : done["tokens"] + len(rows)] = rows
             done = {"prompts": done["prompts"] + store.store_batch_size_prompts, "tokens": done["tokens"] + len(rows)}
-            write_whole(folder / PROGRESS, json.dumps(done))
+            atomic_write(folder / PROGRESS, json.dumps(done))
             bar.update(len(rows))
     assert activations is not None  # the loop ends with n_tokens, above 0
     return activations

@@ -1,14 +1,18 @@
 """How much of one dictionary is found again in another: mean max cosine similarity, and the chance level beside it."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from sae_lens.saes.sae import SAE
 from sae_lens.synthetic.evals import mean_correlation_coefficient
 from scipy.integrate import trapezoid
 from scipy.stats import beta
+from tabulate import tabulate
 from torch import Tensor
 
 TILE = 4096
@@ -135,6 +139,23 @@ def random_baseline(n: int, d_in: int, absolute: bool) -> float:
     t = np.linspace(lowest, 1, 100_001)
     distribution = beta.cdf(t**2 if absolute else (t + 1) / 2, half, (d_in - 1) / 2)
     return lowest + float(trapezoid(1 - distribution**n, t))
+
+
+def similarity_table(saes: Mapping[str, SAE[Any]]) -> str:
+    """Every ordered pair of SAEs in Markdown: how much of the first one's dictionary is found in the second's."""
+    header = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
+    rows = []
+    for (a, sae_a), (b, sae_b) in combinations(saes.items(), 2):
+        decoder = dictionary_similarity(sae_a.W_dec, sae_b.W_dec)
+        encoder = dictionary_similarity(sae_a.W_enc.T, sae_b.W_enc.T)
+        for names, of_decoder, of_encoder in (
+            ((a, b), decoder.forward, encoder.forward),
+            ((b, a), decoder.backward, encoder.backward),
+        ):
+            shares = [of_decoder.share_above_0_7, of_decoder.share_above_0_9]
+            means = [of_decoder.mmcs, of_encoder.mmcs, of_decoder.mmcs_absolute]
+            rows.append([*names, *means, *shares, decoder.matched, of_decoder.baseline])
+    return tabulate(rows, header, tablefmt="pipe", floatfmt=".3f", missingval="-")
 
 
 def _unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

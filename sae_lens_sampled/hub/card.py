@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tabulate import tabulate
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
@@ -20,36 +20,44 @@ LABELS = {"l0": "L0", "fvu": "FVU", "dead": "dead latents"}
 IN_TRAINING = {"l0": "L0", "num_dead_features": "dead latents"}
 """Entries of the SAE's metadata, and the measured columns that they stand in for."""
 
-BODY = """# {name}
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
 
 Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens), stored for inference: plain
-SAELens loads them.{about_sampled}
+SAELens loads them.{% if sampled %} Those trained as `sampled_topk` are Sampled-SAEs
+([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and BatchTopK selects
+among the `k * pool_factor` best-scored ones.{% endif %}
 
 ## Use
 
 ```python
 from sae_lens import SAE
 
-sae = SAE.from_pretrained("{repo_id}", "{sae_id}")
+sae = SAE.from_pretrained("{{ repo_id }}", "{{ sae_id }}")
 ```
 
-`sae.encode(activations)` takes activations of shape `(..., {d_in})`{site}.
+`sae.encode(activations)` takes activations of shape `(..., {{ d_in }})`
+{%- if metadata.hook_name %} of `{{ metadata.hook_name }}`{% endif %}
+{%- if metadata.hook_name_out %}; `sae(activations)` reconstructs `{{ metadata.hook_name_out }}`{% endif %}.
 
 ## The SAEs
 
-{comparison}
-{notes}
+{{ comparison }}
+{% if notes %}
+{{ notes | join(" ") }}
+{% endif %}
 ## Config
 
-{config}
+{{ config }}
 
 ## Provenance
 
-{provenance}
+{{ provenance }}
+
 """
-ABOUT_SAMPLED = """ Those trained as `sampled_topk` are Sampled-SAEs
-([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and BatchTopK selects
-among the `k * pool_factor` best-scored ones."""
 
 
 def model_card(
@@ -70,32 +78,33 @@ def model_card(
     evaluation = evaluation or {}
     name = repo_id.split("/")[-1]
     sampled = any(_trained_as(cfg).startswith("sampled_topk") for cfg in configs.values())
+    metadata = [_metadata(cfg) for cfg in configs.values()]
     data = ModelCardData(
         library_name="saelens",
         license=license_id,
-        base_model=_unique(_base_model(_metadata(cfg).get("model_name")) for cfg in configs.values()) or None,
-        datasets=_unique(_dataset(_metadata(cfg).get("dataset_path")) for cfg in configs.values()) or None,
+        base_model=_unique(_base_model(entry.get("model_name")) for entry in metadata) or None,
+        datasets=_unique(_dataset(entry.get("dataset_path")) for entry in metadata) or None,
         tags=["sparse-autoencoder", "saelens", *(["sampled-sae", "arxiv:2508.21324"] if sampled else [])],
         model_name=name,
         eval_results=[result for sae_id in evaluation for result in _results(sae_id, configs, evaluation)] or None,
     )
     rows = [_compare(sae_id, cfg, evaluation.get(sae_id, {})) for sae_id, cfg in configs.items()]
     sae_id, cfg = next(iter(configs.items()))
-    hook, hook_out = (_metadata(cfg).get(name) for name in ("hook_name", "hook_name_out"))
-    body = BODY.format(
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
         name=name,
-        about_sampled=ABOUT_SAMPLED if sampled else "",
+        sampled=sampled,
         repo_id=repo_id,
         sae_id=sae_id,
         d_in=cfg.get("d_in"),
-        site=(f" of `{hook}`" if hook else "")
-        + (f"; `sae(activations)` reconstructs `{hook_out}`" if hook_out else ""),
+        metadata=metadata[0],
         comparison=_table(rows),
         notes=_notes(rows),
         config=_table(_fields([{**cfg, **_details(cfg)} for cfg in configs.values()])),
-        provenance=_table(_provenance([_metadata(cfg) for cfg in configs.values()])),
+        provenance=_table(_provenance(metadata)),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return str(card)
 
 
 def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -127,14 +136,14 @@ def _compare(sae_id: str, cfg: dict[str, Any], measured: Mapping[str, Number]) -
     }
 
 
-def _notes(rows: Sequence[dict[str, Any]]) -> str:
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     columns = {column for row in rows for column, value in row.items() if value is not None}
     notes = []
     if "FVU" in columns:
         notes.append("FVU is the fraction of variance unexplained; lower is better.")
     if any(column.endswith("(training)") for column in columns):
         notes.append('Columns marked "training" are from the training run; they were not measured on the stored SAE.')
-    return "\n" + " ".join(notes) + "\n" if notes else ""
+    return notes
 
 
 def _fields(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

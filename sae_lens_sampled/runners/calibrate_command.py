@@ -10,7 +10,7 @@ from typing import Any
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_sampled.files import check_new, complete, reserve
+from sae_lens_sampled.files import atomic_path, check_new, reserve
 from sae_lens_sampled.metrics import differs
 from sae_lens_sampled.runners.hooks import switch_on
 from sae_lens_sampled.runners.language_model import load_model_of_run
@@ -66,7 +66,7 @@ def calibrate(
     _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
     _hooks(sae)
     settings = token_settings(sae.cfg.metadata, checkpoint)
-    with complete(out) as unfinished:
+    with atomic_path(out) as unfinished:
         held = unfinished.with_name("held")
         reserve(held, sum(p.numel() * p.element_size() for p in sae.parameters()) + 2**20, "the calibrated SAE")
         store = activations_of_run(sae, settings, dataset, batch_size, device, model, model_kwargs)

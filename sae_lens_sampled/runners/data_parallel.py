@@ -27,6 +27,7 @@ from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
+from sae_lens_sampled.runners.patches import adopt_trainer, load_position_from
 from sae_lens_sampled.runners.processes import (
     DEVICE_FIELDS,
     check_own_devices,
@@ -128,7 +129,9 @@ class DataParallelRunner(ResumableRunner):
             self.ranks, self.control = join_processes(own_device(cfg.device), timeout)
             check_same_config(cfg, cfg.sae if override_sae is None else override_sae.cfg, self.control)
             cfg = _of_process(cfg, self.control)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        super().__init__(
+            cfg, override_dataset=override_dataset, override_model=override_model, override_sae=override_sae
+        )
         if count > 1:
             split_text(self.activations_store, self.control.rank, count)
         if self.ranks.rank > 0:  # the order in which its buffer is mixed
@@ -144,8 +147,7 @@ class DataParallelRunner(ResumableRunner):
         super().adopt(trainer)
         if self.ranks.count > 1:
             trainer.sae.data_parallel()
-            trainer.__class__ = DataParallelTrainer
-            trainer.ranks = self.control  # type: ignore[attr-defined]
+            adopt_trainer(trainer, DataParallelTrainer).ranks = self.control
             scaler = trainer.activation_scaler
             trainer.activation_scaler = ScalerOfAll(scaler.scaling_factor, scaler.whitening, ranks=self.control)
 
@@ -155,7 +157,7 @@ class DataParallelRunner(ResumableRunner):
             _, *others = self.control.gather(self.activations_store.state_dict())
             if checkpoint_path is not None:  # SAELens' own files are the last ones written
                 for rank, place in enumerate(others, start=1):
-                    save_file(place, checkpoint_path / place_file(rank))
+                    save_file(place, checkpoint_path / data_position_file(rank))
         super().save_checkpoint(checkpoint_path)
 
     @override
@@ -185,7 +187,7 @@ class ScalerOfAll(ActivationScaler):
         return (torch.cat(self.ranks.gather(batch.cpu())) for batch in own)
 
 
-def place_file(rank: int) -> str:
+def data_position_file(rank: int) -> str:
     """Name of the file in a checkpoint that has a process's place in its text; SAELens' for the first."""
     name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
     return name.name if rank == 0 else f"{name.stem}_{rank}{name.suffix}"
@@ -206,8 +208,7 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
     if store.dataset is not None:
         store.iterable_sequences = store._iterate_tokenized_sequences()
     store.train_batch_size_tokens //= count
-    # Each takes its own place from a checkpoint.
-    store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / place_file(rank)))
+    load_position_from(store, data_position_file(rank))
 
 
 def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> None:
@@ -238,7 +239,7 @@ def check_same_number(checkpoint: Path, count: int) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    pattern = re.compile(re.escape(place_file(1)).replace("_1", r"_\d+"))
+    pattern = re.compile(re.escape(data_position_file(1)).replace("_1", r"_\d+"))
     saved = 1 + sum(pattern.fullmatch(path.name) is not None for path in checkpoint.glob("*"))
     if saved != count:
         raise ValueError(

@@ -6,17 +6,15 @@ minutes.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-from sae_lens import ActivationsStore, SAETrainer
 from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from torch import Tensor
 from tqdm.auto import tqdm
+
+from sae_lens_sampled.runners.patches import bars_made_by, reads_counted, steps_shown_by
 
 SECONDS = 1.0
 """Least time between two changes of the text; losses are read from the device for it."""
@@ -25,9 +23,7 @@ SECONDS = 1.0
 @contextmanager
 def no_bar() -> Iterator[None]:
     """Training runs of SAELens inside it have no bar: another process has one."""
-    with ExitStack() as stack:
-        for module in (sae_trainer, activation_scaler):
-            stack.enter_context(mock.patch.object(module, "tqdm", partial(tqdm, disable=True)))
+    with bars_made_by(partial(tqdm, disable=True), sae_trainer, activation_scaler):
         yield
 
 
@@ -48,34 +44,20 @@ def live_bar() -> Iterator[None]:
         shown_at = time.monotonic()
         return True
 
-    def reads(get: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(store: ActivationsStore, batch_tokens: Tensor) -> Any:
-            nonlocal n_read
-            activations = get(store, batch_tokens)
-            n_read += batch_tokens.numel()
-            if bars and is_time():
-                bars[-1].set_postfix_str(f"language model: {n_read:,} tokens")
-            return activations
+    def read(n_tokens: int) -> None:
+        nonlocal n_read
+        n_read += n_tokens
+        if bars and is_time():
+            bars[-1].set_postfix_str(f"language model: {n_read:,} tokens")
 
-        return counted
+    def step(update: Callable[..., None], trainer: Any, output: Any, pbar: tqdm) -> None:
+        if is_time():
+            described = SimpleNamespace(set_description=pbar.set_description, update=lambda n_tokens: None)  # noqa: ARG005
+            update(trainer, output, described, 1)  # SAELens' text, whatever the step's number
+            pbar.set_postfix_str("", refresh=False)
+        pbar.update(trainer.n_training_samples - pbar.n)  # a resumed run does not begin at 0
 
-    def steps(update: Callable[..., None]) -> Callable[..., None]:
-        def step(trainer: Any, output: Any, pbar: tqdm, update_interval: int = 100) -> None:  # noqa: ARG001
-            if is_time():
-                described = SimpleNamespace(set_description=pbar.set_description, update=lambda n_tokens: None)  # noqa: ARG005
-                update(trainer, output, described, 1)  # SAELens' text, whatever the step's number
-                pbar.set_postfix_str("", refresh=False)
-            pbar.update(trainer.n_training_samples - pbar.n)  # a resumed run does not begin at 0
-
-        return step
-
-    with ExitStack() as stack:
-        for module in (sae_trainer, multi_sae_trainer):
-            stack.enter_context(mock.patch.object(module, "tqdm", bar))
-        for trainer in (SAETrainer, MultiSAETrainer):
-            stack.enter_context(mock.patch.object(trainer, "_update_pbar", steps(trainer._update_pbar)))
-        for name in ("get_activations", "get_multi_hook_activations"):
-            stack.enter_context(mock.patch.object(ActivationsStore, name, reads(getattr(ActivationsStore, name))))
+    with bars_made_by(bar, sae_trainer, multi_sae_trainer), steps_shown_by(step), reads_counted(read):
         try:
             yield
         finally:

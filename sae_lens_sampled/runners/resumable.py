@@ -6,24 +6,21 @@ checkpoint whose writing was killed looks like a whole one; and a resumed run lo
 another thread reads on already, with `prefetch_llm_batches`.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
-from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
 
-from sae_lens_sampled.files import whole_folder
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.folders import UNFOLDED, find_checkpoint, read_config
 from sae_lens_sampled.runners.hooks import heads_side_by_side, is_split, switch_on
+from sae_lens_sampled.runners.patches import adopt_trainer
 from sae_lens_sampled.runners.run_checks import check_hook, check_run, check_same_activations
 from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.runners.training_data import remember_settings
@@ -58,7 +55,7 @@ class ResumableTrainer(SAETrainer[Any, Any]):
         run_folder = base_path or self.cfg.checkpoint_path
         if run_folder is None:
             return super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-        with whole_folder(Path(run_folder) / checkpoint_name) as unfinished:
+        with atomic_path(Path(run_folder) / checkpoint_name, replace=True) as unfinished:
             return super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
 
@@ -78,32 +75,27 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     signals: Signals | None = None
     """Where somebody listens to signals already; otherwise `run` does, while it runs."""
-    resume_command: Callable[[Path | None], str] | None = None
-    """What makes the command that resumes from a checkpoint, to be printed; None prints nothing."""
+    on_start: Callable[[Path], None] | None = None
+    """Called with the folder of the run's checkpoints, if it has one, right before the first step."""
     checkpoint: Path | None = None
     """The one written when the run was stopped."""
 
-    def __init__(
-        self,
-        cfg: LanguageModelSAERunnerConfig[Any],
-        override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
-        override_sae: TrainingSAE[Any] | None = None,
-    ) -> None:
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
+        given = {name for name, value in overrides.items() if value is not None}
         if cfg.resume_from_checkpoint is not None:
-            _check_same_run(cfg, override_model is not None, override_sae)
-        text = "override_dataset" if override_dataset is not None else f"dataset_path={cfg.dataset_path!r}"
+            _check_same_run(cfg, "override_model" in given, overrides.get("override_sae"))
+        text = "override_dataset" if "override_dataset" in given else f"dataset_path={cfg.dataset_path!r}"
         try:
             with short_text_told(text):
-                super().__init__(cfg, override_dataset, override_model, override_sae)
+                super().__init__(cfg, **overrides)
         except OSError as error:
             if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
                 raise
             name = "dataset_path" if hasattr(self, "model") else "model_name"
             raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
         switch_on(self.model, [cfg.hook_name])
-        self.evaluator.__class__ = WholeHookEvaluator
+        self.evaluator = WholeHookEvaluator(**vars(self.evaluator))
         if not cfg.use_cached_activations:
             check_hook(self.model, cfg)
 
@@ -126,8 +118,8 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
         """Make the trainer, which SAELens' `run` has made itself, one of ours."""
-        trainer.__class__ = ResumableTrainer
-        trainer.signals = self.signals  # type: ignore[attr-defined]
+        assert self.signals is not None  # `run` has made them
+        adopt_trainer(trainer, ResumableTrainer).signals = self.signals
         # Those passed before would all be written again, one a step.
         resumed_at = trainer.n_training_samples
         trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
@@ -138,8 +130,8 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         self.adopt(trainer)
         if resumed_at > 0 and _is_folded(trainer):
             return self._end_again(trainer)
-        if run_folder is not None:
-            self._announce(Path(run_folder))
+        if run_folder is not None and self.on_start is not None:
+            self.on_start(Path(run_folder))
         try:
             return trainer.fit()
         except Interrupted:
@@ -157,18 +149,6 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
             )
         trainer.set_final_sae_metadata()
         return trainer.sae
-
-    def _announce(self, run_folder: Path) -> None:
-        """Say how to resume from the newest checkpoint: whoever kills the run leaves no time to say it later."""
-        if self.resume_command is None:
-            return
-        if self.cfg.resume_from_checkpoint is not None:
-            _link_into(run_folder, Path(self.cfg.resume_from_checkpoint))
-        typer.echo(
-            f"Checkpoints go to {run_folder}: {self.cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM "
-            f"stops the run. Go on from the newest with\n{self.resume_command(run_folder)}",
-            err=True,
-        )
 
 
 def _check_same_run(
@@ -191,18 +171,3 @@ def _is_folded(trainer: SAETrainer[Any, Any]) -> bool:
     scaler = trainer.activation_scaler
     is_estimated = scaler.scaling_factor is not None or scaler.whitening is not None
     return trainer.sae.cfg.normalize_activations in UNFOLDED and not is_estimated
-
-
-def _link_into(run_folder: Path, checkpoint: Path) -> None:
-    """Make the checkpoint one of this run's, at no cost where the file system has links."""
-    copy = run_folder / checkpoint.name
-    if not copy.exists():
-        with whole_folder(copy) as unfinished:
-            shutil.copytree(checkpoint, unfinished, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -53,45 +53,52 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
 
 
-@torch.no_grad()
 def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Refuse a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
 
     Raises:
         ValueError: with the hook, and its width.
     """
-    acts = one_token(model, cfg, {"hook_name": cfg.hook_name})[cfg.hook_name][0, 0]
-    if cfg.hook_head_index is not None:
-        if acts.ndim < 2 or cfg.hook_head_index >= len(acts):
-            raise ValueError(
-                f"hook_head_index={cfg.hook_head_index}: {cfg.hook_name} has activations of shape {tuple(acts.shape)} "
-                "for each token, without so many heads."
-            )
-        acts = acts[cfg.hook_head_index]
-    if acts.numel() != cfg.sae.d_in:
-        raise ValueError(f"d_in={cfg.sae.d_in}, but {cfg.hook_name} of {cfg.model_name} is {acts.numel()} wide.")
+    activations = one_token(model, {cfg.hook_name: "hook_name"}, cfg.model_name, cfg.model_kwargs)
+    check_width(activations, cfg.sae.d_in, cfg.hook_head_index, cfg.model_name)
 
 
-@torch.no_grad()
 def one_token(
-    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], hooks: Mapping[str, str]
+    model: HookedRootModule, hooks: Mapping[str, str], model_name: str, model_kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Activations of one token at hooks, which fields of the config have named, in the order in which the hooks run.
+    """Activations of one token at hooks, in the order in which these run; `hooks` has the field that names each.
 
     Raises:
         ValueError: if the model has no such hook, or does not run it.
     """
-    for field, hook_name in hooks.items():
+    for hook_name, field in hooks.items():
         if hook_name not in model.hook_dict:
-            raise ValueError(f"{field}={hook_name!r} is not a hook of {cfg.model_name}.")
+            raise ValueError(f"{field}={hook_name!r} is not a hook of {model_name}.")
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    activations = one_pass(model, token, hooks.values(), **cfg.model_kwargs)
-    for field, hook_name in hooks.items():
+    activations = one_pass(model, token, hooks, **model_kwargs)
+    for hook_name, field in hooks.items():
         if hook_name not in activations:
-            raise ValueError(
-                f"{field}={hook_name!r} is a hook of {cfg.model_name} that does not run, or has no tensor."
-            )
+            raise ValueError(f"{field}={hook_name!r} is a hook of {model_name} that does not run, or has no tensor.")
     return activations
+
+
+def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, model_name: str) -> None:
+    """Refuse hooks that are together not `d_in` wide, by their activations of `one_token`.
+
+    Raises:
+        ValueError: with the hooks, and their width.
+    """
+    width = 0
+    for hook_name, of_hook in activations.items():
+        acts = of_hook[0, 0]
+        if head is not None and (acts.ndim < 2 or head >= len(acts)):
+            raise ValueError(
+                f"hook_head_index={head}: {hook_name} has activations of shape {tuple(acts.shape)} for each token, "
+                "without so many heads."
+            )
+        width += acts.numel() if head is None else acts[head].numel()
+    if width != d_in:
+        raise ValueError(f"d_in={d_in}, but {' and '.join(activations)} of {model_name} is {width} wide.")
 
 
 def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any], own_model: bool) -> None:

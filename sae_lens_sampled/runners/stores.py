@@ -10,6 +10,8 @@ import torch
 from sae_lens import ActivationsStore
 from torch import nn
 
+from sae_lens_sampled.runners.run_checks import check_width, one_token
+
 SAMPLED_ENTRIES = 4096
 """Entries of each parameter, at most about twice as many, that a model's fingerprint is taken from."""
 OF_STORE = (
@@ -60,27 +62,14 @@ def check_count(value: Any, name: str) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
-@torch.no_grad()
 def check_hooks(store: ActivationsStore) -> None:
     """Refuse a hook that the model does not have, and a width that is not its, by running the model on one token.
 
     Raises:
         ValueError: with the hook, and its width.
     """
-    model, names = store.model, _hooks(store)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    # Past `compile_llm`, which would compile for this shape too.
-    cache = type(model).run_with_cache(model, token, names_filter=names, prepend_bos=False, **store.model_kwargs)[1]
-    width = 0
-    for name in names:
-        if name not in cache:
-            raise ValueError(f"hook_name={name!r} is not a hook of the model.")
-        acts, head = cache[name][0, 0], store.hook_head_index
-        if head is not None and (acts.ndim < 2 or head >= len(acts)):
-            raise ValueError(f"hook_head_index={head}, but {name} has shape {tuple(acts.shape)} for each token.")
-        width += acts.numel() if head is None else acts[head].numel()
-    if width != store.d_in:
-        raise ValueError(f"d_in={store.d_in}, but {' and '.join(names)} of the model is {width} wide.")
+    activations = one_token(store.model, dict.fromkeys(_hooks(store), "hook_name"), "the model", store.model_kwargs)
+    check_width(activations, store.d_in, store.hook_head_index, "the model")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import traceback
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import typer
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.folders import find_checkpoint
 from sae_lens_sampled.runners.data_parallel import DataParallelRunner
 from sae_lens_sampled.runners.processes import leave_processes, number_of_processes, rank_of_process
@@ -47,7 +49,7 @@ def train(arguments: Sequence[str]) -> int:
             runner = (TranscoderRunner if reads_two_hooks else DataParallelRunner)(cfg)
             runner.signals = signals
             if is_first:
-                runner.resume_command = partial(format_command, arguments)
+                runner.on_start = partial(_announce, arguments, cfg)
             runner.run()
         except Interrupted as interrupted:
             stack.close()  # the bar, before anything is said
@@ -80,6 +82,32 @@ def _program() -> list[str]:
     n_nodes, n_local = (os.environ.get(name, "") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = [] if n_nodes in ("", "1") else ["--nnodes", n_nodes]
     return ["torchrun", *nodes, "--nproc-per-node", n_local or str(number_of_processes()), "-m", "sae_lens_sampled"]
+
+
+def _announce(arguments: Sequence[str], cfg: LanguageModelSAERunnerConfig[Any], run_folder: Path) -> None:
+    """Say how to resume from the newest checkpoint: whoever kills the run leaves no time to say it later."""
+    if cfg.resume_from_checkpoint is not None:
+        _link_into(run_folder, Path(cfg.resume_from_checkpoint))
+    typer.echo(
+        f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM stops "
+        f"the run. Go on from the newest with\n{format_command(arguments, run_folder)}",
+        err=True,
+    )
+
+
+def _link_into(run_folder: Path, checkpoint: Path) -> None:
+    """Make the checkpoint one of this run's, at no cost where the file system has links."""
+    copy = run_folder / checkpoint.name
+    if not copy.exists():
+        with atomic_path(copy, replace=True) as unfinished:
+            shutil.copytree(checkpoint, unfinished, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from sae_lens_sampled.runners.data_parallel import DataParallelRunner
 from sae_lens_sampled.runners.hooks import heads_side_by_side, is_one_place, is_split, switch_on, switched_on
+from sae_lens_sampled.runners.patches import adopt_store
 from sae_lens_sampled.runners.run_checks import one_token
 from sae_lens_sampled.sae.reconstruction import add_skip
 from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
@@ -52,14 +53,8 @@ class TranscoderRunner(DataParallelRunner):
         check_outputs(self.model, cfg)
         self.activations_store.model = self.model
         read_both(self.activations_store, hooks, cfg.sae.batch_parts)
-        evaluator = self.evaluator
-        self.evaluator = TranscoderEvaluator(
-            self.model,
-            self.activations_store,
-            evaluator.eval_batch_size_prompts,
-            evaluator.n_eval_batches,
-            evaluator.model_kwargs,
-        )
+        self.evaluator.model = self.model
+        self.evaluator = TranscoderEvaluator(**vars(self.evaluator))
 
     @override
     def _set_sae_metadata(self) -> None:
@@ -188,7 +183,7 @@ def read_both(store: ActivationsStore, hooks: list[str], widths: dict[str, int])
     store._hook_names = hooks
     store._hook_d_ins = dict(zip(hooks, widths.values(), strict=True))
     store.d_in = sum(widths.values())
-    store.__class__ = _StoreOfBoth
+    adopt_store(store, _StoreOfBoth)
 
 
 def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -212,7 +207,7 @@ def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any
         ValueError: with the hook, and its width, number of tokens or place.
     """
     name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
-    cache = one_token(model, cfg, {"hook_name": cfg.hook_name, "hook_name_out": name})
+    cache = one_token(model, {cfg.hook_name: "hook_name", name: "hook_name_out"}, cfg.model_name, cfg.model_kwargs)
     inputs, outputs = cache[cfg.hook_name], cache[name]
     if is_one_place(model, cfg.hook_name, name):
         raise ValueError(_told_of_one_place(cfg.hook_name, name))

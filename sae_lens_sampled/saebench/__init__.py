@@ -1,7 +1,6 @@
 """SAEBench on SAEs of any SAELens architecture, online or offline; needs the extra `eval`."""
 
 try:
-    import jinja2  # noqa: F401
     import plotly  # noqa: F401
     import pydantic  # noqa: F401
     import sae_bench  # noqa: F401

@@ -1,11 +1,9 @@
 """What an evaluation takes from the Hugging Face Hub, and what to do without it."""
 
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -54,16 +52,6 @@ def check_network(
             "probing_datasets=[...], or offline=True for what the repository brings along."
         )
     return reachable
-
-
-@contextmanager
-def cache_only() -> Iterator[None]:
-    """Take from the Hub's cache without asking the Hub first: each question would be retried for half a minute."""
-    with (
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-    ):
-        yield
 
 
 def _is_cached_model(name: str, kwargs: Mapping[str, Any]) -> bool:

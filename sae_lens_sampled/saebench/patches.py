@@ -1,4 +1,7 @@
-"""What SAEBench 0.6 would do wrong, each prevented by a context manager that says why. SAEBench is not modified."""
+"""What SAEBench 0.6 and its libraries would do wrong, each prevented by a context manager that says why.
+
+None of them is modified.
+"""
 
 import functools
 import logging
@@ -13,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
 
+import datasets.config
+import huggingface_hub.constants
 import jaxtyping
 import numpy as np
 import sae_bench.evals.absorption.common as absorption_common
@@ -50,6 +55,16 @@ def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) ->
             torch.set_grad_enabled(torch.is_grad_enabled()),
         ):
             stack.enter_context(patch)
+        yield
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Take from the Hub's cache without asking the Hub first: each question would be retried for half a minute."""
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+    ):
         yield
 
 
@@ -282,6 +297,33 @@ def core_errors_raised() -> Iterator[None]:
 
 
 @contextmanager
+def core_inputs(model: Any, from_sae: Callable[..., Any], losses: Sequence[Any]) -> Iterator[None]:
+    """Core runs the model over its own text again for every SAE; here it gets another model and another store.
+
+    Args:
+        model: what core takes for the model.
+        from_sae: what makes its store.
+        losses: of every reconstruction batch, as `get_recons_loss` gives them.
+    """
+    with (
+        model_in_memory(model),
+        mock.patch.object(core, "ActivationsStore", SimpleNamespace(from_sae=from_sae)),
+        mock.patch.object(core, "get_recons_loss", mock.Mock(side_effect=losses)),
+        # After every SAE core collects garbage: a quarter of a second each, and the model stays.
+        mock.patch.object(core, "gc", mock.Mock()),
+        core_errors_raised(),
+    ):
+        yield
+
+
+@contextmanager
+def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
+    """Core encodes the outputs of a hook, where a transcoder reads inputs; here its caller says what is encoded."""
+    with mock.patch.object(sae, "encode", encode), mock.patch.object(sae, "decode", decode):
+        yield
+
+
+@contextmanager
 def two_widths() -> Iterator[None]:
     """Core takes the cosine of each encoder and decoder row, which are of two widths in some transcoders: 0 there."""
     original = core.get_featurewise_weight_based_metrics
@@ -301,9 +343,9 @@ def two_widths() -> Iterator[None]:
 
 
 @contextmanager
-def own_probing_datasets(datasets: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
+def own_probing_datasets(own: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
     """SAEBench knows its own eight data sets only, and chooses how to read one by its name."""
-    by_name = {dataset.name: dataset for dataset in datasets}
+    by_name = {dataset.name: dataset for dataset in own}
     original = dataset_utils.get_multi_label_train_test_data
 
     def get(name: str, train_size: int, test_size: int, seed: int) -> Any:
@@ -311,7 +353,7 @@ def own_probing_datasets(datasets: list[ProbingDataset], sizes: tuple[int, int])
             return by_name[name].split(*sizes, seed)
         return original(name, train_size, test_size, seed)
 
-    classes = {dataset.name: dataset.classes for dataset in datasets}
+    classes = {dataset.name: dataset.classes for dataset in own}
     with (
         mock.patch.object(dataset_utils, "get_multi_label_train_test_data", get),
         mock.patch.dict(dataset_info.chosen_classes_per_dataset, classes),

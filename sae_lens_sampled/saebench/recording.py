@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
-import sae_bench.evals.core.main as core
 import torch
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_lens import ActivationsStore
@@ -29,7 +27,7 @@ from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import is_split
 from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct
-from sae_lens_sampled.saebench.patches import core_errors_raised, model_in_memory
+from sae_lens_sampled.saebench.patches import core_inputs, sae_methods
 
 Losses = dict[str, Tensor]
 Reconstruct = Callable[[Tensor], Tensor]
@@ -183,7 +181,6 @@ def reconstruction_losses(
 def replay(recording: Recording, number: int) -> Iterator[None]:
     """Gives core the recording for its model and its data; `number` is the SAE's place in `record`."""
     tokens = iter(recording.tokens)
-    losses = iter([batch[number] for batch in recording.losses])
     batches = iter(recording.activations)
 
     def run_with_cache(batch: Tensor, names_filter: list[str], **_kwargs: Any) -> tuple[None, dict[str, Tensor]]:
@@ -202,14 +199,7 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
             get_batch_tokens=lambda _n_prompts: next(tokens),
         )
 
-    with (
-        model_in_memory(model),
-        mock.patch.object(core, "ActivationsStore", SimpleNamespace(from_sae=from_sae)),
-        mock.patch.object(core, "get_recons_loss", mock.Mock(side_effect=losses)),
-        # After every SAE core collects garbage: a quarter of a second each, and the model stays.
-        mock.patch.object(core, "gc", mock.Mock()),
-        core_errors_raised(),
-    ):
+    with core_inputs(model, from_sae, [batch[number] for batch in recording.losses]):
         yield
 
 
@@ -236,7 +226,7 @@ def observed(
         batch = next(batches, batch)
         return reconstruction
 
-    with mock.patch.object(sae, "encode", encode_inputs), mock.patch.object(sae, "decode", watched):
+    with sae_methods(sae, encode_inputs, watched):
         yield
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sae_lens_sampled.files import write_whole
+from sae_lens_sampled.files import atomic_write
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.sources import EvalSAE
 
@@ -55,7 +55,7 @@ def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[s
     names = {"sae_lens_release_id": sae.release, "sae_lens_id": sae.sae_id}
     cfg = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
     result = _finite(result | names | {"sae_cfg_dict": cfg})
-    write_whole(path, json.dumps(result, indent=2, allow_nan=False))
+    atomic_write(path, json.dumps(result, indent=2, allow_nan=False))
     return result
 
 

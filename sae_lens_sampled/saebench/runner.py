@@ -21,10 +21,10 @@ from sae_lens_sampled.saebench.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DAT
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
 from sae_lens_sampled.saebench.models import EvalModel, attach, common_model, common_model_kwargs, load_model
-from sae_lens_sampled.saebench.network import cache_only, check_network
+from sae_lens_sampled.saebench.network import check_network
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
-from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_whole_saes
+from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_intact_saes
 from sae_lens_sampled.signals import interruptible
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ def run_evals(
     eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with cache_only() if offline else nullcontext():
-        loaded, broken = load_whole_saes(saes, device)
+    with patches.cache_only() if offline else nullcontext():
+        loaded, broken = load_intact_saes(saes, device)
     # What is left out from the beginning, by eval and SAE in words: broken SAEs, and comparisons with them alone.
     n_wanted = len(eval_classes) * len(saes)
     failures: dict[str, Exception] = {f"{e.name} of {sae.name}": sae.reason for sae in broken for e in eval_classes}
@@ -185,7 +185,7 @@ def _network(
     reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
     default_datasets = reads_labelled_texts and not probing_datasets
     reachable = check_network(model, needed_text, default_datasets, offline, model_kwargs)
-    return nullcontext() if reachable else cache_only()
+    return nullcontext() if reachable else patches.cache_only()
 
 
 def _evaluate_in_turn(

@@ -71,14 +71,14 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
     Raises:
         ValueError: if there is none, two have the same name, one cannot be evaluated as it is, or `device` is not here.
     """
-    saes, broken = load_whole_saes(sources, device)
+    saes, broken = load_intact_saes(sources, device)
     if broken:
         raise broken[0]
     return saes
 
 
 @interruptible()
-def load_whole_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
+def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
     """As `load_saes`, but for those whose weights or thresholds are no numbers: their errors are returned."""
     check_device(device)
     if not sources:

@@ -208,7 +208,7 @@ def test_a_wrong_argument_is_told_and_the_corrected_call_works(store, tmp_path, 
     assert cache_activations(store(), 100, tmp_path, SETTINGS).any()
 
 
-@pytest.mark.parametrize("killed_at", ["reserve", "write_whole"])
+@pytest.mark.parametrize("killed_at", ["reserve", "atomic_write"])
 def test_whatever_ends_the_first_try_leaves_nothing_that_stands_in_the_way(store, tmp_path, monkeypatch, killed_at):
     with monkeypatch.context() as patched:
         patched.setattr(activation_cache, killed_at, mock.Mock(side_effect=KeyboardInterrupt))

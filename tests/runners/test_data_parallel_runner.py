@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTranscoder
 from sae_lens_sampled.folders import find_checkpoint
-from sae_lens_sampled.runners.data_parallel import check_can_be_split, check_same_number, place_file, split_text
+from sae_lens_sampled.runners.data_parallel import check_can_be_split, check_same_number, data_position_file, split_text
 from sae_lens_sampled.runners.processes import own_device
 from sae_lens_sampled.runners.train_command import format_command
 from sae_lens_sampled.runners.transcoder import read_both
@@ -133,10 +133,10 @@ def test_the_first_process_alone_logs_evaluates_and_saves(ranks, folder):
 def test_a_resumed_run_has_every_process_at_its_own_place(ranks, folder):
     checkpoint, final = checkpoints(folder / NORMALISED[0])
     assert (checkpoint.name, final.name) == (str(BATCH * 9), f"final_{BATCH * N_STEPS}")
-    places = [load_file(checkpoint / place_file(rank))["n_dataset_processed"].item() for rank in range(2)]
+    places = [load_file(checkpoint / data_position_file(rank))["n_dataset_processed"].item() for rank in range(2)]
     assert places[0] != places[1]
     assert [rank["resumed"]["resumed_at"] for rank in ranks] == [
-        [(place_file(rank), None, place)] * 2  # by us before anybody reads, and by SAELens
+        [(data_position_file(rank), None, place)] * 2  # by us before anybody reads, and by SAELens
         for rank, place in enumerate(places)
     ]
     for rank in ranks:
@@ -154,7 +154,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_whole_chec
         assert stopped["error"] == ("Interrupted", str(int(signal.SIGTERM)))
         assert (stopped["steps"], stopped["checkpoint"].name) == (5, str(5 * BATCH))
         assert find_checkpoint(stopped["checkpoint"]) == stopped["checkpoint"]
-    assert (stopped["checkpoint"] / place_file(1)).exists()
+    assert (stopped["checkpoint"] / data_position_file(1)).exists()
 
 
 def test_rows_that_are_not_finite_on_one_process_stop_all_with_the_same_words(ranks):
@@ -223,7 +223,7 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(two_processes, monkeypa
 @pytest.mark.parametrize(("saved", "now"), [(1, 2), (2, 1), (2, 3), (12, 2)])
 def test_another_number_of_processes_cannot_resume(tmp_path, saved, now):
     for rank in range(saved):
-        (tmp_path / place_file(rank)).touch()
+        (tmp_path / data_position_file(rank)).touch()
     check_same_number(tmp_path, saved)
     with pytest.raises(ValueError, match=rf"is of {saved} process(es)?, each with .* cannot be resumed with {now}\.$"):
         check_same_number(tmp_path, now)
@@ -248,7 +248,7 @@ def test_alone_it_is_the_hosts_runner(tiny_lm, tmp_path):
     assert type(trained) is SampledTopKTrainingSAE
     assert type(run.activations_store) is ActivationsStore
     assert [path.name for path in checkpoints(tmp_path)] == [str(BATCH * 9), f"final_{BATCH * N_STEPS}"]
-    assert not (checkpoints(tmp_path)[0] / place_file(1)).exists()
+    assert not (checkpoints(tmp_path)[0] / data_position_file(1)).exists()
 
 
 def test_the_command_that_resumes_starts_as_many_processes(two_processes, monkeypatch):

@@ -18,7 +18,7 @@ from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_sampled import SampledTopKTrainingSAE
-from sae_lens_sampled.files import whole_folder
+from sae_lens_sampled.files import atomic_path
 from sae_lens_sampled.folders import find_checkpoint
 from sae_lens_sampled.runners.train_command import TrainError, format_command, train
 from sae_lens_sampled.signals import Interrupted, Signals
@@ -159,11 +159,11 @@ def test_what_the_first_signal_began_is_not_disturbed_by_the_next_and_handlers_e
 
 def test_a_folder_is_replaced_by_a_whole_one_or_stays(tmp_path):
     for text in ("old", "new"):
-        with whole_folder(tmp_path / "folder") as folder:
+        with atomic_path(tmp_path / "folder", replace=True) as folder:
             folder.mkdir()
             (folder / text).touch()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder") as folder:
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "folder", replace=True) as folder:
         shutil.copytree(tmp_path / "folder", folder, copy_function=lambda source, target: 1 / 0)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]

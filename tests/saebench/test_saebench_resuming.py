@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -36,8 +37,7 @@ from eval_helpers import (
     run_small,
 )
 
-from sae_lens_sampled import files
-from sae_lens_sampled.files import NoSpaceError, complete, no_space_told, reserve, scratch_folder, write_whole
+from sae_lens_sampled.files import NoSpaceError, atomic_path, atomic_write, no_space_told, reserve, scratch_folder
 from sae_lens_sampled.saebench import EvalError, load_saes, run_evals
 from sae_lens_sampled.saebench.evals import EVALS
 from sae_lens_sampled.saebench.evals.absorption import Absorption
@@ -269,10 +269,10 @@ def test_every_writer_of_a_full_disk_is_understood(error, tmp_path, monkeypatch)
 
 
 def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, monkeypatch):
-    write_whole(tmp_path / "result.json", "before")
+    atomic_write(tmp_path / "result.json", "before")
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(NoSpaceError, match="there is more to write"):
-        write_whole(tmp_path / "result.json", "after")
+        atomic_write(tmp_path / "result.json", "after")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
@@ -299,11 +299,11 @@ def test_runs_of_other_hosts_into_one_folder_leave_each_other_alone(results, sae
     [(platform.node(), True, True), ("other", True, False), (platform.node(), False, False)],
 )
 def test_scratch_is_deleted_on_its_own_host_once_its_lock_is_gone(host, locks, deleted, tmp_path, monkeypatch):
-    abandoned = tmp_path / "unfinished_0"
+    abandoned = tmp_path / f"unfinished_0@{host}"
     abandoned.mkdir()
-    (tmp_path / "unfinished_0.lock").write_text(host)
+    (tmp_path / f"{abandoned.name}.lock").touch()
     if not locks:
-        monkeypatch.setattr(files, "fcntl", None)
+        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
     with scratch_folder(tmp_path) as first, scratch_folder(tmp_path) as second:
         assert first.exists()
         assert second.exists()
@@ -312,9 +312,9 @@ def test_scratch_is_deleted_on_its_own_host_once_its_lock_is_gone(host, locks, d
 
 
 def test_what_somebody_else_finished_first_stays_and_is_success(tmp_path):
-    with complete(tmp_path / "saes" / "one") as mine:
+    with atomic_path(tmp_path / "saes" / "one") as mine:
         mine.mkdir()
-        with complete(tmp_path / "saes" / "one") as other:
+        with atomic_path(tmp_path / "saes" / "one") as other:
             other.mkdir()
             (other / "weights").write_text("theirs")
         (mine / "weights").write_text("mine")

@@ -11,7 +11,7 @@ from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_sampled.files import finish
+from sae_lens_sampled.files import atomic_rename
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
@@ -82,7 +82,7 @@ class Absorption(Eval):
                 probes_dir=unfinished,
                 device=self.setup.device,
             )
-        finish(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
+        atomic_rename(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """SAEBench's result; an error where it has too few letters to give one."""

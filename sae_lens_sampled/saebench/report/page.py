@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from sae_lens_sampled.files import write_whole
+from sae_lens_sampled.files import atomic_write
 from sae_lens_sampled.saebench.report.facts import facts, notes
 from sae_lens_sampled.saebench.report.figures import figures
 from sae_lens_sampled.saebench.report.metrics import OURS, groups_of
@@ -39,8 +39,8 @@ def write_report(output_dir: str | Path) -> Path:
         contexts=[(sae.label, latents) for sae in saes if (latents := sae.get(*OURS, "top_contexts"))],
     )
     path = Path(output_dir) / "report.html"
-    write_whole(path, html)
-    write_whole(path.with_suffix(".md"), _markdown(described, remarks, means, singles))
+    atomic_write(path, html)
+    atomic_write(path.with_suffix(".md"), _markdown(described, remarks, means, singles))
     return path
 
 
