@@ -116,6 +116,14 @@ def _delete_abandoned(parent: Path) -> None:
             lock_file.unlink(missing_ok=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Put a file at `target` too, at no cost where the file system has links."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or none of links
+        shutil.copy2(source, target)
+
+
 def reserve(file: Path, n_bytes: int, what: str) -> None:
     """Create a file that has all its bytes, for a memory map: without them a write to it would kill the process.
 

@@ -2,16 +2,33 @@
 
 import base64
 import json
-import threading
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any
 
 import yaml
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+from werkzeug.routing import Map, Rule
 
 TOKEN = "hf_" + "aBcD" * 9
+ROUTES = Map(
+    [
+        Rule("/api/repos/create", endpoint="create"),
+        Rule("/api/validate-yaml", endpoint="validate_yaml"),
+        Rule("/lfs/verify", endpoint="verify_blob"),
+        Rule("/lfs/<oid>", endpoint="keep_blob"),
+        Rule("/<user>/<name>.git/info/lfs/objects/batch", endpoint="lfs_batch"),
+        Rule("/<user>/<name>/resolve/main/<path:path>", endpoint="resolve"),
+        Rule("/api/models/<user>/<name>", endpoint="describe"),
+        Rule("/api/models/<user>/<name>/revision/main", endpoint="describe"),
+        Rule("/api/models/<user>/<name>/preupload/main", endpoint="preupload"),
+        Rule("/api/models/<user>/<name>/paths-info/main", endpoint="paths_info"),
+        Rule("/api/models/<user>/<name>/commit/main", endpoint="commit"),
+    ]
+)
+"""Addresses, and the methods of `HubServer` that answer there."""
 
 
 @dataclass
@@ -21,7 +38,7 @@ class Repo:
     n_commits: int = 0
 
     @property
-    def commit(self) -> str:
+    def head(self) -> str:
         return sha1(str(self.n_commits).encode()).hexdigest()
 
 
@@ -35,32 +52,128 @@ class Fault:
     after: int = 0  # this many such requests go well first
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(HTTPServer):
     """Use as a context manager. Writing needs TOKEN."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(host="127.0.0.1", threaded=True)
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
+    @property
+    def url(self) -> str:
+        return self.url_for("").rstrip("/")
 
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
+    def thread_target(self) -> None:
+        self.server.serve_forever(poll_interval=0.02)
 
     def count(self, method: str, part: str = "") -> int:
         return sum(m == method and part in path for m, path in self.requests)
 
-    def handle_error(self, request, client_address):
-        """A client that hangs up is nothing to report."""
+    def application(self, request: Request) -> Response:
+        self.requests.append((request.method, request.path))
+        fault = next((f for f in self.faults if f.method == request.method and f.part in request.path), None)
+        if fault is not None:
+            fault.after -= 1
+        if fault is not None and fault.after < 0:
+            if fault.status is None:
+                drop(request)
+            request.get_data()
+            return answer({"error": "injected"}, fault.status)
+        return super().application(request)
+
+    def dispatch(self, request: Request) -> Response:
+        needs_token = request.method in ("POST", "PUT") and not request.path.startswith("/lfs/")
+        if needs_token and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return answer({"error": "Invalid credentials"}, 401)
+        endpoint, values = ROUTES.bind_to_environ(request.environ).match()
+        if "user" in values:
+            values["repo_id"] = repo_id = f"{values.pop('user')}/{values.pop('name')}"
+            if repo_id not in self.repos:
+                return answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return getattr(self, endpoint)(request, **values)
+
+    def create(self, request: Request) -> Response:
+        repo_id = f"{request.json['organization']}/{request.json['name']}"
+        if repo_id in self.repos:
+            return answer({"error": "You already created this model repo"}, 409)
+        self.repos[repo_id] = Repo(private=request.json.get("visibility") == "private")
+        return answer({"url": f"{self.url}/{repo_id}"})
+
+    def validate_yaml(self, request: Request) -> Response:
+        try:
+            assert isinstance(yaml.safe_load(request.json["content"].split("---\n")[1]), dict)
+        except (yaml.YAMLError, IndexError, AssertionError) as error:
+            return answer({"errors": [{"message": str(error)}]}, 400)
+        return answer({"errors": [], "warnings": []})
+
+    def describe(self, request: Request, repo_id: str) -> Response:
+        repo = self.repos[repo_id]
+        return answer({"id": repo_id, "sha": repo.head, "private": repo.private, "tags": [], "siblings": []})
+
+    def preupload(self, request: Request, repo_id: str) -> Response:
+        files, modes = self.repos[repo_id].files, []
+        for path in (file["path"] for file in request.json["files"]):
+            oid, mode = etag(path, files.get(path)), "lfs" if is_lfs(path) else "regular"
+            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return answer({"files": modes})
+
+    def paths_info(self, request: Request, repo_id: str) -> Response:
+        files = self.repos[repo_id].files
+        return answer([info(path, files[path]) for path in request.form.getlist("paths") if path in files])
+
+    def lfs_batch(self, request: Request, repo_id: str) -> Response:
+        objects = []
+        for wanted in request.json["objects"]:
+            objects.append(dict(wanted))
+            if wanted["oid"] not in self.blobs:
+                href = f"{self.url}/lfs/{wanted['oid']}"
+                objects[-1]["actions"] = {"upload": {"href": href}, "verify": {"href": f"{self.url}/lfs/verify"}}
+        return answer({"transfer": "basic", "objects": objects})
+
+    def verify_blob(self, request: Request) -> Response:
+        return answer({}, 200 if request.json["oid"] in self.blobs else 404)
+
+    def keep_blob(self, request: Request, oid: str) -> Response:
+        if sha256(request.data).hexdigest() != oid:
+            return answer({"error": "wrong sha256"}, 400)
+        self.blobs[oid] = request.data
+        return answer({})
+
+    def commit(self, request: Request, repo_id: str) -> Response:
+        repo = self.repos[repo_id]
+        files = dict(repo.files)
+        for operation in map(json.loads, request.data.splitlines()):
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        repo.files = files
+        repo.n_commits += 1
+        return answer({"commitUrl": f"{self.url}/{repo_id}/commit/{repo.head}", "commitOid": repo.head})
+
+    def resolve(self, request: Request, repo_id: str, path: str) -> Response:
+        repo = self.repos[repo_id]
+        if path not in repo.files:
+            return answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.head})
+        content = repo.files[path]
+        return Response(content, headers={"ETag": f'"{etag(path, content)}"', "X-Repo-Commit": repo.head})
+
+
+def answer(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, headers, content_type="application/json")
+
+
+def drop(request: Request) -> None:
+    """Hang up after the first bytes of the body, without an answer."""
+    request.stream.read(100)
+    request.environ["werkzeug.socket"].shutdown(SHUT_RDWR)
+    raise ConnectionAbortedError
 
 
 def is_lfs(path: str) -> bool:
@@ -72,174 +185,14 @@ def blob_id(content: bytes) -> str:
     return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one packet: two would wait for a delayed acknowledgement
-    disable_nagle_algorithm = True
-    server: HubServer
+def etag(path: str, content: bytes | None) -> str | None:
+    return None if content is None else sha256(content).hexdigest() if is_lfs(path) else blob_id(content)
 
-    def log_message(self, *_):
-        pass
 
-    def do_GET(self):
-        self.route()
-
-    def do_HEAD(self):
-        self.route()
-
-    def do_POST(self):
-        self.route()
-
-    def do_PUT(self):
-        self.route()
-
-    def route(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path))
-        fault = next((f for f in self.server.faults if f.method == self.command and f.part in path), None)
-        if fault is not None:
-            fault.after -= 1
-        if fault is not None and fault.after < 0:
-            if fault.status is None:
-                self.drop()
-                return
-            self.body()
-            self.answer({"error": "injected"}, fault.status)
-            return
-        body = self.body()
-        needs_token = self.command in ("POST", "PUT") and not path.startswith("/lfs/")
-        if needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer({"error": "Invalid credentials"}, 401)
-        elif path == "/api/repos/create":
-            self.create(json.loads(body))
-        elif path == "/api/validate-yaml":
-            self.validate_yaml(json.loads(body)["content"])
-        elif path.startswith("/lfs/"):
-            self.keep_blob(path.removeprefix("/lfs/"), body)
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            self.lfs_batch(json.loads(body))
-        elif "/resolve/main/" in path:
-            self.resolve(*path[1:].split("/resolve/main/"))
-        elif path.startswith("/api/models/"):
-            user, name, *action = path.removeprefix("/api/models/").split("/")
-            self.model_api(f"{user}/{name}", "/".join(action), body)
-        else:
-            self.answer({"error": "unknown address"}, 404)
-
-    def model_api(self, repo_id: str, action: str, body: bytes) -> None:
-        repo = self.server.repos.get(repo_id)
-        if repo is None:
-            self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif action == "" or action == "revision/main":
-            self.answer({"id": repo_id, "sha": repo.commit, "private": repo.private, "tags": [], "siblings": []})
-        elif action == "preupload/main":
-            self.answer({"files": [self.upload_mode(repo, file["path"]) for file in json.loads(body)["files"]]})
-        elif action == "paths-info/main":
-            asked = parse_qs(body.decode())["paths"]
-            self.answer([self.describe(path, repo.files[path]) for path in asked if path in repo.files])
-        elif action == "commit/main":
-            self.commit(repo_id, repo, [json.loads(line) for line in body.splitlines()])
-        else:
-            self.answer({"error": "unknown action"}, 404)
-
-    def create(self, asked: dict) -> None:
-        repo_id = f"{asked['organization']}/{asked['name']}"
-        if repo_id in self.server.repos:
-            self.answer({"error": "You already created this model repo"}, 409)
-        else:
-            self.server.repos[repo_id] = Repo(private=asked.get("visibility") == "private")
-            self.answer({"url": f"{self.server.url}/{repo_id}"})
-
-    def validate_yaml(self, content: str) -> None:
-        try:
-            assert isinstance(yaml.safe_load(content.split("---\n")[1]), dict)
-        except (yaml.YAMLError, IndexError, AssertionError) as error:
-            self.answer({"errors": [{"message": str(error)}]}, 400)
-        else:
-            self.answer({"errors": [], "warnings": []})
-
-    def upload_mode(self, repo: Repo, path: str) -> dict:
-        content = repo.files.get(path)
-        oid = None if content is None else sha256(content).hexdigest() if is_lfs(path) else blob_id(content)
-        return {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False, "oid": oid}
-
-    def describe(self, path: str, content: bytes) -> dict:
-        info = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
-        if is_lfs(path):
-            pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s" % sha256(content).digest()
-            info["lfs"] = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": len(pointer)}
-            info["oid"] = blob_id(pointer)
-        return info
-
-    def lfs_batch(self, asked: dict) -> None:
-        objects = []
-        for wanted in asked["objects"]:
-            answer = dict(wanted)
-            if wanted["oid"] not in self.server.blobs:
-                href = f"{self.server.url}/lfs/{wanted['oid']}"
-                answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{self.server.url}/lfs/verify"}}
-            objects.append(answer)
-        self.answer({"transfer": "basic", "objects": objects})
-
-    def keep_blob(self, oid: str, body: bytes) -> None:
-        if oid == "verify":
-            self.answer({}, 200 if json.loads(body)["oid"] in self.server.blobs else 404)
-        elif sha256(body).hexdigest() == oid:
-            self.server.blobs[oid] = body
-            self.answer({})
-        else:
-            self.answer({"error": "wrong sha256"}, 400)
-
-    def commit(self, repo_id: str, repo: Repo, operations: list[dict]) -> None:
-        files = dict(repo.files)
-        for operation in operations:
-            value = operation["value"]
-            if operation["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif operation["key"] == "lfsFile":
-                files[value["path"]] = self.server.blobs[value["oid"]]
-            elif operation["key"] == "deletedFile":
-                del files[value["path"]]
-        repo.files = files
-        repo.n_commits += 1
-        self.answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/{repo.commit}", "commitOid": repo.commit})
-
-    def resolve(self, repo_id: str, path: str) -> None:
-        repo = self.server.repos.get(repo_id)
-        if repo is None:
-            self.answer({}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif path not in repo.files:
-            self.answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit})
-        else:
-            content = repo.files[path]
-            etag = sha256(content).hexdigest() if is_lfs(path) else blob_id(content)
-            self.reply(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": repo.commit})
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
-
-    def drop(self) -> None:
-        """Hang up after the first bytes of the body, without an answer."""
-        if self.command in ("POST", "PUT"):
-            self.rfile.read(100)
-        self.close_connection = True
-        self.connection.shutdown(SHUT_RDWR)
-
-    def answer(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.reply(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
-
-    def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+def info(path: str, content: bytes) -> dict[str, Any]:
+    described = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+    if is_lfs(path):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s" % sha256(content).digest()
+        described["lfs"] = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": len(pointer)}
+        described["oid"] = blob_id(pointer)
+    return described

@@ -55,30 +55,24 @@ def text_store(
             raise ValueError(f"dataset has no split 'train', only {sorted(dataset)}; pass one of them instead.")
         dataset = dataset["train"]
     with short_text_told(text):
-        return _in_order(model, dataset, hook_name, d_in, context_size, prompts, device)
-
-
-def _in_order(
-    model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int, prompts: int, device: str
-) -> ActivationsStore:
-    return ActivationsStore(
-        model,
-        str(dataset) if isinstance(dataset, Path) else dataset,
-        streaming=True,
-        hook_name=hook_name,
-        hook_head_index=None,
-        context_size=context_size,
-        d_in=d_in,
-        n_batches_in_buffer=1,
-        total_training_tokens=1,
-        store_batch_size_prompts=prompts,
-        train_batch_size_tokens=1,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device(device),
-        dtype="float32",
-        exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=device),
-    )
+        return ActivationsStore(
+            model,
+            str(dataset) if isinstance(dataset, Path) else dataset,
+            streaming=True,
+            hook_name=hook_name,
+            hook_head_index=None,
+            context_size=context_size,
+            d_in=d_in,
+            n_batches_in_buffer=1,
+            total_training_tokens=1,
+            store_batch_size_prompts=prompts,
+            train_batch_size_tokens=1,
+            prepend_bos=True,
+            normalize_activations="none",
+            device=torch.device(device),
+            dtype="float32",
+            exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer), device=device),
+        )
 
 
 @torch.no_grad()

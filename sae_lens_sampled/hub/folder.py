@@ -1,7 +1,6 @@
 """The folders that go to the Hub: an SAE for inference in each, which plain SAELens loads."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from sae_lens_sampled.files import link_or_copy
 from sae_lens_sampled.folders import check_folded, is_checkpoint, read_config
 from sae_lens_sampled.sae.checks import check_weights
 from sae_lens_sampled.sae.export import to_jumprelu
@@ -32,7 +32,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
             _checked(source, repr(str(source)))
             for file in SAE_FILES:
                 if (source / file).exists():
-                    _link_or_copy(source / file, target / file)
+                    link_or_copy(source / file, target / file)
             return _without_local_paths(target)
         sae, name = load_checkpoint(source), repr(str(source))
         for file in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
@@ -40,11 +40,10 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
                 shutil.copy(source / file, target / file)
     if not isinstance(sae, SAE):
         raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
-    if isinstance(sae, TrainingSAE):
-        if isinstance(sae, SampledTopKTrainingSAE):
-            _exported(sae, name).save_model(target)
-        else:
-            sae.save_inference_model(target)
+    if isinstance(sae, SampledTopKTrainingSAE):
+        _exported(sae, name).save_model(target)
+    elif isinstance(sae, TrainingSAE):
+        sae.save_inference_model(target)
     else:
         sae.save_model(target)
     # SAELens writes the fields in the order of a set, which would make every run's file another one.
@@ -73,13 +72,6 @@ def _without_local_paths(folder: Path) -> Path:
             (folder / name).unlink()  # it may be a link to the user's own file
             (folder / name).write_text(json.dumps(publishable, indent=2, sort_keys=True), encoding="utf-8")
     return folder
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or none of links
-        shutil.copy2(source, target)
 
 
 def _exported(sae: TrainingSAE[Any], name: str) -> SAE[Any]:

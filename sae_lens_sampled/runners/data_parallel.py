@@ -5,7 +5,6 @@ are written by one process and hold every process's place in its text; and all s
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -239,8 +238,7 @@ def check_same_number(checkpoint: Path, count: int) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    pattern = re.compile(re.escape(data_position_file(1)).replace("_1", r"_\d+"))
-    saved = 1 + sum(pattern.fullmatch(path.name) is not None for path in checkpoint.glob("*"))
+    saved = 1 + sum(1 for _ in checkpoint.glob(data_position_file(1).replace("_1", "_[0-9]*")))
     if saved != count:
         raise ValueError(
             f"resume_from_checkpoint={str(checkpoint)!r} is of {saved} process{'es' * (saved > 1)}, each with its own "

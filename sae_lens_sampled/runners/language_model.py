@@ -19,6 +19,7 @@ from sae_lens.load_model import load_model
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -144,7 +145,7 @@ def load_model_of_run(
             return load_model(class_name, name, device, kwargs, hooks)
     if Path(name).is_dir() and not kwargs:
         return _bridge(name, device, {})  # SAELens takes no folder, so the run had a bridge, or a copy of this model
-    if Path(name).is_dir() or name in OFFICIAL_MODEL_NAMES or _is_alias(name):
+    if Path(name).is_dir() or _is_official(name):
         hooked = load_hooked_transformer(name, device, str_to_dtype(dtype_of(kwargs) or "float32"), kwargs)
         if all(hook in hooked.hook_dict for hook in hooks):
             return hooked
@@ -162,9 +163,7 @@ def _bridge(name: str, device: str, kwargs: Mapping[str, Any]) -> Any:
         return TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **others)
 
 
-def _is_alias(name: str) -> bool:
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-
+def _is_official(name: str) -> bool:
     try:
         return bool(get_official_model_name(name))
     except ValueError:

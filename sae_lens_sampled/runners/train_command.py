@@ -15,7 +15,7 @@ import typer
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
-from sae_lens_sampled.files import atomic_path
+from sae_lens_sampled.files import atomic_path, link_or_copy
 from sae_lens_sampled.folders import find_checkpoint
 from sae_lens_sampled.runners.data_parallel import DataParallelRunner
 from sae_lens_sampled.runners.processes import leave_processes, number_of_processes, rank_of_process
@@ -100,14 +100,7 @@ def _link_into(run_folder: Path, checkpoint: Path) -> None:
     copy = run_folder / checkpoint.name
     if not copy.exists():
         with atomic_path(copy, replace=True) as unfinished:
-            shutil.copytree(checkpoint, unfinished, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            shutil.copytree(checkpoint, unfinished, copy_function=link_or_copy)
 
 
 @contextmanager

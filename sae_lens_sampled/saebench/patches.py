@@ -10,7 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -49,7 +49,8 @@ def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) ->
             model_in_memory(model.hooked),
             no_shape_checks(),
             restored_random_state(seed),
-            single_blas_thread(),
+            # Probes are so small that BLAS threads cost more than they save: seven times slower on a busy machine.
+            threadpool_limits(1, user_api="blas"),
             working_directory(work_folder),
             # Several evals leave gradients switched on or off for good.
             torch.set_grad_enabled(torch.is_grad_enabled()),
@@ -68,19 +69,16 @@ def cache_only() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def model_in_memory(hooked: Any) -> Iterator[None]:
+def model_in_memory(hooked: Any) -> AbstractContextManager[Any]:
     """Every eval loads the model again, by official names only; here it gets the one that is loaded already."""
 
     def ready(*_args: Any, dtype: torch.dtype | None = None, **_kwargs: Any) -> Any:
         return hooked if dtype is None else hooked.to(dtype)
 
-    with mock.patch.object(HookedTransformer, "from_pretrained_no_processing", staticmethod(ready)):
-        yield
+    return mock.patch.object(HookedTransformer, "from_pretrained_no_processing", staticmethod(ready))
 
 
-@contextmanager
-def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> Iterator[None]:
+def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> AbstractContextManager[Any]:
     """Calls `on_tokens` with the number of tokens of every pass of the model, of part of its blocks too."""
     forward = model.forward  # not a hook of the module: `run_with_hooks` calls this
 
@@ -91,8 +89,7 @@ def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> Iterator[Non
             on_tokens(output.shape[0] * output.shape[1])
         return result
 
-    with mock.patch.object(model, "forward", counted):
-        yield
+    return mock.patch.object(model, "forward", counted)
 
 
 @contextmanager
@@ -122,13 +119,6 @@ def restored_random_state(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def single_blas_thread() -> Iterator[None]:
-    """Probes are so small that BLAS threads cost more than they save: seven times slower on a busy machine."""
-    with threadpool_limits(1, user_api="blas"):
-        yield
-
-
-@contextmanager
 def working_directory(folder: Path) -> Iterator[None]:
     """Absorption writes `./artifacts/absorption`, wherever that is."""
     before = os.getcwd()
@@ -146,32 +136,24 @@ def quiet(log: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def absorption_folders(probes: Path, work: Path) -> Iterator[None]:
+def absorption_folders(probes: Path, work: Path) -> AbstractContextManager[Any]:
     """Absorption keeps probes in site-packages, by the model's last name and layer, and never drops them."""
     k_sparse, features = work / "k_sparse_probing", work / "feature_absorption"
-    with (
-        mock.patch.object(
-            absorption,
-            "run_k_sparse_probing_experiment",
-            functools.partial(absorption.run_k_sparse_probing_experiment, experiment_dir=k_sparse, probes_dir=probes),
+    return mock.patch.multiple(
+        absorption,
+        run_k_sparse_probing_experiment=functools.partial(
+            absorption.run_k_sparse_probing_experiment, experiment_dir=k_sparse, probes_dir=probes
         ),
-        mock.patch.object(
-            absorption,
-            "run_feature_absortion_experiment",
-            functools.partial(
-                absorption.run_feature_absortion_experiment,
-                experiment_dir=features,
-                sparse_probing_experiment_dir=k_sparse,
-                probes_dir=probes,
-            ),
+        run_feature_absortion_experiment=functools.partial(
+            absorption.run_feature_absortion_experiment,
+            experiment_dir=features,
+            sparse_probing_experiment_dir=k_sparse,
+            probes_dir=probes,
         ),
-    ):
-        yield
+    )
 
 
-@contextmanager
-def reserved_memory_maps() -> Iterator[None]:
+def reserved_memory_maps() -> AbstractContextManager[Any]:
     """Absorption maps files without their bytes: on a full disk the process would die without a word."""
 
     def memmap(filename: str, dtype: str, mode: str, shape: tuple[int, ...]) -> np.memmap:  # noqa: ARG001
@@ -179,14 +161,12 @@ def reserved_memory_maps() -> Iterator[None]:
         reserve(Path(filename), n_bytes, "the activations for absorption's probes")
         return np.memmap(filename, dtype, mode="r+", shape=shape)
 
-    with mock.patch.object(absorption_probing, "np", SimpleNamespace(**{**vars(np), "memmap": memmap})):
-        yield
+    return mock.patch.object(absorption_probing, "np", SimpleNamespace(**{**vars(np), "memmap": memmap}))
 
 
-@contextmanager
 def short_passes(
     model: Any, position: int, memory: dict[tuple[str, ...], torch.Tensor] | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[Any]:
     """Absorption runs every block and the unembedding to read one block's output at one token of each prompt, and it
     runs the same prompts again for every SAE. The numbers are the same to the last bit.
 
@@ -209,8 +189,7 @@ def short_passes(
             memory[key] = cache[hook_name][:, position].clone()
         return None, cache
 
-    with mock.patch.object(model, "run_with_cache", short):
-        yield
+    return mock.patch.object(model, "run_with_cache", short)
 
 
 @contextmanager
@@ -305,26 +284,21 @@ def core_inputs(model: Any, from_sae: Callable[..., Any], losses: Sequence[Any])
         from_sae: what makes its store.
         losses: of every reconstruction batch, as `get_recons_loss` gives them.
     """
-    with (
-        model_in_memory(model),
-        mock.patch.object(core, "ActivationsStore", SimpleNamespace(from_sae=from_sae)),
-        mock.patch.object(core, "get_recons_loss", mock.Mock(side_effect=losses)),
-        # After every SAE core collects garbage: a quarter of a second each, and the model stays.
-        mock.patch.object(core, "gc", mock.Mock()),
-        core_errors_raised(),
-    ):
+    replaced = {
+        "ActivationsStore": SimpleNamespace(from_sae=from_sae),
+        "get_recons_loss": mock.Mock(side_effect=losses),
+        "gc": mock.Mock(),  # core collects garbage after every SAE: a quarter of a second each, and the model stays
+    }
+    with model_in_memory(model), mock.patch.multiple(core, **replaced), core_errors_raised():
         yield
 
 
-@contextmanager
-def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
+def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> AbstractContextManager[Any]:
     """Core encodes the outputs of a hook, where a transcoder reads inputs; here its caller says what is encoded."""
-    with mock.patch.object(sae, "encode", encode), mock.patch.object(sae, "decode", decode):
-        yield
+    return mock.patch.multiple(sae, encode=encode, decode=decode)
 
 
-@contextmanager
-def two_widths() -> Iterator[None]:
+def two_widths() -> AbstractContextManager[Any]:
     """Core takes the cosine of each encoder and decoder row, which are of two widths in some transcoders: 0 there."""
     original = core.get_featurewise_weight_based_metrics
 
@@ -338,8 +312,7 @@ def two_widths() -> Iterator[None]:
         none = {"encoder_decoder_cosine_sim": [0.0] * sae.cfg.d_sae}
         return encoder | none | {"max_decoder_cosine_sim": decoder["max_decoder_cosine_sim"]}
 
-    with mock.patch.object(core, "get_featurewise_weight_based_metrics", metrics):
-        yield
+    return mock.patch.object(core, "get_featurewise_weight_based_metrics", metrics)
 
 
 @contextmanager

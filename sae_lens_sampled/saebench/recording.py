@@ -127,21 +127,14 @@ def reconstruction_losses(
     """
     # The model as it is, and with zeros at the hook.
     kept: dict[str, Tensor] = {}
-    logits, ce = model.run_with_hooks(
+    logits, ce = _run_with_hooks(
+        model,
         tokens,
-        return_type="both",
-        loss_per_token=True,
-        fwd_hooks=[
-            (site.inputs, lambda activations, hook: kept.update(x=activations)),  # noqa: ARG005
-            (site.outputs, lambda activations, hook: kept.update(y=activations)),  # noqa: ARG005
-        ],
+        (site.inputs, lambda activations, hook: kept.update(x=activations)),  # noqa: ARG005
+        (site.outputs, lambda activations, hook: kept.update(y=activations)),  # noqa: ARG005
     )
-    ablated_logits, ablated_ce = model.run_with_hooks(
-        tokens,
-        return_type="both",
-        loss_per_token=True,
-        fwd_hooks=[(site.outputs, lambda activations, hook: torch.zeros_like(activations))],  # noqa: ARG005
-    )
+    ablation = (site.outputs, lambda activations, hook: torch.zeros_like(activations))  # noqa: ARG005
+    ablated_logits, ablated_ce = _run_with_hooks(model, tokens, ablation)
     # How far other logits are from the model's own.
     mask = ~_is_any(tokens, excluded)
     probabilities = logits.softmax(dim=-1)
@@ -295,12 +288,12 @@ def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: 
     if hook_name.endswith(".hook_resid_post") and model.tokenizer.padding_side != "left":  # type: ignore[union-attr]
         layer = int(hook_name.split(".")[1]) + 1
         return model(x, start_at_layer=layer, tokens=tokens, return_type="both", loss_per_token=True)
-    return model.run_with_hooks(
-        tokens,
-        return_type="both",
-        loss_per_token=True,
-        fwd_hooks=[(hook_name, lambda activations, hook: x)],  # noqa: ARG005
-    )
+    return _run_with_hooks(model, tokens, (hook_name, lambda activations, hook: x))  # noqa: ARG005
+
+
+def _run_with_hooks(model: HookedTransformer, tokens: Tensor, *hooks: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and the loss of every token."""
+    return model.run_with_hooks(tokens, return_type="both", loss_per_token=True, fwd_hooks=[*hooks])
 
 
 def _is_any(tokens: Tensor, values: set[int | None]) -> Tensor:
