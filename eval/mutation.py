@@ -63,7 +63,7 @@ MODULES = {
     "step/thresholds": ["step/test_thresholds", "sae/test_data_parallel"],
     "sae/calibration": ["sae/test_calibration", "-k", "not million"],
     "sae/export": ["sae/test_export", "step/test_thresholds", "sae/test_transcoder", "sae/test_transcoder_export"],
-    "analysis/similarity": ["analysis/test_dictionary_similarity"],
+    "similarity": ["test_dictionary_similarity"],
     "sae/transcoder": ["sae/test_transcoder", "sae/test_transcoder_export"],
     "sae/reconstruction": ["sae/test_transcoder", "sae/test_transcoder_export"],
 }

@@ -13,12 +13,12 @@ import typer
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 import sae_lens_sampled
-from sae_lens_sampled.analysis.similarity import similarity_table
 from sae_lens_sampled.devices import available_devices
 from sae_lens_sampled.runners import calibrate_command, train_command
 from sae_lens_sampled.runners.parts import parse_part
 from sae_lens_sampled.runners.train_command import TrainError
 from sae_lens_sampled.sae.calibration import MIN_TOKENS
+from sae_lens_sampled.similarity import similarity_table
 from sae_lens_sampled.step.kept_entries import choose_path
 from sae_lens_sampled.step.sparse_codes import has_kernels
 

@@ -14,7 +14,7 @@ sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, which are n
 
 # Shapes and types are checked at run time in the modules of pure functions; int passes for float, as in Python. Not by
 # jaxtyping's pytest option, which takes a single module if the checker has arguments.
-PURE = ("step", "metrics", "analysis.similarity", "sae.calibration")
+PURE = ("step", "metrics", "similarity", "sae.calibration")
 jaxtyping.install_import_hook(
     [f"sae_lens_sampled.{module}" for module in PURE],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

@@ -142,7 +142,7 @@ for plugin in entry_points(group="sae_lens.architectures"):
     plugin.load()
     print(plugin.name, get_sae_training_class(plugin.name)[0].__name__)
 print(SAE_CLASS_REGISTRY["sampled_topk"][0].__name__)
-import sae_lens_sampled.cli, sae_lens_sampled.analysis.similarity
+import sae_lens_sampled.cli, sae_lens_sampled.similarity
 assert not [module for module in sys.modules if module.startswith("sae_bench")]
 """
     assert run(sys.executable, "-c", script).splitlines() == [

@@ -87,8 +87,8 @@ def test_ctrl_c_in_an_eval_ends_it_and_keeps_what_is_finished(saes, tmp_path, mo
 
 @pytest.mark.usefixtures("after_a_run_of_saelens")
 def test_ctrl_c_ends_calibration_caching_loading_and_uploads(tmp_path, monkeypatch):
-    from sae_lens_sampled.analysis import cache as activation_cache
     from sae_lens_sampled.hub import upload as hub
+    from sae_lens_sampled.runners import activation_cache
     from sae_lens_sampled.saebench import load_saes, sources
 
     sae = sampled_sae()

@@ -36,7 +36,7 @@ sys.path.append(str(EVAL.parent / "examples"))
 
 from bench.cases import ALL_LATENTS, BATCHTOPK, Case, groups, one_pool, sae_config
 from bundled import TINY_LM
-from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
+from sae_lens_sampled.runners.activation_cache import cache_activations, shuffled_batches, text_store
 from smollm2 import smollm2_folder
 
 RESULTS = EVAL / "results"

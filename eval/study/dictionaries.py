@@ -11,10 +11,10 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
-from sae_lens_sampled.analysis.similarity import OneWay, dictionary_similarity, max_cosines
 from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
+from sae_lens_sampled.similarity import OneWay, dictionary_similarity, max_cosines
 from study.plan import Arm, Unit
 from study.storage import Storage
 from study.text import CHUNK, text_activations

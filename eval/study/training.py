@@ -11,8 +11,8 @@ from sae_lens.util import str_to_dtype
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled.analysis.cache import cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.files import atomic_path
+from sae_lens_sampled.runners.activation_cache import cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.runners.progress import live_bar
 from smollm2 import smollm2_folder
 from study.configs import Study

@@ -40,7 +40,7 @@ from sae_lens_sampled.sae.checks import check_groups
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.gradient_sum import check_is_exact
 from sae_lens_sampled.signals import Interrupted
-from sae_lens_sampled.step.ranks import ALONE, GroupRanks, Ranks
+from sae_lens_sampled.step.ranks import GroupRanks
 
 OF_ONE_PROCESS = {
     *DEVICE_FIELDS,
@@ -77,7 +77,7 @@ class DataParallelTrainer(ResumableTrainer):
         n_fired = self.sae.pool_record.selection_counts - selections
         self.act_freq_scores = firings + n_fired
         self.n_forward_passes_since_fired[n_fired > 0] = 0
-        self.n_training_samples += len(batch) * (self.ranks.count - 1)
+        self.n_training_samples += self.ranks.n_of_all(len(batch)) - len(batch)
         return output
 
     @override
@@ -117,34 +117,35 @@ class DataParallelRunner(ResumableRunner):
         override_sae: TrainingSAE[Any] | None = None,
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        self.ranks: Ranks = ALONE
-        count = number_of_processes()
+        self.control: GroupRanks | None = None  # to exchange what is not on a GPU
+        self.rank, count = 0, number_of_processes()
         if cfg.resume_from_checkpoint is not None:
             check_same_number(Path(cfg.resume_from_checkpoint), count)
         if count > 1:
             check_can_be_split(cfg, count)
         check_own_devices(cfg)
         if count > 1:
-            self.ranks, self.control = join_processes(own_device(cfg.device), timeout)
+            self.control = join_processes(own_device(cfg.device), timeout)
+            self.rank = self.control.rank
             check_same_config(cfg, cfg.sae if override_sae is None else override_sae.cfg, self.control)
             cfg = _of_process(cfg, self.control)
         super().__init__(
             cfg, override_dataset=override_dataset, override_model=override_model, override_sae=override_sae
         )
         if count > 1:
-            split_text(self.activations_store, self.control.rank, count)
-        if self.ranks.rank > 0:  # the order in which its buffer is mixed
-            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+            split_text(self.activations_store, self.rank, count)
+        if self.rank > 0:  # the order in which its buffer is mixed
+            torch.manual_seed(torch.initial_seed() + self.rank)
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        with nullcontext() if self.ranks.rank == 0 else no_bar():
+        with nullcontext() if self.rank == 0 else no_bar():
             return super().run()
 
     @override
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
         super().adopt(trainer)
-        if self.ranks.count > 1:
+        if self.control is not None:
             trainer.sae.data_parallel()
             adopt_trainer(trainer, DataParallelTrainer).ranks = self.control
             scaler = trainer.activation_scaler
@@ -152,7 +153,7 @@ class DataParallelRunner(ResumableRunner):
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if self.ranks.count > 1:
+        if self.control is not None:
             _, *others = self.control.gather(self.activations_store.state_dict())
             if checkpoint_path is not None:  # SAELens' own files are the last ones written
                 for rank, place in enumerate(others, start=1):
@@ -161,7 +162,7 @@ class DataParallelRunner(ResumableRunner):
 
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
-        if self.ranks.rank == 0:
+        if self.rank == 0:
             super().save_final_sae(*args, **kwargs)
 
 

@@ -68,8 +68,8 @@ def check_own_devices(cfg: Any) -> None:
         check_device(own_device(getattr(cfg, name)), name)
 
 
-def join_processes(device: str, timeout: timedelta) -> tuple[GroupRanks, GroupRanks]:
-    """All processes: to exchange what is on `device`, and to exchange what is on the CPU.
+def join_processes(device: str, timeout: timedelta) -> GroupRanks:
+    """All processes, to exchange what is on the CPU; torch's default group exchanges what is on `device`.
 
     They find each other by what torchrun has put into the environment, unless they have already. While others are
     missing, a line on stderr says so every `TELL_SECONDS`.
@@ -91,7 +91,7 @@ def join_processes(device: str, timeout: timedelta) -> tuple[GroupRanks, GroupRa
             dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=timeout)
     on_cpu = dist.new_group(timeout=timeout, backend="gloo")
     assert isinstance(on_cpu, dist.ProcessGroup)  # of all processes, so this one is in it
-    return GroupRanks(), GroupRanks(on_cpu)
+    return GroupRanks(on_cpu)
 
 
 def leave_processes() -> None:

@@ -179,7 +179,7 @@ def check_equal_fields(folder: Path, names: Sequence[str], theirs: Mapping[str, 
 def warn_if_alone(ranks: Ranks) -> None:
     """Warn of an SAE that trains by itself in one process of several: each would train one of its own, in silence."""
     count = os.environ.get("WORLD_SIZE", "").strip()
-    if ranks.count == 1 and count.isdecimal() and int(count) > 1:
+    if ranks is ALONE and count.isdecimal() and int(count) > 1:
         warnings.warn(
             f"WORLD_SIZE={count}, but this SAE trains on the tokens of its own process alone, and each process trains "
             "one. For one SAE on all of them use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "

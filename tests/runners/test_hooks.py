@@ -11,7 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_sampled import TranscoderRunner, as_sae_on_outputs
-from sae_lens_sampled.analysis.cache import text_store
+from sae_lens_sampled.runners.activation_cache import text_store
 from sae_lens_sampled.runners.hooks import FLAGS, heads_side_by_side, one_pass, switch_on, switched_on
 from sae_lens_sampled.runners.run_checks import check_hook
 from sae_lens_sampled.runners.transcoder import check_outputs

@@ -10,8 +10,8 @@ from eval_helpers import D_IN, D_SAE
 from sae_lens.saes.sae import TrainingSAE
 from typer.testing import CliRunner
 
-from sae_lens_sampled.analysis.similarity import random_baseline
 from sae_lens_sampled.cli import _overrides, app
+from sae_lens_sampled.similarity import random_baseline
 
 WITHOUT = """
 import sys

@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 
 import sae_lens_sampled.saebench.evals.mmcs
 from sae_lens_sampled import to_jumprelu
-from sae_lens_sampled.analysis.similarity import dictionary_similarity, random_baseline
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.evals.mmcs import (
     CATEGORIES,
@@ -23,6 +22,7 @@ from sae_lens_sampled.saebench.evals.mmcs import (
     compare_all,
 )
 from sae_lens_sampled.saebench.results import result_path, write_result
+from sae_lens_sampled.similarity import dictionary_similarity, random_baseline
 
 NAMES = ["a_seed1_custom_sae", "a_seed2_custom_sae", "a_seed3_custom_sae"]
 DIRECTIONS = {"decoder": lambda sae: sae.W_dec, "encoder": lambda sae: sae.W_enc.T}

@@ -21,11 +21,11 @@ from sae_bench.evals.base_eval_output import (
 from sae_bench.sae_bench_utils import get_eval_uuid, get_sae_bench_version, get_sae_lens_version
 from torch import Tensor
 
-from sae_lens_sampled.analysis.similarity import MATCH_MAX_LATENTS, Similarity, dictionary_similarity
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.evals.core import Core
 from sae_lens_sampled.saebench.results import NOT_COMPUTED, is_result_of, load_result, result_path
 from sae_lens_sampled.saebench.sources import EvalSAE, seed_group
+from sae_lens_sampled.similarity import MATCH_MAX_LATENTS, Similarity, dictionary_similarity
 
 
 @dataclass

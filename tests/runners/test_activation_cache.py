@@ -16,9 +16,9 @@ from datasets import Dataset, DatasetDict
 from sae_lens import ActivationsStore
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled.analysis import cache as activation_cache
-from sae_lens_sampled.analysis.cache import DATA, PROGRESS, cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.files import NoSpaceError
+from sae_lens_sampled.runners import activation_cache
+from sae_lens_sampled.runners.activation_cache import DATA, PROGRESS, cache_activations, shuffled_batches, text_store
 from sae_lens_sampled.runners.stores import fingerprint_model
 
 SETTINGS = {"model": "m", "hook": "blocks.1.hook_resid_post"}

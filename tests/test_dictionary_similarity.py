@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import sae_lens_sampled.analysis.similarity
-from sae_lens_sampled.analysis.similarity import dictionary_similarity, max_cosines, random_baseline
+import sae_lens_sampled.similarity
+from sae_lens_sampled.similarity import dictionary_similarity, max_cosines, random_baseline
 
 ENOUGH_MEMORY = 4 * 2**30
 
@@ -41,7 +41,7 @@ def free_memory():
 @pytest.mark.parametrize(("n_a", "n_b"), [(13, 13), (13, 6), (3, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_max_cosines_match_loops_whatever_the_tile(monkeypatch, tile, n_a, n_b, dtype):
-    monkeypatch.setattr(sae_lens_sampled.analysis.similarity, "TILE", tile)
+    monkeypatch.setattr(sae_lens_sampled.similarity, "TILE", tile)
     a, b = dictionary(n_a, seed=1, dtype=dtype), dictionary(n_b, seed=2, dtype=dtype)
     cosines = max_cosines(a, b)
     for got, want in zip(cosines, max_cosines_by_hand(a.tolist(), b.tolist()), strict=True):
@@ -186,7 +186,7 @@ def test_what_cannot_be_compared_is_told_in_one_sentence():
 FIRST_TILES = """
 import re, torch
 from pathlib import Path
-from sae_lens_sampled.analysis.similarity import TILE, max_cosines
+from sae_lens_sampled.similarity import TILE, max_cosines
 def peak():  # kB; of this process only, unlike ru_maxrss, which begins at its parent's
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 torch.set_num_threads(1)

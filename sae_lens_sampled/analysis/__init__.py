@@ -1,1 +1,0 @@
-"""What is computed of activations and dictionaries after training."""
