@@ -217,9 +217,9 @@ def test_a_signal_while_the_handlers_are_installed_leaves_none(monkeypatch):
 def test_a_run_of_ours_gives_back_what_was_there(tiny_lm, tmp_path, monkeypatch, ends):
     was = handlers()
     runner = ResumableRunner(runner_config(tiny_lm, tmp_path, "none", training_tokens=256))
-    step = SampledTopKTrainingSAE._training_forward_pass
+    step = SampledTopKTrainingSAE.training_forward_pass
     by = {"by an error": mock.Mock(side_effect=ZeroDivisionError), "by a signal": at_call(0, step)}
-    monkeypatch.setattr(SampledTopKTrainingSAE, "_training_forward_pass", by.get(ends, step))
+    monkeypatch.setattr(SampledTopKTrainingSAE, "training_forward_pass", by.get(ends, step))
     if ends == "well":
         runner.run()
     elif ends == "in another thread":

@@ -138,21 +138,21 @@ def test_the_pool_grows_to_its_final_size():
     sae = variant(pool_factor=8, moving_steps=3, first_pool_factor=2)
     sizes = []
     for step in range(5):
-        sae.training_forward_pass(step_input(activations(16), step=step))
-        assert sae.latest_pool is not None
-        sizes.append(sae.latest_pool.shape[1])
+        pool = sae.training_forward_pass(step_input(activations(16), step=step)).pool
+        assert pool is not None
+        sizes.append(pool.shape[1])
     assert sizes == [4, 8, 12, 16, 16]
 
 
 def test_the_penalty_is_of_the_pooled_rows():
     plain, penalised = variant(pool_factor=3), variant(pool_factor=3, orthogonality=0.5)
-    without, with_penalty = (sae.training_forward_pass(step_input(activations(16))).loss for sae in (plain, penalised))
-    assert penalised.latest_pool is not None
-    rows = penalised.W_dec[penalised.latest_pool[0]]
+    without, with_penalty = (sae.training_forward_pass(step_input(activations(16))) for sae in (plain, penalised))
+    assert with_penalty.pool is not None
+    rows = penalised.W_dec[with_penalty.pool[0]]
     cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.permutations(rows, 2)]
     want = sum(cosine**2 for cosine in cosines) / len(cosines)
     assert mean_squared_cosine(rows).item() == pytest.approx(float(want))
-    assert (with_penalty - without).item() == pytest.approx(0.5 * float(want), rel=1e-4)
+    assert (with_penalty.loss - without.loss).item() == pytest.approx(0.5 * float(want), rel=1e-4)
 
 
 def test_a_winsorised_score_counts_nothing_above_the_cutoff():
