@@ -2,7 +2,7 @@
 
 BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
 be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
-of k entries a token (`sparse_codes.py`). Of the five products of size tokens x d_in x d_sae in a BatchTopK step one
+of k entries a token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a BatchTopK step one
 remains, for any pool, that of all latents included.
 
 One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
