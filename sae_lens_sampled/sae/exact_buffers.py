@@ -33,7 +33,7 @@ def pack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
         state_dict[name] = state_dict[name].reshape(-1).contiguous().view(torch.uint8)
 
 
-ADDED_LATER = ("pool_record.input_norm",)
+ADDED_LATER = ("pool_record.input_norm", "path_choice.record")
 """Buffers that checkpoints of earlier versions lack: they load with the value of an untrained SAE."""
 
 

@@ -55,8 +55,12 @@ def kept_forward_pass(
     """
     cfg, record = sae.cfg, sae.pool_record
     x = (processed := sae.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
-    # Without it the gradient of the inputs would be wanted, a matrix product for a vector.
-    input_bias = sae.b_dec if cfg.apply_b_dec_to_input and not sae_in.requires_grad else None
+    # The gradient of the inputs is a matrix product, which nobody wants but the bias that was subtracted from them: it
+    # gets a vector instead, and where SAELens has multiplied it by 0 nothing.
+    wanted = sae_in.requires_grad
+    input_bias = sae.b_dec if cfg.apply_b_dec_to_input and not wanted else None
+    if not (cfg.apply_b_dec_to_input or wanted):
+        x = x.detach()
     weights = sae.weights()._replace(input_bias=input_bias)
     batch = Batch(x, weights, sae.latent_threshold, cfg, record.n_steps, record.cutoff, ranks)
     width = target.shape[-1]  # that of a head, where the heads are merged for the encoder

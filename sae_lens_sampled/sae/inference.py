@@ -40,7 +40,7 @@ class SampledTopKSAE(TopKSAE):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         for name in [name for name in state_dict if name not in self.state_dict()]:
-            if name == "topk_threshold" or name.startswith(("pool_record.", "rate_matcher.")):
+            if name == "topk_threshold" or name.startswith(("pool_record.", "rate_matcher.", "path_choice.")):
                 del state_dict[name]
 
     def _sampled_topk(self, hidden_pre: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sae_lens_sampled.sae.checks import check_same_weights, check_shape
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.exact_buffers import pack_buffers, restore_buffers, unpack_buffers
 from sae_lens_sampled.sae.export import to_jumprelu
+from sae_lens_sampled.sae.path_choice import PathChoice
 from sae_lens_sampled.sae.reconstruction import add_skip
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS, PoolRecord
 from sae_lens_sampled.step.sparse_codes import Weights
@@ -35,6 +36,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
+        self.path_choice = PathChoice(self.W_dec.device)
         # What extraction has cost so far; it matters for speed alone, so it is not saved.
         self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,9 +17,10 @@ from sae_lens_sampled.sae.checks import StepState, check_groups, check_loss, che
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.forward import ForwardPass, SampledTrainStepOutput, add_inner_losses, kept_forward_pass
 from sae_lens_sampled.sae.gradient_sum import GradientSum, join_group
+from sae_lens_sampled.sae.path_choice import MEASURED_DEVICES, fastest_path, fixed_step
 from sae_lens_sampled.sae.reconstruction import add_skip
 from sae_lens_sampled.sae.recorded import RecordedSAE
-from sae_lens_sampled.step.kept_entries import StepPath, choose_path
+from sae_lens_sampled.step.kept_entries import StepPath, choose_path, possible_paths
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS
 from sae_lens_sampled.step.ranks import ALONE, Ranks
 from sae_lens_sampled.step.selection import sampled_topk
@@ -100,9 +102,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
         state = read_step(step_input, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)
         check_groups(math.prod(x.shape) // self.cfg.d_in, self.cfg.pool_group_size, self.ranks.count)
-        done = self._kept_forward_pass(x, target, state)
+        done = self._kept_forward_pass(step_input, x, target, state)
         if done is None:
-            done = self._dense_forward_pass(step_input, x, target, state)
+            done = self._dense_forward_pass(step_input, x, target, state, self.ranks)
         output = done.output
         self._record(done.counts, output.pool, state.dead, math.prod(output.feature_acts.shape[:-1]))
         add_inner_losses(self, output, done.inner)
@@ -114,29 +116,55 @@ class SampledTopKTrainingSAE(RecordedSAE):
         output.metrics.update(of_pools | self.export_metrics(step_input.sae_in))
         return output
 
-    def choose_path(self, x: Tensor) -> StepPath:
-        """How a step on inputs `x` is computed; called once a step."""
+    def choose_path(self, x: Tensor) -> StepPath | None:
+        """How a step on `x` is computed, asked once a step; None: by the way that is measured to be the fastest."""
         n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
-        path = choose_path(self.cfg, "dense" if own_step or hooked else self.cfg.step, n_tokens, device)
-        if self._announced is None:
-            warn_if_alone(self.ranks)
-        if path != self._announced:
-            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {device} take the path {path!r}")
-            self._announced = path
-        return path
+        step = "dense" if own_step or hooked else fixed_step(self.cfg.step)
+        if step == "auto" and device.type in MEASURED_DEVICES and len(possible_paths(self.cfg, device)) > 1:
+            return None
+        return choose_path(self.cfg, step, n_tokens, device)
+
+    def _measured_path(self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState) -> StepPath:
+        """What was measured to be the fastest on such a batch, or is measured now, on the process's own tokens."""
+        choice, when = self.path_choice, (len(x), step_input.n_training_steps, state.n_dead / self.cfg.d_sae)
+        if choice.is_due(*when):
+
+            def loss_by(path: StepPath) -> Tensor:
+                if path == "dense":
+                    done = self._dense_forward_pass(step_input, x, target, state, ALONE)
+                elif (done := kept_forward_pass(self, x, target, state, path, ALONE)) is None:
+                    raise RuntimeError("too many entries exceed its bound")
+                add_inner_losses(self, done.output, done.inner)
+                return done.output.loss
+
+            ways: dict[StepPath, Callable[[], Tensor]] = {
+                path: partial(loss_by, path) for path in possible_paths(self.cfg, x.device)
+            }
+            costs = dict(self.scan_record)
+            choice.remember(fastest_path(ways, list(self.parameters()), x.device, self.ranks), *when)
+            self.scan_record.update(costs)
+        return choice.path
 
     def _has_own(self, method: str) -> bool:
         return getattr(getattr(self, method), "__func__", None) is not getattr(SampledTopKTrainingSAE, method)
 
     @torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
-    def _kept_forward_pass(self, x: Tensor, target: Tensor, state: StepState) -> ForwardPass | None:
-        path = self.choose_path(x)
+    def _kept_forward_pass(
+        self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState
+    ) -> ForwardPass | None:
+        path = self.choose_path(x) or self._measured_path(step_input, x, target, state)
+        if self._announced is None:
+            warn_if_alone(self.ranks)
+        if path != self._announced:
+            n_tokens = math.prod(x.shape) // self.cfg.d_in
+            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {x.device} take the path {path!r}")
+            self._announced = path
         return None if path == "dense" else kept_forward_pass(self, x, target, state, path, self.ranks)
 
     def _dense_forward_pass(
-        self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState
+        self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState, ranks: Ranks
     ) -> ForwardPass:
         """The host's forward pass, which has no place for the pool, nor for a transcoder's targets."""
         if self._has_own("encode_with_hidden_pre") and not self._has_own("encode_with_pool"):
@@ -144,7 +172,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 f"{type(self).__name__} has an encode_with_hidden_pre of its own, but a training step calls "
                 "encode_with_pool, which gives the pool too; give it one of those."
             )
-        feature_acts, hidden_pre, pool = self.encode_with_pool(x, self.ranks)
+        feature_acts, hidden_pre, pool = self.encode_with_pool(x, ranks)
         sae_out = add_skip(self, x, self.decode(feature_acts))
         loss = self.mse_loss_fn(sae_out, target).sum(dim=-1).mean()
         step_input = dataclasses.replace(step_input, sae_in=target, dead_neuron_mask=state.dead)
@@ -161,7 +189,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
             pool=pool,
         )
         acts, pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in (feature_acts, hidden_pre))
-        counts = reduce_counts(count_dense(acts, pre, self.latent_threshold), self.ranks)
+        counts = reduce_counts(count_dense(acts, pre, self.latent_threshold), ranks)
         inner = []
         if self.cfg.inner_widths:
             # Matryoshka's own code, which takes rows only.

@@ -2,7 +2,7 @@
 
 BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
 be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
-of k entries a token (`sparse_codes.py`). Of the five products of size tokens x d_in x d_sae in a BatchTopK step one
+of k entries a token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a BatchTopK step one
 remains, for any pool, that of all latents included.
 
 One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
@@ -58,16 +58,28 @@ class KeptStep(NamedTuple):
     n_scans: int
 
 
-def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
-    """How to do a step: by the "columns" of one small pool, by "kept" entries, or "dense"; "auto" takes the fastest."""
+def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
+    """The ways to do a step on `device`, the one first that is the fastest where the sizes are not very small."""
     n_candidates, d_sae, one_pool = cfg.n_candidates, cfg.d_sae, cfg.pool_group_size is None
     by_columns = goes_by_columns(cfg.score) or (cfg.score == "ridge_leverage" and one_pool)
-    if step == "dense" or not (by_columns or n_candidates == d_sae):
-        return "dense"
+    if not (by_columns or n_candidates == d_sae):
+        return ["dense"]
     if one_pool and n_candidates <= MAX_COLUMNS_SHARE * d_sae:
-        return "columns"
-    pays = device.type == "cpu" and cfg.k <= MAX_DENSITY * d_sae and n_tokens * d_sae > MIN_ENTRIES
-    return "kept" if has_kernels(device) and (pays or step == "kept") else "dense"
+        return ["columns", "dense"]
+    return ["kept", "dense"] if has_kernels(device) else ["dense"]
+
+
+def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
+    """How to do a step: by the "columns" of one small pool, by "kept" entries, or "dense".
+
+    "auto" takes the fastest: what was measured on CPUs, and on other devices one pool's columns; where a GPU can do
+    more, `sae/path_choice.py` measures there.
+    """
+    first = possible_paths(cfg, device)[0]
+    if step != "auto" or first != "kept":
+        return "dense" if step == "dense" else first
+    pays = device.type == "cpu" and cfg.k <= MAX_DENSITY * cfg.d_sae and n_tokens * cfg.d_sae > MIN_ENTRIES
+    return "kept" if pays else "dense"
 
 
 def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux: int) -> KeptStep | None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import D_IN, activations, step_input
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from step_helpers import ALL, an_sae, assert_equal_steps, batch_of, on_both_paths, step
 
 import sae_lens_sampled.step.chunks
@@ -214,3 +215,32 @@ def test_the_dead_are_the_same_whether_the_scan_passes_them_on_or_not(monkeypatc
     monkeypatch.setattr(sae_lens_sampled.step.column_scan, "DEAD_BYTES", room)
     monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 1)
     assert_equal_steps(*on_both_paths(an_sae(**ALL), lambda sae: step(sae, activations(70), 100)))
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts products of dense matrices, in numbers of multiplications, and those with a sparse one."""
+
+    n_dense, n_sparse = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            if left.layout == right.layout == torch.strided:
+                self.n_dense += left.shape[0] * right.numel()
+            else:
+                self.n_sparse += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_a_step_of_saelens_is_six_products_and_one_of_ours_is_one(apply_b_dec_to_input):
+    """Of size tokens x d_in x d_sae; beside ours one decodes a sparse matrix, and two are its weights' gradients."""
+    fields = {"d_in": D_IN, "d_sae": 200, "k": 3, "apply_b_dec_to_input": apply_b_dec_to_input}
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**fields))
+    ours = an_sae(**ALL, apply_b_dec_to_input=apply_b_dec_to_input)
+    step(ours, activations(70))  # knows its cutoff from here on
+    for sae, n_products, n_sparse in ((theirs, 6, 0), (ours, 1, 3)):
+        with Products() as products:
+            step(sae, activations(70)).loss.backward()
+        assert products.n_dense == n_products * 70 * D_IN * 200
+        assert products.n_sparse == n_sparse

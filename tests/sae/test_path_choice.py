@@ -1,0 +1,176 @@
+"""Where only measuring tells, the fastest way is taken; the timers and the failures here are stubs, on the CPU."""
+
+import pytest
+import torch
+from helpers import activations, sampled_sae, step_input
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_sampled.sae import path_choice, training
+from sae_lens_sampled.sae.path_choice import AGAIN_AFTER_STEPS, VARIABLE, PathChoice, fastest_path
+from sae_lens_sampled.step.ranks import ALONE, Ranks
+
+CPU = torch.device("cpu")
+WEIGHT = torch.nn.Parameter(torch.ones(()))
+
+
+class Clock:
+    """Passes only when a way is taken."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = 0.0
+        monkeypatch.setattr(path_choice, "now", lambda device: self.seconds)
+
+    def way(self, *seconds, loss=1.0, error=None):
+        """One that takes so long, one call after the other, and then as the last."""
+        left = list(seconds)
+
+        def loss_of():
+            self.seconds += left.pop(0) if len(left) > 1 else left[0]
+            if error is not None:
+                raise error
+            return WEIGHT * loss
+
+        return loss_of
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def measured_here(monkeypatch):
+    """As on a GPU; how often the ways were compared."""
+    calls = []
+
+    def stub(ways, parameters, device, ranks):
+        calls.append({path: way().item() for path, way in ways.items()})
+        return "kept"
+
+    monkeypatch.setattr(training, "MEASURED_DEVICES", ("cpu",))
+    monkeypatch.setattr(training, "fastest_path", stub)
+    return calls
+
+
+def chosen(ways, ranks=ALONE):
+    return fastest_path(ways, [WEIGHT], CPU, ranks)
+
+
+def test_the_median_of_passes_after_the_first_decides_and_one_line_says_it(clock, caplog):
+    ways = {"kept": clock.way(9.0, 0.002, 5.0, 0.001), "dense": clock.way(0.0, 0.003, 0.003, 0.003)}
+    with caplog.at_level("INFO", logger="sae_lens"):
+        assert chosen(ways) == "kept"
+    [line] = [record.message for record in caplog.records]
+    assert line == (
+        "sampled_topk: forward and backward take 2.00 ms by 'kept', 3.00 ms by 'dense'; steps take the path 'kept' "
+        "from here on"
+    )
+    assert chosen({"kept": clock.way(0.0, 0.004), "dense": clock.way(9.0, 0.003)}) == "dense"
+
+
+@pytest.mark.parametrize("failing", ["kept", "dense"])
+@pytest.mark.parametrize("error", [RuntimeError("no kernel image"), torch.OutOfMemoryError("out of memory")], ids=str)
+def test_a_way_that_fails_is_left_with_its_reason(clock, failing, error):
+    other = {"kept": "dense", "dense": "kept"}[failing]
+    ways = {failing: clock.way(0.001, error=error), other: clock.way(5.0)}
+    with pytest.warns(UserWarning, match=rf"do not take the path '{failing}': {type(error).__name__}: {error}"):
+        assert chosen(ways) == other
+
+
+@pytest.mark.parametrize("loss", [1.001, float("nan")])
+def test_a_way_with_another_loss_is_left(clock, loss):
+    ways = {"kept": clock.way(0.001, loss=loss), "dense": clock.way(5.0)}
+    with pytest.warns(UserWarning, match=r"do not take the path 'kept': its loss is (1\.001|nan).*dense step 1"):
+        assert chosen(ways) == "dense"
+
+
+def test_under_autocast_losses_may_lie_further_apart(clock):
+    ways = {"kept": clock.way(0.001, loss=1.001), "dense": clock.way(5.0)}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(ways) == "kept"
+
+
+def test_where_every_way_fails_the_step_is_dense_and_says_why_itself(clock):
+    ways = {path: clock.way(1.0, error=RuntimeError("broken")) for path in ("kept", "dense")}
+    with pytest.warns(UserWarning, match="broken"):
+        assert chosen(ways) == "dense"
+
+
+def test_the_slowest_process_decides_for_all(clock):
+    class Two(Ranks):
+        def max(self, x):
+            return torch.maximum(x, torch.tensor([4.0, 3.0], dtype=torch.float64))
+
+    assert chosen({"kept": clock.way(1.0), "dense": clock.way(2.0)}, Two()) == "dense"
+
+
+def test_it_is_measured_again_at_another_size_after_a_hundred_steps_and_with_many_dead():
+    choice = PathChoice(CPU)
+    due = []
+    for at in (
+        (64, 0, 0.0),
+        (64, 1, 0.0),
+        (32, 2, 0.0),
+        (32, AGAIN_AFTER_STEPS - 1, 0.1),
+        (32, AGAIN_AFTER_STEPS, 0.1),
+        (32, AGAIN_AFTER_STEPS + 1, 0.11),
+        (32, 999, 0.5),
+    ):
+        due.append(choice.is_due(*at))
+        if due[-1]:
+            choice.remember("kept", *at)
+    assert due == [True, False, True, False, True, True, False]
+
+
+def test_a_measured_run_is_that_of_the_path_it_takes(measured_here):
+    measured, fixed = sampled_sae(pool_group_size=16), sampled_sae(pool_group_size=16, step="kept")
+    for number in range(3):
+        given = step_input(activations(48, seed=number), n_dead=4, step=number)
+        outputs = [sae.training_forward_pass(given) for sae in (measured, fixed)]
+        assert outputs[0].path == "kept"
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+    [losses] = measured_here
+    assert losses["kept"] == pytest.approx(losses["dense"], rel=1e-5)
+    for name, buffer in fixed.named_buffers():
+        assert name == "path_choice.record" or torch.equal(buffer, measured.get_buffer(name)), name
+    assert measured.scan_record == fixed.scan_record
+
+
+def test_a_resumed_run_takes_the_path_that_was_measured(measured_here, tmp_path):
+    sae, given = sampled_sae(pool_group_size=16), step_input(activations(48))
+    sae.training_forward_pass(given)
+    sae.save_model(tmp_path)
+    resumed = TrainingSAE.load_from_disk(tmp_path)
+    assert resumed.training_forward_pass(given).path == "kept"
+    assert len(measured_here) == 1
+    SAE.load_from_disk(tmp_path)  # the inference architecture has no such record
+
+
+@pytest.mark.parametrize("step", ["kept", "dense"])
+def test_a_step_that_is_said_is_not_measured(measured_here, monkeypatch, step):
+    assert sampled_sae(step=step).training_forward_pass(step_input(activations(48))).path == step
+    monkeypatch.setenv(VARIABLE, step)
+    assert sampled_sae().training_forward_pass(step_input(activations(48))).path == step
+    assert measured_here == []
+
+
+def test_an_unknown_step_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match=r"^SAE_LENS_SAMPLED_STEP='fast' must be one of auto, kept, dense\.$"):
+        sampled_sae().training_forward_pass(step_input(activations(48)))
+
+
+def test_hooks_and_methods_of_ones_own_are_not_measured(measured_here):
+    sae = sampled_sae()
+    sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: tensor)
+    assert sae.training_forward_pass(step_input(activations(48))).path == "dense"
+    assert measured_here == []
+
+
+def test_real_timers_end_in_one_of_the_ways(monkeypatch):
+    monkeypatch.setattr(training, "MEASURED_DEVICES", ("cpu",))
+    sae = sampled_sae(pool_group_size=16)
+    sae.training_forward_pass(step_input(activations(48)))
+    assert sae.path_choice.path in ("kept", "dense")
+    assert all(parameter.grad is None for parameter in sae.parameters())
