@@ -28,11 +28,30 @@ class Case(NamedTuple):
     config: type[TrainingSAEConfig] = SampledTopKTrainingSAEConfig
     way: str = ""
     """How the step is done, where the ways are compared; empty where the SAE chooses."""
+    package: str = ""
+    """Optional package in whose own way it is trained; empty: in SAELens' trainer."""
 
 
 BATCHTOPK = Case("SAELens BatchTopK", {}, BatchTopKTrainingSAEConfig)
 TOPK = Case("SAELens TopK", {}, TopKTrainingSAEConfig)
 ALL_LATENTS = Case("all latents", {"pool_factor": None})
+DICTIONARY_LEARNING = Case("dictionary_learning BatchTopK", {}, package="dictionary-learning")
+SPARSIFY = Case("sparsify TopK", {}, package="eai-sparsify")
+OTHER_PACKAGES = (DICTIONARY_LEARNING.package, SPARSIFY.package)
+NOT_ALIKE = {
+    BATCHTOPK.name: "k a token over the batch, of activations times the decoder's norms",
+    TOPK.name: "k of each token, of activations times the decoder's norms",
+    "SAELens Matryoshka": "as BatchTopK, and decoded at four widths",
+    DICTIONARY_LEARNING.name: (
+        "k a token over the batch; the decoder's rows are scaled to norm 1 instead; it counts dead latents itself"
+    ),
+    SPARSIFY.name: (
+        "k of each token, as it has no BatchTopK; the decoder's rows are scaled to norm 1 instead; its loss is FVU; "
+        "clipping and Adam are not its own"
+    ),
+    ALL_LATENTS.name: "as BatchTopK, with the same selection",
+}
+"""What a step does otherwise than those of other libraries."""
 WAYS_OF_ONE_POOL: dict[str, StepPath] = {"columns": "columns", "entries": "kept"}
 """Paths of a step between which no config chooses."""
 
@@ -113,7 +132,51 @@ def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list
             (small, [forced(one_pool(factor), way) for way in (*WAYS_OF_ONE_POOL, "dense")])
             for factor in (4, 16, 32, 64, 128, 200)
         ],
+        "libraries": [
+            (size | {"dead": dead}, libraries(size["d_sae"], dead)) for size in (large, small) for dead in (0.0, 0.25)
+        ],
     }
+
+
+def libraries(d_sae: int, dead: float) -> list[Case]:
+    """A step in each library."""
+    return [BATCHTOPK, TOPK, matryoshka(four_levels(d_sae)), *other_packages(dead), ALL_LATENTS]
+
+
+def other_packages(dead: float) -> list[Case]:
+    """dictionary_learning counts dead latents itself, and forgets those that fire before it looks for them."""
+    return [SPARSIFY] if dead else [DICTIONARY_LEARNING, SPARSIFY]
+
+
+GPU_SIZES = {
+    "16k": {"tokens": 4096, "d_in": 768, "d_sae": 16_384, "k": 64},
+    "65k": {"tokens": 4096, "d_in": 2304, "d_sae": 65_536, "k": 64},
+    "131k": {"tokens": 4096, "d_in": 4096, "d_sae": 131_072, "k": 64},
+}
+GPU_REPEATS = {"16k": 20, "65k": 6, "131k": 3}
+PRECISIONS = {"float32": {}, "autocast": {"autocast": True}, "TF32": {"tf32": True}}
+KEPT, DENSE = (forced(ALL_LATENTS, way) for way in ("kept", "dense"))
+
+
+def gpu_plan(device: str, tiny: bool = False) -> dict[str, list[tuple[Setting, list[Case]]]]:
+    """What is measured on a GPU, by size, the most telling rows first; `tiny`: to see on any machine that it runs."""
+    base = {"device": device, "autocast": False, "tf32": False, "trained": False, "training_steps": TRAINING_STEPS}
+    sections: dict[str, list[tuple[Setting, list[Case]]]] = {}
+    for name, size in GPU_SIZES.items():
+        if tiny:
+            size = size | {"tokens": 64, "d_in": 128, "d_sae": size["d_sae"] // 256, "k": 4}
+        ways = [BATCHTOPK, KEPT, ALL_LATENTS]
+        if name != "131k":  # where the memory is for fewer
+            ways += [DENSE, groups(10), one_pool(5), TOPK, matryoshka(four_levels(size["d_sae"]))]
+        settings = [base | size | {"dead": dead} | fields for dead in (0.0, 0.25) for fields in PRECISIONS.values()]
+        if tiny:
+            settings = settings[::4] if name == "16k" else settings[:1]
+        # The other packages' steps have no autocast.
+        sections[name] = [(s, ways if s["autocast"] else ways + other_packages(s["dead"])) for s in settings]
+        if name == "16k" and not tiny:  # after some training less exceeds the bound
+            sections[name] += [(s | {"trained": True}, ways) for s in settings if not s["tf32"]]
+    sections["without_triton"] = [(s, [BATCHTOPK, KEPT]) for s, _ in sections["16k"][:2] + sections["65k"][:2]]
+    return sections
 
 
 def four_levels(d_sae: int) -> list[int]:

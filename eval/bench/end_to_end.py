@@ -134,7 +134,8 @@ def main() -> None:
     name = "_".join(filter(None, ("bench_end_to_end", name, "" if args.device == "cpu" else args.device)))
     settings = {field: value for field, value in vars(args).items() if isinstance(value, int)}
     results = {"settings": settings, "written_per_second": written_per_second, "runs": rows}
-    (RESULTS / f"{name.replace(':', '_')}.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = args.out or RESULTS / f"{name.replace(':', '_')}.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
     for row in rows:
         print(
             f"{row['side']:24} {row['source']:6} {row['tokens_per_second']:10,.0f} tokens/s, of its time SAE "
@@ -142,7 +143,7 @@ def main() -> None:
         )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"))
@@ -150,7 +151,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     for name, value in {"d_sae": None, "k": None, "steps": None, "batch_size": 2048, "repeats": 3}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")
+    args = parser.parse_args(arguments)
     for name, value in DEFAULTS.get(args.model, DEFAULTS[str(TINY_LM)]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

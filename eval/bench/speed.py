@@ -1,6 +1,7 @@
 """Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
 
-Run it after `training_step.py`, `end_to_end.py` and `data_parallel.py`: `python eval/bench/speed.py`.
+Run it after `training_step.py`, `end_to_end.py`, `data_parallel.py` and `eval/gpu.sh`: `python eval/bench/speed.py`.
+What has no results, as a GPU may not have, is called not measured.
 """
 
 import json
@@ -13,11 +14,12 @@ import matplotlib.pyplot as plt
 EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 
-from bench.cases import BATCHTOPK, plan
+from bench.cases import BATCHTOPK, NOT_ALIKE, OTHER_PACKAGES, Setting, libraries, plan
 from pages import markdown_table
 from pages import render as render_page
 from sae_lens_sampled.step import kept_entries
 
+RESULTS = EVAL / "results"
 BASE = BATCHTOPK.name
 Row = dict[str, Any]
 WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
@@ -32,22 +34,76 @@ def table(rows: list[Row]) -> str:
     """Markdown: a line for each side of each row, times beside SAELens' BatchTopK of the same row."""
     lines = []
     for row in rows:
-        case, base = row["case"], row["step_ms"][BASE]
-        state = "after 200 steps" if case["trained"] else "at initialisation"
-        for side, milliseconds in row["step_ms"].items():
-            scan, memory = row["scans"].get(side, {}), row.get("memory_mib", {}).get(side)
-            lines.append(
-                {
-                    "": state,
-                    "dead": f"{case['dead']:.0%}",
-                    "side": side,
-                    "step": f"{milliseconds:,.0f} ms",
-                    "BatchTopK over it": f"{base / milliseconds:.1f}x",
-                    "memory": "" if memory is None else f"{memory:,.0f} MiB",
-                    "extracted per kept": f"{scan['extracted_per_kept']:.1f}" if scan.get("path") == "kept" else "",
-                }
-            )
+        for side in row["step_ms"]:
+            scan = row["scans"].get(side, {})
+            extracted = f"{scan['extracted_per_kept']:.1f}" if scan.get("path") == "kept" else ""
+            state = {"": state_of(row["case"]), "dead": f"{row['case']['dead']:.0%}", "side": side}
+            lines.append(state | costs(row, side) | {"extracted per kept": extracted})
     return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def state_of(setting: Setting) -> str:
+    """In what state steps are measured; on a GPU also in what precision."""
+    state = "after 200 steps" if setting["trained"] else "at initialisation"
+    if "tf32" not in setting:
+        return state
+    return f"{'autocast' if setting['autocast'] else 'TF32' if setting['tf32'] else 'float32'}, {state}"
+
+
+def costs(row: Row, side: str) -> dict[str, str]:
+    """Time and memory of a side, in columns."""
+    milliseconds, base = row["step_ms"][side], row["step_ms"].get(BASE)
+    memory = row.get("memory_mib", {}).get(side)
+    return {
+        "step": f"{milliseconds:,.{0 if milliseconds >= 10 else 2}f} ms",
+        "BatchTopK over it": "" if base is None else f"{base / milliseconds:.1f}x",
+        "memory": "" if memory is None else f"{memory:,.0f} MiB",
+    }
+
+
+def libraries_table(rows: list[Row]) -> str:
+    """Markdown: a step in each library, and what is not alike in it."""
+    lines = []
+    for row in rows:
+        size = f"{row['case']['d_in']} / {row['case']['d_sae']:,} / {row['case']['k']}"
+        for case in libraries(row["case"]["d_sae"], row["case"]["dead"]):
+            if case.name in row["step_ms"]:
+                state = {"d_in / d_sae / k": size, "dead": f"{row['case']['dead']:.0%}", "step of": case.name}
+                lines.append(state | costs(row, case.name) | {"not alike": NOT_ALIKE[case.name]})
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def gpu_sections(gpu: dict[str, Any]) -> dict[str, list[Row]]:
+    """Rows that are measured, by section; sections without any are left out."""
+    sections = {name: [row for row in rows if row.get("step_ms")] for name, rows in gpu.get("sections", {}).items()}
+    return {name: rows for name, rows in sections.items() if rows}
+
+
+def failures(gpu: dict[str, Any], section: str) -> list[str]:
+    """Sentences about the cases of a section that failed."""
+    return [
+        f"{side}, {state_of(row['case'])}, {row['case']['dead']:.0%} dead, was not measured: {reason}"
+        for row in gpu["sections"][section]
+        for side, reason in row["failed"].items()
+    ]
+
+
+def repeats_table(repeats: dict[str, dict[str, bool | str]]) -> str:
+    """Markdown: whether steps repeat to the last bit."""
+    sides = list(next(iter(repeats.values())))
+    answers = {True: "yes", False: "no"}
+    lines = [[name, *(answers.get(of[side], of[side]) for side in sides)] for name, of in repeats.items()]
+    return markdown_table(["", *sides], lines)
+
+
+def profile_table(profile: dict[str, Any], n: int = 8) -> str:
+    """Markdown: the kernels that take most of a step."""
+    share = [f"{kernel['ms'] / profile['kernels_ms']:.0%}" for kernel in profile["kernels"]]
+    lines = [
+        [f"`{kernel['kernel'][:70]}`", f"{kernel['calls']}", f"{kernel['ms']:.2f} ms", of_all]
+        for kernel, of_all in zip(profile["kernels"][:n], share, strict=False)
+    ]
+    return markdown_table(["kernel", "calls", "time", "share"], lines)
 
 
 def crossing_table(sections: dict[str, list[Row]], section: str, what: str) -> str:
@@ -155,8 +211,10 @@ def arithmetic_table(results: dict[str, Any]) -> str:
     return markdown_table(["", "gradients", "rest", *BANDWIDTHS], lines)
 
 
-def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any]) -> str:
-    """The page, from what the three benchmarks have written; `runs` by model."""
+def render(
+    steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any], gpu: dict[str, Any] | None
+) -> str:
+    """The page, from what the benchmarks have written; `runs` by model, and that on a GPU, if there is one."""
 
     def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
         """BatchTopK's time over that of a side."""
@@ -172,6 +230,14 @@ def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[s
         steps=steps,
         runs=runs,
         ranks=ranks,
+        gpu=gpu,
+        optional_packages=OTHER_PACKAGES,
+        libraries_table=libraries_table,
+        gpu_sections=gpu_sections,
+        failures=failures,
+        state_of=state_of,
+        repeats_table=repeats_table,
+        profile_table=profile_table,
         ranks_table=ranks_table,
         arithmetic_table=arithmetic_table,
         groups_share=groups_share,
@@ -186,15 +252,24 @@ def render(steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[s
     )
 
 
-def main() -> None:
-    steps = read("bench_training_step")
+def page() -> str:
+    """The page of the committed results."""
     runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
-    (EVAL / "SPEED.md").write_text(render(steps, runs, read("bench_data_parallel")))
-    draw(steps["sections"]["d_sae"], EVAL / "results" / "bench_training_step.png")
+    gpu = None
+    if (RESULTS / "bench_gpu.json").exists():
+        gpu = read("bench_gpu")
+    if (RESULTS / "bench_end_to_end_gpu.json").exists():
+        runs["gpu"] = read("bench_end_to_end_gpu")
+    return render(read("bench_training_step"), runs, read("bench_data_parallel"), gpu)
+
+
+def main() -> None:
+    (EVAL / "SPEED.md").write_text(page())
+    draw(read("bench_training_step")["sections"]["d_sae"], RESULTS / "bench_training_step.png")
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((EVAL / "results" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":

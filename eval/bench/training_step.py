@@ -3,6 +3,9 @@
     python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
     python eval/bench/training_step.py --device cuda    # the same on a GPU, with every path forced once
     python eval/bench/training_step.py --quick          # one small case, to see that it runs
+    python eval/bench/training_step.py --sections libraries    # those rows alone, into the same JSON
+
+Steps of other libraries are measured where these are installed (`pip install dictionary-learning eai-sparsify`).
 
 A step is SAELens' whole trainer step, with clipping and Adam; its time is the median of repeats, in which the cases
 take turns, so that whatever else runs on the machine hits all alike. Ratios are what counts. `memory_mib` is what a
@@ -22,7 +25,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +41,9 @@ from typing_extensions import override
 EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 
-from bench.cases import ALL_LATENTS, WAYS_OF_ONE_POOL, Case, Setting, plan, sae_config
+from bench.cases import ALL_LATENTS, OTHER_PACKAGES, WAYS_OF_ONE_POOL, Case, Setting, plan, sae_config
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
-from sae_lens_sampled.step.kept_entries import StepPath, choose_path
+from sae_lens_sampled.step.kept_entries import StepPath
 
 RESULTS = EVAL / "results"
 
@@ -62,11 +65,12 @@ class InSAELens:
 
     def __init__(self, case: Case, setting: Setting) -> None:
         torch.manual_seed(0)
-        config, self.path = sae_config(case, setting), None
+        config = sae_config(case, setting)
+        self.path: StepPath | None = None
+        """Which one the last step took; None for SAELens' own SAEs."""
         if isinstance(config, SampledTopKTrainingSAEConfig):
-            chosen = choose_path(config, config.step, setting["tokens"], torch.device(setting["device"]))
-            self.path = WAYS_OF_ONE_POOL.get(case.way, chosen)
-            self.sae = OnPath(config, self.path) if case.way in WAYS_OF_ONE_POOL else SampledTopKTrainingSAE(config)
+            path = WAYS_OF_ONE_POOL.get(case.way)
+            self.sae = OnPath(config, path) if path else SampledTopKTrainingSAE(config)
         else:
             self.sae = get_sae_training_class(config.architecture())[0](config)
         if setting["trained"]:
@@ -76,7 +80,7 @@ class InSAELens:
 
     def step(self, x: torch.Tensor, dead: torch.Tensor) -> None:
         self.trainer.n_forward_passes_since_fired.copy_(torch.where(dead, 10**6, 0))
-        self.trainer.step(x)
+        self.path = getattr(self.trainer.step(x), "path", None)
 
 
 def pools(case: Case) -> dict[str, Any]:
@@ -157,9 +161,11 @@ class InDictionaryLearning:
 
 
 class InSparsify:
-    """TopK, the nearest that sparsify has, with the step of its trainer (Adam instead of its default optimiser)."""
+    """TopK, the nearest that sparsify has, with the step of its trainer, but with clipping and Adam."""
 
     def __init__(self, setting: Setting) -> None:
+        if setting["device"] == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where triton is installed it would be used on a CPU too
         from sparsify import SparseCoder, SparseCoderConfig
 
         config = SparseCoderConfig(num_latents=setting["d_sae"], k=setting["k"])
@@ -176,20 +182,20 @@ class InSparsify:
         self.optimizer.zero_grad()
 
 
-OTHERS = {"dictionary_learning BatchTopK": InDictionaryLearning, "sparsify TopK": InSparsify}
+OTHERS = dict(zip(OTHER_PACKAGES, (InDictionaryLearning, InSparsify), strict=True))
 
 
 def make_runner(case: Case, setting: Setting) -> "InSAELens | InDictionaryLearning | InSparsify":
-    return OTHERS[case.name](setting) if case.name in OTHERS else InSAELens(case, setting)
+    return OTHERS[case.package](setting) if case.package else InSAELens(case, setting)
 
 
-def is_installed(name: str, setting: Setting) -> bool:
-    try:
-        OTHERS[name](setting)
-    except ImportError as error:
-        print(f"{name} is not compared: {error}.")
-        return False
-    return True
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions by package, of those that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -212,9 +218,7 @@ def measure(setting: Setting, cases: list[Case], repeats: int) -> dict[str, Any]
             times["product"].append(seconds(lambda x=x: x @ weights, setting["device"]))
         for name, runner in runners.items():
             times[name].append(seconds(lambda runner=runner, x=x: runner.step(x, dead), setting["device"]))
-    sampled = {
-        name: runner for name, runner in runners.items() if isinstance(runner, InSAELens) and runner.path is not None
-    }
+    sampled = {name: runner for name, runner in runners.items() if isinstance(runner, InSAELens) and runner.path}
     return {
         "case": setting,
         "repeats": repeats,
@@ -269,17 +273,18 @@ def main() -> None:
     sections = plan(args.device, args.quick)
     wanted = args.sections.split(",") if args.sections else list(sections)
     results = json.loads(file.read_text()) if file.exists() and args.sections else {}
-    packages, processor = ("torch", "sae-lens", "sae-lens-sampled"), platform.processor() or platform.machine()
-    results["versions"] = {package: importlib.metadata.version(package) for package in packages}
+    versions = installed_versions(("torch", "sae-lens", "sae-lens-sampled", *OTHER_PACKAGES))
+    results["versions"] = results.get("versions", {}) | versions
+    processor = platform.processor() or platform.machine()
     results["machine"] = f"{processor}, {torch.get_num_threads()} threads, {args.device}"
     for section in wanted:
         rows = []
         for setting, cases in tqdm(sections[section], desc=section):
-            if section == "small" and not setting["dead"]:
-                cases = [*cases, *(Case(name, {}) for name in OTHERS if is_installed(name, setting))]
+            cases = [case for case in cases if not case.package or case.package in versions]
             with contextlib.redirect_stderr(open(os.devnull, "w")):
                 row = measure(setting, cases, args.repeats)
-                if not setting["trained"] and (section == "large" or (section == "small" and not setting["dead"])):
+                small = section == "small" and not setting["dead"]
+                if not setting["trained"] and (section in ("large", "libraries") or small):
                     row["memory_mib"] = {case.name: peak_memory(case, setting) for case in cases}
             rows.append(row)
             tqdm.write(json.dumps({name: round(ms) for name, ms in row["step_ms"].items()}))

@@ -11,9 +11,11 @@ from bench import data_parallel, end_to_end, speed, training_step
 from bench.cases import (
     ALL_LATENTS,
     BATCHTOPK,
+    OTHER_PACKAGES,
     WAYS_OF_ONE_POOL,
     forced,
     groups,
+    libraries,
     matryoshka,
     one_pool,
     plan,
@@ -52,11 +54,13 @@ def test_one_pool_goes_the_way_that_it_is_told(factor):
 
 
 def test_the_plan_is_that_of_the_committed_results():
-    sections, planned = results("bench_training_step")["sections"], plan("cpu")
+    steps, planned = results("bench_training_step"), plan("cpu")
+    sections, versions = steps["sections"], steps["versions"]
     assert sections.keys() == planned.keys()
     for name, rows in sections.items():
         for row, (setting, cases) in zip(rows, planned[name], strict=True):
-            assert list(row["step_ms"]) == [*(case.name for case in cases), "product"]
+            here = [case.name for case in cases if not case.package or case.package in versions]
+            assert list(row["step_ms"]) == [*here, "product"]
             assert row["case"].items() >= setting.items()
 
 
@@ -85,9 +89,51 @@ def test_auto_takes_what_was_measured_to_be_the_fastest():
 
 
 def test_the_page_is_the_one_that_the_results_give():
+    assert (EVAL / "SPEED.md").read_text() == speed.page()
+
+
+def test_a_section_is_measured_alone_and_the_others_stay(tmp_path, monkeypatch):
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps({"versions": {"eai-sparsify": "1"}, "sections": {"large": ["as it was"]}}))
+    row = {"step_ms": {BATCHTOPK.name: 1.0}}
+    monkeypatch.setattr(training_step, "measure", lambda setting, cases, repeats: dict(row, cases=len(cases)))
+    monkeypatch.setattr(training_step, "peak_memory", lambda case, setting: 2.0)
+    monkeypatch.setattr(training_step, "installed_versions", lambda packages: {"torch": "2"})
+    monkeypatch.setattr("sys.argv", ["training_step.py", "--sections", "libraries", "--out", str(file)])
+    training_step.main()
+    written = json.loads(file.read_text())
+    assert written["versions"] == {"eai-sparsify": "1", "torch": "2"}
+    assert written["sections"].keys() == {"large", "libraries"}
+    assert written["sections"]["large"] == ["as it was"]
+    assert [row["cases"] for row in written["sections"]["libraries"]] == [
+        4
+    ] * 4  # without the packages that are missing
+    assert all(len(row["memory_mib"]) == 4 for row in written["sections"]["libraries"])
+
+
+@pytest.mark.parametrize("package", OTHER_PACKAGES)
+def test_a_step_of_another_library_has_gradients_and_an_optimiser(package):
+    if not training_step.installed_versions([package]):
+        pytest.skip(f"{package} is not installed")
+    [case] = [case for case in libraries(256, 0.0) if case.package == package]
+    runner = training_step.make_runner(case, SETTING)
+    runner.step(torch.randn(64, 128), torch.zeros(256, dtype=torch.bool))
+    optimizer = getattr(runner, "trainer", runner).optimizer
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    assert len(moments) == 4  # weights and biases of both sides
+    assert all(moment.count_nonzero() > 0 for moment in moments)
+
+
+def test_libraries_that_are_not_installed_are_named():
+    steps = results("bench_training_step")
+    assert "was not installed" not in speed.page()
+    steps["versions"] = {name: v for name, v in steps["versions"].items() if name != "eai-sparsify"}
+    for row in steps["sections"]["libraries"]:
+        del row["step_ms"]["sparsify TopK"]
     runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
-    steps, ranks = results("bench_training_step"), results("bench_data_parallel")
-    assert (EVAL / "SPEED.md").read_text() == speed.render(steps, runs, ranks)
+    page = speed.render(steps, runs, results("bench_data_parallel"), None)
+    assert "dictionary-learning 0.1.0, eai-sparsify was not installed." in page
+    assert "sparsify TopK" not in page
 
 
 def test_what_several_processes_exchange_is_what_the_page_calculates_with():
