@@ -83,5 +83,5 @@ def dead_entries(
         n_rows, part = chunk_length(len(dead), x.device, at_least=16), weights.of(dead)
         blocks = (part.hidden_pre(rows).T for rows in x.split(n_rows))
     largest, chosen = zip(*(block.topk(k_aux, dim=0, sorted=False) for block in blocks), strict=True)
-    tokens = torch.arange(len(x), device=x.device)[:, None].expand(-1, k_aux).flatten()
+    tokens = torch.arange(len(x), device=x.device).repeat_interleave(k_aux)
     return Entries(torch.cat(largest, 1).T.flatten(), tokens, dead[torch.cat(chosen, 1)].T.flatten())
