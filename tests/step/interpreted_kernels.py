@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from interpreter import places_of
+from interpreter import places_of, watched_launch
 
+from sae_lens_sampled.step.triton import dots as dots_module
 from sae_lens_sampled.step.triton import row_sums as row_sums_module
+from sae_lens_sampled.step.triton import scan as scan_module
 from sae_lens_sampled.step.triton.dots import _dot_kernel, dots, plain_dots
 from sae_lens_sampled.step.triton.row_sums import _part_kernel, _segment_kernel, plain_row_sums, row_sums
 from sae_lens_sampled.step.triton.scan import (
@@ -34,6 +36,12 @@ def guarded(x):
     memory = torch.full((x.numel() + 2 * GUARD,), bad, dtype=x.dtype)
     inside = memory[GUARD : GUARD + x.numel()].view(x.shape)
     return inside.copy_(x)
+
+
+@pytest.fixture(autouse=True)
+def _watched(monkeypatch):
+    for module in (dots_module, row_sums_module, scan_module):
+        monkeypatch.setattr(module, "launch", watched_launch)
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,17 @@ interpreter.GridExecutor.__call__ = launch
 interpreter.InterpretedFunction.__call__ = call
 
 
+def extent(x):
+    """Entries from the first to the last one, of a view too."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+
+
 class Memory:
     """Stands for the interpreter's memory: places outside the given tensors are noted, and hold 0."""
 
     def __init__(self, real, tensors):
         self.real, self.places = real, set()
-        self.ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        self.ranges = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in tensors]
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -54,11 +59,24 @@ class Memory:
         self.real.store(pointers, value, mask & ~self._far(pointers, mask))
 
 
-def places_of(kernel, arguments, base, n_programs=1):
-    """Entries of `base`, from its start, that the kernel reads or writes beyond what there is."""
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.data_ptr() != base.data_ptr()]
+def places_outside(kernel, grid, arguments, tensors):
+    """Addresses that a launch reads or writes besides these tensors."""
     memory = Memory(interpreter._interpreter, tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_interpreter", memory)
-        kernel[(n_programs,)](*arguments)
-    return sorted((place - base.data_ptr()) // base.element_size() for place in memory.places)
+        kernel[grid](*arguments)
+    return memory.places
+
+
+def places_of(kernel, arguments, base, n_programs=1):
+    """Entries of `base`, from its start, that the kernel reads or writes beyond what there is."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.data_ptr() != base.data_ptr()]
+    places = places_outside(kernel, (n_programs,), arguments, tensors)
+    return sorted((place - base.data_ptr()) // base.element_size() for place in places)
+
+
+def watched_launch(kernel, grid, _device, *arguments):
+    """As `launch`, but nothing outside the arguments may be read, which on a GPU may end the process, or written."""
+    if 0 not in grid:
+        places = places_outside(kernel, grid, arguments, [x for x in arguments if isinstance(x, torch.Tensor)])
+        assert not places, f"{kernel.__name__} reads or writes {len(places)} places outside its arguments"

@@ -192,7 +192,7 @@ def _hidden_pre(products, b_enc, norms, tokens, latents, inside, n_latents):
 @no_type_check
 def _is_above(pre, bound, member, member_stride, group, latents, inside, n_latents):
     """Which entries of a tile are extracted; before relu, which changes nothing above a bound of at least 0."""
-    above = inside & ~(pre <= tl.load(bound))
+    above = inside & ~(pre <= tl.load(bound).to(tl.float32))
     if member is not None:
         is_member = tl.load(member + offset(group, latents, member_stride), mask=latents < n_latents, other=0)
         above = above & (is_member != 0)[None, :]
