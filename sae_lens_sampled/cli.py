@@ -20,7 +20,7 @@ from sae_lens_sampled.runners.train_command import TrainError
 from sae_lens_sampled.sae.calibration import MIN_TOKENS
 from sae_lens_sampled.similarity import similarity_table
 from sae_lens_sampled.step.kept_entries import choose_path
-from sae_lens_sampled.step.sparse_codes import has_kernels
+from sae_lens_sampled.step.products import has_kernels
 
 
 def _parse_kwargs(text: str) -> dict[str, Any]:

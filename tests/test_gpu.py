@@ -10,7 +10,15 @@ from helpers import D_SAE, activations, batchtopk_sae, gradients, sampled_sae, s
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_sampled import SampledTopKTrainingSAEConfig, calibrate_thresholds, load_checkpoint
+import sae_lens_sampled.step.auxiliary
+import sae_lens_sampled.step.triton
+from sae_lens_sampled import (
+    SampledTopKTrainingSAE,
+    SampledTopKTrainingSAEConfig,
+    calibrate_thresholds,
+    load_checkpoint,
+)
+from sae_lens_sampled.step.triton import available
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,6 +47,18 @@ def step_on(device, sae, x, n_dead, number=0):
     return sae.training_forward_pass(given)
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "torch alone"])
+def with_kernels(request, monkeypatch):
+    """With kernels and without, as where there is no triton."""
+    if not request.param:
+        monkeypatch.setattr(sae_lens_sampled.step.triton, "_imports", lambda: False)
+    elif not available(torch.device(DEVICE)):
+        pytest.skip("no kernels for this GPU")
+    monkeypatch.setattr(sae_lens_sampled.step.auxiliary, "MIN_DEAD_ON_GPU", 1)
+    return request.param
+
+
+@pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("n_dead", [0, 9])
 @pytest.mark.parametrize("path", ["kept", "dense"])
 @pytest.mark.parametrize("fields", POOLS, ids=str)
@@ -61,6 +81,136 @@ def test_steps_are_those_of_the_cpu(fields, path, n_dead):
 
 def dense(acts):
     return acts.to_dense() if acts.is_sparse else acts
+
+
+KERNEL_STEPS = [
+    {"pool_group_size": 16},
+    {"pool_group_size": 16, "score": "perplexity", "matryoshka_widths": [100, 1000, 4096]},
+    {"pool_factor": None},
+]
+
+
+def large_sae(**fields):
+    """Of sizes at which programs of a kernel run side by side, and a latent may fire on every token."""
+    torch.manual_seed(0)
+    given = {"d_in": 100, "d_sae": 4096, "k": 16, "step": "kept", "device": DEVICE, **fields}
+    sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**given))
+    sae.b_enc.data[:3] = 50.0
+    return sae
+
+
+def large_step(sae, number, n_dead=400):
+    """Of some 5,000 tokens, no multiple of any block."""
+    x = torch.randn(5003, 100, generator=torch.Generator().manual_seed(number)).to(DEVICE)
+    given = step_input(x, step=number)
+    given.dead_neuron_mask = torch.arange(4096, device=DEVICE) < n_dead
+    return sae.training_forward_pass(given)
+
+
+@pytest.mark.parametrize("fields", KERNEL_STEPS, ids=str)
+def test_steps_by_kernels_repeat_to_the_last_bit_and_are_those_of_torch(fields, monkeypatch):
+    monkeypatch.setattr(sae_lens_sampled.step.auxiliary, "MIN_DEAD_ON_GPU", 1)
+    if not available(torch.device(DEVICE)):
+        pytest.skip("no kernels for this GPU")
+    results = []
+    for on in (True, True, False):
+        with monkeypatch.context() as patch:
+            if not on:
+                patch.setattr(sae_lens_sampled.step.triton, "_imports", lambda: False)
+            sae = large_sae(**fields)
+            large_step(sae, 0)
+            output = large_step(sae, 1)
+            assert output.path == "kept"
+            results.append((output, gradients(sae, output)))
+    (first, of_first), (second, of_second), (other, of_other) = results
+    assert torch.equal(first.feature_acts.coalesce().indices(), second.feature_acts.coalesce().indices())
+    assert torch.equal(first.loss, second.loss)
+    torch.testing.assert_close(first.loss, other.loss, rtol=1e-4, atol=0)
+    for name, gradient in of_first.items():
+        assert torch.equal(gradient, of_second[name]), name
+        difference = (gradient - of_other[name]).norm()
+        assert difference < 1e-3 * of_other[name].norm(), name
+
+
+@pytest.mark.parametrize("fields", KERNEL_STEPS, ids=str)
+def test_a_step_by_kernels_waits_for_the_device_twice(fields, monkeypatch):
+    monkeypatch.setattr(sae_lens_sampled.step.auxiliary, "MIN_DEAD_ON_GPU", 1)
+    if not available(torch.device(DEVICE)):
+        pytest.skip("no kernels for this GPU")
+    sae = large_sae(**fields)
+    for number in range(2):  # compiles, and finds the cutoff
+        large_step(sae, number).loss.backward()
+    tolist, n_reads = torch.Tensor.tolist, 0
+
+    def allowed(x):
+        nonlocal n_reads
+        n_reads += x.is_cuda
+        torch.cuda.set_sync_debug_mode("default")
+        numbers = tolist(x)
+        torch.cuda.set_sync_debug_mode("error")
+        return numbers
+
+    x = torch.randn(5003, 100, device=DEVICE)
+    given = step_input(x, step=2)
+    given.dead_neuron_mask = torch.arange(4096, device=DEVICE) < 400
+    monkeypatch.setattr(torch.Tensor, "tolist", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sae.training_forward_pass(given).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert n_reads == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_are_their_definitions(dtype):
+    """At sizes that the interpreter is too slow for."""
+    if not available(torch.device(DEVICE)):
+        pytest.skip("no kernels for this GPU")
+    from sae_lens_sampled.step.triton.dots import dots, plain_dots
+    from sae_lens_sampled.step.triton.row_sums import plain_row_sums, row_sums
+    from sae_lens_sampled.step.triton.scan import (
+        Above,
+        Buffers,
+        Chunk,
+        TileSums,
+        extract,
+        plain_extract,
+        plain_sums,
+        sum_tiles,
+    )
+    from sae_lens_sampled.step.triton.tiles import Tiles
+
+    device = torch.device(DEVICE)
+    lengths = torch.tensor([3000, 0, 1, 257, 256, 5000, 64] * 20, device=device)
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    rows = torch.randint(0, 1000, (int(starts[-1]),), device=device)
+    matrix, values = torch.randn(1000, 777, device=device).to(dtype), torch.randn(len(rows), device=device)
+    got, want = (function(values, rows, starts, matrix) for function in (row_sums, plain_row_sums))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+    others = torch.randint(0, 900, (len(rows),), device=device)
+    other = torch.randn(900, 777, device=device)
+    got, want = (function(rows, others, matrix, other) for function in (dots, plain_dots))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+    for n_tokens, group_size in ((1000, 16), (1000, 1000), (77, 3), (1, 1)):
+        tiles, n_latents = Tiles(n_tokens, group_size), 1003
+        products = torch.randn(n_tokens, n_latents, device=device).to(dtype)
+        products[n_tokens // 2, 7] = torch.nan
+        b_enc, norms, threshold = (torch.rand(n_latents, device=device) for _ in range(3))
+        chunk = Chunk(products, 64, b_enc, norms, threshold)
+        above = Above(torch.tensor(0.5, device=device), torch.rand(tiles.n_groups, n_latents, device=device) < 0.5)
+        sums = TileSums.empty(tiles, n_latents, "shares", device)
+        counts = sum_tiles(chunk, tiles, sums, above)
+        want = plain_sums(chunk, tiles, "shares")
+        assert torch.equal(sums.n_fired, want.n_fired)
+        torch.testing.assert_close(sums.peak, want.peak, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(sums.sums, want.sums, rtol=1e-4, atol=1e-5, equal_nan=True)
+        entries = plain_extract(chunk, tiles, above)
+        buffers = Buffers.empty(len(entries.values) + 5, device)
+        n_found = extract(chunk, tiles, above, counts, torch.zeros((), dtype=torch.int64, device=device), buffers)
+        assert n_found == len(entries.values)
+        for mine, theirs in zip(buffers, entries, strict=True):
+            torch.testing.assert_close(mine[: len(theirs)], theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_pool_of_all_latents_is_batchtopk_to_the_last_bit():
@@ -138,8 +288,6 @@ def test_the_evals_run(tmp_path):
 
 
 def trained_a_little(config):
-    from sae_lens_sampled import SampledTopKTrainingSAE
-
     sae = SampledTopKTrainingSAE(config)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     for number in range(20):

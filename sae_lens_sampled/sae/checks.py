@@ -64,7 +64,7 @@ class StepState(NamedTuple):
 
 
 def read_step(step_input: TrainStepInput, ranks: Ranks = ALONE) -> StepState:
-    """The only wait for a GPU in a step; refuses rows that are not finite.
+    """The first wait for a GPU in a step; refuses rows that are not finite.
 
     Raises:
         ValueError: with the number of rows and the step; on all ranks, if the rows of any are at fault, or if they have

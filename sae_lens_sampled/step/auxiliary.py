@@ -5,11 +5,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_sampled.step.chunks import chunk_length
-from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode, has_kernels
+from sae_lens_sampled.step.products import has_kernels
+from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_decode
+from sae_lens_sampled.step.triton import available
 
 MIN_DEAD = 2
 """Dead latents over the entries that each token keeps of them, up to which dense products are taken: the entries are
 then a large part of the matrix."""
+MIN_DEAD_ON_GPU = 24
+"""The same for kernels on a GPU. Arithmetic, not measured: 60 TFLOP/s of dense products in float32, 5 TB/s of rows."""
 
 
 def auxiliary_loss(
@@ -36,6 +40,8 @@ def dead_latents(mask: Bool[Tensor, " d_sae"] | None, n_dead: int) -> Int[Tensor
 
 def by_entries(n_dead: int, k_aux: int, device: torch.device) -> bool:
     """Whether a sparse matrix of `k_aux` entries a token is faster than dense products with all dead latents."""
+    if device.type == "cuda":
+        return available(device) and n_dead > MIN_DEAD_ON_GPU * k_aux
     return device.type == "cpu" and has_kernels(device) and n_dead > MIN_DEAD * k_aux
 
 

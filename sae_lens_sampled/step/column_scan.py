@@ -16,6 +16,7 @@ from sae_lens_sampled.step.ranks import ALONE, Ranks
 from sae_lens_sampled.step.scores import ColumnSums, column_sums, is_mergeable, sketch_scores
 from sae_lens_sampled.step.selection import ColumnStatistics, PoolFields, column_statistics, merged_statistics
 from sae_lens_sampled.step.sparse_codes import Entries, Weights
+from sae_lens_sampled.step.triton import SUMS_OF_SCORE, available
 
 MAX_EXTRACTED_SHARE = 0.25
 """Share of all entries above the bound, from which on none are extracted: more of them take as long as a second scan
@@ -47,6 +48,12 @@ class Batch(NamedTuple):
         """Entries to keep, of all ranks together."""
         return int(self.cfg.k * self.ranks.n_of_all(len(self.x)))
 
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels do the scan, with which the host waits for the device once, after all of it is queued."""
+        has_score = self.cfg.n_candidates == self.cfg.d_sae or self.cfg.score in SUMS_OF_SCORE
+        return has_score and self.x.dtype != torch.float64 and available(self.x.device)
+
 
 class ColumnScan(NamedTuple):
     """What a batch tells about every latent, and the entries above the bound."""
@@ -76,8 +83,11 @@ class Extracted:
         self.parts.append((first, acts.flatten().index_select(0, places), places))
         self.n_entries += len(places)
 
-    def inside(self, member: Bool[Tensor, "groups d_sae"] | None, group_size: int) -> Entries:
-        """Those that lie in the latents that are members in their group of tokens; None for all."""
+    def inside(self, member: Bool[Tensor, "groups d_sae"] | None, group_size: int) -> Entries | None:
+        """Those that lie in the latents that are members in their group of tokens; None for all.
+
+        By latent or by token, and within a token by latent. None if more were above the bound than could be taken.
+        """
         parts = []
         for first, values, places in self.parts:
             latents, tokens = first + places.div(self.n_tokens, rounding_mode="floor"), places % self.n_tokens
@@ -106,6 +116,10 @@ def scan_columns(
         bound: what entries to be extracted exceed; where it lies too low the extraction is given up. None: no entries.
         member: the latents to extract from in each group of tokens; None for all.
     """
+    if batch.by_kernels:
+        from sae_lens_sampled.step.kernel_scan import scan_by_kernels
+
+        return scan_by_kernels(batch, dead, bound, member)
     x, weights, threshold, cfg = batch.x, batch.weights, batch.threshold, batch.cfg
     # The sums of one pool are merged over ranks before they are scores; those of groups are scored in the cache.
     merges = cfg.pool_group_size is None and is_mergeable(cfg.score)
@@ -137,14 +151,14 @@ def scan_columns(
             extracted.add(acts, above, part.start)
     pooled, peak = None, torch.cat(peaks)
     if statistics and merges:
-        pooled, peak = _one_pool(batch, statistics)
+        pooled, peak = pool_statistics(batch, statistics)
     elif statistics:
         pooled = ColumnStatistics(*(torch.cat(parts, dim=-1) for parts in zip(*statistics, strict=True)))
     too_many = bound is None or extracted.n_entries > max_extracted
     return ColumnScan(pooled, torch.cat(n_fired), peak, dead_pre, None if too_many else extracted)
 
 
-def _one_pool(batch: Batch, chunks: list[ColumnSums]) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
+def pool_statistics(batch: Batch, chunks: list[ColumnSums]) -> tuple[ColumnStatistics, Float[Tensor, " d_sae"]]:
     """Statistics and largest activations over all ranks, from the sums of all chunks of latents."""
     x, weights, cfg, ranks = batch.x, batch.weights, batch.cfg, batch.ranks
     sums = tuple(torch.cat(parts, dim=-1) for parts in zip(*(chunk.sums for chunk in chunks), strict=True))

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from sae_lens_sampled.step.auxiliary import by_entries, dead_reconstruction
 from sae_lens_sampled.step.column_scan import Batch, Extracted, scan_columns
+from sae_lens_sampled.step.products import has_kernels
 from sae_lens_sampled.step.ranks import ALONE, Ranks
 from sae_lens_sampled.step.scores import goes_by_columns
 from sae_lens_sampled.step.selection import PoolFields, choose_pool, sampled_topk
-from sae_lens_sampled.step.sparse_codes import Entries, encode_and_decode, has_kernels, level_of
+from sae_lens_sampled.step.sparse_codes import Entries, encode_and_decode, level_of
 from sae_lens_sampled.step.thresholds import StepCounts, count_kept
+from sae_lens_sampled.step.triton import available
 
 Step = Literal["auto", "kept", "dense"]
 StepPath = Literal["columns", "kept", "dense"]
@@ -93,8 +95,7 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
     """
     x, weights, ranks, n_extracted, n_scans, bound = batch.x, batch.weights, batch.ranks, 0, 1, None
     if path == "kept":
-        cutoff = batch.last_cutoff if batch.last_cutoff > 0 else ranks.min(estimate_cutoff(batch))
-        bound = BOUND_OVER_CUTOFF * cutoff
+        bound = first_bound(batch)
     passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
     scan = scan_columns(batch, passed_on, bound)
     pool = None if scan.statistics is None else choose_pool(scan.statistics, batch.cfg, batch.draw, ranks)
@@ -113,13 +114,22 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
 
 
 @torch.no_grad()
+def first_bound(batch: Batch) -> Float[Tensor, ""]:
+    """The bound of a batch's scan, from the last batch's cutoff if there is one."""
+    if batch.by_kernels:  # so nothing is read: above infinity nothing is extracted, and the batch is scanned again
+        return torch.where(batch.last_cutoff > 0, BOUND_OVER_CUTOFF * batch.last_cutoff, torch.inf)
+    cutoff = batch.last_cutoff if batch.last_cutoff > 0 else batch.ranks.min(estimate_cutoff(batch))
+    return BOUND_OVER_CUTOFF * cutoff
+
+
+@torch.no_grad()
 def find_candidates(
     batch: Batch,
     pool: Int[Tensor, "groups n_candidates"] | None,
     bound: Float[Tensor, ""],
     extracted: Extracted | None,
 ) -> tuple[Entries | None, int, int]:
-    """Entries in the pools, by latent and then by token, with the `n_keep` largest or all positive ones among them.
+    """Entries in the pools, in the order of `Extracted`, with the `n_keep` largest or all positive ones among them.
 
     Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
     a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
@@ -129,9 +139,11 @@ def find_candidates(
     group_size = batch.cfg.pool_group_size or len(x)
     if pool is not None:
         member = torch.zeros(len(pool), batch.cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
-    if not ranks.any(extracted is None):
+    found = None if extracted is None else extracted.inside(member, group_size)
+    if not ranks.any(found is None):
         assert extracted is not None
-        candidates, n_extracted = extracted.inside(member, group_size), extracted.n_entries
+        assert found is not None
+        candidates, n_extracted = found, extracted.n_entries
         if ranks.total(len(candidates.values)) >= batch.n_keep or bound == 0:
             return candidates, n_extracted, n_scans
     estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(batch))
@@ -140,10 +152,12 @@ def find_candidates(
             continue  # would find no more
         extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member).extracted
         n_scans += 1
-        if ranks.any(extracted is None):
+        found = None if extracted is None else extracted.inside(None, group_size)
+        if ranks.any(found is None):
             return None, n_extracted, n_scans
         assert extracted is not None
-        candidates, n_extracted = extracted.inside(None, group_size), n_extracted + extracted.n_entries
+        assert found is not None
+        candidates, n_extracted = found, n_extracted + extracted.n_entries
         if ranks.total(len(candidates.values)) >= batch.n_keep:
             break
     return candidates, n_extracted, n_scans
@@ -167,10 +181,15 @@ def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entr
     """
     rank = candidates.values.nan_to_num(nan=torch.inf)
     cutoff, n_equal = ranks.cutoff(rank, n_keep)
-    near = (rank >= cutoff).nonzero()[:, 0]
-    near = near[candidates.tokens[near].argsort(stable=True)]  # candidates come by latent
+    # With kernels it is not looked at how many are near; how many are kept is known, but for one of several ranks.
+    is_waited_for = ranks.count > 1 or not available(rank.device)
+    near = (rank >= cutoff).nonzero()[:, 0] if is_waited_for else torch.arange(len(rank), device=rank.device)
+    near = near[candidates.tokens[near].argsort(stable=True)]  # within a token candidates come by latent
     above, equal = rank[near] > cutoff, rank[near] == cutoff
-    return candidates.at(near[above | (equal & (equal.cumsum(dim=0) <= n_equal))])
+    chosen = above | (equal & (equal.cumsum(dim=0) <= n_equal))
+    if is_waited_for:
+        return candidates.at(near[chosen])
+    return candidates.at(near[torch.nonzero_static(chosen, size=min(n_keep, len(rank)))[:, 0]])
 
 
 def keep_columns(

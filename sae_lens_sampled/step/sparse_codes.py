@@ -1,10 +1,8 @@
 """A sparse autoencoder's codes as a sparse matrix: decoding, and all gradients, from k entries a token.
 
-The products are torch's of CSR matrices (MKL on a CPU, cuSPARSE on CUDA), each k / d_sae of the dense one.
+Each product (`products.py`) costs k / d_sae of the dense one.
 """
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
+
+from sae_lens_sampled.step.products import Pattern, products_for
 
 
 class Weights(NamedTuple):
@@ -54,11 +54,6 @@ class Entries(NamedTuple):
         return Entries(*(column[places] for column in self))
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether torch has CSR products for `device`."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())
-
-
 def encode_and_decode(
     x: Float[Tensor, "tokens d_in"], weights: Weights, codes: Entries, inner_widths: Sequence[int] = ()
 ) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
@@ -76,29 +71,29 @@ def encode_and_decode(
             by latent.
         inner_widths: numbers of latents, from the first on, that have a reconstruction of their own; increasing.
     """
-    order = codes.latents.argsort(stable=True)
+    pattern = Pattern(*codes[1:], codes.latents.argsort(stable=True), (len(x), len(weights.b_enc)))
     values, norms = codes.values, weights.norms
     if norms is not None:
         # A latent whose decoder row is 0 has only zeros here; 0 / 0 would be NaN.
         values = values / norms.detach().clamp(min=torch.finfo(norms.dtype).tiny)[codes.latents]
     x = x if weights.input_bias is None else x.detach()
-    values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, *codes[1:], order)
+    values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, pattern)
     kept = codes._replace(values=values if norms is None else values * norms[codes.latents])
     if not inner_widths:
-        return kept, _Decode.apply(values, weights.W_dec, *codes[1:], order, len(x))[None]
+        return kept, _Decode.apply(values, weights.W_dec, pattern)[None]
     # A level is a block of rows: what it adds to every token, in the same products.
     levels = level_of(codes.latents, inner_widths)
     by_level = levels.argsort(stable=True)
     rows, latents = (levels * len(x) + codes.tokens)[by_level], codes.latents[by_level]
-    n_rows = (len(inner_widths) + 1) * len(x)
-    added = _Decode.apply(values[by_level], weights.W_dec, rows, latents, latents.argsort(stable=True), n_rows)
+    shape = ((len(inner_widths) + 1) * len(x), len(weights.b_enc))
+    added = _Decode.apply(values[by_level], weights.W_dec, Pattern(rows, latents, latents.argsort(stable=True), shape))
     return kept, added.unflatten(0, (-1, len(x))).cumsum(dim=0)
 
 
 def level_of(latents: Int[Tensor, " some"], inner_widths: Sequence[int]) -> Int[Tensor, " some"]:
     """Level that each latent belongs to: 0 for the first `inner_widths[0]`, and so on."""
-    ends = torch.tensor(inner_widths, device=latents.device)
-    return torch.bucketize(latents, ends, right=True)
+    # Not by `bucketize`: the widths would be copied to the device, which is waited for.
+    return sum(((latents >= width).long() for width in inner_widths), torch.zeros_like(latents))
 
 
 def as_coo(entries: Entries, shape: torch.Size) -> Tensor:
@@ -116,60 +111,41 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, x, W_enc, b_enc, input_bias, values, tokens, latents, order) -> Tensor:
-        ctx.save_for_backward(x, W_enc, b_enc, tokens, latents, order)
+    def forward(ctx: Any, x, W_enc, b_enc, input_bias, values, pattern) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_enc)
+        ctx.pattern = pattern
         return values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, W_enc, b_enc, tokens, latents, order = ctx.saved_tensors
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        dx, dinput_bias, gradient = None, None, gradient.to(dtype)
+        (x, W_enc, b_enc), pattern, products = ctx.saved_tensors, ctx.pattern, products_for(gradient)
+        dx, dinput_bias = None, None
         with torch.autocast(x.device.type, enabled=False):
-            transposed = _csr(gradient[order], latents[order], tokens[order], (len(b_enc), len(x)))
-            dW_enc = (transposed @ x.to(dtype)).T.to(W_enc.dtype)
-            db_enc = gradient.new_zeros(len(b_enc)).index_add_(0, latents, gradient)
+            dW_enc = products.transposed_times(pattern, gradient, x).T.to(W_enc.dtype)
+            db_enc = products.column_sums(pattern, gradient).to(b_enc.dtype)
             if ctx.needs_input_grad[0]:
-                dx = _csr(gradient, tokens, latents, (len(x), len(b_enc))) @ W_enc.T.to(dtype)
+                dx = products.times(pattern, gradient, W_enc.T).to(x.dtype)
             if ctx.needs_input_grad[3]:
                 dinput_bias = -(W_enc @ db_enc.to(W_enc.dtype))
-        return None if dx is None else dx.to(x.dtype), dW_enc, db_enc.to(b_enc.dtype), dinput_bias, *(None,) * 4
+        return dx, dW_enc, db_enc, dinput_bias, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, values, W_dec, tokens, latents, order, n_tokens) -> Tensor:
-        ctx.save_for_backward(values, W_dec, tokens, latents, order)
-        dtype = torch.promote_types(values.dtype, torch.float32)
+    def forward(ctx: Any, values, W_dec, pattern) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.pattern = pattern
         with torch.autocast(values.device.type, enabled=False):
-            return _csr(values.to(dtype), tokens, latents, (n_tokens, len(W_dec))) @ W_dec.to(dtype)
+            return products_for(values).times(pattern, values, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        values, W_dec, tokens, latents, order = ctx.saved_tensors
-        gradient, size = gradient.contiguous(), (len(gradient), len(W_dec))
+        (values, W_dec), pattern, products = ctx.saved_tensors, ctx.pattern, products_for(gradient)
+        gradient = gradient.contiguous()
         with torch.autocast(values.device.type, enabled=False):
-            exact, rows = values.to(gradient.dtype), W_dec.to(gradient.dtype)
-            pattern = _csr(torch.zeros_like(exact), tokens, latents, size)
-            dvalues = torch.sparse.sampled_addmm(pattern, gradient, rows.T, beta=0).values()
-            dW_dec = _csr(exact[order], latents[order], tokens[order], size[::-1]) @ gradient
-        return dvalues.to(values.dtype), dW_dec.to(W_dec.dtype), *(None,) * 4
-
-
-def _csr(values: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, ...]) -> Tensor:
-    _silence_first_warnings()
-    starts = torch.searchsorted(rows, torch.arange(size[0] + 1, device=rows.device))
-    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
-
-
-@functools.cache
-def _silence_first_warnings() -> None:
-    # torch says once in a process that CSR tensors are in beta, at the first that is made: this one. Torch 2.11 says
-    # there too that invariants are not checked, whatever `check_invariants` is.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(beta state|invariant checks)", category=UserWarning)
-        starts, empty = torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        torch.sparse_csr_tensor(starts, empty, torch.zeros(0), (1, 1), check_invariants=False)
+            dvalues = products.at_entries(pattern, gradient, W_dec).to(values.dtype)
+            dW_dec = products.transposed_times(pattern, values.to(gradient.dtype), gradient).to(W_dec.dtype)
+        return dvalues, dW_dec, None

@@ -1,0 +1,125 @@
+"""Products with a sparse matrix of a few entries a row, and where they come from: torch's CSR ones, or kernels.
+
+Torch's (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost their share of entries of the dense product. All are in
+float32 at least: there are no such products in less.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_lens_sampled.step.triton import available
+
+
+class Pattern(NamedTuple):
+    """Where a sparse matrix has entries, ascending by row."""
+
+    rows: Int[Tensor, " entries"]
+    columns: Int[Tensor, " entries"]
+    order: Int[Tensor, " entries"]
+    """That of the entries by column, and in a column by row."""
+    shape: tuple[int, int]
+
+    def row_starts(self) -> Int[Tensor, " rows_and_1"]:
+        """The first entry of every row, and the number of entries."""
+        return _starts(self.rows, self.shape[0])
+
+    def column_starts(self) -> Int[Tensor, " columns_and_1"]:
+        """The same of columns, among the entries in their order."""
+        return _starts(self.columns[self.order], self.shape[1])
+
+
+class Products(NamedTuple):
+    """The products, of a sparse matrix S with some pattern and values."""
+
+    times: Callable[[Pattern, Tensor, Tensor], Tensor]
+    """S W, from the pattern, values and W."""
+    transposed_times: Callable[[Pattern, Tensor, Tensor], Tensor]
+    """S^T X, from the pattern, values and X."""
+    column_sums: Callable[[Pattern, Tensor], Tensor]
+    """S^T 1, from the pattern and values."""
+    at_entries: Callable[[Pattern, Tensor, Tensor], Tensor]
+    """The entries of G W^T, from the pattern, G and W."""
+
+
+def products_for(values: Tensor) -> Products:
+    """The kernels where they run; float64 is for torch."""
+    return _by_kernels() if available(values.device) and values.dtype != torch.float64 else BY_CSR
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are sparse products for `device`."""
+    has_csr = device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())
+    return has_csr or available(device)
+
+
+def _times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
+    values = _in_float32(values)
+    return _csr(values, pattern.rows, pattern.columns, pattern.shape) @ W.to(values.dtype)
+
+
+def _transposed_times(pattern: Pattern, values: Tensor, X: Tensor) -> Tensor:
+    (rows, columns, order, shape), values = pattern, _in_float32(values)
+    return _csr(values[order], columns[order], rows[order], shape[::-1]) @ X.to(values.dtype)
+
+
+def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
+    values = _in_float32(values)
+    return values.new_zeros(pattern.shape[1]).index_add_(0, pattern.columns, values)
+
+
+def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
+    G = _in_float32(G)
+    csr = _csr(G.new_zeros(len(pattern.rows)), pattern.rows, pattern.columns, pattern.shape)
+    return torch.sparse.sampled_addmm(csr, G, W.to(G.dtype).T, beta=0).values()
+
+
+BY_CSR = Products(_times, _transposed_times, _column_sums, _at_entries)
+
+
+@functools.cache
+def _by_kernels() -> Products:
+    from sae_lens_sampled.step.triton.dots import dots
+    from sae_lens_sampled.step.triton.row_sums import row_sums
+
+    def times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
+        return row_sums(values, pattern.columns, pattern.row_starts(), W)
+
+    def transposed_times(pattern: Pattern, values: Tensor, X: Tensor) -> Tensor:
+        return row_sums(values[pattern.order], pattern.rows[pattern.order], pattern.column_starts(), X)
+
+    def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
+        return transposed_times(pattern, values, torch.ones(pattern.shape[0], 1, device=values.device))[:, 0]
+
+    def at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
+        return dots(pattern.rows, pattern.columns, G, W)
+
+    return Products(times, transposed_times, column_sums, at_entries)
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _starts(ascending: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1"]:
+    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
+
+
+def _csr(values: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, ...]) -> Tensor:
+    _silence_first_warnings()
+    return torch.sparse_csr_tensor(_starts(rows, size[0]), columns, values, size, check_invariants=False)
+
+
+@functools.cache
+def _silence_first_warnings() -> None:
+    # torch says once in a process that CSR tensors are in beta, at the first that is made: this one. Torch 2.11 says
+    # there too that invariants are not checked, whatever `check_invariants` is.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(beta state|invariant checks)", category=UserWarning)
+        starts, empty = torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        torch.sparse_csr_tensor(starts, empty, torch.zeros(0), (1, 1), check_invariants=False)
