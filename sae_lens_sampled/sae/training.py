@@ -21,6 +21,7 @@ from sae_lens_sampled.sae.recorded import RecordedSAE
 from sae_lens_sampled.step.kept_entries import StepPath, choose_path
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS
 from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.reduced_scan import Scan, choose_scan
 from sae_lens_sampled.step.selection import sampled_topk
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, StepCounts, count_dense, reduce_counts
 
@@ -45,7 +46,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         self.ranks: Ranks = ALONE
         """The processes that train it."""
         self._gradient_sum: GradientSum | None = None
-        self._announced: StepPath | None = None  # the path that the log has said last
+        self._announced: tuple[StepPath, Scan] | None = None  # what the log has said last
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -122,9 +123,11 @@ class SampledTopKTrainingSAE(RecordedSAE):
         path = choose_path(self.cfg, "dense" if own_step or hooked else self.cfg.step, n_tokens, device)
         if self._announced is None:
             warn_if_alone(self.ranks)
-        if path != self._announced:
-            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {device} take the path {path!r}")
-            self._announced = path
+        scan = choose_scan(self.cfg.scan, self.cfg, n_tokens, self.W_enc) if path == "kept" else "full"
+        if (path, scan) != self._announced:
+            how = "" if scan == "full" else ", with a scan in bfloat16 and kept values in float32"
+            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {device} take the path {path!r}{how}")
+            self._announced = path, scan
         return path
 
     def _has_own(self, method: str) -> bool:

@@ -49,8 +49,8 @@ class Entries(NamedTuple):
     tokens: Int[Tensor, " entries"]
     latents: Int[Tensor, " entries"]
 
-    def at(self, places: Tensor) -> "Entries":
-        """Some of them, by index or mask."""
+    def at(self, places: Tensor | slice) -> "Entries":
+        """Some of them, by index, mask or range."""
         return Entries(*(column[places] for column in self))
 
 
@@ -109,6 +109,18 @@ def as_coo(entries: Entries, shape: torch.Size) -> Tensor:
         rest = rest // size
     indices = torch.stack([*leading, entries.latents])
     return torch.sparse_coo_tensor(indices, entries.values, shape, is_coalesced=True, check_invariants=False)
+
+
+@torch.no_grad()
+def products_at(
+    a: Float[Tensor, "rows d"],
+    b: Float[Tensor, "columns d"],
+    rows: Int[Tensor, " entries"],
+    columns: Int[Tensor, " entries"],
+) -> Float[Tensor, " entries"]:
+    """Entries of $A B^T$, ascending by row."""
+    pattern = _csr(a.new_zeros(len(rows)), rows, columns, (len(a), len(b)))
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 
 class _Encode(torch.autograd.Function):
