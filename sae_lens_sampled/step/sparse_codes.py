@@ -140,7 +140,7 @@ class _Encode(torch.autograd.Function):
         dx, dinput_bias, gradient = None, None, gradient.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             transposed = _csr(gradient[order], latents[order], tokens[order], (len(b_enc), len(x)))
-            dW_enc = (transposed @ x.to(dtype)).T.to(W_enc.dtype)
+            dW_enc = _product(transposed, x.to(dtype)).T.to(W_enc.dtype)
             db_enc = gradient.new_zeros(len(b_enc)).index_add_(0, latents, gradient)
             if ctx.needs_input_grad[0]:
                 dx = _csr(gradient, tokens, latents, (len(x), len(b_enc))) @ W_enc.T.to(dtype)
@@ -156,19 +156,25 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(values, W_dec, tokens, latents, order)
         dtype = torch.promote_types(values.dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
-            return _csr(values.to(dtype), tokens, latents, (n_tokens, len(W_dec))) @ W_dec.to(dtype)
+            return _product(_csr(values.to(dtype), tokens, latents, (n_tokens, len(W_dec))), W_dec.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, W_dec, tokens, latents, order = ctx.saved_tensors
-        gradient, size = gradient.contiguous(), (len(gradient), len(W_dec))
+        gradient, tokens, latents = gradient.contiguous(), tokens[order], latents[order]
         with torch.autocast(values.device.type, enabled=False):
             exact, rows = values.to(gradient.dtype), W_dec.to(gradient.dtype)
-            pattern = _csr(torch.zeros_like(exact), tokens, latents, size)
-            dvalues = torch.sparse.sampled_addmm(pattern, gradient, rows.T, beta=0).values()
-            dW_dec = _csr(exact[order], latents[order], tokens[order], size[::-1]) @ gradient
+            # By latent, whose row of the decoder then stays in the cache: a third of the time.
+            dvalues = torch.empty_like(exact).scatter_(0, order, products_at(rows, gradient, latents, tokens))
+            dW_dec = _product(_csr(exact[order], latents, tokens, (len(W_dec), len(gradient))), gradient)
         return dvalues.to(values.dtype), dW_dec.to(W_dec.dtype), *(None,) * 4
+
+
+def _product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """As `sparse @ dense`, which first writes zeros, and copies them: two passes over the result."""
+    result = dense.new_empty(sparse.shape[0], dense.shape[1])
+    return torch.addmm(result, sparse, dense, beta=0, out=result)
 
 
 def _csr(values: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, ...]) -> Tensor:
