@@ -141,7 +141,7 @@ def scan_columns(
         # Counted before adding, so at most one chunk's entries are too many.
         if bound is not None and extracted.n_entries <= max_extracted:
             # NaN, of broken weights, is not below: it must reach the loss.
-            above = ~(hidden_pre <= (bound if reduced is None else reduced.threshold(part, bound)))
+            above = ~(hidden_pre <= bound) if reduced is None else reduced.may_exceed(bound, hidden_pre, part)
             if member is not None:
                 above &= member[:, part].T.repeat_interleave(cfg.pool_group_size or len(x), dim=1)[:, : len(x)]
             extracted.add(hidden_pre, above, part.start)

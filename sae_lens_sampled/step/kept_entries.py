@@ -145,7 +145,7 @@ def find_candidates(
     for next_bound in (estimate, torch.zeros_like(estimate)):
         if candidates is not None and next_bound >= bound:
             continue  # would find no more
-        extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member, reduced).extracted
+        extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member, reduced=reduced).extracted
         cost = cost._replace(n_scans=cost.n_scans + 1)
         if ranks.any(extracted is None):
             return None, cost

@@ -19,11 +19,11 @@ its $u = 2^{-8}$-th part. In units of $n_j$ the two differ by at most
 and $2^{-126}$ besides. So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent.
 Nothing overflows as long as no norm exceeds $2^{120}$; where one does, the scan is the full one, and nowhere else.
 
-**Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted, E with the largest slope and
-offset of the chunk: so is every entry with $v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among
-them: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The rest are computed in
-float32, and those at or below the bound dropped, for which the extraction is not complete. If at least `n_keep` are
-left, the `n_keep` largest of all entries are among them; otherwise the bound has to be lowered.
+**Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted: so is every entry with
+$v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of what E
+has for storing: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The rest are
+computed in float32, and those at or below the bound dropped, for which the extraction is not complete. If at least
+`n_keep` are left, the `n_keep` largest of all entries are among them; otherwise the bound has to be lowered.
 
 What is kept is thus what a float32 step keeps, up to the order of its sums: two float32 products differ in entries
 within 1e-6 of the cutoff too. The choice of the scan goes by configuration, sizes, processor and batch, not by a
@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lens_sampled.step.chunks import chunk_length
@@ -70,13 +70,16 @@ class ReducedProduct(NamedTuple):
     """a, per latent."""
     offset: Float[Tensor, " d_sae"]
     """c, per latent."""
+    storage: Float[Tensor, " d_sae"]
+    """What of the slope stands for storing the product, of which a given value tells more."""
+    scratch: Float[Tensor, "width tokens"]
+    """As large as a chunk: memory that is written for the first time costs as much as the product."""
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "latents tokens"]]]:
         """Pre-activations of some latents in float32, off by E at most; a chunk is overwritten by the next one."""
         W_enc, b_enc, _, norms, _ = self.weights
         (n_tokens, d_in), d_sae = self.x.shape, len(b_enc)
-        width = min(chunk_length(n_tokens, self.x.device), d_sae)
-        # Memory that is written for the first time costs as much as the product, so all chunks share theirs.
+        width = len(self.scratch)
         columns, product = (
             self.x.new_empty(shape, dtype=torch.bfloat16) for shape in ((d_in, width), (width, n_tokens))
         )
@@ -89,10 +92,19 @@ class ReducedProduct(NamedTuple):
             hidden_pre = chunk[:n].copy_(torch.mm(rows, x_t, out=product[:n])).add_(b_enc[part, None])
             yield part, hidden_pre if norms is None else hidden_pre.mul_(norms[part, None])
 
-    def threshold(self, part: slice, bound: Float[Tensor, ""]) -> Float[Tensor, " tokens"]:
-        """What a scanned entry of these latents exceeds wherever its float32 value exceeds the bound."""
-        largest_error = self.x_norm * self.slope[part].amax() + self.offset[part].amax()
-        return _rounded_down(bound.double() - largest_error)
+    def may_exceed(
+        self, bound: Float[Tensor, ""], hidden_pre: Float[Tensor, "latents tokens"], part: slice
+    ) -> Bool[Tensor, "latents tokens"]:
+        r"""Where a scanned entry of these latents is above the bound, or below it by no more than E.
+
+        $s > \mathrm{bound} - (\|x_i\| a_j + c_j)$ as $(s - \mathrm{bound} + c_j) / a_j > -\|x_i\|$, whose rounding is
+        in the slope. Norms of latents differ a hundredfold: with a chunk's largest, most entries would be extracted.
+        """
+        below = _rounded_down(bound.double() - self.offset[part])
+        distance = torch.sub(hidden_pre, below[:, None], out=self.scratch[: len(below)]).mul_(
+            self.slope[part].reciprocal().float()[:, None]
+        )
+        return ~(distance <= -self.x_norm.float())
 
     def exact(
         self, entries: Entries, bound: Float[Tensor, ""], n_keep: int, ranks: Ranks = ALONE
@@ -102,14 +114,17 @@ class ReducedProduct(NamedTuple):
         Also how many values were computed.
 
         Args:
-            entries: what exceeds `threshold`, ascending by latent and then by token.
+            entries: where `may_exceed` is true, ascending by latent and then by token.
             bound: not negative.
             n_keep: entries to keep, of all ranks together.
             ranks: the processes that share the batch, each with its own entries; all call this.
         """
         scanned, tokens, latents = entries
         # In float32, whose rounding is in the slope and the offset.
-        error = self.x_norm.float()[tokens] * self.slope.float()[latents] + self.offset.float()[latents]
+        slope, bias = (self.slope - self.storage).float(), self.weights.b_enc
+        bias = bias if self.weights.norms is None else bias * self.weights.norms
+        error = self.x_norm.float()[tokens] * slope[latents] + self.offset.float()[latents]
+        error += 2**-8 * (scanned - bias[latents]).abs()
         least, _ = ranks.cutoff((scanned - error).clamp(min=0), n_keep)
         entries = entries.at((scanned + error >= torch.maximum(least, bound)).nonzero()[:, 0])
         exact = entries._replace(values=self._values(entries))
@@ -118,7 +133,7 @@ class ReducedProduct(NamedTuple):
     def _values(self, entries: Entries) -> Float[Tensor, " entries"]:
         """Pre-activations at entries, ascending by latent, in float32."""
         W_enc, b_enc, _, norms, _ = self.weights
-        d_sae, width, products = len(b_enc), chunk_length(len(self.x), self.x.device), []
+        d_sae, width, products = len(b_enc), len(self.scratch), []
         starts = range(0, d_sae + width, width)
         ends = torch.searchsorted(entries.latents, torch.tensor(starts, device=self.x.device)).tolist()
         for start, first, last in zip(starts, ends, ends[1:], strict=False):
@@ -142,7 +157,7 @@ def reduced_product(
     if scan == "full":
         return None
     x_norm, w_norm = column_norms(x.T), column_norms(weights.W_enc)
-    slope, offset = error_of(w_norm, weights.b_enc, weights.norms, x.shape[1])
+    slope, offset, storage = error_of(w_norm, weights.b_enc, weights.norms, x.shape[1])
     factor = 1.0 if weights.norms is None else weights.norms.double()
     sizes = torch.stack(
         [x_norm.amax(), w_norm.amax(), x_norm.amax() * (factor * w_norm).amax(), (factor * weights.b_enc).abs().amax()]
@@ -151,13 +166,14 @@ def reduced_product(
     too_wide = scan == "auto" and bool(x_norm.median() * slope.median() > MAX_MARGIN * bound)
     if ranks.any(too_large or too_wide):
         return None
-    return ReducedProduct(x.contiguous(), weights, x_norm, slope, offset)
+    scratch = x.new_empty(min(chunk_length(len(x), x.device), len(slope)), len(x))
+    return ReducedProduct(x.contiguous(), weights, x_norm, slope, offset, storage, scratch)
 
 
 def error_of(
     w_norm: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"], norms: Float[Tensor, " d_sae"] | None, d_in: int
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """Slopes and offsets of the error bound; float64. See the module's docstring.
+) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+    """Slopes and offsets of the error bound, and the part of slopes for storing; float64. See the module's docstring.
 
     Args:
         w_norm: norms of the encoder's columns, rounded up; float64.
@@ -166,11 +182,11 @@ def error_of(
         d_in: width of the inputs.
     """
     n = torch.ones_like(w_norm) if norms is None else norms.double()
-    of_product = 2**-7 + 2**-16 + 4 * d_in * 2**-23 + 1.01 * 2**-8 + 2**-21
-    slope = n * (of_product * w_norm + 2**-124 * math.sqrt(d_in))
+    storage = 1.01 * 2**-8 * n * w_norm
+    slope = n * ((2**-7 + 2**-16 + 4 * d_in * 2**-23 + 2**-21) * w_norm + 2**-124 * math.sqrt(d_in)) + storage
     offset = n * (2**-21 * b_enc.double().abs() + 2**-124 * (math.sqrt(d_in) * w_norm + d_in)) + 2**-126
-    up = 1 + 2**-20  # they are taken in float32 too
-    return up * slope, up * offset
+    up = 1 + 2**-20  # they are taken in float32 too, and divided by
+    return (up * slope).clamp(min=2**-126), up * offset, storage
 
 
 def column_norms(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:
