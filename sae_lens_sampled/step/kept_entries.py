@@ -3,7 +3,8 @@
 BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
 be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
 of k entries a token (`sparse_codes.py`). Of the five products of size tokens x d_in x d_sae in a BatchTopK step one
-remains, for any pool, that of all latents included.
+remains, for any pool, that of all latents included; where the processor has bfloat16 it may be in that
+(`reduced_scan.py`).
 
 One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
 once more, with gradient: they hold all that can be kept.
