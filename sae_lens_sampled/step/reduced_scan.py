@@ -55,8 +55,8 @@ MIN_D_IN = 256
 time at initialisation on Gaussian inputs, where the margin extracts most (AMD EPYC with AVX512_BF16, one thread): what
 is before the backward pass takes as long at width 128, 7 % less at 256, 13 % less at 512, 19 % less at 768."""
 MIN_TOKENS = 1024
-"""Tokens from which it does not matter that all weights are rounded in every step: at width 768 12 % less at 1,024, 10 %
-more at 512."""
+"""Tokens from which it does not matter that all weights are rounded in every step: at width 768 12 % less at 1,024,
+10 % more at 512."""
 MAX_MARGIN = 0.5
 """Error bound of a typical entry over the bound of the extraction, from which on `auto` scans in float32: the margin
 would extract most entries."""
@@ -208,9 +208,9 @@ def choose_scan(scan: Scan, cfg: PoolFields, n_tokens: int, W_enc: Float[Tensor,
     """How to scan: "full" in float32, "reduced" in bfloat16, "auto" for the latter unless its margin is too wide.
 
     By rule, not by a clock: so runs repeat. "auto" is for a pool of all latents, where the processor has instructions
-    for bfloat16 (AVX512_BF16, AMX; without them torch's product in it is slower) and the sizes make it pay. Scores of pools would be of rounded
-    activations, so there it has to be asked for. Never under autocast, which rounds the values too, and for parameters
-    in float32 alone.
+    for bfloat16 (AVX512_BF16, AMX; without them torch's product in it is slower) and the sizes make it pay. Scores of
+    pools would be of rounded activations, so there it has to be asked for. Never under autocast, which rounds the
+    values too, and for parameters in float32 alone.
     """
     device = W_enc.device
     if scan == "full" or W_enc.dtype != torch.float32 or torch.is_autocast_enabled(device.type):
