@@ -12,6 +12,7 @@ from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
 from sae_lens_sampled.step.kept_entries import Step
+from sae_lens_sampled.step.reduced_scan import Scan
 from sae_lens_sampled.step.scores import SCORES
 from sae_lens_sampled.step.selection import PoolFields, PoolSampling
 
@@ -41,6 +42,12 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
             its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
             equal up to rounding. "auto" takes what is faster on this device at these sizes.
+        scan (Literal["auto", "full", "reduced"]): How a step on the kept entries looks for them on a CPU. "full": by a
+            float32 product. "reduced": by one in bfloat16, with a margin for its rounding; what may be kept is computed
+            once more in float32, so with a pool of all latents the kept entries and their values are those of a
+            float32 step. With smaller pools their scores are of rounded activations, as under autocast. "auto":
+            "reduced" for a pool of all latents where the processor has instructions for bfloat16 and the sizes make it
+            faster, else "full". Under autocast and for weights that are not float32 it is always "full".
         inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
             1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
         inner_loss_steps (int | None): Training steps after which the inner losses count no more. Levels for half of
@@ -56,6 +63,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     aux_loss_coefficient: float = 1 / 32
     use_sparse_activations: bool = True
     step: Step = "auto"
+    scan: Scan = "auto"
     inner_loss_coefficient: float = 1.0
     inner_loss_steps: int | None = None
     inference_threshold: InferenceThreshold = "per_latent"
@@ -80,6 +88,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         super().__post_init__()
         check_pool_fields(self)
         check(self.step in get_args(Step), f"step={self.step!r} must be one of {', '.join(get_args(Step))}.")
+        check(self.scan in get_args(Scan), f"scan={self.scan!r} must be one of {', '.join(get_args(Scan))}.")
         check(
             self.inference_threshold in get_args(InferenceThreshold),
             f"inference_threshold={self.inference_threshold!r} must be 'per_latent' or 'global'.",

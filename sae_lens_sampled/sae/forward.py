@@ -15,6 +15,7 @@ from sae_lens_sampled.step.auxiliary import auxiliary_loss, dead_latents
 from sae_lens_sampled.step.column_scan import Batch
 from sae_lens_sampled.step.kept_entries import StepPath, kept_step
 from sae_lens_sampled.step.ranks import Ranks
+from sae_lens_sampled.step.reduced_scan import choose_scan
 from sae_lens_sampled.step.sparse_codes import as_coo
 from sae_lens_sampled.step.thresholds import StepCounts, reduce_counts
 
@@ -62,14 +63,16 @@ def kept_forward_pass(
     if not (cfg.apply_b_dec_to_input or wanted):
         x = x.detach()
     weights = sae.weights()._replace(input_bias=input_bias)
-    batch = Batch(x, weights, sae.latent_threshold, cfg, record.n_steps, record.cutoff, ranks)
+    scan = choose_scan(cfg.scan, cfg, len(x), weights.W_enc)
+    batch = Batch(x, weights, sae.latent_threshold, cfg, record.n_steps, record.cutoff, ranks, scan)
     width = target.shape[-1]  # that of a head, where the heads are merged for the encoder
     step = kept_step(batch, path, dead_latents(state.dead, state.n_dead), min(width // 2, state.n_dead))
     if step is None:
         sae.scan_record["dense_steps"] += 1
         return None
-    sae.scan_record["second_scans"] += step.n_scans - 1
-    sae.scan_record["extracted_per_kept"] = step.n_extracted / max(len(step.kept.values), 1)
+    sae.scan_record["second_scans"] += step.cost.n_scans - 1
+    sae.scan_record["extracted_per_kept"] = step.cost.n_extracted / max(len(step.kept.values), 1)
+    sae.scan_record["recomputed_per_kept"] = step.cost.n_recomputed / max(len(step.kept.values), 1)
     # The decoder's bias and the skip connection once for all levels, then back to the shape that came.
     *inner, reconstruction = add_skip(sae, x, step.reconstructions + sae.b_dec)
     sae_out = sae.run_time_activation_norm_fn_out(reconstruction.view(*processed.shape[:-1], -1))

@@ -3,7 +3,8 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
@@ -89,19 +90,20 @@ class Measured(NamedTuple):
 
 
 def fastest_path(
-    ways: Mapping[StepPath, Callable[[], Tensor]], parameters: list[nn.Parameter], device: torch.device, ranks: Ranks
+    loss_by: Callable[[StepPath], Tensor], paths: Sequence[StepPath], parameters: list[nn.Parameter], ranks: Ranks
 ) -> StepPath:
     """The way whose forward and backward pass took the least time; a line in the log says how much each took.
 
     A way that fails, has no memory, or has another loss than the dense one is left, with a warning that names it.
 
     Args:
-        ways: by their paths, the dense one among them: each computes the loss of this batch and changes nothing.
+        loss_by: computes the loss of this batch by a path, and changes nothing.
+        paths: the ways that there are, the dense one among them.
         parameters: whose gradients are formed.
-        device: of the batch.
         ranks: the processes, which decide alike: by the slowest of them.
     """
-    measured = {path: measure(loss_of, parameters, device) for path, loss_of in ways.items()}
+    device = parameters[0].device
+    measured = {path: measure(partial(loss_by, path), parameters, device) for path in paths}
     under_autocast = torch.is_autocast_enabled(device.type)
     tolerance = TOLERANCE_UNDER_AUTOCAST if under_autocast else TOLERANCE
     dense = measured["dense"]

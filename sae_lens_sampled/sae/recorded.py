@@ -38,7 +38,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         self.path_choice = PathChoice(self.W_dec.device)
         # What extraction has cost so far; it matters for speed alone, so it is not saved.
-        self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0}
+        self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0, "recomputed_per_kept": 0.0}
 
     @property
     def latent_threshold(self) -> Tensor:

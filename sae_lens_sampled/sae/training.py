@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,6 +22,7 @@ from sae_lens_sampled.sae.recorded import RecordedSAE
 from sae_lens_sampled.step.kept_entries import StepPath, choose_path, possible_paths
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS
 from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.reduced_scan import Scan, choose_scan
 from sae_lens_sampled.step.selection import sampled_topk
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, StepCounts, count_dense, reduce_counts
 
@@ -47,7 +47,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         self.ranks: Ranks = ALONE
         """The processes that train it."""
         self._gradient_sum: GradientSum | None = None
-        self._announced: StepPath | None = None  # the path that the log has said last
+        self._announced: tuple[StepPath, Scan] | None = None  # what the log has said last
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -139,11 +139,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 add_inner_losses(self, done.output, done.inner)
                 return done.output.loss
 
-            ways: dict[StepPath, Callable[[], Tensor]] = {
-                path: partial(loss_by, path) for path in possible_paths(self.cfg, x.device)
-            }
-            costs = dict(self.scan_record)
-            choice.remember(fastest_path(ways, list(self.parameters()), x.device, self.ranks), *when)
+            paths, costs = possible_paths(self.cfg, x.device), dict(self.scan_record)
+            fastest = fastest_path(loss_by, paths, list(self.parameters()), self.ranks)
+            choice.remember(fastest, *when)
             self.scan_record.update(costs)
         return choice.path
 
@@ -157,10 +155,12 @@ class SampledTopKTrainingSAE(RecordedSAE):
         path = self.choose_path(x) or self._measured_path(step_input, x, target, state)
         if self._announced is None:
             warn_if_alone(self.ranks)
-        if path != self._announced:
-            n_tokens = math.prod(x.shape) // self.cfg.d_in
-            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {x.device} take the path {path!r}")
-            self._announced = path
+        n_tokens = math.prod(x.shape) // self.cfg.d_in
+        scan = choose_scan(self.cfg.scan, self.cfg, n_tokens, self.W_enc) if path == "kept" else "full"
+        if (path, scan) != self._announced:
+            how = "" if scan == "full" else ", with a scan in bfloat16 and kept values in float32"
+            logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {x.device} take the path {path!r}{how}")
+            self._announced = path, scan
         return None if path == "dense" else kept_forward_pass(self, x, target, state, path, self.ranks)
 
     def _dense_forward_pass(

@@ -3,7 +3,8 @@
 BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
 be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
 of k entries a token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a BatchTopK step one
-remains, for any pool, that of all latents included.
+remains, for any pool, that of all latents included; where the processor has bfloat16 it may be in that
+(`reduced_scan.py`).
 
 One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
 once more, with gradient: they hold all that can be kept.
@@ -19,6 +20,7 @@ from sae_lens_sampled.step.auxiliary import by_entries, dead_reconstruction
 from sae_lens_sampled.step.column_scan import Batch, Extracted, scan_columns
 from sae_lens_sampled.step.products import has_kernels
 from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.reduced_scan import ReducedProduct, reduced_product
 from sae_lens_sampled.step.scores import goes_by_columns
 from sae_lens_sampled.step.selection import PoolFields, choose_pool, sampled_topk
 from sae_lens_sampled.step.sparse_codes import Entries, encode_and_decode, level_of
@@ -55,9 +57,17 @@ class KeptStep(NamedTuple):
     pool: Int[Tensor, "groups n_candidates"] | None
     """None if every latent is a candidate."""
     counts: StepCounts
-    n_extracted: int
-    """Entries above the bound, in all scans."""
+    cost: "ScanCost"
+
+
+class ScanCost(NamedTuple):
+    """What it took to find the kept entries."""
+
     n_scans: int
+    n_extracted: int
+    """Entries above the bound, in all scans; of a reduced scan those that may be above it."""
+    n_recomputed: int
+    """Entries of reduced scans whose values were computed in float32."""
 
 
 def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
@@ -93,24 +103,25 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
         dead: indices of the dead latents, ascending, of which each token keeps `k_aux` entries.
         k_aux: at most as many as the dead.
     """
-    x, weights, ranks, n_extracted, n_scans, bound = batch.x, batch.weights, batch.ranks, 0, 1, None
+    x, weights, ranks, cost, bound, reduced = batch.x, batch.weights, batch.ranks, ScanCost(1, 0, 0), None, None
     if path == "kept":
         bound = first_bound(batch)
+        reduced = None if batch.by_kernels else reduced_product(x, weights, bound, batch.scan, ranks)
     passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
-    scan = scan_columns(batch, passed_on, bound)
+    scan = scan_columns(batch, passed_on, bound, reduced=reduced)
     pool = None if scan.statistics is None else choose_pool(scan.statistics, batch.cfg, batch.draw, ranks)
     if bound is None:
         assert pool is not None
         kept, reconstructions = keep_columns(batch, pool[0])
     else:
-        candidates, n_extracted, n_scans = find_candidates(batch, pool, bound, scan.extracted)
+        candidates, cost = find_candidates(batch, pool, bound, scan.extracted, reduced)
         if candidates is None:
             return None
         kept = keep_largest(candidates, batch.n_keep, ranks)
         kept, reconstructions = encode_and_decode(x, weights, kept, batch.cfg.inner_widths)
     of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
     counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, batch.threshold)
-    return KeptStep(reconstructions, of_dead, kept, pool, counts, n_extracted, n_scans)
+    return KeptStep(reconstructions, of_dead, kept, pool, counts, cost)
 
 
 @torch.no_grad()
@@ -128,14 +139,22 @@ def find_candidates(
     pool: Int[Tensor, "groups n_candidates"] | None,
     bound: Float[Tensor, ""],
     extracted: Extracted | None,
-) -> tuple[Entries | None, int, int]:
+    reduced: ReducedProduct | None = None,
+) -> tuple[Entries | None, ScanCost]:
     """Entries in the pools, in the order of `Extracted`, with the `n_keep` largest or all positive ones among them.
 
     Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
     a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
-    they are too many for a sparse matrix. Also how many were extracted, in how many scans. All ranks decide alike.
+    they are too many for a sparse matrix. Also what it took. All ranks decide alike.
+
+    Args:
+        batch: what to select from, and how.
+        pool: the candidates; None for all latents.
+        bound: of the scan so far.
+        extracted: what it extracted; None if that was too much.
+        reduced: what it went by, if it was a reduced one; rescans are of the same kind.
     """
-    x, ranks, candidates, n_extracted, n_scans, member = batch.x, batch.ranks, None, 0, 1, None
+    x, ranks, candidates, member, cost = batch.x, batch.ranks, None, None, ScanCost(1, 0, 0)
     group_size = batch.cfg.pool_group_size or len(x)
     if pool is not None:
         member = torch.zeros(len(pool), batch.cfg.d_sae, dtype=torch.bool, device=x.device).scatter_(1, pool, True)
@@ -143,24 +162,35 @@ def find_candidates(
     if not ranks.any(found is None):
         assert extracted is not None
         assert found is not None
-        candidates, n_extracted = found, extracted.n_entries
+        candidates, n_recomputed = _above(bound, found, batch, reduced)
+        cost = ScanCost(1, extracted.n_entries, n_recomputed)
         if ranks.total(len(candidates.values)) >= batch.n_keep or bound == 0:
-            return candidates, n_extracted, n_scans
+            return candidates, cost
     estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(batch))
     for next_bound in (estimate, torch.zeros_like(estimate)):
         if candidates is not None and next_bound >= bound:
             continue  # would find no more
-        extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member).extracted
-        n_scans += 1
+        extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member, reduced=reduced).extracted
+        cost = cost._replace(n_scans=cost.n_scans + 1)
         found = None if extracted is None else extracted.inside(None, group_size)
         if ranks.any(found is None):
-            return None, n_extracted, n_scans
+            return None, cost
         assert extracted is not None
         assert found is not None
-        candidates, n_extracted = found, n_extracted + extracted.n_entries
+        candidates, n_recomputed = _above(next_bound, found, batch, reduced)
+        cost = ScanCost(cost.n_scans, cost.n_extracted + extracted.n_entries, cost.n_recomputed + n_recomputed)
         if ranks.total(len(candidates.values)) >= batch.n_keep:
             break
-    return candidates, n_extracted, n_scans
+    return candidates, cost
+
+
+def _above(
+    bound: Float[Tensor, ""], extracted: Entries, batch: Batch, reduced: ReducedProduct | None
+) -> tuple[Entries, int]:
+    """The extracted entries that do exceed the bound, and how many had to be computed once more to know that."""
+    if reduced is None:
+        return extracted, 0
+    return reduced.exact(extracted, bound, batch.n_keep, batch.ranks)
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ class Entries(NamedTuple):
     tokens: Int[Tensor, " entries"]
     latents: Int[Tensor, " entries"]
 
-    def at(self, places: Tensor) -> "Entries":
-        """Some of them, by index or mask."""
+    def at(self, places: Tensor | slice) -> "Entries":
+        """Some of them, by index, mask or range."""
         return Entries(*(column[places] for column in self))
 
 

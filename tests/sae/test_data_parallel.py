@@ -1,8 +1,6 @@
 """One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
 
 import dataclasses
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from process_helpers import FORKS
 from rank_worker import D_IN, D_SAE, TOKENS, K, work
+from simulated_ranks import on_ranks
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.sae.checks import check_groups, read_step
 from sae_lens_sampled.step.kept_entries import choose_path
-from sae_lens_sampled.step.ranks import SeveralRanks
 from sae_lens_sampled.step.scores import SCORES
 
 ALL = {"pool_factor": D_SAE / K}
@@ -111,44 +109,6 @@ def test_what_one_pool_exchanges_is_small(trained):
     n_bytes = trained[0][2][0][-1]["n_bytes"]
     pool = 2 * 5 * K * D_IN
     assert 0 < n_bytes <= (pool + 6 * D_SAE) * 4 + 64 * 1024
-
-
-class Simulated(SeveralRanks):
-    """Ranks that are threads of one process."""
-
-    def __init__(self, rank, count, barrier, box):
-        self.rank, self.count, self.barrier, self.box = rank, count, barrier, box
-
-    def sum(self, x):
-        return self._reduced(x, lambda stacked: stacked.sum(dim=0).to(x.dtype))
-
-    def max(self, x):
-        return self._reduced(x, lambda stacked: stacked.amax(dim=0))
-
-    def min(self, x):
-        return self._reduced(x, lambda stacked: stacked.amin(dim=0))
-
-    def _reduced(self, x, function):
-        self.box[self.rank] = x
-        self.barrier.wait(timeout=60)
-        result = function(torch.stack(list(self.box)))
-        self.barrier.wait(timeout=60)
-        return result
-
-
-def on_ranks(function, arguments):
-    """`function(argument, ranks)` on a rank for each argument, and what they returned or raised."""
-    count = len(arguments)
-    barrier, box = threading.Barrier(count), [None] * count
-
-    def call(rank):
-        try:
-            return function(arguments[rank], Simulated(rank, count, barrier, box))
-        except ValueError as error:
-            return error
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(call, range(count)))
 
 
 VALUES = st.one_of(

@@ -130,7 +130,7 @@ def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_s
             pool = sae_lens_sampled.step.kept_entries.choose_pool(
                 column_statistics(acts, "l2_norm", cfg.n_candidates, group_size), cfg, batch.draw
             )
-        candidates, _, _ = find_candidates(batch, pool, bound, extracted)
+        candidates, _ = find_candidates(batch, pool, bound, extracted)
     pools = oracles.pools(acts.tolist(), "l2_norm", cfg.n_candidates, group_size)
     want = oracles.kept_places(acts.tolist(), pools, n_keep, group_size)
     if candidates is None:  # nothing may be kept, and more than nothing may be extracted

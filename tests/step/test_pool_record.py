@@ -37,6 +37,7 @@ def test_record_matches_sets_kept_by_hand(fields):
                 "second_scans": 0,
                 "dense_steps": 0,
                 "extracted_per_kept": 0,
+                "recomputed_per_kept": 0,
             }
         )
         assert output.metrics.keys() == {"topk_threshold", "export_l0", "export_fvu", *sae.pool_statistics()}
