@@ -34,6 +34,7 @@ SLOW = (
     "interrupting",
     "benchmarks",
     "calibration",
+    "triton",
 )
 
 
