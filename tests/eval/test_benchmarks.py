@@ -56,7 +56,7 @@ def test_one_pool_goes_the_way_that_it_is_told(factor):
 def test_the_plan_is_that_of_the_committed_results():
     steps, planned = results("bench_training_step"), plan("cpu")
     sections, versions = steps["sections"], steps["versions"]
-    assert sections.keys() == planned.keys()
+    assert sections.keys() | {"libraries"} == planned.keys()  # these are measured where the packages are installed
     for name, rows in sections.items():
         for row, (setting, cases) in zip(rows, planned[name], strict=True):
             here = [case.name for case in cases if not case.package or case.package in versions]
@@ -124,16 +124,20 @@ def test_a_step_of_another_library_has_gradients_and_an_optimiser(package):
     assert all(moment.count_nonzero() > 0 for moment in moments)
 
 
-def test_libraries_that_are_not_installed_are_named():
+@pytest.mark.parametrize("dead", [0.0, 0.25])
+def test_libraries_are_beside_each_other_and_those_that_are_not_installed_are_named(dead):
+    cases = [case.name for case in libraries(256, dead) if case.package != "eai-sparsify"]
+    row = {"case": SETTING | {"dead": dead}, "repeats": 1, "step_ms": dict.fromkeys(cases, 20.0), "memory_mib": {}}
     steps = results("bench_training_step")
-    assert "was not installed" not in speed.page()
-    steps["versions"] = {name: v for name, v in steps["versions"].items() if name != "eai-sparsify"}
-    for row in steps["sections"]["libraries"]:
-        del row["step_ms"]["sparsify TopK"]
+    steps["sections"]["libraries"], steps["versions"]["dictionary-learning"] = [row], "0.1.0"
+    steps["versions"].pop("eai-sparsify", None)
     runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
     page = speed.render(steps, runs, results("bench_data_parallel"), None)
     assert "dictionary-learning 0.1.0, eai-sparsify was not installed." in page
-    assert "sparsify TopK" not in page
+    table = page[page.index("## Other libraries") : page.index("## On a GPU")]
+    assert "| sparsify TopK |" not in table
+    assert table.count("| 20 ms | 1.0x |") == len(cases) == (4 if dead else 5)
+    assert ("| dictionary_learning BatchTopK |" in table) == (dead == 0)
 
 
 def test_what_several_processes_exchange_is_what_the_page_calculates_with():

@@ -223,7 +223,7 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
     n_dense, n_sparse = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             left, right = args[-2:]
             if left.layout == right.layout == torch.strided:
                 self.n_dense += left.shape[0] * right.numel()
