@@ -258,6 +258,7 @@ def test_ranks_keep_what_one_process_keeps():
     assert torch.equal(tokens, whole.kept.tokens)
     assert torch.equal(torch.cat([part.kept.latents for part in parts]), whole.kept.latents)
     assert torch.equal(torch.cat([part.kept.values for part in parts]), whole.kept.values)
+    assert sum(part.cost.n_recomputed for part in parts) == whole.cost.n_recomputed
 
 
 @pytest.mark.parametrize("fields", [ALL, ALL | {"matryoshka_widths": [20, 90, 200]}], ids=str)
