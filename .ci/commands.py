@@ -57,6 +57,7 @@ TRAIN_LM = "--steps 3 --vocab-size 300 --hidden-size 32 --layers 1 --heads 2"
 HUB, HOURS, WHEEL = "downloads from the Hub", "takes hours", "installs; .ci/wheel does it"
 MENTIONED = "mentioned without its arguments"
 
+GPU = "needs a GPU; tests/eval/test_gpu_bench.py runs it on a CPU"
 COMMANDS: dict[str, Run | str] = {
     # README.md
     "make demo": "runs quickstart.py, which is run from its own document",
@@ -128,6 +129,13 @@ COMMANDS: dict[str, Run | str] = {
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),
     "benchmark/run.py --config small --report": Run(),
+    "bash eval/gpu.sh tests": GPU,
+    "bash eval/gpu.sh bench": GPU,
+    "bash eval/gpu.sh --wheels wheels tests": GPU,
+    "python eval/bench/speed.py": Run(),
+    "pip install dictionary-learning eai-sparsify": "installs",
+    "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 "
+    "--platform manylinux2014_x86_64 -d wheels sae-lens transformer-lens datasets ...": "downloads",
     "bench/check_export.py --report": Run(),
     "mutation.py --survivors": Run(needs="libcst"),
     "python eval/study/run.py --config tiny": HOURS,
