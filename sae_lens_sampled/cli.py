@@ -18,9 +18,9 @@ from sae_lens_sampled.runners import calibrate_command, train_command
 from sae_lens_sampled.runners.parts import parse_part
 from sae_lens_sampled.runners.train_command import TrainError
 from sae_lens_sampled.sae.calibration import MIN_TOKENS
+from sae_lens_sampled.sae.path_choice import MEASURED_DEVICES
 from sae_lens_sampled.similarity import similarity_table
-from sae_lens_sampled.step.kept_entries import choose_path
-from sae_lens_sampled.step.products import has_kernels
+from sae_lens_sampled.step.kept_entries import choose_path, possible_paths
 
 
 def _parse_kwargs(text: str) -> dict[str, Any]:
@@ -280,8 +280,9 @@ def _training_step(device: torch.device) -> str:
     config = sae_lens_sampled.SampledTopKTrainingSAEConfig
     single = config(d_in=768, d_sae=16_384, k=64, pool_factor=10)
     grouped = config(d_in=768, d_sae=16_384, k=64, pool_factor=10, pool_group_size=16)
+    if device.type in MEASURED_DEVICES and len(possible_paths(grouped, device)) > 1:
+        return "the fastest way, timed at the first step"
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
-    why = "its sparse kernels were not measured yet" if has_kernels(device) else "torch has no sparse kernels for it"
     small = "one small pool by its columns, " if choose_path(single, "auto", 4096, device) == "columns" else ""
-    return f"{small}others dense: {why}"
+    return f"{small}others dense: torch has no sparse kernels for it"

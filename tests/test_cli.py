@@ -223,6 +223,12 @@ def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
     assert words in line
 
 
+def test_info_says_where_the_way_is_measured(monkeypatch):
+    monkeypatch.setattr("sae_lens_sampled.cli.MEASURED_DEVICES", ("cpu",))  # as a GPU is
+    [line] = [line for line in CliRunner().invoke(app, ["info"]).output.splitlines() if "training step, cpu" in line]
+    assert line.endswith("the fastest way, timed at the first step")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -41,7 +41,8 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     Args:
         step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
             its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
-            equal up to rounding. "auto" takes what is faster on this device at these sizes.
+            equal up to rounding. "auto" takes what is faster at these sizes: by what was measured on CPUs; a GPU is
+            timed at the first step. The environment variable SAE_LENS_SAMPLED_STEP stands in for "auto".
         scan (Literal["auto", "full", "reduced"]): How a step on the kept entries looks for them on a CPU. "full": by a
             float32 product. "reduced": by one in bfloat16, with a margin for its rounding; what may be kept is computed
             once more in float32, so with a pool of all latents the kept entries and their values are those of a
@@ -148,7 +149,7 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
 
 
 def refuse_quota(config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose pools had a quota for each level, an option that there is no more.
+    """Refuse a checkpoint whose pools had a quota for each level, an option that was removed.
 
     Raises:
         ValueError: with the quota.

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     x: Float[Tensor, "tokens d_in"]
     """The encoder's inputs; on several ranks this one's."""
     weights: Weights
-    """Of all latents."""
+    """What encodes and decodes all latents."""
     threshold: Float[Tensor, " d_sae"]
     """The latents' thresholds, in units of the (rescaled) pre-activations."""
     cfg: PoolFields

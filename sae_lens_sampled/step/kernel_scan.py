@@ -125,7 +125,7 @@ def _sums_of_groups(of_tiles: TileSums, tiles: Tiles, score: str) -> ColumnSums:
 
 
 def _group_statistics(sums: ColumnSums, tiles: Tiles, score: str) -> ColumnStatistics:
-    """Of all groups; the last one may have fewer tokens."""
+    """Statistics of all groups, of which the last may have fewer tokens."""
     last = tiles.n_tokens - (tiles.n_groups - 1) * tiles.group_size
     if last == tiles.group_size:
         return statistics_of(sums, score)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_sampled.step.scores import in_float32
 from sae_lens_sampled.step.triton import available
 
 
@@ -71,23 +72,23 @@ def products_at(
 
 
 def _times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
-    values = _in_float32(values)
+    values = in_float32(values)
     return _product(_csr(values, pattern.rows, pattern.columns, pattern.shape), W.to(values.dtype))
 
 
 def _transposed_times(pattern: Pattern, values: Tensor, X: Tensor) -> Tensor:
-    (rows, columns, order, shape), values = pattern, _in_float32(values)
+    (rows, columns, order, shape), values = pattern, in_float32(values)
     return _product(_csr(values[order], columns[order], rows[order], shape[::-1]), X.to(values.dtype))
 
 
 def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
-    values = _in_float32(values)
+    values = in_float32(values)
     return values.new_zeros(pattern.shape[1]).index_add_(0, pattern.columns, values)
 
 
 def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
-    G = _in_float32(G)
-    # By column, whose row of W then stays in the cache: a third of the time.
+    G = in_float32(G)
+    # By column, whose row of W then stays in the cache.
     by_column = products_at(W.to(G.dtype), G, pattern.columns[pattern.order], pattern.rows[pattern.order])
     return torch.empty_like(by_column).scatter_(0, pattern.order, by_column)
 
@@ -119,10 +120,6 @@ def _product(sparse: Tensor, dense: Tensor) -> Tensor:
     """As `sparse @ dense`, which first writes zeros, and copies them: two passes over the result."""
     result = dense.new_empty(sparse.shape[0], dense.shape[1])
     return torch.addmm(result, sparse, dense, beta=0, out=result)
-
-
-def _in_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _starts(ascending: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1"]:

@@ -230,6 +230,6 @@ def has_bfloat16_instructions() -> bool:
 
 
 def _rounded_down(x: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """In float32, no larger than it was."""
+    """The largest float32 numbers that are not above `x`."""
     nearest = x.float()
     return torch.where(nearest.double() > x, nearest.nextafter(nearest.new_full((), -torch.inf)), nearest)

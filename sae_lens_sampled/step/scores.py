@@ -80,7 +80,7 @@ class ColumnScore:
 
 
 def _share_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
-    """Of a / peak and of its x log x: sums of very small or large activations themselves would leave the range."""
+    """Sums of a / peak and of its x log x: those of very small or large activations would leave the range."""
     share = acts / peak.unsqueeze(-2).clamp(min=torch.finfo(acts.dtype).tiny)
     return [share.sum(dim=-2), torch.special.xlogy(share, share).sum(dim=-2)]
 
@@ -257,11 +257,11 @@ def score_of(
 
 
 def in_float32(acts: Tensor) -> Tensor:
-    """In float32, or float64 as it is."""
+    """The activations in float32; float64 stays."""
     return acts.to(torch.promote_types(acts.dtype, torch.float32))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Scores are of full precision under autocast too."""
+    """A context without autocast: scores are of full precision under it too."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -14,6 +14,7 @@ import sae_lens_sampled.step.kept_entries
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.step.column_scan import scan_columns
 from sae_lens_sampled.step.kept_entries import choose_path
+from sae_lens_sampled.step.ranks import ALONE
 from sae_lens_sampled.step.scores import SCORES, goes_by_columns
 from sae_lens_sampled.step.selection import PoolFields, column_statistics
 from sae_lens_sampled.step.sparse_codes import Weights
@@ -121,6 +122,26 @@ def test_hooks_and_methods_of_ones_own_take_the_dense_path():
     sae = an_sae()
     sae.calculate_aux_loss = lambda **_: {"mine": torch.tensor(7.0)}
     assert step(sae, activations(70)).losses["mine"] == 7
+
+
+def test_a_way_of_ones_own_to_encode_says_the_pool_or_is_refused():
+    class Half(SampledTopKTrainingSAE):
+        def encode_with_pool(self, x, ranks=ALONE):
+            acts, hidden_pre, pool = super().encode_with_pool(x, ranks)
+            return acts / 2, hidden_pre, pool
+
+    class WithoutPool(SampledTopKTrainingSAE):
+        def encode_with_hidden_pre(self, x):
+            return super().encode_with_hidden_pre(x)
+
+    plain, half = an_sae(step="dense"), Half(an_sae().cfg)
+    half.load_state_dict(plain.state_dict())
+    want, got = step(plain, activations(70)), step(half, activations(70))
+    assert torch.equal(got.feature_acts, want.feature_acts / 2)
+    assert torch.equal(got.pool, want.pool)
+    message = "^WithoutPool has an encode_with_hidden_pre of its own, but a training step calls encode_with_pool"
+    with pytest.raises(ValueError, match=message):
+        step(WithoutPool(an_sae().cfg), activations(70))
 
 
 def test_the_path_is_said_once(caplog):
