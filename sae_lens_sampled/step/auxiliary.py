@@ -58,7 +58,7 @@ def dead_reconstruction(
     `hidden_pre` of the dead ones, or None if they are not at hand.
     """
     if by_entries(len(dead), k_aux, x.device):
-        return encode_and_decode(x, weights, dead_entries(x, weights, dead, hidden_pre, k_aux))[1][0]
+        return encode_and_decode(x, weights, dead_entries(x, weights, dead, hidden_pre, k_aux)).reconstructions[0]
     part = weights.of(dead)
     codes = x @ part.W_enc + part.b_enc
     if len(dead) > k_aux:

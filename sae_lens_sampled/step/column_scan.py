@@ -147,15 +147,19 @@ def scan_columns(
         dead_pre = x.new_empty(len(dead), len(x), dtype=weights.b_enc.dtype)
     for part, hidden_pre in _chunks(x, weights) if reduced is None else reduced.chunks():
         # Before `relu_`, which writes over the pre-activations: thresholds are never negative, but AuxK's entries are.
-        n_fired.append((hidden_pre > threshold[part, None]).sum(dim=1, dtype=torch.int32))
+        flags = torch.empty_like(hidden_pre)  # 1 and 0 as numbers: comparing takes a fifth of the time of truth values
+        fired = torch.gt(hidden_pre, threshold[part, None], out=flags)
+        n_fired.append(fired.sum(dim=1, dtype=torch.float32).int())
         if dead is not None and dead_pre is not None:
             here = dead[(dead >= part.start) & (dead < part.stop)] - part.start
             torch.index_select(hidden_pre, 0, here, out=dead_pre[n_seen : n_seen + len(here)])
             n_seen += len(here)
         # Counted before adding, so at most one chunk's entries are too many.
         if bound is not None and extracted.n_entries <= max_extracted:
-            # NaN, of broken weights, is not below: it must reach the loss.
-            above = ~(hidden_pre <= bound) if reduced is None else reduced.may_exceed(bound, hidden_pre, part)
+            if reduced is None:  # NaN, of broken weights, is not below: it must reach the loss
+                above = torch.le(hidden_pre, bound, out=flags).bool().logical_not_()
+            else:
+                above = reduced.may_exceed(bound, hidden_pre, part, out=flags)
             if member is not None:
                 above &= member[:, part].T.repeat_interleave(cfg.pool_group_size or len(x), dim=1)[:, : len(x)]
             extracted.add(hidden_pre, above, part.start)

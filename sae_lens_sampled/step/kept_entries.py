@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_sampled.step.auxiliary import by_entries, dead_reconstruction
+from sae_lens_sampled.step.auxiliary import by_entries, dead_entries, dead_reconstruction
 from sae_lens_sampled.step.column_scan import Batch, Extracted, scan_columns
 from sae_lens_sampled.step.products import has_kernels
 from sae_lens_sampled.step.ranks import ALONE, Ranks
@@ -107,9 +107,11 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
     if path == "kept":
         bound = first_bound(batch)
         reduced = None if batch.by_kernels else reduced_product(x, weights, bound, batch.scan, ranks)
-    passed_on = dead if by_entries(len(dead), k_aux, x.device) else None
+    sparse_aux = by_entries(len(dead), k_aux, x.device)
+    passed_on = dead if sparse_aux else None
     scan = scan_columns(batch, passed_on, bound, reduced=reduced)
     pool = None if scan.statistics is None else choose_pool(scan.statistics, batch.cfg, batch.draw, ranks)
+    of_dead = None
     if bound is None:
         assert pool is not None
         kept, reconstructions = keep_columns(batch, pool[0])
@@ -118,8 +120,10 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
         if candidates is None:
             return None
         kept = keep_largest(candidates, batch.n_keep, ranks)
-        kept, reconstructions = encode_and_decode(x, weights, kept, batch.cfg.inner_widths)
-    of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux) if len(dead) else None
+        dead_codes = dead_entries(x, weights, dead, scan.dead_pre, k_aux) if sparse_aux else None
+        kept, reconstructions, of_dead = encode_and_decode(x, weights, kept, batch.cfg.inner_widths, dead_codes)
+    if of_dead is None and len(dead):
+        of_dead = dead_reconstruction(x, weights, dead, scan.dead_pre, k_aux)
     counts = count_kept(kept.values, kept.latents, scan.n_fired, scan.peak, batch.threshold)
     return KeptStep(reconstructions, of_dead, kept, pool, counts, cost)
 

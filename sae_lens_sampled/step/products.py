@@ -17,22 +17,36 @@ from sae_lens_sampled.step.scores import in_float32
 from sae_lens_sampled.step.triton import available
 
 
-class Pattern(NamedTuple):
-    """Where a sparse matrix has entries, ascending by row."""
+class Pattern:
+    """Where a sparse matrix has entries, ascending by row; what products need of it is computed once."""
 
-    rows: Int[Tensor, " entries"]
-    columns: Int[Tensor, " entries"]
-    order: Int[Tensor, " entries"]
-    """That of the entries by column, and in a column by row."""
-    shape: tuple[int, int]
+    def __init__(self, rows: Int[Tensor, " entries"], columns: Int[Tensor, " entries"], shape: tuple[int, int]) -> None:
+        self.rows, self.columns, self.shape = rows, columns, shape
+        self.sorted_columns, self.order = columns.sort(stable=True)
+        """The columns ascending, and the entries in that order; in a column by row."""
 
+    @functools.cached_property
+    def rows_by_column(self) -> Int[Tensor, " entries"]:
+        """Rows of the entries in the order by column."""
+        return self.rows.index_select(0, self.order)
+
+    @functools.cached_property
     def row_starts(self) -> Int[Tensor, " rows_and_1"]:
         """The first entry of every row, and the number of entries."""
         return _starts(self.rows, self.shape[0])
 
+    @functools.cached_property
     def column_starts(self) -> Int[Tensor, " columns_and_1"]:
         """The same of columns, among the entries in their order."""
-        return _starts(self.columns[self.order], self.shape[1])
+        return _starts(self.sorted_columns, self.shape[1])
+
+    def csr(self, values: Float[Tensor, " entries"]) -> Tensor:
+        """The matrix with these values."""
+        return _csr(values, self.row_starts, self.columns, self.shape)
+
+    def transposed_csr(self, values: Float[Tensor, " entries"]) -> Tensor:
+        """The transposed matrix, from values in the order by column."""
+        return _csr(values, self.column_starts, self.rows_by_column, self.shape[::-1])
 
 
 class Products(NamedTuple):
@@ -67,18 +81,18 @@ def products_at(
     columns: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
     """Entries of $A B^T$, ascending by row."""
-    pattern = _csr(a.new_zeros(len(rows)), rows, columns, (len(a), len(b)))
+    pattern = _csr(a.new_zeros(len(rows)), _starts(rows, len(a)), columns, (len(a), len(b)))
     return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 
 def _times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
     values = in_float32(values)
-    return _product(_csr(values, pattern.rows, pattern.columns, pattern.shape), W.to(values.dtype))
+    return _product(pattern.csr(values), W.to(values.dtype))
 
 
 def _transposed_times(pattern: Pattern, values: Tensor, X: Tensor) -> Tensor:
-    (rows, columns, order, shape), values = pattern, in_float32(values)
-    return _product(_csr(values[order], columns[order], rows[order], shape[::-1]), X.to(values.dtype))
+    values = in_float32(values)
+    return _product(pattern.transposed_csr(values.index_select(0, pattern.order)), X.to(values.dtype))
 
 
 def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
@@ -89,7 +103,8 @@ def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
 def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
     G = in_float32(G)
     # By column, whose row of W then stays in the cache.
-    by_column = products_at(W.to(G.dtype), G, pattern.columns[pattern.order], pattern.rows[pattern.order])
+    where = pattern.transposed_csr(G.new_zeros(len(pattern.order)))
+    by_column = torch.sparse.sampled_addmm(where, W.to(G.dtype), G.T, beta=0).values()
     return torch.empty_like(by_column).scatter_(0, pattern.order, by_column)
 
 
@@ -102,10 +117,10 @@ def _by_kernels() -> Products:
     from sae_lens_sampled.step.triton.row_sums import row_sums
 
     def times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
-        return row_sums(values, pattern.columns, pattern.row_starts(), W)
+        return row_sums(values, pattern.columns, pattern.row_starts, W)
 
     def transposed_times(pattern: Pattern, values: Tensor, X: Tensor) -> Tensor:
-        return row_sums(values[pattern.order], pattern.rows[pattern.order], pattern.column_starts(), X)
+        return row_sums(values[pattern.order], pattern.rows_by_column, pattern.column_starts, X)
 
     def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
         return transposed_times(pattern, values, torch.ones(pattern.shape[0], 1, device=values.device))[:, 0]
@@ -126,9 +141,9 @@ def _starts(ascending: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1
     return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
 
 
-def _csr(values: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, ...]) -> Tensor:
+def _csr(values: Tensor, row_starts: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
     _silence_first_warnings()
-    return torch.sparse_csr_tensor(_starts(rows, size[0]), columns, values, size, check_invariants=False)
+    return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)
 
 
 @functools.cache

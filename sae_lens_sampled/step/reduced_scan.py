@@ -97,18 +97,16 @@ class ReducedProduct(NamedTuple):
             yield part, hidden_pre if norms is None else hidden_pre.mul_(norms[part, None])
 
     def may_exceed(
-        self, bound: Float[Tensor, ""], hidden_pre: Float[Tensor, "latents tokens"], part: slice
+        self, bound: Float[Tensor, ""], hidden_pre: Float[Tensor, "latents tokens"], part: slice, out: Tensor
     ) -> Bool[Tensor, "latents tokens"]:
         r"""Where a scanned entry of these latents is above the bound, or below it by no more than E.
 
-        $s > \mathrm{bound} - (\|x_i\| a_j + c_j)$ as $(s - \mathrm{bound} + c_j) / a_j > -\|x_i\|$, whose rounding is
-        in the slope. Norms of latents differ a hundredfold: with a chunk's largest, most entries would be extracted.
+        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding is in the slope and the offset. Norms of latents differ
+        a hundredfold: with a chunk's largest, most entries would be extracted. `out` is memory to write over.
         """
         below = _rounded_down(bound.double() - self.offset[part])
-        distance = torch.sub(hidden_pre, below[:, None], out=self.scratch[: len(below)]).mul_(
-            self.slope[part].reciprocal().float()[:, None]
-        )
-        return ~(distance <= -self.x_norm.float())
+        largest = torch.addr(hidden_pre, self.slope[part].float(), self.x_norm.float(), out=out)
+        return largest.le_(below[:, None]).bool().logical_not_()
 
     def exact(
         self, entries: Entries, bound: Float[Tensor, ""], n_keep: int, ranks: Ranks = ALONE

@@ -54,9 +54,24 @@ class Entries(NamedTuple):
         return Entries(*(column[places] for column in self))
 
 
+class Decoded(NamedTuple):
+    """What codes give, with gradient."""
+
+    kept: Entries
+    """The codes."""
+    reconstructions: Float[Tensor, "levels tokens d_out"]
+    """Those of the inner widths and, last, of all latents; without the decoder's bias."""
+    of_dead: Float[Tensor, "tokens d_out"] | None
+    """That of the codes of dead latents."""
+
+
 def encode_and_decode(
-    x: Float[Tensor, "tokens d_in"], weights: Weights, codes: Entries, inner_widths: Sequence[int] = ()
-) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    codes: Entries,
+    inner_widths: Sequence[int] = (),
+    dead: Entries | None = None,
+) -> Decoded:
     r"""The codes with their gradient, and the reconstructions from them: those of inner widths, and of all latents.
 
     For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere it is $\hat X = S W_{dec}$.
@@ -64,30 +79,41 @@ def encode_and_decode(
     $\partial W_{enc} = X^T D$, $\partial b = D^T 1$, $\partial X = D W_{enc}^T$. All in float32 at least, under
     autocast too: there are no such products in less.
 
+    What is reconstructed besides the whole is a block of rows below it, so that every weight has one gradient.
+
     Args:
         x: inputs.
         weights: of all latents.
         codes: the entries as encoding gives them, with decoder norms where these rescale; ascending by token and then
             by latent.
         inner_widths: numbers of latents, from the first on, that have a reconstruction of their own; increasing.
+        dead: codes of dead latents, for AuxK, as `codes` are; they count for no other reconstruction.
     """
-    pattern = Pattern(*codes[1:], codes.latents.argsort(stable=True), (len(x), len(weights.b_enc)))
-    values, norms = codes.values, weights.norms
+    n_tokens, n_kept, norms = len(x), len(codes.values), weights.norms
+    values, rows, latents = codes
+    if dead is not None:
+        values, latents = torch.cat([values, dead.values]), torch.cat([latents, dead.latents])
+        rows = torch.cat([rows, n_tokens + dead.tokens])
     if norms is not None:
         # A latent whose decoder row is 0 has only zeros here; 0 / 0 would be NaN.
-        values = values / norms.detach().clamp(min=torch.finfo(norms.dtype).tiny)[codes.latents]
+        values = values / norms.detach().clamp(min=torch.finfo(norms.dtype).tiny)[latents]
     x = x if weights.input_bias is None else x.detach()
+    pattern = Pattern(rows, latents, ((1 if dead is None else 2) * n_tokens, len(weights.b_enc)))
     values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, pattern)
-    kept = codes._replace(values=values if norms is None else values * norms[codes.latents])
-    if not inner_widths:
-        return kept, _Decode.apply(values, weights.W_dec, pattern)[None]
-    # A level is a block of rows: what it adds to every token, in the same products.
-    levels = level_of(codes.latents, inner_widths)
-    by_level = levels.argsort(stable=True)
-    rows, latents = (levels * len(x) + codes.tokens)[by_level], codes.latents[by_level]
-    shape = ((len(inner_widths) + 1) * len(x), len(weights.b_enc))
-    added = _Decode.apply(values[by_level], weights.W_dec, Pattern(rows, latents, latents.argsort(stable=True), shape))
-    return kept, added.unflatten(0, (-1, len(x))).cumsum(dim=0)
+    acts = values[:n_kept].to(codes.values.dtype)  # those of the dead may be more precise
+    kept = codes._replace(values=acts if norms is None else acts * norms[codes.latents])
+    n_levels = len(inner_widths) + 1
+    n_blocks = n_levels if dead is None else n_levels + 1
+    if inner_widths:
+        # A level is what it adds to every token; the dead come after all levels.
+        level = level_of(latents, inner_widths)
+        rows = torch.where(rows < n_tokens, level * n_tokens, len(inner_widths) * n_tokens) + rows
+        by_row = rows.argsort(stable=True)
+        pattern = Pattern(rows[by_row], latents[by_row], (n_blocks * n_tokens, len(weights.b_enc)))
+        values = values[by_row]
+    decoded = _Decode.apply(values, weights.W_dec, pattern).unflatten(0, (n_blocks, n_tokens))
+    reconstructions = decoded[:n_levels].cumsum(dim=0) if inner_widths else decoded[:1]
+    return Decoded(kept, reconstructions, None if dead is None else decoded[-1])
 
 
 def level_of(latents: Int[Tensor, " some"], inner_widths: Sequence[int]) -> Int[Tensor, " some"]:
@@ -122,10 +148,13 @@ class _Encode(torch.autograd.Function):
         (x, W_enc, b_enc), pattern, products = ctx.saved_tensors, ctx.pattern, products_for(gradient)
         dx, dinput_bias = None, None
         with torch.autocast(x.device.type, enabled=False):
-            dW_enc = products.transposed_times(pattern, gradient, x).T.to(W_enc.dtype)
+            n_blocks = pattern.shape[0] // max(len(x), 1) or 1  # of as many rows as there are tokens
+            inputs = x if n_blocks == 1 else x.repeat(n_blocks, 1)
+            dW_enc = products.transposed_times(pattern, gradient, inputs).T.to(W_enc.dtype)
             db_enc = products.column_sums(pattern, gradient).to(b_enc.dtype)
             if ctx.needs_input_grad[0]:
-                dx = products.times(pattern, gradient, W_enc.T).to(x.dtype)
+                dx = products.times(pattern, gradient, W_enc.T)
+                dx = dx.unflatten(0, (n_blocks, len(x))).sum(dim=0).to(x.dtype)
             if ctx.needs_input_grad[3]:
                 dinput_bias = -(W_enc @ db_enc.to(W_enc.dtype))
         return dx, dW_enc, db_enc, dinput_bias, None, None

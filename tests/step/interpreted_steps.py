@@ -295,7 +295,7 @@ def test_nan_reaches_the_kept_entries_and_ties_are_kept_alike(by_kernels, monkey
 
 def test_every_product_is_torchs():
     rows, columns = torch.tensor([0, 0, 1, 3, 3, 3, 5]), torch.tensor([1, 4, 0, 4, 2, 0, 1])
-    pattern = Pattern(rows, columns, columns.argsort(stable=True), (6, 5))
+    pattern = Pattern(rows, columns, (6, 5))
     values, W, X = torch.randn(7), torch.randn(5, 3), torch.randn(6, 3)
     products = products_for(values)
     assert products is not BY_CSR

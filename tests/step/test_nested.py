@@ -156,7 +156,7 @@ def test_decoding_by_levels_has_the_gradients_of_differences():
         weights = Weights(W_enc, b_enc, W_dec, W_dec.norm(dim=1))
         with torch.no_grad():
             values = weights.hidden_pre(x)[tokens, latents]
-        codes, reconstructions = encode_and_decode(x, weights, Entries(values, tokens, latents), [1, 3])
+        codes, reconstructions, _ = encode_and_decode(x, weights, Entries(values, tokens, latents), [1, 3])
         assert reconstructions.shape == (3, 4, 3)
         return codes.values, reconstructions
 

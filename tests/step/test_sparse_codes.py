@@ -30,7 +30,7 @@ def test_every_gradient_is_that_of_differences(rescale, by_input_bias):
         norms = W_dec.norm(dim=1) if rescale else None
         inputs = (x.detach() if by_input_bias else x) - input_bias
         weights = Weights(W_enc, b_enc, W_dec, norms, input_bias if by_input_bias else None)
-        codes, [reconstruction] = encode_and_decode(inputs, weights, codes_of(inputs, W_enc, b_enc, norms))
+        codes, [reconstruction], _ = encode_and_decode(inputs, weights, codes_of(inputs, W_enc, b_enc, norms))
         return codes.values, reconstruction
 
     x = drawn(N_TOKENS, SIZE_IN)
@@ -39,10 +39,29 @@ def test_every_gradient_is_that_of_differences(rescale, by_input_bias):
     assert torch.autograd.gradcheck(function, given)
 
 
+@pytest.mark.parametrize("inner_widths", [(), (2, 4)])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_codes_of_dead_latents_beside_the_kept_give_what_they_give_alone(inner_widths, rescale):
+    given = (drawn(N_TOKENS, SIZE_IN), drawn(SIZE_IN, N_LATENTS), drawn(N_LATENTS), drawn(N_LATENTS, SIZE_IN))
+    x, W_enc, b_enc, W_dec = given
+    weights = Weights(W_enc, b_enc, W_dec, W_dec.norm(dim=1) if rescale else None)
+    kept = codes_of(x, W_enc, b_enc, weights.norms)
+    dead = kept.at(torch.tensor([0, 3, 5]))  # a latent may be kept and dead on the same token
+
+    together = encode_and_decode(x, weights, kept, inner_widths, dead)
+    alone = encode_and_decode(x, weights, kept, inner_widths)
+    dead_alone = encode_and_decode(x, weights, dead).reconstructions[0]
+    got = (together.kept.values, together.reconstructions, together.of_dead)
+    want = (alone.kept.values, alone.reconstructions, dead_alone)
+    torch.testing.assert_close(got, want)
+    losses = [sum((i + 1) * out.pow(3).sum() for i, out in enumerate(outputs)) for outputs in (got, want)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, given, retain_graph=True) for loss in losses))
+
+
 def test_reconstruction_is_the_product_by_hand():
     W_enc, b_enc, W_dec = drawn(SIZE_IN, N_LATENTS), drawn(N_LATENTS), drawn(N_LATENTS, SIZE_IN)
     x = drawn(N_TOKENS, SIZE_IN)
-    codes, [got] = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes_of(x, W_enc, b_enc, None))
+    codes, [got], _ = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes_of(x, W_enc, b_enc, None))
     want = [[0.0] * SIZE_IN for _ in range(N_TOKENS)]
     for value, token, latent in zip(*(column.tolist() for column in codes), strict=True):
         for i in range(SIZE_IN):
@@ -54,7 +73,7 @@ def test_reconstruction_is_the_product_by_hand():
 def test_no_entries_reconstruct_zero_with_gradients_of_zero(n_tokens):
     weights = Weights(drawn(SIZE_IN, N_LATENTS), drawn(N_LATENTS), drawn(N_LATENTS, SIZE_IN), None)
     none = Entries(torch.zeros(0, dtype=torch.double), TOKENS[:0], LATENTS[:0])
-    codes, [reconstruction] = encode_and_decode(drawn(n_tokens, SIZE_IN), weights, none)
+    codes, [reconstruction], _ = encode_and_decode(drawn(n_tokens, SIZE_IN), weights, none)
     assert torch.equal(reconstruction, torch.zeros(n_tokens, SIZE_IN, dtype=torch.double))
     (reconstruction.sum() + codes.values.sum()).backward()
     assert all((weight.grad == 0).all() for weight in weights[:3])
@@ -67,7 +86,7 @@ def test_low_precision_is_computed_in_float32_under_autocast_too(dtype):
     )
     codes = codes_of(x, W_enc, b_enc, None)
     with torch.autocast("cpu", torch.bfloat16):
-        _, [got] = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes)
+        _, [got], _ = encode_and_decode(x, Weights(W_enc, b_enc, W_dec, None), codes)
     assert got.dtype == torch.float32
     got.square().sum().backward()
     exact = [tensor.detach().float().requires_grad_() for tensor in (x, W_enc, b_enc, W_dec)]
@@ -84,7 +103,7 @@ def test_users_see_no_warning_of_torch():
         "import torch; from sae_lens_sampled.step.sparse_codes import *; w = torch.ones(2, 3, requires_grad=True);"
         "e = Entries(torch.ones(1), torch.tensor([1]), torch.tensor([2]));"
         "a = torch.ones(4, 2, requires_grad=True);"
-        "encode_and_decode(a, Weights(w, torch.zeros(3), w.T, None), e)[1].sum().backward()"
+        "encode_and_decode(a, Weights(w, torch.zeros(3), w.T, None), e).reconstructions.sum().backward()"
     )
     run = subprocess.run([sys.executable, "-W", "always::UserWarning", "-c", script], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
