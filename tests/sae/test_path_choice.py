@@ -174,3 +174,13 @@ def test_real_timers_end_in_one_of_the_ways(monkeypatch):
     sae.training_forward_pass(step_input(activations(48)))
     assert sae.path_choice.path in ("kept", "dense")
     assert all(parameter.grad is None for parameter in sae.parameters())
+
+
+def test_a_compiled_step_is_measured_once_outside_of_the_graph(measured_here):
+    sae = sampled_sae(pool_factor=None)
+    step = torch.compile(sae.training_forward_pass, backend="eager")  # as the runner's `compile_sae` does
+    outputs = [step(step_input(activations(64))) for _ in range(3)]
+    assert [output.path for output in outputs] == ["kept"] * 3
+    assert len(measured_here) == 1
+    outputs[-1].loss.backward()
+    assert sae.W_enc.grad is not None
