@@ -176,6 +176,7 @@ def test_real_timers_end_in_one_of_the_ways(monkeypatch):
     assert all(parameter.grad is None for parameter in sae.parameters())
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_compiled_step_is_measured_once_outside_of_the_graph(measured_here):
     sae = sampled_sae(pool_factor=None)
     step = torch.compile(sae.training_forward_pass, backend="eager")  # as the runner's `compile_sae` does
