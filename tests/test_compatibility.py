@@ -38,6 +38,16 @@ def test_a_checkpoint_of_before_exports_the_same_sae_and_trains_on():
     assert sae.pool_record.input_norm.item() == pytest.approx(x.norm(dim=-1).mean().item())
 
 
+def test_pools_of_a_checkpoint_of_before_go_on_or_end_as_the_run_says_that_resumes():
+    assert "pool_steps" not in json.loads((BEFORE / "checkpoint" / "cfg.json").read_text())
+    x = activations(64, seed=8)
+    assert load_checkpoint(BEFORE / "checkpoint").cfg.pool_steps is None
+    for pool_steps, has_pool in ((None, True), (31, True), (30, False)):
+        sae = sampled_sae(pool_group_size=16, pool_steps=pool_steps)
+        sae.load_weights_from_checkpoint(BEFORE / "checkpoint")
+        assert (sae.training_forward_pass(step_input(x)).pool is not None) == has_pool
+
+
 def test_pools_with_a_quota_which_there_are_no_more_are_refused(tmp_path):
     checkpoint = shutil.copytree(BEFORE / "checkpoint", tmp_path / "checkpoint")
     config = json.loads((checkpoint / "cfg.json").read_text())

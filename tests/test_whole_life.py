@@ -41,6 +41,8 @@ def configs(draw):
         "apply_b_dec_to_input": draw(st.booleans()),
         "dtype": draw(st.sampled_from(["float32", "float32", "float64", "bfloat16"])),
     }
+    if fields["pool_factor"] < d_sae / k:
+        fields["pool_steps"] = draw(st.sampled_from([None, 1, 3]))
     if d_sae > 2 and draw(st.booleans()):
         inner = sorted(draw(st.sets(st.integers(1, d_sae - 1), min_size=1, max_size=3)))
         fields |= {"matryoshka_widths": [*inner, d_sae], "inner_loss_steps": draw(st.sampled_from([None, 2]))}

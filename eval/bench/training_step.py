@@ -44,6 +44,7 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 from bench.cases import ALL_LATENTS, OTHER_PACKAGES, WAYS_OF_ONE_POOL, Case, Setting, plan, sae_config
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step.kept_entries import StepPath
+from sae_lens_sampled.step.selection import PoolFields
 
 RESULTS = EVAL / "results"
 
@@ -56,7 +57,7 @@ class OnPath(SampledTopKTrainingSAE):
         self.path: StepPath = path
 
     @override
-    def choose_path(self, x: torch.Tensor) -> StepPath:
+    def choose_path(self, x: torch.Tensor, fields: PoolFields) -> StepPath:
         return self.path
 
 

@@ -15,7 +15,8 @@ from sae_lens_sampled.hub.folder import without_folders
 
 Number = int | float
 
-COMPARED = ("d_sae", "k", "pool_factor", "score", "pool_sampling", "pool_group_size", "inference_threshold")
+POOL_FIELDS = ("pool_factor", "pool_steps", "score", "pool_sampling", "pool_group_size")
+COMPARED = ("d_sae", "k", *POOL_FIELDS, "inference_threshold")
 LABELS = {"l0": "L0", "fvu": "FVU", "dead": "dead latents"}
 IN_TRAINING = {"l0": "L0", "num_dead_features": "dead latents"}
 """Entries of the SAE's metadata, and the measured columns that they stand in for."""
@@ -29,7 +30,8 @@ TEMPLATE = """---
 Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens), stored for inference: plain
 SAELens loads them.{% if sampled %} Those trained as `sampled_topk` are Sampled-SAEs
 ([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and BatchTopK selects
-among the `k * pool_factor` best-scored ones.{% endif %}
+among the `k * pool_factor` best-scored ones{% if pools_end %}, after `pool_steps` steps among all{% endif %}.
+{%- endif %}
 
 ## Use
 
@@ -95,6 +97,7 @@ def model_card(
         template_str=TEMPLATE,
         name=name,
         sampled=sampled,
+        pools_end=any(_details(cfg).get("pool_steps") for cfg in configs.values()),
         repo_id=repo_id,
         sae_id=sae_id,
         d_in=cfg.get("d_in"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_lens_sampled.folders import UNFOLDED, read_config, read_runner_config
 from sae_lens_sampled.sae.config import refuse_quota
 from sae_lens_sampled.step.ranks import ALONE, Ranks
+from sae_lens_sampled.step.selection import PoolFields
 
 WEIGHT_FIELDS = (
     "d_in",
@@ -61,10 +62,16 @@ class StepState(NamedTuple):
     dead: Tensor | None
     """Which latents are dead: those that have fired on no rank for long enough."""
     n_dead: int
+    n_steps: int
+    """Training steps before this one."""
+    fields: PoolFields
+    """Those in force, which choose its pool: not the config's where its `pool_steps` are over."""
 
 
-def read_step(step_input: TrainStepInput, ranks: Ranks = ALONE) -> StepState:
+def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, ranks: Ranks = ALONE) -> StepState:
     """The first wait for a GPU in a step; refuses rows that are not finite.
+
+    `n_steps` is the record's number of steps, alike on all ranks: SAELens' own is one too low after a checkpoint.
 
     Raises:
         ValueError: with the number of rows and the step; on all ranks, if the rows of any are at fault, or if they have
@@ -76,7 +83,8 @@ def read_step(step_input: TrainStepInput, ranks: Ranks = ALONE) -> StepState:
     sizes = bad_rows.new_full((2,), bad_rows.numel(), dtype=torch.int64)
     sizes[1].neg_()
     most, fewest = ranks.max(sizes)
-    n_bad, n_dead, most, fewest = torch.stack([ranks.sum(bad_rows.sum()), n_dead, most, fewest.neg()]).tolist()
+    numbers = torch.stack([ranks.sum(bad_rows.sum()), n_dead, most, fewest.neg(), n_steps])
+    n_bad, n_dead, most, fewest, n_before = numbers.tolist()
     if most != fewest:
         raise ValueError(
             f"the ranks have between {fewest} and {most} tokens at training step {step_input.n_training_steps}, "
@@ -88,7 +96,7 @@ def read_step(step_input: TrainStepInput, ranks: Ranks = ALONE) -> StepState:
             f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
             "the language model (float16?) or exclude the tokens at fault."
         )
-    return StepState(dead, n_dead)
+    return StepState(dead, n_dead, n_before, cfg.fields_after(n_before))
 
 
 def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:

@@ -98,11 +98,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
             isinstance(self.inner_loss_coefficient, (int, float)) and 0 <= self.inner_loss_coefficient < math.inf,
             f"inner_loss_coefficient={self.inner_loss_coefficient!r} must be a finite number of at least 0.",
         )
-        steps = self.inner_loss_steps
-        check(
-            steps is None or (_is_list_of([steps], int) and steps >= 1),
-            f"inner_loss_steps={steps!r} must be a whole number of training steps, at least 1, or None for all.",
-        )
+        _check_steps("inner_loss_steps", steps := self.inner_loss_steps)
         check(
             steps is None or len(self.inner_widths) > 0,
             f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
@@ -201,7 +197,20 @@ def check_pool_fields(cfg: PoolFields) -> None:
         cfg.pool_group_size is None or cfg.pool_group_size >= 1,
         f"pool_group_size={cfg.pool_group_size} must be at least 1 token, or None for one pool per batch.",
     )
+    _check_steps("pool_steps", cfg.pool_steps)
+    check(
+        cfg.pool_steps is None or cfg.n_candidates < cfg.d_sae,
+        f"pool_steps={cfg.pool_steps} ends the pools, but with pool_factor={cfg.pool_factor} there are none: each of "
+        f"the d_sae={cfg.d_sae} latents is a candidate from the first step. Leave one of the two out.",
+    )
     _check_levels(cfg)
+
+
+def _check_steps(name: str, steps: Any) -> None:
+    check(
+        steps is None or (_is_list_of([steps], int) and steps >= 1),
+        f"{name}={steps!r} must be a whole number of training steps, at least 1, or None for all.",
+    )
 
 
 def _check_levels(cfg: PoolFields) -> None:

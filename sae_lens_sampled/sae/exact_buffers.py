@@ -55,4 +55,9 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
                 f"{buffer.numel() * buffer.element_size()} bytes. Checkpoints hold {sorted(state_dict)[:4]} and so on; "
                 "an SAE exported for inference cannot be trained further."
             )
-        state_dict[name] = packed.to(torch.uint8).view(buffer.dtype).view(buffer.shape)
+        state_dict[name] = unpack(packed, buffer.dtype).view(buffer.shape)
+
+
+def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of one buffer, shape (n,), from their bytes, whatever dtype these were cast to."""
+    return packed.to(torch.uint8).view(dtype)

@@ -63,8 +63,8 @@ def kept_forward_pass(
     if not (cfg.apply_b_dec_to_input or wanted):
         x = x.detach()
     weights = sae.weights()._replace(input_bias=input_bias)
-    scan = choose_scan(cfg.scan, cfg, len(x), weights.W_enc)
-    batch = Batch(x, weights, sae.latent_threshold, cfg, record.n_steps, record.cutoff, ranks, scan)
+    scan = choose_scan(cfg.scan, state.fields, len(x), weights.W_enc)
+    batch = Batch(x, weights, sae.latent_threshold, state.fields, record.n_steps, record.cutoff, ranks, scan)
     width = target.shape[-1]  # that of a head, where the heads are merged for the encoder
     step = kept_step(batch, path, dead_latents(state.dead, state.n_dead), min(width // 2, state.n_dead))
     if step is None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.folders import UNFOLDED, is_export
 from sae_lens_sampled.sae.config import SampledTopKSAEConfig
+from sae_lens_sampled.sae.exact_buffers import unpack
 from sae_lens_sampled.step.selection import sampled_topk
 
 
@@ -39,6 +40,10 @@ class SampledTopKSAE(TopKSAE):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
+        n_steps = state_dict.get("pool_record.n_steps")
+        if n_steps is not None:
+            self.cfg = self.cfg.fields_after(int(unpack(n_steps, torch.int64)))  # type: ignore[assignment]
+            self.activation_fn = self.get_activation_fn()
         for name in [name for name in state_dict if name not in self.state_dict()]:
             if name == "topk_threshold" or name.startswith(("pool_record.", "rate_matcher.", "path_choice.")):
                 del state_dict[name]

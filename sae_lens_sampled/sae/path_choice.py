@@ -57,6 +57,11 @@ class PathChoice(nn.Module):
         self._known = [place, n_tokens, int(n_steps >= AGAIN_AFTER_STEPS), int(dead_share > DEAD_SHARE)]
         self.record.copy_(torch.tensor(self._known))
 
+    def forget(self) -> None:
+        """Measure anew: what was measured was another step's."""
+        self._known = [0] * len(self.record)
+        self.record.zero_()
+
     def _read(self) -> list[int]:
         if self._known is None:
             self._known = self.record.tolist()

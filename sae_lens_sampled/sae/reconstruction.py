@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 
@@ -16,6 +17,20 @@ def add_skip(sae: SAE[Any], x: Tensor, reconstruction: Tensor) -> Tensor:
     """
     W_skip = getattr(sae, "W_skip", None)
     return reconstruction if W_skip is None else reconstruction + nn.functional.linear(x.to(W_skip.dtype), W_skip)
+
+
+def decode_inner_widths(sae: Any, x: Tensor, acts: Tensor) -> list[Tensor]:
+    """Reconstructions from the inner widths, shape (tokens, d_out), by Matryoshka's own code, which takes rows only.
+
+    Args:
+        sae: in training, with levels or without.
+        x: its inputs, shape (..., d_in).
+        acts: their feature activations, shape (..., d_sae).
+    """
+    if not sae.cfg.inner_widths:
+        return []
+    levels = MatryoshkaBatchTopKTrainingSAE._iterable_decode(sae, acts.flatten(0, -2))
+    return [add_skip(sae, x.reshape(-1, x.shape[-1]), decoded) for _, decoded in levels]
 
 
 def encode_and_reconstruct(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:

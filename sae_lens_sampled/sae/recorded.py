@@ -20,6 +20,7 @@ from sae_lens_sampled.sae.export import to_jumprelu
 from sae_lens_sampled.sae.path_choice import PathChoice
 from sae_lens_sampled.sae.reconstruction import add_skip
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS, PoolRecord
+from sae_lens_sampled.step.selection import PoolFields
 from sae_lens_sampled.step.sparse_codes import Weights
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, RateMatcher
 
@@ -44,6 +45,10 @@ class RecordedSAE(BatchTopKTrainingSAE):
     def latent_threshold(self) -> Tensor:
         """The threshold that each latent would be exported with, float32, shape (d_sae,), in units of `hidden_pre`."""
         return self.rate_matcher.threshold
+
+    def pool_fields(self) -> PoolFields:
+        """The fields that choose the pool after the steps so far; waits for the device where there are `pool_steps`."""
+        return self.cfg if self.cfg.pool_steps is None else self.cfg.fields_after(int(self.pool_record.n_steps))
 
     def weights(self) -> Weights:
         """What encodes and decodes, with gradient."""

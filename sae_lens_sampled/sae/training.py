@@ -3,10 +3,10 @@
 import dataclasses
 import math
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from sae_lens import logger
-from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -17,17 +17,19 @@ from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.forward import ForwardPass, SampledTrainStepOutput, add_inner_losses, kept_forward_pass
 from sae_lens_sampled.sae.gradient_sum import GradientSum, join_group
 from sae_lens_sampled.sae.path_choice import MEASURED_DEVICES, fastest_path, fixed_step
-from sae_lens_sampled.sae.reconstruction import add_skip
+from sae_lens_sampled.sae.reconstruction import add_skip, decode_inner_widths
 from sae_lens_sampled.sae.recorded import RecordedSAE
 from sae_lens_sampled.step.kept_entries import StepPath, choose_path, possible_paths
 from sae_lens_sampled.step.pool_record import POOL_STATISTICS
 from sae_lens_sampled.step.ranks import ALONE, Ranks
 from sae_lens_sampled.step.reduced_scan import Scan, choose_scan
-from sae_lens_sampled.step.selection import sampled_topk
+from sae_lens_sampled.step.selection import PoolFields, sampled_topk
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, StepCounts, count_dense, reduce_counts
 
 STEP_METHODS = ("encode", "encode_with_hidden_pre", "encode_with_pool", "decode", "calculate_aux_loss")
 """Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
+Encoded: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Activations, pre-activations and the pool, as `encode_with_pool` gives them."""
 
 
 class SampledTopKTrainingSAE(RecordedSAE):
@@ -59,24 +61,24 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
         Nothing is recorded. `draw` is the number of the random draw of a sampled pool; `encode` always takes draw 0.
         """
-        return self._encode(x, torch.full_like(self.pool_record.n_steps, draw), ALONE)[0]
+        return self._encode(x, torch.full_like(self.pool_record.n_steps, draw), ALONE, self.pool_fields())[0]
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Feature activations and pre-activations as in this training step, both of shape (..., d_sae)."""
         return self.encode_with_pool(x)[:2]
 
-    def encode_with_pool(self, x: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode_with_pool(self, x: Tensor, ranks: Ranks = ALONE, fields: PoolFields | None = None) -> Encoded:
         """As `encode_with_hidden_pre`, and the pool, shape (groups, n_candidates); None if every latent is in it.
 
         A dense step calls this; a subclass that selects in another way has one of its own. `ranks` are the processes
-        that share the batch, of which `x` is this one's.
+        that share the batch, of which `x` is this one's; `fields` choose the pool, None: those after the steps so far.
         """
-        return self._encode(x, self.pool_record.n_steps, ranks)
+        return self._encode(x, self.pool_record.n_steps, ranks, fields or self.pool_fields())
 
-    def _encode(self, x: Tensor, draw: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _encode(self, x: Tensor, draw: Tensor, ranks: Ranks, fields: PoolFields) -> Encoded:
         check_shape(self, x)
-        all_latents = self.cfg.n_candidates == self.cfg.d_sae
+        all_latents = fields.n_candidates == self.cfg.d_sae
         if all_latents and ranks.count == 1:
             return *super().encode_with_hidden_pre(x), None
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
@@ -88,7 +90,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
             values = acts.flatten().gather(0, chosen)
             kept, pool = torch.zeros_like(acts).flatten().scatter(0, chosen, values), None
         else:
-            kept, pool = sampled_topk(acts, self.cfg, draw, self.pool_record.cutoff, ranks)
+            kept, pool = sampled_topk(acts, fields, draw, self.pool_record.cutoff, ranks)
         return self.hook_sae_acts_post(kept.view_as(hidden_pre)), hidden_pre, pool
 
     @override
@@ -99,7 +101,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
             ValueError: if `sae_in` is empty, has another width or non-finite rows, before anything is changed; if the
                 loss is not finite at a step that logs; for a subclass that encodes in its own way without a pool.
         """
-        state = read_step(step_input, self.ranks)
+        state = read_step(step_input, self.cfg, self.pool_record.n_steps, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)
         check_groups(math.prod(x.shape) // self.cfg.d_in, self.cfg.pool_group_size, self.ranks.count)
         done = self._kept_forward_pass(step_input, x, target, state)
@@ -116,20 +118,21 @@ class SampledTopKTrainingSAE(RecordedSAE):
         output.metrics.update(of_pools | self.export_metrics(step_input.sae_in))
         return output
 
-    def choose_path(self, x: Tensor) -> StepPath | None:
-        """How a step on `x` is computed, asked once a step; None: by the way that is measured to be the fastest."""
+    def choose_path(self, x: Tensor, fields: PoolFields) -> StepPath | None:
+        """How a step on `x` with such a pool is computed, asked once a step; None: in the way measured as fastest."""
         n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
         step = "dense" if own_step or hooked else fixed_step(self.cfg.step)
-        if step == "auto" and device.type in MEASURED_DEVICES and len(possible_paths(self.cfg, device)) > 1:
+        if step == "auto" and device.type in MEASURED_DEVICES and len(possible_paths(fields, device)) > 1:
             return None
-        return choose_path(self.cfg, step, n_tokens, device)
+        return choose_path(fields, step, n_tokens, device)
 
     def _measured_path(self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState) -> StepPath:
         """What was measured to be the fastest on such a batch, or is measured now, on the process's own tokens."""
         choice, when = self.path_choice, (len(x), step_input.n_training_steps, state.n_dead / self.cfg.d_sae)
-        if choice.is_due(*when):
+        paths, costs = possible_paths(state.fields, x.device), dict(self.scan_record)
+        if choice.is_due(*when) or choice.path not in paths:
 
             def loss_by(path: StepPath) -> Tensor:
                 if path == "dense":
@@ -139,7 +142,6 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 add_inner_losses(self, done.output, done.inner)
                 return done.output.loss
 
-            paths, costs = possible_paths(self.cfg, x.device), dict(self.scan_record)
             fastest = fastest_path(loss_by, paths, list(self.parameters()), self.ranks)
             choice.remember(fastest, *when)
             self.scan_record.update(costs)
@@ -152,11 +154,14 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def _kept_forward_pass(
         self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState
     ) -> ForwardPass | None:
-        path = self.choose_path(x) or self._measured_path(step_input, x, target, state)
+        if state.n_steps == self.cfg.pool_steps:
+            self.path_choice.forget()
+            logger.info(f"sampled_topk: after {state.n_steps} training steps with pools every latent is a candidate")
+        path = self.choose_path(x, state.fields) or self._measured_path(step_input, x, target, state)
         if self._announced is None:
             warn_if_alone(self.ranks)
         n_tokens = math.prod(x.shape) // self.cfg.d_in
-        scan = choose_scan(self.cfg.scan, self.cfg, n_tokens, self.W_enc) if path == "kept" else "full"
+        scan = choose_scan(self.cfg.scan, state.fields, n_tokens, self.W_enc) if path == "kept" else "full"
         if (path, scan) != self._announced:
             how = "" if scan == "full" else ", with a scan in bfloat16 and kept values in float32"
             logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {x.device} take the path {path!r}{how}")
@@ -172,7 +177,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 f"{type(self).__name__} has an encode_with_hidden_pre of its own, but a training step calls "
                 "encode_with_pool, which gives the pool too; give it one of those."
             )
-        feature_acts, hidden_pre, pool = self.encode_with_pool(x, ranks)
+        feature_acts, hidden_pre, pool = self.encode_with_pool(x, ranks, state.fields)
         sae_out = add_skip(self, x, self.decode(feature_acts))
         loss = self.mse_loss_fn(sae_out, target).sum(dim=-1).mean()
         step_input = dataclasses.replace(step_input, sae_in=target, dead_neuron_mask=state.dead)
@@ -190,12 +195,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         )
         acts, pre = (matrix.detach().reshape(-1, self.cfg.d_sae) for matrix in (feature_acts, hidden_pre))
         counts = reduce_counts(count_dense(acts, pre, self.latent_threshold), ranks)
-        inner = []
-        if self.cfg.inner_widths:
-            # Matryoshka's own code, which takes rows only.
-            levels = MatryoshkaBatchTopKTrainingSAE._iterable_decode(self, feature_acts.flatten(0, -2))  # type: ignore[arg-type]
-            inner = [add_skip(self, x.reshape(-1, x.shape[-1]), decoded) for _, decoded in levels]
-        return ForwardPass(output, counts, inner)
+        return ForwardPass(output, counts, decode_inner_widths(self, x, feature_acts))
 
     @torch.no_grad()
     def _record(self, counts: StepCounts, pool: Tensor | None, dead: Tensor | None, n_tokens: int) -> None:

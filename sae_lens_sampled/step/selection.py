@@ -4,6 +4,7 @@ With one pool for the whole batch there is one group; with `pool_group_size=g` e
 group with a pool of its own, the last one possibly shorter. The cutoff is batch-wide in both cases.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class PoolFields:
     Args:
         pool_factor (float | None): Candidate pool size over k, at least 1 (the paper's l). None, or d_sae / k and
             more: every latent is a candidate, which is BatchTopK.
+        pool_steps (int | None): Training steps after which every latent is a candidate, whatever `pool_factor` is: the
+            end of the training is BatchTopK's, and so is the export. None: there are pools to the end.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
             ridge_leverage, uniform, or a name given to register_score.
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
@@ -50,6 +53,7 @@ class PoolFields:
     """
 
     pool_factor: float | None = 5.0
+    pool_steps: int | None = None
     score: str = "l2_norm"
     pool_sampling: PoolSampling = "top"
     pool_group_size: int | None = None
@@ -64,6 +68,14 @@ class PoolFields:
     def n_candidates(self) -> int:
         """Size m of the pool."""
         return count_candidates(self.k, self.pool_factor, self.d_sae)
+
+    def fields_after(self, n_steps: int) -> "PoolFields":
+        """Those that choose the pool after so many training steps: after `pool_steps` with every latent a candidate."""
+        if self.pool_steps is None or n_steps < self.pool_steps:
+            return self
+        fields = copy.copy(self)
+        fields.pool_factor = fields.pool_steps = None
+        return fields
 
     @property
     def inner_widths(self) -> list[int]:

@@ -35,6 +35,14 @@ def test_several_saes_share_a_repository_and_a_card(server, tmp_path):
     assert {row["k"] for row in rows.values()} == {"3"}
     assert "| `pool_factor` | 2, 4 |" in card
     assert "| hook | blocks.6.hook_resid_post |" in card
+    assert "after `pool_steps`" not in card
+
+
+def test_a_card_says_when_pools_end(tmp_path):
+    upload_to_hub({"a": trained(pool_steps=3), "b": trained()}, REPO, dry_run_folder=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "among the `k * pool_factor` best-scored ones, after `pool_steps` steps among all." in card
+    assert "| `pool_steps` | 3 |" in card
 
 
 def test_the_cards_metadata_names_model_data_and_results(tmp_path):

@@ -29,6 +29,19 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"pool_factor": "four"}, "pool_factor='four' is a str; it must be a number, or None for every latent."),
         ({"k": "8"}, "k='8' is a str; it must be a number."),
         ({"pool_seed": 0.5}, "pool_seed=0.5 is a float; it must be a whole number."),
+        ({"pool_steps": 0}, "pool_steps=0 must be a whole number of training steps, at least 1, or None for all."),
+        ({"pool_steps": 2.5}, "pool_steps=2.5 must be a whole number of training steps"),
+        ({"pool_steps": True}, "pool_steps=True must be a whole number of training steps"),
+        ({"pool_steps": "9"}, "pool_steps='9' must be a whole number of training steps"),
+        (
+            {"pool_steps": 9, "pool_factor": None},
+            "pool_steps=9 ends the pools, but with pool_factor=None there are none: each of the d_sae=40 latents is a "
+            "candidate from the first step. Leave one of the two out.",
+        ),
+        (
+            {"pool_steps": 9, "pool_factor": 13.2},
+            "pool_steps=9 ends the pools, but with pool_factor=13.2 there are none",
+        ),
         ({"score": None}, "score=None is a NoneType; it must be the name of a score."),
     ],
 )
@@ -47,7 +60,11 @@ def test_defaults_are_the_papers():
 @pytest.mark.conformance(2)
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"k": 2.5, "pool_factor": 1.5}, {"score": "uniform", "pool_sampling": "proportional", "pool_group_size": 16}],
+    [
+        {},
+        {"k": 2.5, "pool_factor": 1.5, "pool_steps": 7},
+        {"score": "uniform", "pool_sampling": "proportional", "pool_group_size": 16},
+    ],
 )
 def test_dict_round_trip_keeps_class_and_fields(fields):
     cfg = config(**fields)

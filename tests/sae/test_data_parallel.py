@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import sampled_sae, step_input
+from helpers import config, sampled_sae, step_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from process_helpers import FORKS
@@ -37,8 +37,10 @@ FAMILIES = [
     COLUMNS,
     {"matryoshka_widths": [12, 48, 96]} | COLUMNS,
     {"d_out": 6, "skip": True},
+    {"pool_steps": 12, "matryoshka_widths": [12, 48, 96]} | GROUPS,
+    {"pool_steps": 12} | COLUMNS,
 ]
-DENSE = [{}, GROUPS, ALL, {"score": "ridge_leverage"}, DRAWN | GROUPS]
+DENSE = [{}, GROUPS, ALL, {"score": "ridge_leverage"}, DRAWN | GROUPS, {"pool_steps": 12}]
 CASES = [
     *({"step": "kept"} | family for family in FAMILIES),
     *({"step": "dense"} | family for family in DENSE),
@@ -90,6 +92,14 @@ def test_two_ranks_have_the_numbers_of_one_process(trained, index):
         assert (one["since_fired"] > 4).any()  # AuxK is active
 
 
+def test_pools_end_on_all_ranks_at_the_same_step(trained):
+    """Which the pool of the last step tells; that of other cases leaves some latents out."""
+    for index, case in enumerate(CASES):
+        for rank in (*trained[0][1], *trained[0][2]):
+            whole = bool((rank[index]["state"]["pool_record.last_pooled"] == case.get("n_steps", 24)).all())
+            assert whole == ("pool_steps" in case or ALL.items() <= case.items()), case
+
+
 @pytest.mark.parametrize("index", range(len(ON_FOUR)), ids=lambda index: str(ON_FOUR[index]))
 def test_four_ranks_have_them_too(trained, index):
     results, of_four = trained
@@ -135,17 +145,21 @@ def test_whether_to_scan_again_is_decided_by_all():
     assert on_ranks(lambda n, ranks: ranks.total(n), [2, 5]) == [7, 7]
 
 
+def read_rows(rows, ranks):
+    return read_step(step_input(rows), config(), torch.tensor(0), ranks)
+
+
 def test_a_row_that_is_not_finite_on_one_rank_stops_all_with_the_same_words():
     x = torch.randn(3, 8, 12)
     x[1, 2, 3] = torch.nan
-    errors = on_ranks(lambda rows, ranks: read_step(step_input(rows), ranks), list(x))
+    errors = on_ranks(read_rows, list(x))
     assert len({str(error) for error in errors}) == 1
     assert str(errors[0]).startswith("1 of 24 rows of sae_in are not finite at training step 0;")
 
 
 def test_ranks_with_different_numbers_of_tokens_all_stop():
     x = torch.randn(18, 12)
-    errors = on_ranks(lambda rows, ranks: read_step(step_input(rows), ranks), [x[:5], x[5:10], x[10:]])
+    errors = on_ranks(read_rows, [x[:5], x[5:10], x[10:]])
     assert {str(error) for error in errors} == {
         "the ranks have between 5 and 8 tokens at training step 0, but each must have as many as the others."
     }

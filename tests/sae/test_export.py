@@ -173,7 +173,17 @@ def test_export_warns_once_when_most_latents_were_never_in_a_pool(tmp_path):
     grouped.save_inference_model(tmp_path)  # a warning would be an error here
 
 
-@pytest.mark.parametrize("fields", [{}, {"pool_factor": 99}, {"pool_group_size": 8}, {"pool_sampling": "proportional"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pool_factor": 99},
+        {"pool_group_size": 8},
+        {"pool_sampling": "proportional"},
+        {"pool_steps": 4},
+        {"pool_steps": 3},
+    ],
+)
 def test_training_checkpoint_loads_as_an_inference_sae_with_the_same_selection(tmp_path, fields):
     sae, batch = sampled_sae(**fields), activations(30)
     train(sae, 3)

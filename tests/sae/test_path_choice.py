@@ -147,6 +147,32 @@ def test_a_resumed_run_takes_the_path_that_was_measured(measured_here, tmp_path)
     SAE.load_from_disk(tmp_path)  # the inference architecture has no such record
 
 
+def test_it_is_measured_anew_when_pools_end_and_once_in_a_resumed_run_too(measured_here, tmp_path):
+    sae, given = sampled_sae(pool_group_size=16, pool_steps=2), step_input(activations(48))
+    n_measured = []
+    for number in range(4):
+        if number == 2:
+            sae.save_model(tmp_path)
+        sae.training_forward_pass(given)
+        n_measured.append(len(measured_here))
+    assert n_measured == [1, 1, 2, 2]
+    resumed = TrainingSAE.load_from_disk(tmp_path)
+    for _ in range(2):
+        assert resumed.training_forward_pass(given).pool is None
+    assert len(measured_here) == 3
+
+
+def test_a_way_that_there_is_no_more_is_measured_anew(measured_here, monkeypatch):
+    """A run of one small pool goes on, from a checkpoint, with a number of steps that it has done already."""
+    monkeypatch.setattr(training, "fastest_path", lambda loss_by, paths, *_: measured_here.append(paths) or paths[0])
+    sae, resumed = sampled_sae(pool_factor=1), sampled_sae(pool_factor=1, pool_steps=1)
+    for _ in range(2):
+        assert sae.training_forward_pass(step_input(activations(48))).path == "columns"
+    resumed.load_state_dict(sae.state_dict())
+    assert resumed.training_forward_pass(step_input(activations(48))).path == "kept"
+    assert measured_here == [["columns", "dense"], ["kept", "dense"]]
+
+
 @pytest.mark.parametrize("step", ["kept", "dense"])
 def test_a_step_that_is_said_is_not_measured(measured_here, monkeypatch, step):
     assert sampled_sae(step=step).training_forward_pass(step_input(activations(48))).path == step

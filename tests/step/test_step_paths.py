@@ -126,8 +126,8 @@ def test_hooks_and_methods_of_ones_own_take_the_dense_path():
 
 def test_a_way_of_ones_own_to_encode_says_the_pool_or_is_refused():
     class Half(SampledTopKTrainingSAE):
-        def encode_with_pool(self, x, ranks=ALONE):
-            acts, hidden_pre, pool = super().encode_with_pool(x, ranks)
+        def encode_with_pool(self, x, ranks=ALONE, fields=None):
+            acts, hidden_pre, pool = super().encode_with_pool(x, ranks, fields)
             return acts / 2, hidden_pre, pool
 
     class WithoutPool(SampledTopKTrainingSAE):
@@ -181,7 +181,9 @@ def test_an_unknown_step_is_refused():
 
 
 @pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, {"pool_sampling": "proportional"}, ALL], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"pool_group_size": 16, "pool_steps": 1}, {"pool_sampling": "proportional"}, ALL], ids=str
+)
 def test_compiling_traces_up_to_the_host_read_and_leaves_the_kept_entries_as_they_are(fields):
     sae, given = an_sae(**fields), step_input(activations(48, seed=5))
     given.dead_neuron_mask = torch.arange(200) < 40
