@@ -43,7 +43,7 @@ GROUPS = {"pool_factor": 10, "pool_group_size": 16}
 HALF = 500
 """Half of the steps of `SMALL` and `TUNING`."""
 SCHEDULED = GROUPS | {"first_pool_factor": 3.0, "moving_steps": HALF}
-WINSORISED = {"score": "winsorised_10"}
+WINSORISED = {"score": "winsorised_group_10"}
 THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
 
 
@@ -162,7 +162,7 @@ TUNING = replace(
             f"winsorised_factor_{factor}": BenchmarkArm(
                 f"groups, winsorised score, pool factor {factor}",
                 SAMPLED,
-                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_{factor}"},
+                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_group_{factor}"},
             )
             for factor in (5, 20)
         },
