@@ -39,8 +39,9 @@ sys.path.append(str(EVAL.parent / "examples"))
 from benchmark.configs import BENCHMARKS
 from benchmark.plan import Benchmark, BenchmarkUnit, new_sae, units
 from benchmark.report import result_table, write_nested_page
+from study.known_features import large_synthetic_model
 from study.plan import check_patterns
-from study.synthetic import evaluate_on_synthetic_data, large_synthetic_model
+from study.synthetic import evaluate_on_synthetic_data
 
 WHOLE = "whole"
 """Name of the file that a checkpoint has once all of it is there."""

@@ -16,7 +16,7 @@ from benchmark.configs import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING
 from benchmark.plan import BenchmarkUnit, Data, new_sae, units
 from benchmark.report import BenchmarkSummary, render_nested_page, result_table
 from study import run as study_script
-from study.synthetic import large_synthetic_model
+from study.known_features import large_synthetic_model
 
 EVAL = Path(__file__).parents[2] / "eval"
 FEATURES = SyntheticModelConfig(num_features=32, hidden_dim=8, seed=0)
