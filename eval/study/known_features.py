@@ -1,11 +1,17 @@
 """Data whose features are known, as SAELens makes them, also where there are many of them."""
 
+import hashlib
 import json
 from functools import cache
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from sae_lens.synthetic import FeatureDictionary, SyntheticModel, SyntheticModelConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sae_lens_sampled.files import atomic_path
 
 ROWS = 64
 """Samples that are made at a time on a CPU: with 16,384 features they stay in the cache, and take half the time."""
@@ -17,14 +23,25 @@ def synthetic_data(config: str, device: str) -> SyntheticModel:
     return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)), device=device)
 
 
-def large_synthetic_model(config: SyntheticModelConfig, device: str) -> SyntheticModel:
-    """The host's model of a config, where its own way to 16,384 features takes most of an hour on two CPU cores."""
+def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Path) -> SyntheticModel:
+    """The host's model of a config, where its own way to 16,384 features takes most of an hour on two CPU cores.
+
+    The features, which take a minute, are kept in `folder`.
+    """
     assert config.orthogonalization is not None
     features = FeatureDictionary(
         config.num_features, config.hidden_dim, config.bias, initializer=None, device=device, seed=config.seed
     )
     num_steps, lr = config.orthogonalization.num_steps, config.orthogonalization.lr
-    features.feature_vectors.data = orthogonalized(features.feature_vectors.data, num_steps, lr)
+    given = json.dumps([config.num_features, config.hidden_dim, config.bias, config.seed, num_steps, lr, device])
+    file = folder / f"features_{hashlib.sha256(given.encode()).hexdigest()[:16]}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):  # so that processes that start together have the same to the last bit
+        if not file.exists():
+            vectors = orthogonalized(features.feature_vectors.data, num_steps, lr)
+            with atomic_path(file) as unfinished:
+                save_file({"vectors": vectors}, unfinished)
+    features.feature_vectors.data = load_file(file, device=device)["vectors"]
     return SyntheticModel(config, feature_dict=features, device=device)
 
 
