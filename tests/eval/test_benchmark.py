@@ -181,6 +181,7 @@ def test_differences_are_of_the_same_weights_at_the_start():
     assert difference.mean == pytest.approx(0.1)
     assert difference.n == 1
     assert summary.mean("topk", 4, "f1") is None
+    assert summary.values("batchtopk", 4, "absorbed") == {}  # a metric that older results lack
     assert summary.seeds() == "3 seeds with features of seed 42, 0 seeds with features of seed 43"
 
 
@@ -209,6 +210,18 @@ def test_features_in_closed_form_are_the_hosts(tmp_path):
     want = theirs.sample(64)
     torch.manual_seed(0)
     assert torch.allclose(ours.sample(64), want, atol=1e-4)
+
+
+def test_many_features_are_sampled_in_parts(tmp_path):
+    features = replace(FEATURES, orthogonalization=OrthogonalizationConfig(num_steps=3))
+    toy = replace(TOY, data={"toy": Data("toy", features, 128, large=True)})
+    model, sample = training.features_of(toy.data["toy"], "cpu", tmp_path)
+    torch.manual_seed(5)
+    samples = sample(100)
+    torch.manual_seed(5)
+    assert torch.allclose(samples, torch.cat([model.sample(64), model.sample(36)]), atol=1e-5)
+    results = list(training.run(toy, list(units(toy)), tmp_path))
+    assert [result["arm"] for result in results] == ["matryoshka", "nested_light"]
 
 
 @pytest.mark.parametrize(("of", "options"), [(study_script, ["tiny", "--status"]), (script, ["small", "--report"])])
