@@ -140,6 +140,10 @@ COMMANDS: dict[str, Run | str] = {
     "mutation.py --survivors": Run(needs="libcst"),
     "python eval/study/run.py --config tiny": HOURS,
     "python eval/benchmark/run.py --config synth-sae-bench-16k": HOURS,
+    "export OMP_NUM_THREADS=1": "is for the commands below it",
+    "python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --arms batchtopk matryoshka groups &": HOURS,
+    "python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --arms '*_then_all' then_plain; wait": HOURS,
+    "for i in 1 2; do python eval/benchmark/run.py --config factorial --part $i/2 & done; wait": HOURS,
     "for i in 1 2 3 4; do CUDA_VISIBLE_DEVICES=$((i - 1)) python eval/study/run.py --config pythia-160m --stages train "
     "--part $i/4 & done; wait": HUB,
     "bash eval/study/slurm.sh pythia-160m": "needs a cluster",

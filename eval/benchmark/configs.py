@@ -43,8 +43,13 @@ GROUPS = {"pool_factor": 10, "pool_group_size": 16}
 HALF = 500
 """Half of the steps of `SMALL` and `TUNING`."""
 SCHEDULED = GROUPS | {"first_pool_factor": 3.0, "moving_steps": HALF}
-WINSORISED = {"score": "winsorised_10"}
+WINSORISED = {"score": "winsorised_group_10"}
 THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
+BATCHTOPK = {"pool_factor": None, "inference_threshold": "global"}
+"""Our class as SAELens' BatchTopK, whose numbers it has to rounding, export included, at a fraction of the time."""
+WINSORISED_LAST = {"score": "winsorised_last"}
+THEN_ALL = {"pool_steps": 0.9}
+"""Every latent is a candidate in the last tenth of the steps, so that the export does what training did."""
 
 
 def small_recipe(seed: int, **hierarchy: bool) -> SyntheticModelConfig:
@@ -162,7 +167,7 @@ TUNING = replace(
             f"winsorised_factor_{factor}": BenchmarkArm(
                 f"groups, winsorised score, pool factor {factor}",
                 SAMPLED,
-                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_{factor}"},
+                {"pool_factor": factor, "pool_group_size": 16, "score": f"winsorised_group_{factor}"},
             )
             for factor in (5, 20)
         },
@@ -206,18 +211,28 @@ SYNTH_SAE_BENCH_16K = Benchmark(
     name="synth-sae-bench-16k",
     data={"features_42": Data("SynthSAEBench-16k", RECIPE_16K, 4096, large=True)},
     arms={
-        "batchtopk": BenchmarkArm("BatchTopK", BatchTopKTrainingSAEConfig),
+        "batchtopk": BenchmarkArm("BatchTopK", SAMPLED, BATCHTOPK),
         "matryoshka": BenchmarkArm(
             "Matryoshka",
             MatryoshkaBatchTopKTrainingSAEConfig,
             {"matryoshka_widths": INNER_16K, "use_matryoshka_aux_loss": True},
         ),
         "groups": BenchmarkArm("groups", SAMPLED, GROUPS),
-        "nested": BenchmarkArm("nested in groups", SAMPLED, GROUPS | {"matryoshka_widths": INNER_16K}),
-        "nested_light": BenchmarkArm(
-            "nested in groups, level 2048, inner loss x 0.5",
+        "groups_then_all": BenchmarkArm("groups, then all latents", SAMPLED, GROUPS, steps=THEN_ALL),
+        **{
+            f"winsorised_{factor}_then_all": BenchmarkArm(
+                f"groups, winsorised score, pool factor {factor}, then all latents",
+                SAMPLED,
+                GROUPS | WINSORISED_LAST | {"pool_factor": factor},
+                steps=THEN_ALL,
+            )
+            for factor in (10, 20)
+        },
+        "then_plain": BenchmarkArm(
+            "nested in groups, then plain",
             SAMPLED,
-            GROUPS | {"matryoshka_widths": [2048], "inner_loss_coefficient": 0.5},
+            GROUPS | {"matryoshka_widths": INNER_16K},
+            steps={"inner_loss_steps": 0.5},
         ),
     },
     ks=(25, 20),
@@ -233,7 +248,7 @@ SYNTH_SAE_BENCH_16K = Benchmark(
     n_checkpoints=50,
     device="cuda",
 )
-"""The benchmark itself, with the settings of SAELens' documentation."""
+"""The benchmark itself, with the settings of SAELens' documentation. Matryoshka is SAELens' class."""
 
 SYNTH_SAE_BENCH_16K_CPU = replace(
     SYNTH_SAE_BENCH_16K,
@@ -253,4 +268,42 @@ PUBLISHED_16K = {
 }
 """What arXiv 2602.14687 has for 200M samples, by L0."""
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K, SYNTH_SAE_BENCH_16K_CPU)}
+SHARES = (10, 20, 30, 40)
+"""Percent of the dictionary that a pool of the factorial holds."""
+SCORES = {"l2": {"score": "l2_norm"}, "winsorised": WINSORISED_LAST}
+
+
+def factorial(name: str, seed: int) -> Benchmark:
+    """Which pools pay for which sizes: d_sae x k x share of the dictionary in a pool x score, and BatchTopK."""
+    return replace(
+        SMALL,
+        name=name,
+        data={f"latents_{d_sae}": Data(f"{d_sae} latents", small_recipe(seed), d_sae) for d_sae in (64, 128, 256, 512)},
+        arms={
+            "batchtopk": BenchmarkArm("BatchTopK", SAMPLED, BATCHTOPK),
+            **{
+                f"{score}_{percent}": BenchmarkArm(
+                    f"groups of {percent} % of the latents, {score}, then all latents",
+                    SAMPLED,
+                    {"pool_group_size": GROUPS["pool_group_size"], **fields},
+                    steps=THEN_ALL,
+                    pool_share=percent / 100,
+                )
+                for score, fields in SCORES.items()
+                for percent in SHARES
+            },
+        },
+        ks=(2, 4, 8),
+        n_seeds=3,
+    )
+
+
+FACTORIAL = factorial("factorial", seed=44)
+"""On features that no other benchmark has."""
+FACTORIAL_CHECK = factorial("factorial_check", seed=45)
+"""The same on further features, to check what `FACTORIAL` predicts."""
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K, SYNTH_SAE_BENCH_16K_CPU, FACTORIAL, FACTORIAL_CHECK)
+}

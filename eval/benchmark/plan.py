@@ -33,6 +33,10 @@ class BenchmarkArm:
     label: str
     config: type[TrainingSAEConfig]
     fields: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Fields that count training steps, as shares of all of them."""
+    pool_share: float | None = None
+    """Candidates as a share of the dictionary, in place of a pool factor."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Benchmark:
     n_checkpoints: int = 0
     device: str = "cpu"
 
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return self.samples // self.batch_size
+
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON has it; not which data, arms, k and seeds there are."""
         left_out = ("name", "device", "n_checkpoints", "data", "arms", "ks", "n_seeds")
@@ -89,13 +98,28 @@ class BenchmarkUnit:
 
 
 def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
-    """Every SAE, those of a stream of samples one after the other."""
+    """Every SAE, those of a stream of samples one after the other; without those whose pool would be less than k."""
     for seed in range(benchmark.n_seeds):
         for data in benchmark.data:
             of_data = benchmark.data[data]
             for k in of_data.ks or benchmark.ks:
                 for arm in of_data.arms or benchmark.arms:
-                    yield BenchmarkUnit(data, k, seed, arm)
+                    factor = pool_factor(benchmark.arms[arm], of_data, k)
+                    if factor is None or factor >= 1:
+                        yield BenchmarkUnit(data, k, seed, arm)
+
+
+def streams(benchmark: Benchmark) -> list[list[BenchmarkUnit]]:
+    """Every SAE, by the samples that it sees."""
+    together: dict[tuple[str, int, int], list[BenchmarkUnit]] = {}
+    for unit in units(benchmark):
+        together.setdefault(unit.stream, []).append(unit)
+    return list(together.values())
+
+
+def pool_factor(arm: BenchmarkArm, data: Data, k: int) -> float | None:
+    """The pool factor of an arm whose pool is a share of the dictionary; None for another arm."""
+    return None if arm.pool_share is None else arm.pool_share * data.d_sae / k
 
 
 def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
@@ -105,6 +129,9 @@ def new_sae(benchmark: Benchmark, unit: BenchmarkUnit) -> TrainingSAE:
     fields = dict(arm.fields)
     if widths := fields.get("matryoshka_widths"):
         fields["matryoshka_widths"] = [*widths, data.d_sae]
+    if (factor := pool_factor(arm, data, unit.k)) is not None:
+        fields["pool_factor"] = factor
+    fields |= {name: round(share * benchmark.steps) for name, share in arm.steps.items()}
     shared = {"d_in": data.features.hidden_dim, "d_sae": data.d_sae, "k": unit.k, "device": benchmark.device}
     config = arm.config(**shared, aux_loss_coefficient=benchmark.aux_loss_coefficient, **fields)
     return get_sae_training_class(config.architecture())[0](config)

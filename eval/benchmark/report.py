@@ -35,11 +35,11 @@ class BenchmarkSummary:
         self.benchmark, self.results = benchmark, results
 
     def values(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> dict[tuple[str, int], float]:
-        """Values by data and seed."""
+        """Values by data and seed, of the SAEs that have the metric."""
         return {
             (of_data, seed): result["metrics"][metric]
             for (of_data, of_k, of_arm, seed), result in self.results.items()
-            if of_data in data and of_k == k and of_arm == arm
+            if of_data in data and of_k == k and of_arm == arm and metric in result["metrics"]
         }
 
     def mean(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> Estimate | None:

@@ -1,25 +1,23 @@
 """Stage `synthetic`: the same arms on data whose features are known."""
 
 import json
-from functools import cache
 
 import torch
 from sae_lens import LoggingConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import (
-    FeatureDictionary,
     SyntheticModel,
-    SyntheticModelConfig,
     SyntheticSAERunner,
     SyntheticSAERunnerConfig,
     eval_sae_on_synthetic_data,
 )
-from torch import Tensor
 
 from sae_lens_sampled import SampledTopKTrainingSAE
 from sae_lens_sampled.saebench import load_saes
+from study.known_features import synthetic_data
 from study.plan import Unit, synthetic_config
 from study.storage import Storage
+from study.true_absorption import true_absorption
 
 
 def run_synthetic(storage: Storage, unit: Unit) -> None:
@@ -54,7 +52,7 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
 def evaluate_on_synthetic_data(
     trained: TrainingSAE, data: SyntheticModel, n_samples: int, batch_size: int, device: str
 ) -> dict[str, float]:
-    """Metrics of an SAE's export, and of the SAE as it selects in training."""
+    """Metrics of an SAE's export, and of the SAE as it selects in training; of absorption if features have children."""
     [exported] = load_saes([("export", trained)], device)
     evaluations = []
     for sae in (exported.sae, trained.eval()):
@@ -64,6 +62,7 @@ def evaluate_on_synthetic_data(
         )
         evaluations.append(evaluation)
     export, in_training = evaluations
+    absorption = {} if data.hierarchy is None else true_absorption(exported.sae, data, n_samples, batch_size)
     return {
         "fvu": 1 - export.explained_variance,
         "fvu_in_training": 1 - in_training.explained_variance,
@@ -75,39 +74,5 @@ def evaluate_on_synthetic_data(
         "recall": export.classification.recall,
         "uniqueness": export.uniqueness,
         "dead": export.dead_latents / exported.sae.cfg.d_sae,
+        **absorption,
     }
-
-
-@cache
-def synthetic_data(config: str, device: str) -> SyntheticModel:
-    """The features of a config, which is JSON."""
-    return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)), device=device)
-
-
-def large_synthetic_model(config: SyntheticModelConfig, device: str) -> SyntheticModel:
-    """The host's model of a config, where its own way to 16,384 features takes most of an hour on two CPU cores."""
-    assert config.orthogonalization is not None
-    features = FeatureDictionary(
-        config.num_features, config.hidden_dim, config.bias, initializer=None, device=device, seed=config.seed
-    )
-    num_steps, lr = config.orthogonalization.num_steps, config.orthogonalization.lr
-    features.feature_vectors.data = orthogonalized(features.feature_vectors.data, num_steps, lr)
-    return SyntheticModel(config, feature_dict=features, device=device)
-
-
-def orthogonalized(vectors: Tensor, num_steps: int, lr: float) -> Tensor:
-    """SAELens' `orthogonalize_embeddings`, with the gradient of its loss in closed form.
-
-    The loss is sum_{i != j} <e_i, e_j>^2 + n sum_i (|e_i|^2 - 1)^2. Its gradient needs E^T E alone, which is (width,
-    width), not (features, features). Equal to rounding.
-    """
-    vectors = (vectors / vectors.norm(dim=1, keepdim=True)).requires_grad_()
-    optimizer = torch.optim.Adam([vectors], lr=lr)
-    for _ in range(num_steps):
-        with torch.no_grad():
-            squares = vectors.square().sum(1, keepdim=True)
-            off_diagonal = vectors @ (vectors.T @ vectors) - squares * vectors
-            vectors.grad = 4 * off_diagonal + 4 * len(vectors) * (squares - 1) * vectors
-        optimizer.step()
-    vectors = vectors.detach()
-    return vectors / vectors.norm(dim=1, keepdim=True)

@@ -9,16 +9,16 @@ import torch
 
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
-from helpers import D_IN, D_SAE, activations, step_input
 from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, SyntheticModelConfig
 
 from benchmark import run as script
-from benchmark.configs import BENCHMARKS, SMALL, SYNTH_SAE_BENCH_16K, TUNING
-from benchmark.plan import BenchmarkUnit, Data, new_sae, units
+from benchmark import training
+from benchmark.configs import BENCHMARKS, FACTORIAL, SMALL, SYNTH_SAE_BENCH_16K, TUNING
+from benchmark.plan import BenchmarkUnit, Data, new_sae, streams, units
 from benchmark.report import BenchmarkSummary, render_nested_page, result_table
-from benchmark.variants import VariantConfig, VariantSAE, mean_squared_cosine, winsorised
+from study import known_features
 from study import run as study_script
-from study.synthetic import large_synthetic_model
+from study.known_features import large_synthetic_model
 
 EVAL = Path(__file__).parents[2] / "eval"
 FEATURES = SyntheticModelConfig(num_features=32, hidden_dim=8, seed=0)
@@ -63,35 +63,113 @@ def test_arms_of_a_stream_start_from_the_same_weights():
 
 def test_samples_depend_on_their_place_alone():
     data = SyntheticModel(FEATURES)
-    fresh = [batch["data"] for batch in itertools.islice(script.stream(data, 4, 0), 4)]
+    fresh = [batch["data"] for batch in itertools.islice(training.stream(data.sample, 4, 0), 4)]
     torch.manual_seed(99)
-    resumed = [batch["data"] for batch in itertools.islice(script.stream(data, 4, 8), 2)]
+    resumed = [batch["data"] for batch in itertools.islice(training.stream(data.sample, 4, 8), 2)]
     assert all(torch.equal(a, b) for a, b in zip(fresh[2:], resumed, strict=True))
     assert not torch.equal(fresh[0], fresh[1])
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     together = list(units(TOY))
-    want = list(script.run(TOY, together, tmp_path / "undisturbed"))
+    want = list(training.run(TOY, together, tmp_path / "undisturbed"))
     kept = replace(TOY, n_checkpoints=4)
-    stream = script.stream
+    stream = training.stream
 
     def killed(*args):
         yield from itertools.islice(stream(*args), 7)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(script, "stream", killed)
+        patched.setattr(training, "stream", killed)
         with pytest.raises(KeyboardInterrupt):
-            list(script.run(kept, together, tmp_path / "killed"))
-    (checkpoint,) = (tmp_path / "killed" / "toy-2-0").iterdir()
+            list(training.run(kept, together, tmp_path / "killed"))
+    (checkpoint,) = (tmp_path / "killed" / "toy-2-0").glob("*/*")
     assert 0 < int(checkpoint.name) < TOY.samples
     half = checkpoint.with_name(str(TOY.samples - 32))
     half.mkdir()  # of a run that was killed while it was writing one
     written = []
-    monkeypatch.setattr(script, "finish_checkpoint", lambda checkpoint_path: written.append(int(checkpoint_path.name)))
-    assert list(script.run(kept, together, tmp_path / "killed")) == want
+    monkeypatch.setattr(
+        training, "finish_checkpoint", lambda checkpoint_path: written.append(int(checkpoint_path.name))
+    )
+    assert list(training.run(kept, together, tmp_path / "killed")) == want
     assert len(written) == 2  # of the four, those that were not passed before
+
+
+def test_arms_may_be_trained_by_several_processes_and_in_other_sets(tmp_path, monkeypatch):
+    together = list(units(TOY))
+    want = list(training.run(TOY, together, tmp_path / "together"))
+    kept = replace(TOY, n_checkpoints=4)
+    assert [next(training.run(kept, [unit], tmp_path / "apart")) for unit in together] == want
+    assert len(list((tmp_path / "apart" / "toy-2-0").glob("*/*/whole"))) == 2
+
+    list(training.run(kept, together, tmp_path / "resumed"))
+    stream = training.stream
+
+    def resumed(sample, batch_size, n_seen):
+        assert n_seen == 32 * 10  # of the last checkpoint of another set
+        return stream(sample, batch_size, n_seen)
+
+    monkeypatch.setattr(training, "stream", resumed)
+    assert list(training.run(kept, together[1:], tmp_path / "resumed")) == want[1:]
+
+
+def test_arms_say_steps_and_pools_as_shares():
+    share = replace(TOY.arms["nested_light"], pool_share=0.25, steps={"inner_loss_steps": 0.75})
+    toy = replace(TOY, arms={"share": share}, ks=(2, 40))
+    [unit] = units(toy)  # at k 40 the pool would be less than k
+    sae = new_sae(toy, unit)
+    assert (sae.cfg.n_candidates, sae.cfg.inner_loss_steps) == (32, 9)
+    half = replace(toy, samples=toy.samples // 2)
+    assert new_sae(half, unit).cfg.inner_loss_steps == 4
+
+
+def test_every_latent_is_a_candidate_for_the_last_tenth_of_any_number_of_samples():
+    for benchmark, last in ((SYNTH_SAE_BENCH_16K, 195_312), (BENCHMARKS["synth-sae-bench-16k-cpu"], 4882)):
+        assert benchmark.steps == last
+        unit = next(unit for unit in units(benchmark) if unit.arm == "winsorised_20_then_all")
+        cfg = new_sae(replace(benchmark, device="cpu"), unit).cfg
+        assert (cfg.pool_steps, cfg.n_candidates, cfg.score) == (round(0.9 * last), 500, "winsorised_last")
+
+
+def test_the_factorial_has_all_sizes_and_shares():
+    assert len(list(units(FACTORIAL))) == 3 * (4 * 3 * 9 - 2)  # a tenth of 64 latents is less than 8
+    assert len(streams(FACTORIAL)) == 3 * 4 * 3
+    unit = BenchmarkUnit("latents_256", 4, 0, "winsorised_30")
+    cfg = new_sae(FACTORIAL, unit).cfg
+    assert (cfg.n_candidates, cfg.k, cfg.pool_group_size, cfg.score) == (77, 4, 16, "winsorised_last")
+    assert cfg.pool_steps == 900
+    seeds = [data.features.seed for benchmark in BENCHMARKS.values() for data in benchmark.data.values()]
+    assert (seeds.count(44), seeds.count(45)) == (4, 4)
+
+
+def test_our_batchtopk_is_the_hosts(tmp_path):
+    arms = {"ours": FACTORIAL.arms["batchtopk"], "theirs": SMALL.arms["batchtopk"]}
+    # Thresholds of the last step alone: SAELens' running mean starts at 0, which shows in so few steps.
+    fields = {"topk_threshold_lr": 1.0}
+    toy = replace(TOY, arms={name: replace(arm, fields=arm.fields | fields) for name, arm in arms.items()})
+    toy.arms["ours"].fields["step"] = "kept"
+    ours, theirs = (result["metrics"] for result in training.run(toy, list(units(toy)), tmp_path))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_plan_says_what_each_arm_takes(capsys, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "small", replace(TOY, n_seeds=2))
+    script.main(["--config", "small", "--time", "64", "--arms", "m*"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[2].strip() for line in lines if "toy" in line] == ["samples", "matryoshka"]
+    assert "without evaluation" in lines[-1]
+
+
+def test_parts_are_all_streams(tmp_path, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "factorial", replace(TOY, name="factorial", n_seeds=3))
+    trained = []
+    monkeypatch.setattr(script, "run", lambda benchmark, together, work: trained.append(together) or iter(()))
+    for part in ("1/2", "2/2"):
+        script.main(["--config", "factorial", "--part", part, "--results-dir", str(tmp_path)])
+    assert [units[0].seed for units in trained] == [0, 2, 1]
+    with pytest.raises(SystemExit, match="--part 3/2"):
+        script.main(["--config", "factorial", "--part", "3/2", "--results-dir", str(tmp_path)])
 
 
 def test_differences_are_of_the_same_weights_at_the_start():
@@ -103,6 +181,7 @@ def test_differences_are_of_the_same_weights_at_the_start():
     assert difference.mean == pytest.approx(0.1)
     assert difference.n == 1
     assert summary.mean("topk", 4, "f1") is None
+    assert summary.values("batchtopk", 4, "absorbed") == {}  # a metric that older results lack
     assert summary.seeds() == "3 seeds with features of seed 42, 0 seeds with features of seed 43"
 
 
@@ -117,48 +196,32 @@ def test_the_benchmark_itself_is_as_published():
     assert SYNTH_SAE_BENCH_16K.arms["matryoshka"].fields["use_matryoshka_aux_loss"]
 
 
-def test_features_in_closed_form_are_the_hosts():
+def test_features_in_closed_form_are_the_hosts(tmp_path):
     config = replace(FEATURES, orthogonalization=OrthogonalizationConfig(num_steps=30, lr=0.01), bias=0.5)
-    theirs, ours = SyntheticModel(config), large_synthetic_model(config, "cpu")
+    theirs, ours = SyntheticModel(config), large_synthetic_model(config, "cpu", tmp_path)
     vectors = theirs.feature_dict.feature_vectors
     assert (vectors - SyntheticModel(FEATURES).feature_dict.feature_vectors).abs().max() > 0.05
     assert torch.allclose(ours.feature_dict.feature_vectors, vectors, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(known_features, "orthogonalized")  # they are kept
+        again = large_synthetic_model(config, "cpu", tmp_path)
+    assert torch.equal(again.feature_dict.feature_vectors, ours.feature_dict.feature_vectors)
     torch.manual_seed(0)
     want = theirs.sample(64)
     torch.manual_seed(0)
     assert torch.allclose(ours.sample(64), want, atol=1e-4)
 
 
-def variant(**fields) -> VariantSAE:
-    torch.manual_seed(0)
-    return VariantSAE(VariantConfig(d_in=D_IN, d_sae=D_SAE, k=2, **fields))
-
-
-def test_the_pool_grows_to_its_final_size():
-    sae = variant(pool_factor=8, moving_steps=3, first_pool_factor=2)
-    sizes = []
-    for step in range(5):
-        pool = sae.training_forward_pass(step_input(activations(16), step=step)).pool
-        assert pool is not None
-        sizes.append(pool.shape[1])
-    assert sizes == [4, 8, 12, 16, 16]
-
-
-def test_the_penalty_is_of_the_pooled_rows():
-    plain, penalised = variant(pool_factor=3), variant(pool_factor=3, orthogonality=0.5)
-    without, with_penalty = (sae.training_forward_pass(step_input(activations(16))) for sae in (plain, penalised))
-    assert with_penalty.pool is not None
-    rows = penalised.W_dec[with_penalty.pool[0]]
-    cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.permutations(rows, 2)]
-    want = sum(cosine**2 for cosine in cosines) / len(cosines)
-    assert mean_squared_cosine(rows).item() == pytest.approx(float(want))
-    assert (with_penalty.loss - without.loss).item() == pytest.approx(0.5 * float(want), rel=1e-4)
-
-
-def test_a_winsorised_score_counts_nothing_above_the_cutoff():
-    acts = torch.tensor([[[9.0, 2.0, 0.0], [0.0, 2.0, 1.0]], [[4.0, 3.0, 0.0], [0.5, 0.0, 0.0]]])
-    # Pool of 2 at factor 2: k is 1, so a group of two tokens keeps two; the second largest are 2 and 3.
-    assert winsorised(acts, 2, pool_factor=2).tolist() == [[4, 8, 1], [9.25, 9, 0]]
+def test_many_features_are_sampled_in_parts(tmp_path):
+    features = replace(FEATURES, orthogonalization=OrthogonalizationConfig(num_steps=3))
+    toy = replace(TOY, data={"toy": Data("toy", features, 128, large=True)})
+    model, sample = training.features_of(toy.data["toy"], "cpu", tmp_path)
+    torch.manual_seed(5)
+    samples = sample(100)
+    torch.manual_seed(5)
+    assert torch.allclose(samples, torch.cat([model.sample(64), model.sample(36)]), atol=1e-5)
+    results = list(training.run(toy, list(units(toy)), tmp_path))
+    assert [result["arm"] for result in results] == ["matryoshka", "nested_light"]
 
 
 @pytest.mark.parametrize(("of", "options"), [(study_script, ["tiny", "--status"]), (script, ["small", "--report"])])

@@ -1,0 +1,94 @@
+"""Means with confidence intervals, of few values that may depend on each other.
+
+The values are of SAEs. Two SAEs of different arms that started from the same weights and saw the same samples are a
+pair: what their arms differ by is the mean of the differences within pairs. SAEs that were trained on the same data, a
+dictionary of features or the samples of a seed, are not independent repeats of each other: they form a cluster, and
+only clusters are counted. Intervals have Student's t quantiles, which for three values are more than twice as wide as
+those of a normal distribution.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from scipy import stats
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and how sure it is; one value has no error."""
+
+    mean: float
+    error: float | None
+    """Standard error: std / sqrt(n) with ddof=1."""
+    low: float | None
+    """Lower end of the confidence interval."""
+    high: float | None
+    """Upper end."""
+    p: float | None
+    """Two-sided p-value of the mean being 0."""
+    n: int
+    """Number of independent values."""
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of independent values, of which there is at least one, with the interval of a t-test."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return Interval(mean, None, None, None, None, n)
+    error = statistics.stdev(values) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    p = float(mean == 0) if error == 0 else float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Interval(mean, error, mean - half, mean + half, p, n)
+
+
+def paired_differences(a: Mapping[Key, float], b: Mapping[Key, float]) -> dict[Key, float]:
+    """Differences within the pairs, by what both have."""
+    return {key: a[key] - b[key] for key in a if key in b}
+
+
+def cluster_means(values: Mapping[Key, float], cluster: Callable[[Key], Hashable]) -> dict[Hashable, float]:
+    """Means of the values of each cluster; `cluster` says to which one a key belongs."""
+    members: dict[Hashable, list[float]] = {}
+    for key, value in values.items():
+        members.setdefault(cluster(key), []).append(value)
+    return {name: statistics.fmean(of_cluster) for name, of_cluster in members.items()}
+
+
+def clustered_interval(
+    values: Mapping[Key, float], cluster: Callable[[Key], Hashable], level: float = 0.95
+) -> Interval | None:
+    """Mean of the means of clusters, with the interval of a t-test over clusters; None without values.
+
+    Every cluster counts alike, whatever its size. Two clusters give an interval that is valid and very wide: the
+    quantile is 12.7.
+    """
+    means = cluster_means(values, cluster)
+    return mean_interval(list(means.values()), level) if means else None
+
+
+def difference_interval(
+    a: Mapping[Key, float],
+    b: Mapping[Key, float],
+    cluster: Callable[[Key], Hashable] = lambda key: key,
+    level: float = 0.95,
+) -> Interval | None:
+    """Mean of the differences within pairs; None without pairs. By default every pair is a cluster of its own."""
+    return clustered_interval(paired_differences(a, b), cluster, level)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Adjusted p-values of many comparisons, in the given order (Holm 1979).
+
+    Those that are at most 0.05 are significant together: the chance that any of them is a false alarm is at most 0.05,
+    however the comparisons depend on each other.
+    """
+    adjusted, largest = {}, 0.0
+    for n_smaller, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        largest = max(largest, min((len(p_values) - n_smaller) * p_values[key], 1.0))
+        adjusted[key] = largest
+    return {key: adjusted[key] for key in p_values}

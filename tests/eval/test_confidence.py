@@ -1,0 +1,113 @@
+"""Intervals against scipy's tests, and Holm's rule against plain loops."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from confidence import (
+    cluster_means,
+    clustered_interval,
+    difference_interval,
+    holm,
+    mean_interval,
+    paired_differences,
+)
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).normal(0.3, 0.5, size=(2, 5))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_the_interval_of_a_mean_is_that_of_a_t_test(values, n, level):
+    test = stats.ttest_1samp(values[0, :n], 0)
+    interval = mean_interval(list(values[0, :n]), level)
+    low, high = test.confidence_interval(level)
+    assert [interval.mean, interval.low, interval.high] == pytest.approx([values[0, :n].mean(), low, high])
+    assert [interval.error, interval.p] == pytest.approx([stats.sem(values[0, :n]), test.pvalue])
+    assert interval.n == n
+
+
+def test_differences_are_those_of_a_paired_t_test(values):
+    a, b = ({(seed, "data"): value for seed, value in enumerate(row)} for row in values)
+    test = stats.ttest_rel(*values)
+    interval = difference_interval(a, b)
+    assert interval is not None
+    low, high = test.confidence_interval(0.95)
+    assert [interval.low, interval.high, interval.p] == pytest.approx([low, high, test.pvalue])
+    swapped = difference_interval(b, a)
+    assert swapped is not None
+    assert swapped.mean == pytest.approx(-interval.mean)
+
+
+def test_only_pairs_count():
+    a, b = {0: 1.0, 1: 2.0, 2: 4.0}, {1: 1.5, 2: 1.0, 3: 9.0}
+    assert paired_differences(a, b) == {1: 0.5, 2: 3.0}
+    assert difference_interval(a, {3: 9.0}) is None
+    interval = difference_interval({0: 1.0}, {0: 0.25})
+    assert interval is not None
+    assert (interval.mean, interval.error, interval.low, interval.p, interval.n) == (0.75, None, None, None, 1)
+
+
+def test_values_that_are_all_equal_have_no_width():
+    assert (mean_interval([0.5] * 3).low, mean_interval([0.5] * 3).p) == (0.5, 0)
+    assert mean_interval([0.0] * 3).p == 1
+
+
+def test_clusters_are_what_is_counted(values):
+    a, b = (
+        {(data, seed): row[seed] + data for data, seed in itertools.product(range(3), range(5)) if seed <= data + 1}
+        for row in values
+    )
+    want = [np.mean([a[key] - b[key] for key in a if key[0] == data]) for data in range(3)]
+    interval = difference_interval(a, b, cluster=lambda key: key[0])
+    assert interval is not None
+    test = stats.ttest_1samp(want, 0)
+    assert list(cluster_means(paired_differences(a, b), lambda key: key[0]).values()) == pytest.approx(want)
+    assert [interval.mean, interval.p] == pytest.approx([np.mean(want), test.pvalue])
+    assert [interval.low, interval.high] == pytest.approx(list(test.confidence_interval(0.95)))
+    assert interval.n == 3
+
+
+def test_seeds_of_two_dictionaries_are_two_values():
+    values = {(data, seed): data + 0.01 * seed for data in (0, 1) for seed in range(5)}
+    clustered = clustered_interval(values, lambda key: key[0])
+    assert clustered is not None
+    pooled = mean_interval(list(values.values()))
+    assert clustered.mean == pytest.approx(pooled.mean)
+    assert clustered.n == 2
+    # Means 0.02 and 1.02: a standard error of 0.5, times the quantile of one degree of freedom.
+    assert clustered.high == pytest.approx(0.52 + 12.706 * 0.5, rel=1e-3)
+    assert clustered_interval({}, lambda key: key) is None
+
+
+def holm_by_steps(p_values: list[float], alpha: float) -> set[int]:
+    """Which hypotheses are rejected: in the order of their p-values, until one is not."""
+    rejected, left = set(), list(range(len(p_values)))
+    while left:
+        best = min(left, key=lambda index: p_values[index])
+        if p_values[best] > alpha / len(left):
+            break
+        rejected.add(best)
+        left.remove(best)
+    return rejected
+
+
+def test_adjusted_p_values_reject_what_holms_steps_reject():
+    draws = np.random.default_rng(1).uniform(size=(20, 6)) ** 4
+    n_rejected = []
+    for p_values in draws.tolist():
+        adjusted = holm(dict(enumerate(p_values)))
+        assert list(adjusted) == list(range(6))
+        for alpha in (0.01, 0.05, 0.2):
+            rejected = {index for index, p in adjusted.items() if p <= alpha}
+            assert rejected == holm_by_steps(p_values, alpha)
+            n_rejected.append(len(rejected))
+    assert len(set(n_rejected)) > 4
+    # 3 x 0.01, 2 x 0.02, and the last is not below the one before: 0.04, not 0.03.
+    assert holm({"b": 0.02, "a": 0.01, "c": 0.03}) == pytest.approx({"b": 0.04, "a": 0.03, "c": 0.04})
+    assert holm({}) == {}
