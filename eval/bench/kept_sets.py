@@ -62,7 +62,7 @@ def float32_choices(sae: SampledTopKTrainingSAE, x: Tensor) -> tuple[Tensor, Ten
     tokens = near[order] // sae.cfg.d_sae
     values = products_at(weights.W_enc.T.contiguous(), inputs, latents, tokens) + weights.b_enc[latents]
     values = values if weights.norms is None else values * weights.norms[latents]
-    return near[order][values.topk(n_keep).indices], by_dense, dense
+    return near[order][values >= values.topk(n_keep).values[-1]], by_dense, dense  # of equals at the cutoff any
 
 
 def flat_places(feature_acts: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
 
-Run it after `training_step.py`, `end_to_end.py`, `data_parallel.py` and `eval/gpu.sh`: `python eval/bench/speed.py`.
+Run it after the other scripts here and `eval/gpu.sh`: `python eval/bench/speed.py`.
 What has no results, as a GPU may not have, is called not measured.
 """
 
@@ -225,12 +225,21 @@ def render(
         ]
         return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
 
+    kept_sets, allocator = read("kept_sets"), read("bench_allocator")
+
+    def allocator_ratio(side: str) -> str:
+        """A step's time without the variables over that with them."""
+        return f"{allocator['step_ms']['default'][side] / allocator['step_ms']['kept'][side]:.2f}"
+
     return render_page(
         Path(__file__).parent / "templates" / "SPEED.md",
         steps=steps,
         runs=runs,
         ranks=ranks,
         gpu=gpu,
+        kept_sets=kept_sets,
+        allocator=allocator,
+        allocator_ratio=allocator_ratio,
         optional_packages=OTHER_PACKAGES,
         libraries_table=libraries_table,
         gpu_sections=gpu_sections,
