@@ -231,6 +231,12 @@ def render(
         """A step's time without the variables over that with them."""
         return f"{allocator['step_ms']['default'][side] / allocator['step_ms']['kept'][side]:.2f}"
 
+    def autocast_ratio(side: str) -> str:
+        """A step's time in float32 over that under autocast."""
+        return (
+            f"{steps['sections']['small'][0]['step_ms'][side] / steps['sections']['autocast'][0]['step_ms'][side]:.2f}"
+        )
+
     return render_page(
         Path(__file__).parent / "templates" / "SPEED.md",
         steps=steps,
@@ -240,6 +246,7 @@ def render(
         kept_sets=kept_sets,
         allocator=allocator,
         allocator_ratio=allocator_ratio,
+        autocast_ratio=autocast_ratio,
         optional_packages=OTHER_PACKAGES,
         libraries_table=libraries_table,
         gpu_sections=gpu_sections,
