@@ -1,4 +1,5 @@
 import json
+import logging
 import random
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  SAELens' own code draws from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """Scripts silence logging for their whole process."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
 
 
 @pytest.fixture
