@@ -43,7 +43,7 @@ def table(rows: list[Row]) -> str:
 
 
 def state_of(setting: Setting) -> str:
-    """In what state steps are measured; on a GPU also in what precision."""
+    """The state in which steps are measured, in words; for a GPU with the precision."""
     state = "after 200 steps" if setting["trained"] else "at initialisation"
     if "tf32" not in setting:
         return state

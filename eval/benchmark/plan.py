@@ -34,7 +34,7 @@ class BenchmarkArm:
     config: type[TrainingSAEConfig]
     fields: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
-    """Fields that count training steps, as shares of all of them."""
+    """Fields of the config that are numbers of training steps, here as shares of the whole training."""
     pool_share: float | None = None
     """Candidates as a share of the dictionary, in place of a pool factor."""
 

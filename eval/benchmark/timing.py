@@ -6,7 +6,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from benchmark.plan import Benchmark, BenchmarkUnit, streams
 from benchmark.training import features_of, new_trainer, stream, untrained
@@ -37,11 +36,11 @@ def time_plan(benchmark: Benchmark, arms: Collection[str], n_samples: int, work:
 def time_stream(benchmark: Benchmark, together: list[BenchmarkUnit], n_steps: int, work: Path) -> dict[str, float]:
     """Seconds for the samples of a stream and for each of its arms, after one step that does not count."""
     _, sample = features_of(benchmark.data[together[0].data], benchmark.device, work)
-    batches, seconds = [], {}
+    seconds: dict[str, float] = {}
     generator = stream(sample, benchmark.batch_size, 0)
     next(generator)
     start = now(benchmark.device)
-    batches: list[Tensor] = [batch["data"] for batch in islice(generator, n_steps)]
+    batches = [batch["data"] for batch in islice(generator, n_steps)]
     seconds["samples"] = now(benchmark.device) - start
     for arm, sae in untrained(benchmark, together).items():
         trainer = new_trainer(benchmark, {arm: sae}, work / "timing").trainers[arm]

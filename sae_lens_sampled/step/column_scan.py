@@ -147,7 +147,7 @@ def scan_columns(
         dead_pre = x.new_empty(len(dead), len(x), dtype=weights.b_enc.dtype)
     for part, hidden_pre in _chunks(x, weights) if reduced is None else reduced.chunks():
         # Before `relu_`, which writes over the pre-activations: thresholds are never negative, but AuxK's entries are.
-        flags = torch.empty_like(hidden_pre)  # 1 and 0 as numbers: comparing takes a fifth of the time of truth values
+        flags = torch.empty_like(hidden_pre)  # 1 and 0: torch writes numbers faster than truth values
         fired = torch.gt(hidden_pre, threshold[part, None], out=flags)
         n_fired.append(fired.sum(dim=1, dtype=torch.float32).int())
         if dead is not None and dead_pre is not None:

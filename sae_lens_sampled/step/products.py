@@ -81,8 +81,7 @@ def products_at(
     columns: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
     """Entries of $A B^T$, ascending by row."""
-    pattern = _csr(a.new_zeros(len(rows)), _starts(rows, len(a)), columns, (len(a), len(b)))
-    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
+    return _products_in(_csr(a.new_zeros(len(rows)), _starts(rows, len(a)), columns, (len(a), len(b))), a, b)
 
 
 def _times(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
@@ -103,8 +102,7 @@ def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
 def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
     G = in_float32(G)
     # By column, whose row of W then stays in the cache.
-    where = pattern.transposed_csr(G.new_zeros(len(pattern.order)))
-    by_column = torch.sparse.sampled_addmm(where, W.to(G.dtype), G.T, beta=0).values()
+    by_column = _products_in(pattern.transposed_csr(G.new_zeros(len(pattern.order))), W.to(G.dtype), G)
     return torch.empty_like(by_column).scatter_(0, pattern.order, by_column)
 
 
@@ -129,6 +127,11 @@ def _by_kernels() -> Products:
         return dots(pattern.rows, pattern.columns, G, W)
 
     return Products(times, transposed_times, column_sums, at_entries)
+
+
+def _products_in(sparse: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The entries of $A B^T$ where a sparse matrix of zeros has some."""
+    return torch.sparse.sampled_addmm(sparse, a, b.T, beta=0).values()
 
 
 def _product(sparse: Tensor, dense: Tensor) -> Tensor:

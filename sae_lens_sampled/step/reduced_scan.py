@@ -187,7 +187,7 @@ def error_of(
     storage = 1.01 * 2**-8 * n * w_norm
     slope = n * ((2**-7 + 2**-16 + 4 * d_in * 2**-23 + 2**-21) * w_norm + 2**-124 * math.sqrt(d_in)) + storage
     offset = n * (2**-21 * b_enc.double().abs() + 2**-124 * (math.sqrt(d_in) * w_norm + d_in)) + 2**-126
-    up = 1 + 2**-20  # they are taken in float32 too, and divided by
+    up = 1 + 2**-20  # they are taken in float32 too
     return (up * slope).clamp(min=2**-126), up * offset, storage
 
 

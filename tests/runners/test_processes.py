@@ -128,4 +128,5 @@ def test_an_sae_that_is_alone_does_not_warn(environment, count):
     environment(**({} if count is None else {"WORLD_SIZE": count}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sampled_sae().training_forward_pass(step_input(activations(32)))
+        output = sampled_sae().training_forward_pass(step_input(activations(32)))
+    assert output.loss.isfinite()

@@ -30,7 +30,7 @@ def dots(
     matrix: Float[Tensor, "rows width"],
     other: Float[Tensor, "others width"],
 ) -> Float[Tensor, " entries"]:
-    """For each entry the dot product of a row of each matrix, in float32; the matrices may be of any floating type."""
+    """The dot product of a row of `matrix` with one of `other` for each entry, in float32, whatever their types."""
     n_entries, width = len(rows), matrix.shape[1]
     products = torch.empty(n_entries, device=matrix.device)
     grid = (n_blocks(n_entries, BLOCK_ENTRIES),)

@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
     """Some latents' part of x W_enc, and what else is known of these latents."""
 
     products: Float[Tensor, "tokens latents"]
-    """Of any floating type; everything else is added in float32."""
+    """The product of inputs and encoder weights, of any floating type; everything else is added in float32."""
     first: int
     """Number of the first latent."""
     b_enc: Float[Tensor, " latents"]
@@ -84,13 +84,13 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def empty(capacity: int, device: torch.device) -> "Buffers":
-        """Of places 0, which are valid ones."""
+        """Buffers whose places are all 0, which are valid ones."""
         tokens, latents = torch.zeros(2, capacity, dtype=torch.int32, device=device)
         return Buffers(torch.zeros(capacity, device=device), tokens, latents)
 
 
 def plain_hidden_pre(chunk: Chunk) -> Float[Tensor, "tokens latents"]:
-    """In float32, rescaled where norms rescale them."""
+    """Pre-activations in float32, rescaled where norms rescale them."""
     hidden_pre = chunk.products.float() + chunk.b_enc.float()
     return hidden_pre if chunk.norms is None else hidden_pre * chunk.norms.float()
 
