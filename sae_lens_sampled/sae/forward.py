@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lens_sampled.sae.checks import StepState
 from sae_lens_sampled.sae.reconstruction import add_skip
@@ -55,6 +55,8 @@ def kept_forward_pass(
         ranks: the processes that share the batch, of which `sae_in` is this one's.
     """
     cfg, record = sae.cfg, sae.pool_record
+    if path == "kept":
+        lay_out_by_latent(sae.W_enc)
     x = (processed := sae.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
     # The gradient of the inputs is a matrix product, which nobody wants but the bias that was subtracted from them: it
     # gets a vector instead, and where SAELens has multiplied it by 0 nothing.
@@ -95,6 +97,17 @@ def kept_forward_pass(
     )
     one_pool = cfg.pool_group_size is None and step.pool is not None
     return ForwardPass(output, reduce_counts(step.counts, ranks, peak_is_of_all=one_pool), inner)
+
+
+@torch.no_grad()
+def lay_out_by_latent(W_enc: nn.Parameter) -> None:
+    """Let what encodes a latent lie together in memory, as what decodes it does; shape and values stay.
+
+    In that order sparse products give its gradient, and read it; otherwise a step transposes the matrix twice or
+    three times. Kernels of a GPU read its rows.
+    """
+    if W_enc.device.type == "cpu" and not W_enc.T.is_contiguous():
+        W_enc.data = W_enc.T.contiguous().T
 
 
 def add_inner_losses(sae: RecordedSAE, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:

@@ -115,6 +115,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # a step may have laid it out by latent
         pack_buffers(self, state_dict)
 
     @override

@@ -49,6 +49,23 @@ def test_training_checkpoint_round_trip_keeps_every_bit(tmp_path, dtype):
     assert_same_buffers(from_disk, sae)
 
 
+@pytest.mark.parametrize("step", ["kept", "dense"])
+def test_a_kept_step_lays_the_encoder_out_by_latent_and_files_do_not_show_it(tmp_path, step):
+    sae = sampled_sae(pool_group_size=5, step=step)
+    before = sae.W_enc.detach().clone()
+    output = sae.training_forward_pass(step_input(activations(20)))
+    assert output.path == step
+    assert torch.equal(sae.W_enc, before)
+    assert sae.W_enc.is_contiguous() == (step == "dense")
+    output.loss.backward()
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()  # or every step copies it
+    sae.save_model(tmp_path / "checkpoint")
+    sae.save_inference_model(tmp_path / "export")  # whose decoder rows have norm 1
+    for folder, factor in (("checkpoint", 1), ("export", sae.W_dec.norm(dim=1))):
+        saved = load_file(tmp_path / folder / "sae_weights.safetensors")["W_enc"]
+        torch.testing.assert_close(saved, sae.W_enc.detach() * factor)
+
+
 def test_loading_in_another_dtype_casts_weights_only(tmp_path):
     sae = trained()
     sae.save_model(tmp_path)
