@@ -1,42 +1,13 @@
-"""The benchmarks of nested losses: data by SynthSAEBench's recipe, and arms."""
+"""The benchmarks on known features: data, arms, sizes."""
 
 from dataclasses import replace
 
 from sae_lens import BatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
-from sae_lens.synthetic import (
-    FoldedNormalMagnitudeConfig,
-    HierarchyConfig,
-    LinearMagnitudeConfig,
-    LowRankCorrelationConfig,
-    OrthogonalizationConfig,
-    SyntheticModelConfig,
-    ZipfianFiringProbabilityConfig,
-)
 
 from benchmark.plan import Benchmark, BenchmarkArm, Data
+from benchmark.recipes import PLAIN, RECIPE_16K, small_recipe
 from benchmark.variants import VariantConfig
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
-
-RECIPE_16K = SyntheticModelConfig(
-    num_features=16_384,
-    hidden_dim=768,
-    firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
-    hierarchy=HierarchyConfig(
-        total_root_nodes=128,
-        branching_factor=4,
-        max_depth=3,
-        mutually_exclusive_portion=1.0,
-        compensate_probabilities=True,
-        scale_children_by_parent=True,
-    ),
-    orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
-    correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
-    mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
-    std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
-    bias=0.5,
-    seed=42,
-)
-"""SynthSAEBench-16k, as SAELens' documentation has it."""
 
 SAMPLED = SampledTopKTrainingSAEConfig
 GROUPS = {"pool_factor": 10, "pool_group_size": 16}
@@ -50,23 +21,20 @@ BATCHTOPK = {"pool_factor": None, "inference_threshold": "global"}
 WINSORISED_LAST = {"score": "winsorised_last"}
 THEN_ALL = {"pool_steps": 0.9}
 """Every latent is a candidate in the last tenth of the steps, so that the export does what training did."""
+THEN_ALL_ARMS = {
+    "groups_then_all": BenchmarkArm("groups, then all latents", SAMPLED, GROUPS, steps=THEN_ALL),
+    **{
+        f"winsorised_{factor}_then_all": BenchmarkArm(
+            f"groups, winsorised score, pool factor {factor}, then all latents",
+            SAMPLED,
+            GROUPS | WINSORISED_LAST | {"pool_factor": factor},
+            steps=THEN_ALL,
+        )
+        for factor in (10, 20)
+    },
+}
 
 
-def small_recipe(seed: int, **hierarchy: bool) -> SyntheticModelConfig:
-    """The recipe with 512 features in 96 dimensions."""
-    return replace(
-        RECIPE_16K,
-        num_features=512,
-        hidden_dim=96,
-        firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.3, min_prob=2e-3),
-        hierarchy=replace(RECIPE_16K.hierarchy, total_root_nodes=16, max_depth=2, **hierarchy),
-        orthogonalization=OrthogonalizationConfig(num_steps=100),
-        correlation=LowRankCorrelationConfig(rank=8, correlation_scale=0.1),
-        seed=seed,
-    )
-
-
-PLAIN = {"compensate_probabilities": False, "scale_children_by_parent": False}
 TWO = {"arms": ("batchtopk", "matryoshka"), "ks": (4,)}
 INNER = [4, 16, 64]
 """Inner widths; d_sae comes after them."""
@@ -205,6 +173,21 @@ TUNING = replace(
 )
 """What levels, pool factor and coefficient of `SMALL` were chosen by, on features that are not among its own."""
 
+DICTIONARIES = replace(
+    SMALL,
+    name="dictionaries",
+    data={f"features_{seed}": Data(f"features of seed {seed}", small_recipe(seed), 128) for seed in range(51, 57)},
+    arms={
+        "batchtopk": BenchmarkArm("BatchTopK", SAMPLED, BATCHTOPK),
+        **{name: SMALL.arms[name] for name in ("topk", "matryoshka", "matryoshka_32", "groups")},
+        **THEN_ALL_ARMS,
+        **{name: SMALL.arms[name] for name in ("nested_light", "then_plain", "one_pool")},
+    },
+    n_seeds=1,
+)
+"""What `SMALL` and `FACTORIAL` left over, on features that nothing was chosen by: one SAE for each, so that errors are
+over features and samples too."""
+
 INNER_16K = [128, 512, 2048]
 
 SYNTH_SAE_BENCH_16K = Benchmark(
@@ -218,16 +201,7 @@ SYNTH_SAE_BENCH_16K = Benchmark(
             {"matryoshka_widths": INNER_16K, "use_matryoshka_aux_loss": True},
         ),
         "groups": BenchmarkArm("groups", SAMPLED, GROUPS),
-        "groups_then_all": BenchmarkArm("groups, then all latents", SAMPLED, GROUPS, steps=THEN_ALL),
-        **{
-            f"winsorised_{factor}_then_all": BenchmarkArm(
-                f"groups, winsorised score, pool factor {factor}, then all latents",
-                SAMPLED,
-                GROUPS | WINSORISED_LAST | {"pool_factor": factor},
-                steps=THEN_ALL,
-            )
-            for factor in (10, 20)
-        },
+        **THEN_ALL_ARMS,
         "then_plain": BenchmarkArm(
             "nested in groups, then plain",
             SAMPLED,
@@ -305,5 +279,13 @@ FACTORIAL_CHECK = factorial("factorial_check", seed=45)
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for benchmark in (SMALL, TUNING, SYNTH_SAE_BENCH_16K, SYNTH_SAE_BENCH_16K_CPU, FACTORIAL, FACTORIAL_CHECK)
+    for benchmark in (
+        SMALL,
+        TUNING,
+        DICTIONARIES,
+        SYNTH_SAE_BENCH_16K,
+        SYNTH_SAE_BENCH_16K_CPU,
+        FACTORIAL,
+        FACTORIAL_CHECK,
+    )
 }
