@@ -7,6 +7,8 @@ from typing import Any
 import jinja2
 from tabulate import tabulate
 
+from confidence import Interval
+
 
 def render(template: Path, **values: Any) -> str:
     """A Markdown page; a name that is not among `values` is an error."""
@@ -21,3 +23,13 @@ def render(template: Path, **values: Any) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table without padding: where a number changes, its line alone does."""
     return tabulate(rows, header, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
+
+
+def interval_text(interval: Interval | None, digits: int = 3, signed: bool = False) -> str:
+    """A mean with its 95 % interval, as text; a single value without one, "-" for none."""
+    if interval is None:
+        return "-"
+    form = f"{'+' if signed else ''}.{digits}f"
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:{form}}"
+    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"

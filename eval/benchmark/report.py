@@ -1,20 +1,16 @@
-"""The page about nested losses, `eval/NESTED.md`: tables over features and seeds, and answers looked up in them."""
+"""Results of the benchmarks on known features, read back: means, differences and tables over features and seeds."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark.configs import BENCHMARKS, PUBLISHED_16K
 from benchmark.plan import Benchmark
-from pages import markdown_table, render
+from confidence import Interval, difference_interval, holm, mean_interval
+from pages import interval_text, markdown_table
 from sae_lens_sampled.saebench.report.metrics import Estimate
-from study import tables
-from study.configs import STUDIES
-from study.plan import GROUPED, pool_name
-from study.storage import Key, ResultTable, Storage
-from study.summary import Summary, mean_difference, mean_of, shown
+from study.storage import Key, ResultTable
+from study.summary import mean_difference, mean_of, shown
 
-TEMPLATE = Path(__file__).parent / "templates" / "nested.md"
 COLUMNS = {
     "F1": "f1",
     "MCC": "mcc",
@@ -24,6 +20,7 @@ COLUMNS = {
     "uniqueness": "uniqueness",
     "dead": "dead",
 }
+COMPARED = {"F1": "f1", "MCC": "mcc", "FVU": "fvu", "dead": "dead", "absorbed": "absorbed"}
 REPORTED = ("features_42", "features_43")
 """Data that are reported together."""
 
@@ -66,6 +63,38 @@ class BenchmarkSummary:
             rows.append([f"{label}, published", *cells])
         return markdown_table(["", *COLUMNS], rows)
 
+    def interval(self, arm: str, k: int, metric: str) -> Interval | None:
+        """Mean over dictionaries, of those with one SAE each."""
+        values = self.values(arm, k, metric, tuple(self.benchmark.data))
+        return mean_interval(list(values.values())) if values else None
+
+    def interval_of_difference(self, arm: str, other: str, k: int, metric: str) -> Interval | None:
+        """Mean over dictionaries of the differences of two arms, whose SAEs started alike and saw the same samples."""
+        data = tuple(self.benchmark.data)
+        return difference_interval(self.values(arm, k, metric, data), self.values(other, k, metric, data))
+
+    def difference_table(self, k: int, other: str = "batchtopk") -> str:
+        """All arms less one of them, which has its own values; bold: not 0 after Holm's correction over the table."""
+        found = {
+            (arm, metric): interval
+            for arm in self.benchmark.arms
+            for metric in COMPARED.values()
+            if arm != other and (interval := self.interval_of_difference(arm, other, k, metric))
+        }
+        adjusted = holm({key: interval.p for key, interval in found.items() if interval.p is not None})
+
+        def cell(arm: str, metric: str) -> str:
+            if arm == other:
+                return interval_text(self.interval(arm, k, metric))
+            text = interval_text(found.get((arm, metric)), signed=True)
+            return f"**{text}**" if adjusted.get((arm, metric), 1) <= 0.05 else text
+
+        rows = [
+            [self.benchmark.arms[arm].label, *(cell(arm, metric) for metric in COMPARED.values())]
+            for arm in (other, *dict.fromkeys(arm for arm, _ in found))
+        ]
+        return markdown_table(["", *COMPARED], rows)
+
     def causes_table(self, k: int = 4) -> str:
         """Matryoshka less BatchTopK, by kind of hierarchy and number of latents."""
         rows = []
@@ -83,47 +112,6 @@ class BenchmarkSummary:
         """How many seeds there are of each dictionary of features, in words."""
         n_seeds = {data: len({key[3] for key in self.results if key[0] == data}) for data in REPORTED}
         return ", ".join(f"{n} seeds with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
-
-
-def write_nested_page(eval_folder: Path) -> Path:
-    """Write the page."""
-    page = eval_folder / "NESTED.md"
-    page.write_text(render_nested_page(eval_folder / "results"))
-    return page
-
-
-def render_nested_page(results: Path) -> str:
-    """The page, from the results of the small benchmark and its tuning, and of the study on the language model."""
-    small, tuning, large = (
-        BenchmarkSummary(BENCHMARKS[name], result_table(BENCHMARKS[name], results / f"benchmark_{name}").load())
-        for name in ("small", "tuning", "synth-sae-bench-16k-cpu")
-    )
-    model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
-
-    def number(arm: str, k: int, metric: str) -> str:
-        return shown(small.mean(arm, k, metric), metric)
-
-    def differences(arm: str, other: str, metric: str) -> str:
-        """One for each k."""
-        found = [small.difference(arm, other, k, metric) for k in small.benchmark.ks]
-        return ", ".join(shown(difference, metric, signed=True) for difference in found)
-
-    def on_model(arm: str, other: str, metric: str) -> str:
-        return shown(model.difference(arm, other, metric), metric, signed=True)
-
-    return render(
-        TEMPLATE,
-        small=small,
-        tuning=tuning,
-        large=large,
-        published=PUBLISHED_16K,
-        shuffled_groups=pool_name(model.study.fixed_pool_factor, GROUPED),
-        model=model,
-        tables=tables,
-        number=number,
-        differences=differences,
-        on_model=on_model,
-    )
 
 
 def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:

@@ -1,7 +1,8 @@
 """Pools, scores and nested losses on data with known features by SynthSAEBench's recipe (arXiv 2602.14687).
 
-    python eval/benchmark/run.py --config small                # eval/NESTED.md, on two CPU cores in an hour
-    python eval/benchmark/run.py --config small --report       # only renders the page again
+    python eval/benchmark/run.py --config dictionaries         # eval/KNOWN_FEATURES.md, in half an hour on two cores
+    python eval/benchmark/run.py --config dictionaries --report    # only renders the pages again
+    python eval/benchmark/run.py --config small                # what was tried before, in an hour
     python eval/benchmark/run.py --config tuning               # what its settings were chosen by
     python eval/benchmark/run.py --config factorial --part 1/2 # which pools pay for which sizes; every other stream
     python eval/benchmark/run.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
@@ -28,8 +29,9 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 sys.path.append(str(EVAL.parent / "examples"))
 
 from benchmark.configs import BENCHMARKS
+from benchmark.page import write_pages
 from benchmark.plan import streams, units
-from benchmark.report import result_table, write_nested_page
+from benchmark.report import result_table
 from benchmark.timing import time_plan
 from benchmark.training import run
 from sae_lens_sampled.runners.parts import parse_part
@@ -58,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing := [unit for unit in stream if unit.arm in arms and unit.key not in finished]:
             for result in run(benchmark, missing, work):
                 table.append(result)
-    if args.config in ("small", "tuning"):
-        print(f"Page: {write_nested_page(EVAL)}")
+    if args.results_dir is None:
+        print(f"Page: {write_pages(EVAL)}")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

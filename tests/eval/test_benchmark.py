@@ -13,9 +13,11 @@ from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, Syntheti
 
 from benchmark import run as script
 from benchmark import training
-from benchmark.configs import BENCHMARKS, FACTORIAL, SMALL, SYNTH_SAE_BENCH_16K, TUNING
+from benchmark.configs import BENCHMARKS, DICTIONARIES, FACTORIAL, SMALL, SYNTH_SAE_BENCH_16K, TUNING
 from benchmark.plan import BenchmarkUnit, Data, new_sae, streams, units
-from benchmark.report import BenchmarkSummary, render_nested_page, result_table
+from benchmark.factorial import cells
+from benchmark.page import render_pages
+from benchmark.report import BenchmarkSummary, result_table
 from study import known_features
 from study import run as study_script
 from study.known_features import large_synthetic_model
@@ -34,11 +36,12 @@ TOY = replace(
 )
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
-    assert render_nested_page(EVAL / "results") == (EVAL / "NESTED.md").read_text()
+def test_the_committed_pages_are_those_of_the_committed_results():
+    for page, text in render_pages(EVAL / "results").items():
+        assert (EVAL / page).read_text() == text
 
 
-@pytest.mark.parametrize("benchmark", [SMALL, TUNING], ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [SMALL, TUNING, DICTIONARIES, FACTORIAL], ids=lambda benchmark: benchmark.name)
 def test_committed_results_are_those_of_the_plan(benchmark):
     results = result_table(benchmark, EVAL / "results" / f"benchmark_{benchmark.name}").load()
     assert {unit.key for unit in units(benchmark)} == results.keys()
