@@ -5,7 +5,7 @@ import math
 Matrix = list[list[float]]  # one list per token
 
 
-def score(name: str, column: list[float]) -> float:
+def score(name: str, column: list[float], last_cutoff: float = math.inf) -> float:
     total, n_tokens = sum(column), len(column)
     entropy = -sum(a / total * math.log(a / total) for a in column if a > 0) if total > 0 else 0.0
     if name == "l2_norm":
@@ -18,6 +18,8 @@ def score(name: str, column: list[float]) -> float:
         return math.exp(entropy) if total > 0 else 0.0
     if name == "frequency":
         return float(sum(a > 0 for a in column))
+    if name == "winsorised":
+        return sum(min(a, last_cutoff) ** 2 for a in column)
     if name == "uniform":
         return float(total > 0)
     raise KeyError(name)
@@ -37,13 +39,19 @@ def gumbel(seed: int, draw: int, group: int, latent: int) -> float:
     return -math.log(-math.log((bits + 0.5) / 2**32))
 
 
-def pool(acts: Matrix, name: str, size: int, draw: tuple[int, int, int] | None = None) -> set[int]:
+def pool(
+    acts: Matrix,
+    name: str,
+    size: int,
+    draw: tuple[int, int, int] | None = None,
+    last_cutoff: float = math.inf,
+) -> set[int]:
     """The `size` best latents of one group of tokens; `draw` is (seed, draw, group) if they are sampled."""
     ranked = []
     for latent in range(len(acts[0])):
         column = [row[latent] for row in acts]
         alive = max(column) > 0
-        value = score(name, column)
+        value = score(name, column, last_cutoff)
         if draw is not None:
             value = math.log(value + 2.0**-126) + gumbel(*draw, latent)
         norm = math.sqrt(sum(a * a for a in column))

@@ -14,11 +14,11 @@ GROUPS = {"pool_factor": 10, "pool_group_size": 16}
 HALF = 500
 """Half of the steps of `SMALL` and `TUNING`."""
 SCHEDULED = GROUPS | {"first_pool_factor": 3.0, "moving_steps": HALF}
-WINSORISED = {"score": "winsorised_group_10"}
+WINSORISED = {"score": "winsorised"}
+WINSORISED_IN_GROUP = {"score": "winsorised_group_10"}
 THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
 BATCHTOPK = {"pool_factor": None, "inference_threshold": "global"}
 """Our class as SAELens' BatchTopK, whose numbers it has to rounding, export included, at a fraction of the time."""
-WINSORISED_LAST = {"score": "winsorised_last"}
 THEN_ALL = {"pool_steps": 0.9}
 """Every latent is a candidate in the last tenth of the steps, so that the export does what training did."""
 THEN_ALL_ARMS = {
@@ -27,7 +27,7 @@ THEN_ALL_ARMS = {
         f"winsorised_{factor}_then_all": BenchmarkArm(
             f"groups, winsorised score, pool factor {factor}, then all latents",
             SAMPLED,
-            GROUPS | WINSORISED_LAST | {"pool_factor": factor},
+            GROUPS | WINSORISED | {"pool_factor": factor},
             steps=THEN_ALL,
         )
         for factor in (10, 20)
@@ -73,7 +73,7 @@ SMALL = Benchmark(
             {"pool_factor": 10**6, "matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
         ),
         "scheduled": BenchmarkArm("groups, pool factor from 3 to 10", VariantConfig, SCHEDULED),
-        "winsorised": BenchmarkArm("groups, winsorised score", SAMPLED, GROUPS | WINSORISED),
+        "winsorised": BenchmarkArm("groups, winsorised score", SAMPLED, GROUPS | WINSORISED_IN_GROUP),
         "then_plain": BenchmarkArm(
             "nested in groups, levels 4, 16, 64, then plain", SAMPLED, THEN_PLAIN | {"matryoshka_widths": INNER}
         ),
@@ -140,17 +140,19 @@ TUNING = replace(
             for factor in (5, 20)
         },
         "winsorised_nested": BenchmarkArm(
-            f"nested in groups, {INNER}, winsorised score", SAMPLED, GROUPS | WINSORISED | {"matryoshka_widths": INNER}
+            f"nested in groups, {INNER}, winsorised score",
+            SAMPLED,
+            GROUPS | WINSORISED_IN_GROUP | {"matryoshka_widths": INNER},
         ),
         "winsorised_light": BenchmarkArm(
             "nested in groups, [64], inner loss x 0.5, winsorised score",
             SAMPLED,
-            GROUPS | WINSORISED | {"matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
+            GROUPS | WINSORISED_IN_GROUP | {"matryoshka_widths": [64], "inner_loss_coefficient": 0.5},
         ),
         "winsorised_then_plain": BenchmarkArm(
             f"nested in groups, {INNER}, then plain, winsorised score",
             SAMPLED,
-            THEN_PLAIN | WINSORISED | {"matryoshka_widths": INNER},
+            THEN_PLAIN | WINSORISED_IN_GROUP | {"matryoshka_widths": INNER},
         ),
         **{
             f"then_plain_{'_'.join(map(str, levels))}": BenchmarkArm(
@@ -244,7 +246,7 @@ PUBLISHED_16K = {
 
 SHARES = (10, 20, 30, 40)
 """Percent of the dictionary that a pool of the factorial holds."""
-SCORES = {"l2": {"score": "l2_norm"}, "winsorised": WINSORISED_LAST}
+SCORES = {"l2": {"score": "l2_norm"}, "winsorised": WINSORISED}
 
 
 def factorial(name: str, seed: int) -> Benchmark:

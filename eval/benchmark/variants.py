@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.sae.forward import SampledTrainStepOutput
-from sae_lens_sampled.step.scores import ColumnScore
 
 
 @dataclass
@@ -75,25 +74,9 @@ def winsorised_group(acts: Tensor, n_candidates: int, pool_factor: int) -> Tenso
     return torch.minimum(acts, cutoff[..., None, None]).square().sum(dim=-2)
 
 
-def _clipped_squares(acts: Tensor, _peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:
-    if last_cutoff is None:
-        return [acts.square().sum(dim=-2)]
-    cutoff = torch.where(last_cutoff > 0, last_cutoff, torch.inf).to(acts.dtype)
-    return [torch.minimum(acts, cutoff).square().sum(dim=-2)]
-
-
-winsorised_last = ColumnScore(lambda sums: sums.sums[1], _clipped_squares)
-r"""$\sum_i \min(a_i, c)^2$, c the smallest activation that the last batch kept, infinite where there was none.
-
-As `winsorised_group`, with a cutoff that all groups share. Each latent is judged by its own activations, so that a step
-needs no matrix of all of them.
-"""
-
-
 @cache
 def register_variants() -> None:
     """Make the scores and the architecture known to this process."""
     for factor in (5, 10, 20):
         register_score(f"winsorised_group_{factor}", partial(winsorised_group, pool_factor=factor))
-    register_score("winsorised_last", winsorised_last)
     register_sae_training_class("sampled_topk_variant", VariantSAE, VariantConfig)

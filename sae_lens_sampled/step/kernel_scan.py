@@ -103,7 +103,7 @@ def _chunks(batch: Batch) -> Iterator[tuple[slice, Chunk]]:
         products = memory[: len(x) * (part.stop - first)].view(len(x), -1)
         torch.mm(x, weights.W_enc[:, part].to(dtype), out=products)
         norms = None if weights.norms is None else weights.norms[part]
-        yield part, Chunk(products, first, weights.b_enc[part], norms, batch.threshold[part])
+        yield part, Chunk(products, first, weights.b_enc[part], norms, batch.threshold[part], batch.last_cutoff)
 
 
 class _TilesOfGroups(Ranks):

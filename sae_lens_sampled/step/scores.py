@@ -128,6 +128,20 @@ uniform = ColumnScore(lambda sums: (sums.peak > 0).to(sums.peak.dtype))
 """1 for every latent that fires: the control, a pool chosen blindly. Only for proportional sampling."""
 
 
+def _clipped_squares(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
+    if last_cutoff is None:
+        return [acts.square().sum(dim=-2)]
+    cutoff = torch.where(last_cutoff > 0, last_cutoff, torch.inf).to(acts.dtype)
+    return [torch.minimum(acts, cutoff).square().sum(dim=-2)]
+
+
+winsorised = ColumnScore(lambda sums: sums.sums[1], _clipped_squares)
+r"""$\sum_i \min(a_i, c)^2$, c the smallest activation that the batch before has kept: prefers latents that are above c
+on many tokens to those that are far above it on a few.
+
+Where there was no such batch c is infinite. `eval/KNOWN_FEATURES.md` says where it wins."""
+
+
 def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$a^T (A A^T + \lambda I)^{-1} a$: prefers latents that no others can replace.
 
@@ -175,6 +189,7 @@ SCORES: dict[str, Score] = {
     "entropy": entropy,
     "perplexity": perplexity,
     "frequency": frequency,
+    "winsorised": winsorised,
     "ridge_leverage": ridge_leverage,
     "uniform": uniform,
 }

@@ -40,7 +40,7 @@ class PoolFields:
         pool_steps (int | None): Training steps after which every latent is a candidate, whatever `pool_factor` is: the
             end of the training is BatchTopK's, and so is the export. None: there are pools to the end.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
-            ridge_leverage, uniform, or a name given to register_score.
+            winsorised, ridge_leverage, uniform, or a name given to register_score.
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
             without replacement, with probability proportional to the score.
         pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in

@@ -132,7 +132,7 @@ def test_every_latent_is_a_candidate_for_the_last_tenth_of_any_number_of_samples
         assert benchmark.steps == last
         unit = next(unit for unit in units(benchmark) if unit.arm == "winsorised_20_then_all")
         cfg = new_sae(replace(benchmark, device="cpu"), unit).cfg
-        assert (cfg.pool_steps, cfg.n_candidates, cfg.score) == (round(0.9 * last), 500, "winsorised_last")
+        assert (cfg.pool_steps, cfg.n_candidates, cfg.score) == (round(0.9 * last), 500, "winsorised")
 
 
 def test_the_factorial_has_all_sizes_and_shares():
@@ -140,7 +140,7 @@ def test_the_factorial_has_all_sizes_and_shares():
     assert len(streams(FACTORIAL)) == 3 * 4 * 3
     unit = BenchmarkUnit("latents_256", 4, 0, "winsorised_30")
     cfg = new_sae(FACTORIAL, unit).cfg
-    assert (cfg.n_candidates, cfg.k, cfg.pool_group_size, cfg.score) == (77, 4, 16, "winsorised_last")
+    assert (cfg.n_candidates, cfg.k, cfg.pool_group_size, cfg.score) == (77, 4, 16, "winsorised")
     assert cfg.pool_steps == 900
     seeds = [data.features.seed for benchmark in BENCHMARKS.values() for data in benchmark.data.values()]
     assert (seeds.count(44), seeds.count(45)) == (4, 4)

@@ -30,6 +30,7 @@ FAMILIES = [
     {"score": "entropy"},
     {"score": "perplexity"},
     {"score": "frequency"},
+    {"score": "winsorised"},
     {"score": "ridge_leverage"},
     {"score": "squared_l2"} | DRAWN,
     {"score": "uniform"} | DRAWN,

@@ -117,14 +117,26 @@ SIZES = [(1, 1), (70, 16), (9, 1), (150, 70), (150, 150)]
 """Tokens, and of a group."""
 
 
-@pytest.mark.parametrize("which", ["none", "squares", "shares", "counts"])
+@pytest.mark.parametrize("which", ["none", "squares", "shares", "counts", "clipped"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sums_of_tiles(sizes, which):
     n_latents = 1 if sizes == (150, 150) else 70  # of at most 64 or 256 a tile
     tiles, chunk = Tiles(*sizes), drawn_chunk(sizes[0], n_latents, norms=which != "shares")
+    chunk = chunk._replace(last_cutoff=torch.tensor(2.0))
     out = TileSums.empty(tiles, n_latents, which, CPU)
     sum_tiles(chunk, tiles, out)
     assert_equal_sums(out, plain_sums(chunk, tiles, which))
+
+
+@pytest.mark.parametrize("last_cutoff", [0.0, 0.5, 4.0])
+def test_sums_of_clipped_squares(last_cutoff):
+    tiles, chunk = Tiles(70, 16), drawn_chunk(70, 20)._replace(last_cutoff=torch.tensor(last_cutoff))
+    chunk.products[30, 7] = torch.nan
+    out = TileSums.empty(tiles, 20, "clipped", CPU)
+    sum_tiles(chunk, tiles, out)
+    assert_equal_sums(out, plain_sums(chunk, tiles, "clipped"))
+    assert torch.equal(*out.sums.nan_to_num()) == (last_cutoff == 0)
+    assert out.sums[1].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,7 +254,7 @@ def test_tiles_beyond_two_to_the_31():
         "products": torch.ones(4, 4), "b_enc": zeros, "norms": None, "bound": zeros[0],
         "member": torch.ones(8, dtype=torch.bool), "member_stride": 4,
         "n_tokens": 4, "n_latents": 4, "group_size": 2, "per_group": 1, "threshold": zeros,
-        "slots": torch.arange(4, dtype=torch.int32), "dead_pre": torch.zeros(16), "n_dead": 4,
+        "last_cutoff": zeros[0], "slots": torch.arange(4, dtype=torch.int32), "dead_pre": torch.zeros(16), "n_dead": 4,
         "n_fired": ints, "peak": torch.zeros(8), "sums": torch.zeros(24), "counts": ints,
         "stride": 4, "sums_stride": 8, "WHICH": "shares", "BT": 4, "BL": 4,
     }  # fmt: skip
@@ -255,5 +267,6 @@ def test_tiles_beyond_two_to_the_31():
     assert rows(dead_pre=base, n_dead=FAR) == [0, 1, 2, 3]
     assert rows(n_fired=base.view(torch.int32), peak=base, sums=base, stride=FAR, sums_stride=0) == [0, 1]
     assert rows(sums=base, sums_stride=FAR) == [0, 1, 2]
+    assert rows(sums=base, sums_stride=FAR, WHICH="clipped") == [0, 1]
     members = torch.zeros(1, dtype=torch.bool)
     assert rows(members, member=members, member_stride=FAR) == [0, 1]

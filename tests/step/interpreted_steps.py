@@ -32,6 +32,7 @@ STEPS = [
     ALL,
     {**ALL, "matryoshka_widths": [10, 25, D_SAE]},
     {**GROUPS, "matryoshka_widths": [10, D_SAE], "score": "perplexity", "rescale_acts_by_decoder_norm": False},
+    {**GROUPS, "score": "winsorised"},
     {"pool_factor": 2, "score": "entropy", "apply_b_dec_to_input": False},
 ]
 N_TOKENS = 21  # no multiple of a group

@@ -15,6 +15,7 @@ from sae_lens_sampled.step.scores import (
     ridge_leverage,
     squared_l2,
 )
+from sae_lens_sampled.step.selection import column_statistics
 
 BUILT_IN = tuple(SCORES)  # before tests of the benchmark's variants register theirs, in the same process
 COLUMNWISE = [name for name in BUILT_IN if name != "ridge_leverage"]
@@ -164,3 +165,18 @@ def test_scores_have_the_shape_of_the_groups_and_the_type_of_the_activations(nam
 
 def test_the_built_in_scores_that_judge_each_latent_by_itself():
     assert set(COLUMNWISE) == set(filter(goes_by_columns, BUILT_IN))
+
+
+@pytest.mark.parametrize("group_size", [None, 5])
+@pytest.mark.parametrize("last_cutoff", [None, 0.0, 0.4])
+def test_a_winsorised_score_counts_nothing_above_the_last_cutoff(group_size, last_cutoff):
+    acts = random_acts(16, 9, dtype=torch.float32)  # the last group is a short one
+    given, cutoff = None if last_cutoff is None else torch.tensor(last_cutoff), last_cutoff or math.inf
+    got = column_statistics(acts, "winsorised", 4, group_size, given)
+    groups = [group.T.tolist() for group in acts.split(group_size or len(acts))]
+    want, plain = (
+        torch.tensor([[oracles.score("winsorised", column, most) for column in group] for group in groups])
+        for most in (cutoff, math.inf)
+    )
+    torch.testing.assert_close(got.scores, want)
+    assert (want < plain).any() == (cutoff == 0.4)

@@ -1,7 +1,9 @@
 """Which path a step takes, what it looks at, and what it costs."""
 
 import copy
+import math
 
+import oracles
 import pytest
 import torch
 from helpers import D_IN, activations, step_input
@@ -173,6 +175,25 @@ def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
     finally:
         for name in ("largest", "largest_by_columns"):
             SCORES.pop(name, None)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_winsorised_score_takes_the_cutoff_of_the_step_before(group_size):
+    saes = [an_sae(score="winsorised", pool_group_size=group_size, step=path) for path in ("kept", "dense")]
+    changed = False
+    for number in range(3):
+        batch, dense = activations(32, seed=number), saes[1]
+        groups = dense.encode_with_hidden_pre(batch)[1].relu().split(group_size or len(batch))
+
+        def pools(cutoff, groups=groups):
+            return [sorted(oracles.pool(acts.tolist(), "winsorised", 15, last_cutoff=cutoff)) for acts in groups]
+
+        want, plain = pools(dense.pool_record.cutoff.item() or math.inf), pools(math.inf)
+        outputs = [step(sae, batch, number=number) for sae in saes]
+        assert [output.pool.tolist() for output in outputs] == [want, want]
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+        changed |= want != plain
+    assert changed
 
 
 def test_an_unknown_step_is_refused():

@@ -91,9 +91,8 @@ def of_type(dtype, n_tokens, group_size, n_latents, which):
 
     tiles, cpu, everything = Tiles(n_tokens, group_size), torch.device("cpu"), which == "shares"
     b_enc, threshold = torch.zeros(n_latents, dtype=dtype), torch.zeros(n_latents)
-    chunk = Chunk(
-        torch.zeros(n_tokens, n_latents, dtype=dtype), 64, b_enc, threshold if everything else None, threshold
-    )
+    norms = threshold if everything else None
+    chunk = Chunk(torch.zeros(n_tokens, n_latents, dtype=dtype), 64, b_enc, norms, threshold, torch.zeros(()))
     member = torch.zeros(tiles.n_groups, n_latents, dtype=torch.bool) if everything else None
     above = None if which == "none" else Above(torch.zeros(()), member)
     dead = Dead(threshold.int(), torch.zeros(n_tokens, 3)) if everything else None
@@ -111,6 +110,7 @@ def of_type(dtype, n_tokens, group_size, n_latents, which):
         (80, (torch.bfloat16, 70, 70, 37, "shares")),
         (90, (torch.float32, 70, 16, 300, "none")),
         (90, (torch.float32, 1, 1, 1, "counts")),
+        (90, (torch.float32, 70, 16, 37, "clipped")),
         (100, (torch.bfloat16, 4096, 1, 64, "shares")),
     ],
     ids=str,

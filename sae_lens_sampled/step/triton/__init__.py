@@ -11,8 +11,9 @@ interpreted = False
 """Whether tensors on a CPU take the kernels too, under Triton's interpreter; for tests. It needs TRITON_INTERPRET=1 in
 the environment before triton is imported."""
 
-Sums = Literal["none", "squares", "shares", "counts"]
-"""What a scan sums over tokens: squares alone; also shares of the peak and their x log x; or also positive ones."""
+Sums = Literal["none", "squares", "shares", "counts", "clipped"]
+"""What a scan sums over tokens: squares alone; also shares of the peak and their x log x; or positive ones; or squares
+of what is clipped at the last cutoff."""
 SUMS_OF_SCORE: dict[str, Sums] = {
     "l2_norm": "squares",
     "squared_l2": "squares",
@@ -21,6 +22,7 @@ SUMS_OF_SCORE: dict[str, Sums] = {
     "entropy": "shares",
     "perplexity": "shares",
     "frequency": "counts",
+    "winsorised": "clipped",
 }
 """What a scan sums for a score; registered scores have no kernel."""
 

@@ -13,12 +13,12 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lens_sampled.step.scores import frequency, l2_norm, perplexity
+from sae_lens_sampled.step.scores import frequency, l2_norm, perplexity, winsorised
 from sae_lens_sampled.step.triton import Sums
 from sae_lens_sampled.step.triton.launch import launch, n_blocks, offset
 from sae_lens_sampled.step.triton.tiles import Tiles
 
-N_SUMS: dict[Sums, int] = {"none": 0, "squares": 1, "shares": 3, "counts": 2}
+N_SUMS: dict[Sums, int] = {"none": 0, "squares": 1, "shares": 3, "counts": 2, "clipped": 2}
 
 
 class Chunk(NamedTuple):
@@ -31,6 +31,8 @@ class Chunk(NamedTuple):
     b_enc: Float[Tensor, " latents"]
     norms: Float[Tensor, " latents"] | None
     threshold: Float[Tensor, " latents"]
+    last_cutoff: Float[Tensor, ""] | None = None
+    """The smallest activation that the batch before kept; 0 where it is not known. For sums of clipped squares."""
 
 
 class TileSums(NamedTuple):
@@ -103,8 +105,11 @@ def plain_sums(chunk: Chunk, tiles: Tiles, which: Sums) -> TileSums:
         acts = torch.cat([pre.relu(), torch.zeros_like(hidden_pre[:1])])  # a tile may be empty
         n_fired.append((pre > chunk.threshold).sum(dim=0, dtype=torch.int32))
         peaks.append(acts.amax(dim=0))
-        score = {"none": None, "squares": l2_norm, "shares": perplexity, "counts": frequency}[which]
-        sums.append(acts.new_zeros(0, acts.shape[1]) if score is None else torch.stack(score.column_sums(acts).sums))
+        if which == "none":
+            sums.append(acts.new_zeros(0, acts.shape[1]))
+        else:
+            score = {"squares": l2_norm, "shares": perplexity, "counts": frequency, "clipped": winsorised}[which]
+            sums.append(torch.stack(score.column_sums(acts, chunk.last_cutoff).sums))
     return TileSums(torch.stack(n_fired), torch.stack(peaks), torch.stack(sums, dim=1), which)
 
 
@@ -132,7 +137,7 @@ def sum_tiles(
     n_across = n_blocks(n_latents, tiles.latents)
     counts = torch.empty(tiles.n_tiles * n_across, dtype=torch.int32, device=products.device)
     launch(
-        _sum_kernel, (len(counts),), products.device, *_common(chunk, tiles, above), chunk.threshold,
+        _sum_kernel, (len(counts),), products.device, *_common(chunk, tiles, above), chunk.threshold, chunk.last_cutoff,
         dead.slots if dead else None, dead.hidden_pre if dead else None, dead.hidden_pre.shape[1] if dead else 0,
         out.n_fired, out.peak, out.sums, counts, out.n_fired.stride(0), out.sums.stride(0),
         out.which, tiles.tokens, tiles.latents,
@@ -203,7 +208,7 @@ def _is_above(pre, bound, member, member_stride, group, latents, inside, n_laten
 @no_type_check
 def _sum_kernel(
     products, b_enc, norms, bound, member, member_stride, n_tokens, n_latents, group_size, per_group,
-    threshold, slots, dead_pre, n_dead, n_fired, peak, sums, counts, stride, sums_stride,
+    threshold, last_cutoff, slots, dead_pre, n_dead, n_fired, peak, sums, counts, stride, sums_stride,
     WHICH: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """A program a tile."""
@@ -232,6 +237,11 @@ def _sum_kernel(
         logs = share * tl.log(tl.where(share > 0, share, 1.0))
         tl.store(sums + offset(1, at, sums_stride), tl.sum(share, axis=0), mask=there)
         tl.store(sums + offset(2, at, sums_stride), tl.sum(logs, axis=0), mask=there)
+    if WHICH == "clipped":
+        cutoff = tl.load(last_cutoff).to(tl.float32)
+        cutoff = tl.where(cutoff > 0, cutoff, float("inf"))
+        clipped = tl.where(acts > cutoff, cutoff, acts)  # leaves NaN
+        tl.store(sums + offset(1, at, sums_stride), tl.sum(clipped * clipped, axis=0), mask=there)
     if WHICH == "counts":
         tl.store(sums + offset(1, at, sums_stride), tl.sum((acts > 0).to(tl.float32), axis=0), mask=there)
 
