@@ -128,7 +128,7 @@ COMMANDS: dict[str, Run | str] = {
     "sae-lens-sampled mmcs": Run("output by_two", needs="sae_bench"),
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),
-    "benchmark/run.py --config small --report": Run(),
+    "benchmark/run.py --config dictionaries --report": Run(),
     "bash eval/gpu.sh tests": GPU,
     "bash eval/gpu.sh bench": GPU,
     "bash eval/gpu.sh --wheels wheels tests": GPU,

@@ -1,4 +1,7 @@
-"""Changes to the method that were tried on known features and are not in the package: `eval/NESTED.md` says why."""
+"""Changes to the method that were tried on known features and are not in the package.
+
+`eval/results/known_features.md` says why.
+"""
 
 from dataclasses import dataclass
 from functools import cache, partial

@@ -14,9 +14,9 @@ from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, Syntheti
 from benchmark import run as script
 from benchmark import training
 from benchmark.configs import BENCHMARKS, DICTIONARIES, FACTORIAL, SMALL, SYNTH_SAE_BENCH_16K, TUNING
-from benchmark.plan import BenchmarkUnit, Data, new_sae, streams, units
 from benchmark.factorial import cells
 from benchmark.page import render_pages
+from benchmark.plan import BenchmarkUnit, Data, new_sae, streams, units
 from benchmark.report import BenchmarkSummary, result_table
 from study import known_features
 from study import run as study_script
@@ -186,6 +186,36 @@ def test_differences_are_of_the_same_weights_at_the_start():
     assert summary.mean("topk", 4, "f1") is None
     assert summary.values("batchtopk", 4, "absorbed") == {}  # a metric that older results lack
     assert summary.seeds() == "3 seeds with features of seed 42, 0 seeds with features of seed 43"
+
+
+def test_a_pool_wins_by_intervals_over_seeds_and_a_bound_on_fvu():
+    better, worse, noisy = (0.1, 0.11, 0.12), (-0.1, -0.11, -0.12), (0.1, 0.5, -0.2)
+    wins = {}
+    for percent, (f1, mcc, fvu) in {10: (better, better, 0.004), 20: (better, better, 0.006), 30: (better, worse, 0.0),
+                                    40: (noisy, better, 0.0)}.items():  # fmt: skip
+        results = {}
+        for seed in range(3):
+            results["latents_128", 4, "batchtopk", seed] = {"metrics": {"f1": 0.5, "mcc": 0.5, "fvu": 0.25}}
+            metrics = {"f1": 0.5 + f1[seed], "mcc": 0.5 + mcc[seed], "fvu": 0.25 + fvu}
+            results["latents_128", 4, f"l2_{percent}", seed] = {"metrics": metrics}
+        [cell] = cells(BenchmarkSummary(FACTORIAL, results))
+        assert (cell.d_sae, cell.k, cell.score, cell.percent) == (128, 4, "l2", percent)
+        assert cell.pool_factor == pytest.approx(percent / 100 * 128 / 4)
+        wins[percent] = cell.wins
+    assert wins == {10: True, 20: False, 30: False, 40: False}
+
+
+def test_a_table_of_differences_is_over_dictionaries_and_corrected():
+    values = {"batchtopk": (0.5, 0.6, 0.55), "groups": (0.6, 0.7, 0.66), "topk": (0.5, 0.7, 0.5)}
+    results = {
+        (f"features_{51 + i}", 4, arm, 0): {"metrics": {"f1": value}}
+        for arm, of_arm in values.items()
+        for i, value in enumerate(of_arm)
+    }
+    plain, topk, groups = BenchmarkSummary(DICTIONARIES, results).difference_table(4).splitlines()[2:]
+    assert plain.startswith("| BatchTopK | 0.550 [0.426, 0.674] | - |")
+    assert "| **+0.103 [+0.089, +0.118]** |" in groups
+    assert "| +0.017 [-0.173, +0.206] |" in topk
 
 
 def test_the_benchmark_itself_is_as_published():
