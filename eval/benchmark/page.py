@@ -33,7 +33,8 @@ def render_pages(results: Path) -> dict[str, str]:
     names = ("dictionaries", "factorial", "factorial_check", "small", "tuning", "synth-sae-bench-16k-cpu")
     dictionaries, of_sizes, of_check, small, tuning, large = (_summary(name, results) for name in names)
     model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
-    found, checked = list(cells(of_sizes)), [cell for cell in cells(of_check) if is_predicted(cell)]
+    found, on_check = list(cells(of_sizes)), list(cells(of_check))
+    checked = [cell for cell in on_check if is_predicted(cell)]
 
     def less(arm: str, other: str, metric: str) -> str:
         return interval_text(dictionaries.interval_of_difference(arm, other, K, metric), signed=True)
@@ -56,6 +57,7 @@ def render_pages(results: Path) -> dict[str, str]:
         "large": large,
         "cells": found,
         "check_cells": checked,
+        "other_cells": [cell for cell in on_check if cell not in checked],
         "check_range": check_range,
         "wins": lambda score: sum(cell.wins for cell in found if cell.score == score),
         "won_factors": [cell.pool_factor for cell in found if cell.wins and cell.score == "winsorised"],
