@@ -33,6 +33,7 @@ THEN_ALL_ARMS = {
         for factor in (10, 20)
     },
 }
+"""Arms with pools until then."""
 
 
 TWO = {"arms": ("batchtopk", "matryoshka"), "ks": (4,)}

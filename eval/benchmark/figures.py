@@ -18,7 +18,7 @@ COLOURS = {
     "nested_light": "#009e73",
     "then_plain": "#7a5195",
 }
-"""One pool has four times their FVU, and is left out."""
+"""Arms of the picture; one pool, whose FVU is far from theirs, is left out."""
 
 
 def draw_f1_against_fvu(summary: BenchmarkSummary, file: Path) -> None:

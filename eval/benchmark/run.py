@@ -1,6 +1,6 @@
 """Pools, scores and nested losses on data with known features by SynthSAEBench's recipe (arXiv 2602.14687).
 
-    python eval/benchmark/run.py --config dictionaries         # eval/KNOWN_FEATURES.md, in half an hour on two cores
+    python eval/benchmark/run.py --config dictionaries         # eval/KNOWN_FEATURES.md; two processes half an hour
     python eval/benchmark/run.py --config dictionaries --report    # only renders the pages again
     python eval/benchmark/run.py --config small                # what was tried before, in an hour
     python eval/benchmark/run.py --config tuning               # what its settings were chosen by
