@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from tabulate import tabulate
 
-from confidence import Interval
+from sae_lens_sampled.confidence import Interval
 
 
 def render(template: Path, **values: Any) -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from benchmark.configs import SCORES, SHARES
 from benchmark.plan import pool_factor
 from benchmark.report import BenchmarkSummary
-from confidence import Interval, difference_interval
 from pages import markdown_table
+from sae_lens_sampled.confidence import Interval, difference_interval
 
 MAX_FVU = 0.005
 """By how much the FVU of a pool that wins may exceed BatchTopK's."""

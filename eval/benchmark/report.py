@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.plan import Benchmark
-from confidence import Interval, difference_interval, holm, mean_interval
 from pages import interval_text, markdown_table
-from sae_lens_sampled.saebench.report.metrics import Estimate
+from sae_lens_sampled.confidence import Interval, difference_interval, holm, mean_interval
 from study.storage import Key, ResultTable
-from study.summary import mean_difference, mean_of, shown
+from study.summary import shown
 
 COLUMNS = {
     "F1": "f1",
@@ -39,15 +38,16 @@ class BenchmarkSummary:
             if of_data in data and of_k == k and of_arm == arm and metric in result["metrics"]
         }
 
-    def mean(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> Estimate | None:
+    def mean(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> Interval | None:
         """Mean over data and seeds."""
-        return mean_of(self.values(arm, k, metric, data))
+        values = self.values(arm, k, metric, data)
+        return mean_interval(list(values.values())) if values else None
 
     def difference(
         self, arm: str, other: str, k: int, metric: str, data: tuple[str, ...] = REPORTED
-    ) -> Estimate | None:
+    ) -> Interval | None:
         """Mean of the differences of two arms that started from the same weights."""
-        return mean_difference(self.values(arm, k, metric, data), self.values(other, k, metric, data))
+        return difference_interval(self.values(arm, k, metric, data), self.values(other, k, metric, data))
 
     def table(
         self, k: int, data: tuple[str, ...] = REPORTED, published: Mapping[str, Mapping[str, float]] | None = None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pages import markdown_table
-from sae_lens_sampled.saebench.report.metrics import estimate
+from sae_lens_sampled.confidence import mean_interval
 
 COLUMNS = {
     "share of the token itself": "own_share",
@@ -16,14 +16,14 @@ COLUMNS = {
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Means over the latents of each SAE, with their standard errors; `names` says how the SAEs are shown."""
+    """Means over the latents of each SAE, with half of their 95 % intervals; `names` says how the SAEs are shown."""
     lines = []
     for name, label in names.items():
         of_sae = [row for row in rows if row["sae"] == name]
-        means = [estimate([row[field] for row in of_sae]) for field in COLUMNS.values()]
+        means = [mean_interval([row[field] for row in of_sae]) for field in COLUMNS.values()]
         errors = [row["completeness_error"] for row in of_sae]
         error = f"{statistics.median(errors):.1g} (largest {max(errors):.1g})"
-        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.error or 0:.3f}" for m in means), error])
+        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.half or 0:.3f}" for m in means), error])
     return markdown_table(["SAE", "latents", *COLUMNS, "completeness error"], lines)
 
 

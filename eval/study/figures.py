@@ -1,4 +1,4 @@
-"""The pictures of the result page; error bars are standard errors over seeds."""
+"""The pictures of the result page; error bars are 95 % intervals over seeds."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def draw_pareto(summary: Summary, file: Path) -> None:
             axes.errorbar(
                 [x.mean for x, _ in points],
                 [y.mean for _, y in points],
-                xerr=[x.error or 0 for x, _ in points],
-                yerr=[y.error or 0 for _, y in points],
+                xerr=[x.half or 0 for x, _ in points],
+                yerr=[y.half or 0 for _, y in points],
                 color=COLOURS.get(size, "0.3"),
                 marker="o",
                 ms=4,
@@ -53,7 +53,7 @@ def draw_pareto(summary: Summary, file: Path) -> None:
             if x and y:
                 colour, marker = MARKS[name]
                 axes.errorbar(
-                    x.mean, y.mean, x.error and y.error, x.error, fmt=marker, color=colour, label=summary.label(name)
+                    x.mean, y.mean, x.half and y.half, x.half, fmt=marker, color=colour, label=summary.label(name)
                 )
         axes.set(xlabel=METRICS["fvu"], ylabel=METRICS[metric], xscale="log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -145,11 +145,11 @@ def _plot_over_pool_factors(axes: Axes, summary: Summary, metric: str, synthetic
     factors = summary.study.pool_factors
     for size in (None, *summary.study.group_sizes):
         means = [(factor, summary.mean(pool_name(factor, size), metric, synthetic)) for factor in factors]
-        points = [(factor, estimate) for factor, estimate in means if estimate]
+        points = [(factor, interval) for factor, interval in means if interval]
         axes.errorbar(
             [factor for factor, _ in points],
-            [estimate.mean for _, estimate in points],
-            [estimate.error or 0 for _, estimate in points],
+            [interval.mean for _, interval in points],
+            [interval.half or 0 for _, interval in points],
             color=COLOURS.get(size, "0.3"),
             marker="o",
             ms=4,
@@ -157,10 +157,10 @@ def _plot_over_pool_factors(axes: Axes, summary: Summary, metric: str, synthetic
             label="one pool" if size is None else f"groups of {size}",
         )
     for name in baselines():
-        if estimate := summary.mean(name, metric, synthetic):
-            colour, error = MARKS[name][0], estimate.error or 0
-            axes.axhline(estimate.mean, color=colour, ls="--", lw=1, label=summary.label(name))
-            axes.axhspan(estimate.mean - error, estimate.mean + error, color=colour, alpha=0.12, lw=0)
+        if interval := summary.mean(name, metric, synthetic):
+            colour, error = MARKS[name][0], interval.half or 0
+            axes.axhline(interval.mean, color=colour, ls="--", lw=1, label=summary.label(name))
+            axes.axhspan(interval.mean - error, interval.mean + error, color=colour, alpha=0.12, lw=0)
     axes.set_xscale("log")
     axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
     axes.minorticks_off()

@@ -1,7 +1,10 @@
 """Stage `report`: the result pages, from templates whose numbers are all looked up in the results."""
 
 import json
+from functools import partial
 from pathlib import Path
+
+from scipy import stats
 
 from latents import tables as latents
 from pages import render
@@ -67,6 +70,9 @@ def render_page(eval_folder: Path) -> str:
         step_seconds=seconds,
         time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         export=export_gaps(real),
+        firing=partial(tables.firing, real),
+        excluded=probing_excluded(summaries[TINY.name]),
+        confounded=confounded(summaries[TINY.name]),
         titles=texts,
         years=f"{min(years)} to {max(years)}",
         latents=latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
@@ -83,6 +89,19 @@ def titles(results: Path) -> dict[str, list[str]]:
     """Titles of the texts, by part; empty where the study has a data set of the Hub or the bundled text."""
     file = results / TITLES
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def probing_excluded(summary: Summary) -> int:
+    """In how many of six comparisons of the paper's pools with BatchTopK the interval of probing excludes 0."""
+    found = [summary.difference(f"pool_{n}", "batchtopk", f"probing_{k}") for n in (3, 5) for k in (1, 2, 5)]
+    return sum(difference is not None and (difference.p or 1) <= tables.ALPHA for difference in found)
+
+
+def confounded(summary: Summary) -> dict[str, str]:
+    """Rank correlation (Spearman) of FVU and full absorption over the arms."""
+    means = [(summary.mean(arm, "fvu"), summary.mean(arm, "absorption_full")) for arm in summary.arms]
+    known = [(fvu.mean, absorption.mean) for fvu, absorption in means if fvu and absorption]
+    return {"n": str(len(known)), "r": f"{stats.spearmanr(*zip(*known, strict=True)).statistic:+.2f}" if known else "-"}
 
 
 def export_gaps(summary: Summary) -> dict[str, str]:

@@ -1,20 +1,27 @@
-"""The results of a study, read back: means over seeds with their standard errors."""
+"""The results of a study, read back: means over seeds with their 95 % intervals."""
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
-from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
+from pages import interval_text
+from sae_lens_sampled.confidence import (
+    Interval,
+    difference_interval,
+    jackknife_interval,
+    mean_interval,
+    paired_differences,
+)
 from study.plan import Unit, absorption_units, arms, compared, synthetic_units, units
 from study.storage import ResultTable, Storage
 
 FORMATS = {
-    "l0": ".1f",
-    "l0_in_training": ".1f",
-    "share_above_0_7": ".2f",
+    "l0": 1,
+    "l0_in_training": 1,
+    "share_above_0_7": 2,
 }
-"""Formats of the metrics that are not shown with three decimals."""
+"""Decimals of the metrics that are not shown with three."""
 
 
 class Summary:
@@ -39,30 +46,32 @@ class Summary:
         values = {seed: _lookup(result, metric) for seed, result in results.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def mean(self, arm: str, metric: str, synthetic: bool = False) -> Estimate | None:
+    def mean(self, arm: str, metric: str, synthetic: bool = False) -> Interval | None:
         """Mean over seeds."""
-        return mean_of(self.values(arm, metric, synthetic))
+        values = self.values(arm, metric, synthetic)
+        return mean_interval(list(values.values())) if values else None
 
-    def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Estimate | None:
+    def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Interval | None:
         """Mean of the differences seed by seed: two arms of one seed share weights at the start and all data."""
-        return mean_difference(self.values(arm, metric, synthetic), self.values(other, metric, synthetic))
+        return difference_interval(self.values(arm, metric, synthetic), self.values(other, metric, synthetic))
 
-    def similarity(self, arm: str, other: str, *path: str) -> Estimate | None:
-        """Mean over pairs of seeds of two arms, of the value at `path` in the comparison of a pair."""
+    def similarities(self, arm: str, other: str, *path: str) -> dict[tuple[int, int], float]:
+        """Values by pairs of seeds of two arms, at `path` in the comparison of a pair."""
         swap = (arm, other) not in self.comparisons
-        comparison = self.comparisons.get((other, arm) if swap else (arm, other))
-        if comparison is None or not comparison["pairs"]:
-            return None
+        comparison = self.comparisons.get((other, arm) if swap else (arm, other), {"pairs": []})
         keys = [{"forward": "backward", "backward": "forward"}.get(key, key) if swap else key for key in path]
-        values = {}
-        for pair in comparison["pairs"]:
-            value: Any = pair
-            for key in keys:
-                value = value[key]
-            values[tuple(pair["seeds"])] = value
-        if None in values.values():  # dictionaries too large to be matched one to one
-            return None
-        return estimate_over_pairs(values)
+        values = {tuple(pair["seeds"]): reduce(getitem, keys, pair) for pair in comparison["pairs"]}
+        # Dictionaries too large to be matched one to one have none.
+        return {} if None in values.values() else values
+
+    def similarity(self, arm: str, other: str, *path: str) -> Interval | None:
+        """Mean over pairs of seeds of two arms, of the value at `path` in the comparison of a pair."""
+        return jackknife_interval(self.similarities(arm, other, *path))
+
+    def similarity_difference(self, arm: str, other: str, *path: str) -> Interval | None:
+        """How much better the seeds of an arm agree with each other than those of another: over pairs of seeds."""
+        a, b = (self.similarities(name, name, *path) for name in (arm, other))
+        return jackknife_interval(paired_differences(a, b))
 
     def number(self, arm: str, metric: str, synthetic: bool = False) -> str:
         """A mean, as text."""
@@ -81,38 +90,12 @@ class Summary:
         return self.arms[arm].label
 
 
-def mean_of(values: Mapping[Any, float]) -> Estimate | None:
-    """Mean of values by SAE; None of none."""
-    return estimate(list(values.values())) if values else None
-
-
-def mean_difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> Estimate | None:
-    """Mean of the differences over what both have."""
-    return mean_of({key: a[key] - b[key] for key in a if key in b})
-
-
-def estimate_over_pairs(values: dict[tuple[int, int], float]) -> Estimate:
-    """Mean over pairs of seeds, with its jackknife error; no error below three seeds.
-
-    Pairs share SAEs, so that their spread says too little. The jackknife leaves out a seed with all of its pairs (for
-    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance").
-    """
-    mean = statistics.fmean(values.values())
-    seeds = {seed for pair in values for seed in pair}
-    if len(seeds) < 3:
-        return Estimate(mean, None, len(values))
-    without = [statistics.fmean(value for pair, value in values.items() if seed not in pair) for seed in seeds]
-    squares = sum((mean_without - statistics.fmean(without)) ** 2 for mean_without in without)
-    return Estimate(mean, math.sqrt((len(seeds) - 1) / len(seeds) * squares), len(values))
-
-
-def shown(estimated: Estimate | None, metric: str = "", signed: bool = False) -> str:
-    """Mean and standard error as text; a dash if there is nothing, and no error for one seed."""
-    if estimated is None:
-        return "-"
-    spec = FORMATS.get(metric.split(".")[-1], ".3f")
-    mean = format(estimated.mean, f"+{spec}" if signed else spec)
-    return mean if estimated.error is None else f"{mean} ± {format(estimated.error, spec)}"
+def shown(interval: Interval | None, metric: str = "", signed: bool = False) -> str:
+    """A mean ± half of its 95 % interval, or a difference with the interval's ends, as text; "-" for none."""
+    digits = FORMATS.get(metric.split(".")[-1], 3)
+    if interval is None or interval.half is None or signed:
+        return interval_text(interval, digits, signed)
+    return f"{interval.mean:.{digits}f} ± {interval.half:.{digits}f}"
 
 
 def _by_arm(table: ResultTable, planned: Sequence[Unit]) -> dict[str, dict[int, dict[str, Any]]]:

@@ -1,12 +1,14 @@
-"""The tables of the result page, as Markdown; all numbers are means over seeds with their standard errors."""
+"""The tables of the result page, as Markdown; numbers are means over seeds ± half of their 95 % intervals."""
 
+import itertools
 import json
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pages import markdown_table
-from sae_lens_sampled.saebench.report.metrics import Estimate, estimate
+from pages import interval_text, markdown_table
+from sae_lens_sampled.confidence import Interval, holm, mean_interval
 from study import plan
 from study.plan import GROUPED, pool_name, score_name
 from study.summary import Summary, shown
@@ -42,8 +44,16 @@ DECISION = {
     "probing, top 1": "probing_1",
     "top 5": "probing_5",
     "dead": "dead",
+    "MMCS": "mmcs",
+    "absorption, full": "absorption_full",
+    "fraction": "absorption_fraction",
 }
-SMALLER_IS_BETTER = ("fvu", "dead")
+"""Columns that an arm is chosen by; MMCS is of live latents, between seeds."""
+SMALLER_IS_BETTER = ("FVU", "dead", "absorption, full", "fraction")
+FIRING = {"live": (-math.inf, 0.0), "often": (-1.0, 0.0), "rarely": (-math.inf, -3.0)}
+"""From and to which log10 of the share of tokens latents are counted, as edges of the histogram."""
+ALPHA = 0.05
+"""What the chance of a false mark is kept below, over all of a table."""
 BETTER, WORSE = "▲", "▼"
 SIDES = {
     "batchtopk": "SAELens BatchTopK",
@@ -122,44 +132,65 @@ def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str],
 
 
 def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
-    """What to choose by, a row for each arm: metrics with marks for what differs from BatchTopK, seed agreement, time.
+    """What to choose by, a row for each arm: means with marks for what differs from BatchTopK, and time.
+
+    Marks are corrected for all comparisons of the table (Holm).
 
     Args:
         summary: of the study.
         step_seconds: seconds of training steps for a million tokens, by arm.
     """
+    marks = marks_of(differences(summary))
     rows = []
     for arm in summary.arms:
-        mmcs, base = (summary.similarity(name, name, "forward", "mmcs") for name in (arm, "batchtopk"))
         seconds = step_seconds.get(arm)
-        rows.append(
-            [
-                summary.label(arm),
-                *(
-                    shown(summary.mean(arm, metric), metric)
-                    + mark(summary.difference(arm, "batchtopk", metric), metric in SMALLER_IS_BETTER)
-                    for metric in DECISION.values()
-                ),
-                shown(mmcs) + mark(difference_of(mmcs, base)),
-                shown(summary.mean(arm, "absorption_fraction")),
-                "-" if seconds is None else f"{seconds:.0f} s",
-            ]
-        )
-    return markdown_table(["", *DECISION, "MMCS", "absorption", "time for 1M tokens"], rows)
+        means = {name: decision_mean(summary, arm, name) for name in DECISION}
+        cells = [
+            "-" if mean is None else f"{mean.mean:.3f}{marks.get((arm, name), '')}" for name, mean in means.items()
+        ]
+        rows.append([summary.label(arm), *cells, "-" if seconds is None else f"{seconds:.0f} s"])
+    return markdown_table(["", *DECISION, "time for 1M tokens"], rows)
 
 
-def mark(difference: Estimate | None, smaller_is_better: bool = False) -> str:
-    """Whether a difference is more than two of its standard errors, and which way."""
-    if difference is None or difference.error is None or abs(difference.mean) <= 2 * difference.error:
-        return ""
-    return f" {BETTER if (difference.mean < 0) == smaller_is_better else WORSE}"
+def difference_table(summary: Summary) -> str:
+    """What the decision table marks: every arm less BatchTopK, with 95 % intervals; bold where it is marked."""
+    found = differences(summary)
+    marks = marks_of(found)
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        texts = {name: interval_text(found.get((arm, name)), signed=True) for name in DECISION}
+        cells = [f"**{text}**" if (arm, name) in marks else text for name, text in texts.items()]
+        rows.append([summary.label(arm), *cells])
+    return markdown_table(["", *DECISION], rows)
 
 
-def difference_of(a: Estimate | None, b: Estimate | None) -> Estimate | None:
-    """Difference of two means that have no SAEs in common."""
-    if a is None or b is None or a is b or a.error is None or b.error is None:
-        return None
-    return Estimate(a.mean - b.mean, math.hypot(a.error, b.error), min(a.n, b.n))
+def decision_mean(summary: Summary, arm: str, column: str) -> Interval | None:
+    """An arm's mean in a column of the decision table."""
+    metric = DECISION[column]
+    return summary.similarity(arm, arm, "forward", "mmcs") if metric == "mmcs" else summary.mean(arm, metric)
+
+
+def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
+    """Every arm less `base`, by arm and column of the decision table; over pairs of SAEs, for MMCS of pairs."""
+    found = {}
+    for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
+        if metric == "mmcs":
+            difference = summary.similarity_difference(arm, base, "forward", metric)
+        else:
+            difference = summary.difference(arm, base, metric)
+        if arm != base and difference is not None:
+            found[arm, name] = difference
+    return found
+
+
+def marks_of(found: Mapping[tuple[str, str], Interval]) -> dict[tuple[str, str], str]:
+    """Signs of the differences that are not 0 after Holm's correction over all of them."""
+    adjusted = holm({key: difference.p for key, difference in found.items() if difference.p is not None})
+    return {
+        (arm, name): f" {BETTER if (found[arm, name].mean < 0) == (name in SMALLER_IS_BETTER) else WORSE}"
+        for (arm, name), p in adjusted.items()
+        if p <= ALPHA
+    }
 
 
 def step_seconds(benchmark: Path) -> dict[str, float]:
@@ -170,6 +201,26 @@ def step_seconds(benchmark: Path) -> dict[str, float]:
     return seconds | {plan.THEN_PLAIN: (seconds["nested_10"] + seconds["pool_10_groups_16"]) / 2}
 
 
+def firing_table(summary: Summary) -> str:
+    """How equally the latents of every arm fire."""
+    header = ["", "Gini", "live latents", "on more than 10 % of tokens", "on less than 0.1 %"]
+    rows = [
+        [summary.label(arm), summary.number(arm, "gini"), *(firing(summary, arm, which) for which in FIRING)]
+        for arm in summary.on_model
+    ]
+    return markdown_table(header, rows)
+
+
+def firing(summary: Summary, arm: str, which: str) -> str:
+    """Mean number of an arm's latents that fire as often as one of `FIRING` says."""
+    low, high = FIRING[which]
+    counts = [
+        sum(n for n, edge in zip(result["density_counts"], result["density_edges"], strict=False) if low <= edge < high)
+        for result in summary.on_model[arm].values()
+    ]
+    return f"{statistics.fmean(counts):,.0f}"
+
+
 def probing_table(summary: Summary) -> str:
     """Accuracy of probes on one latent, for each labelled set."""
     arms = [arm for arm in compared_arms(summary) + nested_arms()[3:] if arm in summary.on_model]
@@ -178,7 +229,7 @@ def probing_table(summary: Summary) -> str:
     rows = [
         [
             summary.label(arm),
-            *(shown(estimate([r["metrics"]["probing_sets"][name][0] for r in of_arm])) for name in sets),
+            *(shown(mean_interval([r["metrics"]["probing_sets"][name][0] for r in of_arm])) for name in sets),
         ]
         for arm, of_arm in results.items()
     ]

@@ -16,7 +16,6 @@ from study_helpers import EVAL, SMOKE, storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.runners.parts import Part
-from sae_lens_sampled.saebench.report.metrics import Estimate
 from study import evaluation, training
 from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.costs import format_plan, products_of
@@ -36,8 +35,8 @@ from study.plan import (
 from study.report import committed, render_page, render_tables, write_report
 from study.stages import STAGES, to_do
 from study.storage import Storage
-from study.summary import Summary, estimate_over_pairs, shown
-from study.tables import decision_table, mark
+from study.summary import Summary, shown
+from study.tables import decision_table, difference_table, differences, marks_of
 from study.training import new_sae, train
 
 
@@ -271,11 +270,11 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         assert render_tables(study) == (study.results / "RESULTS.md").read_text()
 
 
-def test_what_differs_from_batchtopk_by_two_errors_is_marked(tmp_path):
+def test_what_differs_from_batchtopk_is_marked_after_correction(tmp_path):
     study = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
     values = {
         "batchtopk": {"fvu": [0.10, 0.20, 0.30], "dead": [0.5, 0.5, 0.6]},
-        # FVU lower by 0.02 +- 0.01, at just two errors; dead more by 0.1 +- 0.
+        # FVU lower by 0.02, with an error of 0.0115; dead more by 0.1 in each pair.
         "pool_5": {"fvu": [0.10, 0.18, 0.26], "dead": [0.6, 0.6, 0.7]},
     }
     for arm, of_arm in values.items():
@@ -287,16 +286,20 @@ def test_what_differs_from_batchtopk_by_two_errors_is_marked(tmp_path):
         pairs = [{"seeds": pair, "forward": {"mmcs": value}} for pair, value in zip(seeds, mmcs, strict=True)]
         study.comparisons.append({"arm": arm, "other_arm": arm, "pairs": pairs})
     summary = Summary(study)
-    assert summary.difference("pool_5", "batchtopk", "fvu").error == pytest.approx(0.0115, abs=1e-4)
-    assert mark(summary.difference("pool_5", "batchtopk", "fvu"), smaller_is_better=True) == ""
+    found = differences(summary)
+    assert found["pool_5", "FVU"].error == pytest.approx(0.0115, abs=1e-4)
+    # -0.2, -0.19 and -0.26: the jackknife's error is 0.0437, so that t is -4.96 with two degrees of freedom.
+    assert found["pool_5", "MMCS"].p == pytest.approx(0.038, abs=1e-3)
     table = decision_table(summary, {"pool_5": 81.4})
     [base, pool] = [line for line in table.splitlines() if line.startswith(("| BatchTopK |", "| pool 5, one pool |"))]
-    assert "▲" not in base
-    assert "▼" not in base
-    assert pool == ("| pool 5, one pool | 0.180 ± 0.046 | - | - | - | 0.633 ± 0.033 ▼ | 0.303 ± 0.007 ▼ | - | 81 s |")
-    assert mark(Estimate(-0.03, 0.01, 3), smaller_is_better=True) == mark(Estimate(0.03, 0.01, 3)) == " ▲"
-    assert mark(Estimate(0.03, 0.01, 3), smaller_is_better=True) == mark(Estimate(-0.03, 0.01, 3)) == " ▼"
-    assert mark(Estimate(0.03, None, 1)) == mark(None) == ""
+    assert base == "| BatchTopK | 0.200 | - | - | - | 0.533 | 0.520 | - | - | - |"
+    # By itself MMCS would be marked; it is one of three comparisons, the second of which counts twice.
+    assert pool == "| pool 5, one pool | 0.180 | - | - | - | 0.633 ▼ | 0.303 | - | - | 81 s |"
+    assert "| -0.020 [-0.070, +0.030] | - | - | - | **+0.100 [+0.100, +0.100]** |" in difference_table(summary)
+    of_mmcs = {("pool_5", "MMCS"): found["pool_5", "MMCS"]}
+    assert marks_of(of_mmcs) == {("pool_5", "MMCS"): " ▼"}
+    better = {("pool_5", "absorption, full"): found["pool_5", "MMCS"]}
+    assert marks_of(better) == {("pool_5", "absorption, full"): " ▲"}
 
 
 def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
@@ -306,18 +309,11 @@ def test_means_and_paired_differences_have_the_errors_of_their_seeds(tmp_path):
             result = {"metrics": {"fvu": value}, "pools": {"starved_share": 0.25}, "thresholds": {"global": {"l0": 8}}}
             study.evaluations.append({"arm": arm, "seed": seed, **result})
     summary = Summary(study)
-    assert shown(summary.mean("batchtopk", "fvu"), "fvu") == "0.300 ± 0.153"  # std 0.2646 over the root of 3
-    assert shown(summary.difference("pool_5", "batchtopk", "fvu"), "fvu", signed=True) == "+0.150 ± 0.050"
+    assert shown(summary.mean("batchtopk", "fvu"), "fvu") == "0.300 ± 0.657"  # 4.303 std / sqrt(3)
+    assert shown(summary.difference("pool_5", "batchtopk", "fvu"), "fvu", signed=True) == "+0.150 [-0.485, +0.785]"
     assert shown(summary.mean("pool_5", "starved_share")) == "0.250 ± 0.000"
     assert shown(summary.mean("pool_5", "global.l0"), "global.l0") == "8.0 ± 0.0"
     assert shown(summary.mean("topk", "fvu")) == "-"
-
-
-def test_the_error_over_pairs_leaves_out_a_seed_with_all_its_pairs():
-    # Without seed 0, 1 and 2 the means are 0.6, 0.2 and 0.1: squares 0.09 + 0.01 + 0.04, times 2/3, the root is 0.3055.
-    estimate = estimate_over_pairs({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
-    assert (estimate.mean, estimate.error, estimate.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)
-    assert estimate_over_pairs({(0, 1): 0.1, (1, 0): 0.3}).error is None
 
 
 def test_dictionaries_too_large_to_be_matched_leave_a_dash(tmp_path):

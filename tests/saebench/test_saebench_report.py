@@ -59,7 +59,7 @@ def rows_of(tables, title):
     ("values", "mean", "error"),
     [([0.20, 0.26], 0.23, 0.03), ([1.0, 2.0, 6.0], 3.0, (14 / 2 / 3) ** 0.5), ([0.4], 0.4, None)],
 )
-def test_standard_error_is_that_of_the_mean_with_one_degree_of_freedom_less(values, mean, error):
+def test_errors_are_of_the_mean_with_one_degree_of_freedom_less(values, mean, error):
     found = estimate(values)
     assert (found.mean, found.n) == (pytest.approx(mean), len(values))
     assert found.error == (error if error is None else pytest.approx(error))
@@ -69,8 +69,8 @@ def test_seeds_are_averaged_by_group(tmp_path):
     groups = groups_of(read_results(write_all(tmp_path)))
     cells = rows_of(group_tables(groups), "Reconstruction")
     assert [(group.name, len(group.saes)) for group in groups] == [("topk", 2), ("wide", 2)]
-    assert cells["topk"]["FVU ↓"].text == "0.2300 ± 0.0300"
-    assert cells["wide"]["FVU ↓"].text == "0.3200 ± 0.0100"
+    assert cells["topk"]["FVU ↓"].text == "0.2300 ± 0.3812"
+    assert cells["wide"]["FVU ↓"].text == "0.3200 ± 0.1271"
     assert cells["topk"]["Seeds"].text == "2"
 
 
@@ -254,8 +254,18 @@ def test_pareto_plots_have_a_mark_per_sae_and_the_means_with_their_errors(tmp_pa
     ]
     means = [trace for trace in plot.data if trace.showlegend is False]
     assert [trace.x[0] for trace in means] == pytest.approx([0.23, 0.32])
-    assert [trace.error_x.array[0] for trace in means] == pytest.approx([0.03, 0.01])
-    assert [trace.error_y.array[0] for trace in means] == pytest.approx([0.015, 0.035])
+    assert [trace.error_x.array[0] for trace in means] == [0, 0]  # of two seeds an interval would fill the plot
+
+
+def test_means_of_three_seeds_have_their_interval_in_a_plot(tmp_path):
+    write_core(write_all(tmp_path), "topk_seed2", fvu=0.29)
+    write_probing(tmp_path, "topk_seed2", 0.67)
+    saes = read_results(tmp_path)
+    plot = next(figure.plot for figure in figures(saes, groups_of(saes)) if figure.key == "fvu-probing")
+    of_three, of_two = [trace for trace in plot.data if trace.showlegend is False]
+    # FVU 0.20, 0.26, 0.29 and accuracy 0.61, 0.64, 0.67: deviations 0.0458 and 0.03, 4.303 times them over sqrt(3).
+    assert [of_three.error_x.array[0], of_three.error_y.array[0]] == pytest.approx([0.1138, 0.0745], abs=1e-4)
+    assert of_two.error_y.array[0] == 0
 
 
 def test_a_mean_in_a_plot_is_that_of_the_marks_around_it(tmp_path):
@@ -325,8 +335,8 @@ def test_markdown_has_the_same_tables_with_the_best_in_bold(tmp_path):
     markdown = re.sub(" +", " ", (tmp_path / "report.md").read_text())
     assert "- Model: small_lm\n- Hook: blocks.3.hook_resid_post\n- SAEs: 4 in 2 groups" in markdown
     assert "- Date: 2023-11-14" in markdown
-    assert "**0.2300 ± 0.0300**" in markdown
-    assert "| 0.3200 ± 0.0100 |" in markdown
+    assert "**0.2300 ± 0.3812**" in markdown
+    assert "| 0.3200 ± 0.1271 |" in markdown
     assert markdown.count("### Reconstruction") == 2
     assert not list(tmp_path.glob("*.unfinished"))
 

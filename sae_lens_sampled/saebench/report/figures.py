@@ -42,7 +42,7 @@ class Figure:
 
 def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]:
     """Figures that `saes` have the numbers for, in order. `groups` are theirs."""
-    seeds = "Small marks are seeds, large ones their means with standard errors."
+    seeds = "Small marks are seeds, large ones their means, with 95 % intervals from three seeds on."
     kinds: list[tuple[str, str, str, Callable[[], go.Figure | None]]] = [
         (
             "fvu-probing",

@@ -1,11 +1,11 @@
 """The numbers of the report: where each is in the results, which direction is better, and means over seeds."""
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from sae_lens_sampled.confidence import Interval, mean_interval
 from sae_lens_sampled.saebench.report.results import SAEResults
 
 CORE = ("core", "eval_result_metrics")
@@ -85,15 +85,6 @@ SECTIONS: dict[str, list[Metric]] = {
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Mean over the seeds that have a value, and its standard error, std / sqrt(n) with ddof=1; None for one seed."""
-
-    mean: float
-    error: float | None
-    n: int
-
-
-@dataclass(frozen=True)
 class Group:
     """SAEs that differ in nothing but the seed."""
 
@@ -101,17 +92,17 @@ class Group:
     name: str
     saes: tuple[SAEResults, ...]
 
-    def estimate(self, metric: Metric) -> Estimate | None:
-        """Estimate over the group's SAEs that have a value; None if none has."""
+    def estimate(self, metric: Metric) -> Interval | None:
+        """Mean over the group's SAEs that have a value; None if none has."""
         values = [value for sae in self.saes if (value := metric.of(sae)) is not None]
         return estimate(values, metric.independent) if values else None
 
 
-def estimate(values: Sequence[float], independent: bool = True) -> Estimate:
-    """Mean and standard error of at least one value; no error if the values are not independent."""
-    n = len(values)
-    error = statistics.stdev(values) / math.sqrt(n) if n > 1 and independent else None
-    return Estimate(statistics.fmean(values), error, n)
+def estimate(values: Sequence[float], independent: bool = True) -> Interval:
+    """Mean of at least one value with its 95 % interval; without one if the values are not independent."""
+    if independent:
+        return mean_interval(values)
+    return replace(mean_interval([statistics.fmean(values)]), n=len(values))
 
 
 def groups_of(saes: Sequence[SAEResults]) -> list[Group]:

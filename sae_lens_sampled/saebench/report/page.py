@@ -12,7 +12,10 @@ from sae_lens_sampled.saebench.report.results import read_results, unreadable
 from sae_lens_sampled.saebench.report.tables import Table, group_tables, markdown_table, sae_tables
 
 TITLE = "SAEBench report"
-MARK_HINT = "{} is the best mean of its column as shown, not a significant difference."
+MARK_HINT = (
+    "± is half of the 95 % interval, by Student's t over seeds. {} is the best mean of its column as shown, not a "
+    "significant difference."
+)
 
 
 def write_report(output_dir: str | Path) -> Path:

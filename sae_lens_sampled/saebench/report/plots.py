@@ -11,6 +11,8 @@ from sae_lens_sampled.saebench.report.results import SAEResults
 from sae_lens_sampled.saebench.report.style import DASHES, finish, shown, styles
 
 BINS_PER_DECADE = 5
+LEAST_SEEDS = 3
+"""Seeds from which on means have error bars: the interval of two is a dozen times as wide as their distance."""
 MAX_NUMBERED = 16
 """SAEs up to which the cells of the heat map have their numbers written in."""
 
@@ -52,7 +54,8 @@ def _add_mean(
 ) -> None:
     """Add the mean of the marks that are shown: a seed that lacks one of the numbers has none."""
     mean_x, mean_y = estimate(xs, x.independent), estimate(ys, y.independent)
-    bars = [{"array": [mean.error or 0], "thickness": 1.5, "width": 4} for mean in (mean_x, mean_y)]
+    halves = [(mean.half or 0) if mean.n >= LEAST_SEEDS else 0 for mean in (mean_x, mean_y)]
+    bars = [{"array": [half], "thickness": 1.5, "width": 4} for half in halves]
     plot.add_scatter(
         x=[mean_x.mean],
         y=[mean_y.mean],

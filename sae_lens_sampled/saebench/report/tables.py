@@ -17,7 +17,7 @@ CAPTIONS = {
     "Reconstruction": "Of the exported SAE, and with the selection of training where the training SAE was given.",
     "Sparse probing": "Test accuracy of probes on the 1, 2 or 5 best latents or on all of them, mean over data sets.",
     "Absorption": "How much of a first letter other latents than its own carry, and how often its own are silent.",
-    "Similarity of seeds": "Seeds of one pair share its MMCS, so their spread is no standard error and none is given.",
+    "Similarity of seeds": "The seeds of a pair share its MMCS, so their spread gives no interval.",
 }
 
 
@@ -41,7 +41,7 @@ class Table:
 
 
 def group_tables(groups: Sequence[Group]) -> list[Table]:
-    """Means and standard errors over seeds, the best mean of each metric marked; one table per kind of metric."""
+    """Means over seeds ± half of their 95 % intervals, the best of each metric marked; one table per kind of metric."""
 
     def cells(group: Group, metrics: Sequence[Metric]) -> list[Cell]:
         return [_estimate_cell(group, metric, groups) for metric in metrics]
@@ -101,8 +101,8 @@ def _estimate_cell(group: Group, metric: Metric, groups: Sequence[Group]) -> Cel
     if estimate is None:
         return Cell(MISSING)
     text = _number(estimate.mean, metric)
-    if estimate.error is not None:
-        text += f" ± {_number(estimate.error, metric)}"
+    if estimate.half is not None:
+        text += f" ± {_number(estimate.half, metric)}"
     if estimate.n < len(group.saes):
         text += f" (n={estimate.n})"
     return Cell(text, is_best=round(estimate.mean, metric.digits) == best_mean(metric, groups))

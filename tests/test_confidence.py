@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from confidence import (
+from sae_lens_sampled.confidence import (
     cluster_means,
     clustered_interval,
     difference_interval,
     holm,
+    jackknife_interval,
     mean_interval,
     paired_differences,
 )
@@ -111,3 +112,23 @@ def test_adjusted_p_values_reject_what_holms_steps_reject():
     # 3 x 0.01, 2 x 0.02, and the last is not below the one before: 0.04, not 0.03.
     assert holm({"b": 0.02, "a": 0.01, "c": 0.03}) == pytest.approx({"b": 0.04, "a": 0.03, "c": 0.04})
     assert holm({}) == {}
+
+
+def test_the_error_over_pairs_leaves_out_a_unit_with_all_its_pairs():
+    # Without seed 0, 1 and 2 the means are 0.6, 0.2 and 0.1: squares 0.09 + 0.01 + 0.04, times 2/3, the root is 0.3055.
+    interval = jackknife_interval({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
+    assert interval is not None
+    assert (interval.mean, interval.error, interval.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)
+    assert interval.half == pytest.approx(0.30551 * stats.t.ppf(0.975, 2), abs=1e-4)
+    of_two = jackknife_interval({(0, 1): 0.1, (1, 0): 0.3})
+    assert of_two is not None
+    assert (of_two.mean, of_two.error, of_two.half) == (0.2, None, None)
+    assert jackknife_interval({}) is None
+
+
+@pytest.mark.parametrize("bound", [-0.1, 0.3, 1.0])
+def test_a_mean_is_shown_to_be_below_a_bound_by_a_one_sided_t_test(values, bound):
+    test = stats.ttest_1samp(values[0], bound, alternative="less")
+    assert mean_interval(list(values[0])).p_at_least(bound) == pytest.approx(test.pvalue)
+    assert mean_interval([0.3]).p_at_least(bound) is None
+    assert mean_interval([0.3, 0.3]).p_at_least(bound) == (bound <= 0.3)

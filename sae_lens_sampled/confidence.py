@@ -34,13 +34,30 @@ class Interval:
     n: int
     """Number of independent values."""
 
+    @property
+    def half(self) -> float | None:
+        """Half of the confidence interval's width."""
+        return None if self.high is None else self.high - self.mean
+
+    def p_at_least(self, bound: float) -> float | None:
+        """One-sided p-value of the mean being `bound` or more: small values show that it is less."""
+        if self.error is None:
+            return None
+        if self.error == 0:
+            return float(self.mean >= bound)
+        return float(stats.t.cdf((self.mean - bound) / self.error, self.n - 1))
+
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean of independent values, of which there is at least one, with the interval of a t-test."""
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
+    n = len(values)
+    return _t_interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n, level)
+
+
+def _t_interval(mean: float, error: float | None, n: int, level: float) -> Interval:
+    """The interval with n - 1 degrees of freedom."""
+    if error is None:
         return Interval(mean, None, None, None, None, n)
-    error = statistics.stdev(values) / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     p = float(mean == 0) if error == 0 else float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return Interval(mean, error, mean - half, mean + half, p, n)
@@ -79,6 +96,23 @@ def difference_interval(
 ) -> Interval | None:
     """Mean of the differences within pairs; None without pairs. By default every pair is a cluster of its own."""
     return clustered_interval(paired_differences(a, b), cluster, level)
+
+
+def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0.95) -> Interval | None:
+    """Mean over pairs of units, such as two seeds of a comparison; None without pairs, no error below three units.
+
+    Pairs share units, so that their spread says too little. The jackknife leaves out a unit with all of its pairs (for
+    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). Units are what is counted.
+    """
+    if not values:
+        return None
+    units = {unit for pair in values for unit in pair}
+    mean, n = statistics.fmean(values.values()), len(units)
+    if n < 3:
+        return _t_interval(mean, None, n, level)
+    without = [statistics.fmean(value for pair, value in values.items() if unit not in pair) for unit in units]
+    squares = sum((mean_without - statistics.fmean(without)) ** 2 for mean_without in without)
+    return _t_interval(mean, math.sqrt((n - 1) / n * squares), n, level)
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
