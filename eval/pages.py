@@ -17,6 +17,7 @@ def render(template: Path, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["percent"] = lambda share: f"{share:.0%}".replace("%", " %")
     return environment.get_template(template.name).render(**values)
 
 

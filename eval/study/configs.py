@@ -132,8 +132,21 @@ class Study:
     """Names of arms."""
     absorption_seeds: int = 0
     """SAEs of each."""
+    own_steps: bool = False
+    """Whether this package's step trains SAELens' TopK, BatchTopK and Matryoshka: the same selection, sums equal up to
+    rounding, in less time. They are saved and evaluated as SAELens' classes."""
+    first_seed: int = 0
+    """Seed of the first SAE of each arm."""
+    controls: bool = False
+    """Whether there are arms that show what little or no training does."""
+    variant_of: str = ""
+    """Study whose work folder this one uses too, for what both have in common: text, activations, probes, SAEs."""
     text: str = ""
     """Fingerprint of a text that the user named, which then stands for `dataset` and `held_out` in the settings."""
+
+    def seeds(self, n: int) -> range:
+        """Seeds of the first `n` SAEs of an arm."""
+        return range(self.first_seed, self.first_seed + n)
 
     def settings(self) -> dict[str, Any]:
         """What results on the language model depend on, as JSON has it; not where and in which portions it runs."""
@@ -144,7 +157,7 @@ class Study:
         if self.text:
             del bundled["dataset"], bundled["held_out"], fields["dataset"], fields["held_out"]
         # Fields that came later: results without them are those of their defaults.
-        later = {"dtype": "float32", "cached": False, "text": ""}
+        later = {"dtype": "float32", "cached": False, "own_steps": False, "text": ""}
         for name, default in later.items():
             if fields[name] == default:
                 del fields[name]
@@ -163,7 +176,8 @@ class Study:
 
 NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
-    *("n_seeds", "n_stability_seeds", "pool_factors", "group_sizes", "scores", "arms"),
+    *("n_seeds", "n_stability_seeds", "first_seed", "controls", "variant_of"),
+    *("pool_factors", "group_sizes", "scores", "arms"),
     *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds"),
 )
 """Fields of `Study` that add or leave out results, but change none."""
@@ -258,6 +272,84 @@ SMOLLM2 = Study(
 )
 """A model that people study, from a Python package: offline, on two CPU cores, in some hours."""
 
+BLOCK_10 = replace(
+    SMOLLM2,
+    name="smollm2-block10",
+    variant_of="smollm2",
+    own_steps=True,
+    controls=True,
+    first_seed=3,  # the rule of decision is applied to seeds that were not seen when it was written
+    n_seeds=5,
+    n_stability_seeds=5,
+    arms=(
+        *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
+        *("pool_5", "winsorised_10_groups_16_then_all", "narrow_5", "pool_5_groups_16", "frozen_decoder", "short"),
+    ),
+    absorption_arms=(
+        *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
+        *("pool_5", "winsorised_10_groups_16_then_all", "frozen_decoder", "short"),
+    ),
+    absorption_seeds=5,
+    saes_per_run=3,
+)
+"""What the recommendation is decided by."""
+SPLIT_10 = replace(
+    BLOCK_10,
+    name="smollm2-split10",
+    absorption={**SMOLLM2.absorption, "max_k_value": 10},
+    absorption_arms=("batchtopk", "pool_10_groups_16"),
+)
+"""Absorption of two of its arms with as many splits of a latent as SAEBench allows."""
+SHORT_EVALS = {"core": SMOLLM2.evals["core"]}
+CURVE = tuple(
+    replace(
+        BLOCK_10,
+        name=f"smollm2-k{k}",
+        k=k,
+        controls=False,
+        n_seeds=2,
+        n_stability_seeds=2,
+        evals=SHORT_EVALS,
+        arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
+        absorption=SMOLLM2.absorption if k == 128 else {},
+        absorption_arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
+        absorption_seeds=2,
+        pictures=(),
+    )
+    for k in (16, 64, 128)
+)
+"""The same at other k; k 32 is `BLOCK_10`."""
+FOUR_ARMS = ("batchtopk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all")
+LONG = replace(
+    BLOCK_10,
+    name="smollm2-10m",
+    steps=4880,
+    controls=False,
+    n_seeds=2,
+    n_stability_seeds=2,
+    evals=SHORT_EVALS,
+    arms=FOUR_ARMS,
+    absorption_arms=FOUR_ARMS,
+    absorption_seeds=2,
+    pictures=(),
+)
+"""Five times as many tokens."""
+OTHER_BLOCKS = tuple(
+    replace(
+        BLOCK_10,
+        name=f"smollm2-block{block}",
+        hook=f"blocks.{block}.hook_resid_post",
+        controls=False,
+        n_seeds=3,
+        n_stability_seeds=3,
+        evals=SHORT_EVALS,
+        arms=FOUR_ARMS,
+        absorption={},
+        pictures=(),
+    )
+    for block in (3, 20)
+)
+
 OTHER_ARCHITECTURES = ("batchtopk", "pool_3", "pool_5", "pool_10_groups_16", "nested_10_then_plain")
 """Arms of the studies that ask whether what holds for one model holds for others."""
 
@@ -284,7 +376,10 @@ LLAMA_7B = replace(
 )
 """The same; Llama 2 stands for LLaMA."""
 
-STUDIES = {study.name: study for study in (TINY, SMOLLM2, PYTHIA, GPT2_XL, LLAMA_7B)}
+STUDIES = {
+    study.name: study
+    for study in (TINY, SMOLLM2, BLOCK_10, SPLIT_10, *CURVE, LONG, *OTHER_BLOCKS, PYTHIA, GPT2_XL, LLAMA_7B)
+}
 
 
 def smoke(study: Study) -> Study:
@@ -323,6 +418,9 @@ def smoke(study: Study) -> Study:
         absorption_arms=study.absorption_arms,
         absorption_seeds=study.absorption_seeds,
         cached=study.cached,
+        own_steps=study.own_steps,
+        first_seed=study.first_seed,
+        controls=study.controls,
         dtype=study.dtype,
         n_seeds=2,
         n_stability_seeds=2,

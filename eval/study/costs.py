@@ -8,7 +8,7 @@ from sae_lens.util import str_to_dtype
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step.kept_entries import choose_path
 from study.configs import Study
-from study.plan import Unit, arms, compared, runs, sae_config, synthetic_units, units
+from study.plan import Unit, arms, compared, runs, synthetic_units, trained_config, units
 
 FLOPS = 1.2e13
 """Floating point operations per second of one GPU: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
@@ -95,7 +95,7 @@ def model_passes(study: Study) -> int:
 
 def products_of(study: Study, unit: Unit) -> float:
     """Products of tokens x d_in x the study's d_sae in a training step, without AuxK: it depends on what is dead."""
-    config = sae_config(study, unit.arm, unit.seed)
+    config = trained_config(study, unit.arm, unit.seed)
     dense = DENSE_PRODUCTS * config.d_sae / study.d_sae
     if not isinstance(config, SampledTopKTrainingSAEConfig):
         return dense
@@ -105,7 +105,7 @@ def products_of(study: Study, unit: Unit) -> float:
 
 def step_path(study: Study, unit: Unit) -> str:
     """How a training step is done: "dense" by SAELens, or in one of Sampled-SAE's ways with fewer products."""
-    config = sae_config(study, unit.arm, unit.seed)
+    config = trained_config(study, unit.arm, unit.seed)
     if not isinstance(config, SampledTopKTrainingSAEConfig):
         return "dense"
     return choose_path(config, config.step, study.batch_size, torch.device(study.device))

@@ -15,6 +15,7 @@ from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, TopActivations, contexts_of
 from sae_lens_sampled.similarity import OneWay, dictionary_similarity, max_cosines
+from study.configs import Study
 from study.plan import Arm, Unit
 from study.storage import Storage
 from study.text import CHUNK, text_activations
@@ -68,11 +69,13 @@ class Dictionaries:
 def compare(storage: Storage, dictionaries: Dictionaries, arm: Arm, other: Arm) -> None:
     """Compare two arms, seed by seed; never SAEs of one seed, which start from the same weights."""
     pairs = [
-        compare_pair(dictionaries[a], dictionaries[b]) | {"seeds": [a.seed, b.seed]} for a, b in _pairs(arm, other)
+        compare_pair(dictionaries[a], dictionaries[b]) | {"seeds": [a.seed, b.seed]}
+        for a, b in _pairs(storage.study, arm, other)
     ]
     result: dict[str, Any] = {"arm": arm.name, "other_arm": other.name, "pairs": pairs, "device": storage.device}
     if arm != other:
-        result["unmatched"] = unmatched_contexts(dictionaries[Unit(arm, 0)], dictionaries[Unit(other, 1)])
+        first, second = storage.study.seeds(2)
+        result["unmatched"] = unmatched_contexts(dictionaries[Unit(arm, first)], dictionaries[Unit(other, second)])
     storage.comparisons.append(result)
 
 
@@ -115,9 +118,9 @@ def unmatched_contexts(a: Dictionary, b: Dictionary) -> list[dict[str, Any]]:
     return contexts_of(latents[by_mass[:N_UNMATCHED]], b.top, b.statistics, b.tokenizer)
 
 
-def _pairs(a: Arm, b: Arm) -> Iterator[tuple[Unit, Unit]]:
-    shared = min(a.n_seeds, b.n_seeds)
-    for i in range(shared):
-        for j in range(shared):
+def _pairs(study: Study, a: Arm, b: Arm) -> Iterator[tuple[Unit, Unit]]:
+    seeds = study.seeds(min(a.n_seeds, b.n_seeds))
+    for i in seeds:
+        for j in seeds:
             if i < j or (i > j and a != b):
                 yield Unit(a, i), Unit(b, j)

@@ -1,6 +1,7 @@
 """Stage `evaluate`: what the exported SAEs do on the language model, one result for each."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
     if not units:
         return list(broken.values())
     results = run_evals(
-        [(unit.name, _evaluated(study, unit.arm, trained[unit.trained], calibration)) for unit in units],
+        [(storage.release(unit), _evaluated(study, unit.arm, trained[unit.trained], calibration)) for unit in units],
         list(study.evals),
         model_path(study.model),
-        storage.cache / "sae_bench",
+        storage.sae_bench,
         text=held_out(storage),
         probing_datasets=study.probing_datasets,
         overrides=study.evals,
@@ -47,7 +48,7 @@ def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
     )
     for unit in units:
         sae = trained[unit.trained]
-        of_unit = {eval_name: by_sae[f"{unit.name}_custom_sae"] for eval_name, by_sae in results.items()}
+        of_unit = {eval_name: by_sae[f"{storage.release(unit)}_custom_sae"] for eval_name, by_sae in results.items()}
         storage.evaluations.append(
             {
                 "arm": unit.arm.name,
@@ -66,16 +67,16 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
     """Run absorption alone on the exports of `units`."""
     study = storage.study
     results = run_evals(
-        [(unit.name, load_checkpoint(storage.sae(unit), device=study.device)) for unit in units],
+        [(storage.release(unit), load_checkpoint(storage.sae(unit), device=study.device)) for unit in units],
         ["absorption"],
         model_path(study.model),
-        storage.cache / "sae_bench",
+        storage.sae_bench,
         overrides={"absorption": study.absorption},
         device=study.device,
         dtype=study.dtype,
     )
     for unit in units:
-        of_unit = {"absorption": results["absorption"][f"{unit.name}_custom_sae"]}
+        of_unit = {"absorption": results["absorption"][f"{storage.release(unit)}_custom_sae"]}
         result = {"arm": unit.arm.name, "seed": unit.seed, "metrics": metrics(of_unit), "device": storage.device}
         storage.absorption.append(result)
 
@@ -83,13 +84,13 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
 def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
     """Train absorption's probes, which are the language model's and serve all SAEs."""
     study = storage.study
-    untrained = new_sae(study, Unit(arms(study)[0], 0))
+    untrained = new_sae(study, Unit(arms(study)[0], study.first_seed))
     untrained.cfg.metadata.hook_name = study.hook
     run_evals(
         [("untrained", untrained)],
         ["absorption"],
         model_path(study.model),
-        storage.cache / "sae_bench",
+        storage.sae_bench,
         overrides={"absorption": settings},
         device=study.device,
         dtype=study.dtype,
@@ -129,8 +130,27 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         absorption = results["absorption"]["eval_result_metrics"]["mean"]
         by_name["absorption_fraction"] = absorption["mean_absorption_fraction_score"]
         by_name["absorption_full"] = absorption["mean_full_absorption_score"]
-        by_name["absorption_letters"] = len(results["absorption"]["eval_result_details"])
+        by_name |= letters(results["absorption"])
     return by_name
+
+
+def letters(result: dict[str, Any]) -> dict[str, Any]:
+    """What absorption says of the single letters, and means over them."""
+    recall = (result.get("eval_result_unstructured") or {}).get("letters", {})
+    by_letter = {
+        detail["first_letter"]: {
+            "full": detail["full_absorption_rate"],
+            "fraction": detail["mean_absorption_fraction"],
+            "n_splits": detail["num_split_features"],
+            **recall.get(detail["first_letter"], {}),
+        }
+        for detail in result["eval_result_details"]
+    }
+    means = {
+        f"absorption_{name}": statistics.fmean(of_letter[name] for of_letter in by_letter.values())
+        for name in ("n_splits", "recall_probe", "recall_best_latent")
+    }
+    return means | {"absorption_letters": len(by_letter), "absorption_by_letter": by_letter}
 
 
 def density(core: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,14 @@ THEN_PLAIN = "nested_10_then_plain"
 """The arm whose inner losses count in the first half of the training alone."""
 RECOMMENDED = "pool_10_groups_16"
 """The arm that the README recommends."""
+THEN_ALL = "pool_10_groups_16_then_all"
+"""The same, with every latent a candidate in the last tenth of the training."""
+WINSORISED = "winsorised_10_groups_16_then_all"
+"""The setting that finds most known features; it too ends with every latent."""
+ITSELF = (THEN_PLAIN, RECOMMENDED, THEN_ALL, WINSORISED)
+"""Arms whose seeds are compared with each other alone."""
+FROZEN, SHORT = "frozen_decoder", "short"
+"""Controls."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ class Arm:
     """Fields of `config` besides those that all arms share."""
     shuffled: bool = True
     """Whether a batch has shuffled tokens, of some dozens of prompts, and not consecutive ones of one text."""
+    frozen_decoder: bool = False
+    """Whether the decoder stays as it was drawn; encoder and biases are trained."""
+    steps_share: float = 1.0
+    """Share of the study's steps that it is trained for, with a schedule of its own."""
     width_over_k: float | None = None
     """d_sae over k, if it is not the study's: the pool factor at which a single pool is as wide."""
     exported_from: str | None = None
@@ -86,6 +98,13 @@ def arms(study: Study) -> list[Arm]:
     fields = {"matryoshka_widths": widths, "pool_factor": 10, "pool_group_size": GROUPED}
     label = f"nested, {pool_label(10, GROUPED)}, then plain"
     plan.append(Arm(THEN_PLAIN, label, sampled, n, fields | {"inner_loss_steps": study.steps // 2}))
+    fields = {"pool_factor": 10, "pool_group_size": GROUPED, "pool_steps": round(0.9 * study.steps)}
+    label = pool_label(10, GROUPED) + ", then all"
+    plan.append(Arm(THEN_ALL, label, sampled, n, fields))
+    plan.append(Arm(WINSORISED, f"winsorised, {label}", sampled, n, fields | {"score": "winsorised"}))
+    if study.controls:
+        plan.append(Arm(FROZEN, "BatchTopK, random decoder", BatchTopKTrainingSAEConfig, n, frozen_decoder=True))
+        plan.append(Arm(SHORT, "BatchTopK, a tenth of the steps", BatchTopKTrainingSAEConfig, n, steps_share=0.1))
     for factor in NARROW:
         label = f"BatchTopK as wide as pool {factor:g}"
         plan.append(Arm(narrow_name(factor), label, BatchTopKTrainingSAEConfig, n, width_over_k=factor))
@@ -168,10 +187,25 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
         fields["matryoshka_widths"] = nested_widths(synthetic.d_sae)
     if arm.name == "pool_all":
         fields["pool_factor"] = synthetic.d_sae / synthetic.k
-    if "inner_loss_steps" in fields:
-        fields["inner_loss_steps"] = synthetic.steps // 2
+    for name in ("inner_loss_steps", "pool_steps"):
+        if name in fields:
+            fields[name] = round(fields[name] * synthetic.steps / study.steps)
     sizes = {"d_in": synthetic.data.hidden_dim, "d_sae": synthetic.d_sae, "k": synthetic.k}
     return _config(study, arm, seed, sizes, fields)
+
+
+def trained_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
+    """The config of what is trained: the arm's, or the same selection by this package's step."""
+    config = sae_config(study, arm, seed)
+    if not study.own_steps or isinstance(config, SampledTopKTrainingSAEConfig):
+        return config
+    shared = ("d_in", "d_sae", "k", "device", "aux_loss_coefficient")
+    given = {name: getattr(config, name) for name in shared} | {"inference_threshold": "global", "pool_factor": None}
+    if isinstance(config, TopKTrainingSAEConfig) and not isinstance(config, BatchTopKTrainingSAEConfig):
+        given |= {"pool_factor": 1, "pool_group_size": 1}
+    if isinstance(config, MatryoshkaBatchTopKTrainingSAEConfig):
+        given["matryoshka_widths"] = config.matryoshka_widths
+    return SampledTopKTrainingSAEConfig(**given)
 
 
 def _config(study: Study, arm: Arm, seed: int, sizes: dict[str, Any], fields: dict[str, Any]) -> TrainingSAEConfig:
@@ -184,16 +218,15 @@ def _config(study: Study, arm: Arm, seed: int, sizes: dict[str, Any], fields: di
 
 def units(study: Study) -> list[Unit]:
     """Every SAE that is evaluated."""
-    return [Unit(arm, seed) for arm in arms(study) for seed in range(arm.n_seeds)]
+    return [Unit(arm, seed) for arm in arms(study) for seed in study.seeds(arm.n_seeds)]
 
 
 def absorption_units(study: Study) -> list[Unit]:
     """The SAEs whose absorption has a stage of its own."""
     if not study.absorption:
         return []
-    return [
-        unit for unit in units(study) if unit.arm.name in study.absorption_arms and unit.seed < study.absorption_seeds
-    ]
+    seeds = study.seeds(study.absorption_seeds)
+    return [unit for unit in units(study) if unit.arm.name in study.absorption_arms and unit.seed in seeds]
 
 
 def synthetic_units(study: Study) -> list[Unit]:
@@ -202,16 +235,16 @@ def synthetic_units(study: Study) -> list[Unit]:
         Unit(arm, seed)
         for arm in arms(study)
         if study.on_synthetic_data and arm.shuffled and arm.exported_from is None
-        for seed in range(study.n_seeds)
+        for seed in study.seeds(study.n_seeds)
     ]
 
 
 def runs(study: Study) -> list[list[Unit]]:
     """The SAEs to train, by run: those of a seed see the same activations, whatever run they are in."""
-    seeds: dict[tuple[int, bool], list[Unit]] = {}
+    seeds: dict[tuple[int, bool, float], list[Unit]] = {}
     for unit in units(study):
         if unit.arm.exported_from is None:
-            seeds.setdefault((unit.seed, not unit.arm.shuffled), []).append(unit)
+            seeds.setdefault((unit.seed, not unit.arm.shuffled, -unit.arm.steps_share), []).append(unit)
     n = study.saes_per_run
     return [seeds[key][start : start + n] for key in sorted(seeds) for start in range(0, len(seeds[key]), n)]
 
@@ -231,4 +264,4 @@ def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
     names += [score_name(score, size) for size in (None, GROUPED) for score in study.scores]
     by_name = {arm.name: arm for arm in arms(study)}
     yield from combinations_with_replacement([by_name[name] for name in names if name in by_name], 2)
-    yield from ((by_name[name], by_name[name]) for name in (*NESTED, THEN_PLAIN, RECOMMENDED) if name in by_name)
+    yield from ((by_name[name], by_name[name]) for name in (*NESTED, *ITSELF) if name in by_name)

@@ -8,8 +8,8 @@ from scipy import stats
 
 from latents import tables as latents
 from pages import render
-from study import tables
-from study.configs import SMOLLM2, TINY
+from study import decision, tables
+from study.configs import BLOCK_10, SMOLLM2, TINY
 from study.figures import FIGURES
 from study.named_text import TITLES, with_text_of_results
 from study.storage import Storage
@@ -55,10 +55,11 @@ def render_tables(storage: Storage) -> str:
 def render_page(eval_folder: Path) -> str:
     """What the studies say, in words."""
     summaries = {}
-    for study in (TINY, SMOLLM2):
+    for study in (TINY, SMOLLM2, BLOCK_10):
         results = committed(study.name, eval_folder)
         study = with_text_of_results(study, results)
         summaries[study.name] = Summary(Storage(study, results, Path("study_output")))
+    decided = summaries[BLOCK_10.name]
     real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
     seconds = tables.step_seconds(eval_folder / "results" / "bench_training_step.json")
@@ -70,6 +71,8 @@ def render_page(eval_folder: Path) -> str:
         step_seconds=seconds,
         time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         export=export_gaps(real),
+        decision=decision,
+        verdicts=decision.verdict_table(decided) if decision.verdicts(decided) else "",
         firing=partial(tables.firing, real),
         excluded=probing_excluded(summaries[TINY.name]),
         confounded=confounded(summaries[TINY.name]),

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = smoke(study) if args.smoke else study
     if args.device:
         study = replace(study, device=args.device)
-    work = args.work_dir or Path("study_output") / study.name
+    work = args.work_dir or Path("study_output") / (study.variant_of or study.name)
     results = args.results_dir or (work / "results" if args.smoke else EVAL / "results" / f"study_{study.name}")
     try:
         part = parse_part(args.part)

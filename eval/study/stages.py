@@ -96,7 +96,7 @@ def _untrained(storage: Storage) -> Callable[[Unit], bool]:
         needed |= {unit.trained for unit in absorbed if unit.key not in finished}
     for arm, other in compared(storage.study):
         if (arm.name, other.name) not in comparisons:
-            needed |= {Unit(a, seed).trained for a in (arm, other) for seed in range(a.n_seeds)}
+            needed |= {Unit(a, seed).trained for a in (arm, other) for seed in storage.study.seeds(a.n_seeds)}
     return lambda unit: unit.trained in needed and not storage.sae(unit).exists()
 
 

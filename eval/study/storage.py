@@ -127,8 +127,23 @@ class Storage:
     @property
     def cache(self) -> Path:
         """Folder of what depends on the settings: a study with others has a folder of its own."""
-        settings = json.dumps(self.study.settings(), sort_keys=True)
-        return self.work / hashlib.sha256(settings.encode()).hexdigest()[:16]
+        return self.work / _fingerprint(self.study.settings())
+
+    @property
+    def activations(self) -> Path:
+        """Folder of the activations that SAEs are trained on; shared by studies with the same text, model and hook."""
+        study = self.study
+        read = [study.model, study.hook, study.dtype, study.context_size, study.text or study.dataset]
+        return self.work / f"activations_{_fingerprint(read)}"
+
+    @property
+    def sae_bench(self) -> Path:
+        """Folder of SAEBench's results and of what it keeps of models; shared too, since models say what is theirs."""
+        return self.work / "sae_bench"
+
+    def release(self, unit: Unit) -> str:
+        """Name of an SAE in that folder: of its study and settings too, so that no other study has it."""
+        return f"{self.study.name}_{self.cache.name}_{unit.name}"
 
     def sae(self, unit: Unit) -> Path:
         """Folder of a trained SAE."""
@@ -139,6 +154,10 @@ class Storage:
         if self.study.absorption:
             settings["absorption"] = self.study.absorption_settings()
         return ResultTable(self.results / f"{stage}.jsonl", key_fields, settings, section)
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rounded(value: Any) -> Any:

@@ -37,7 +37,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     study = storage.study
     n_tokens = study.held_out_tokens
     model = language_model(study)
-    sae = new_sae(study, Unit(arms(study)[0], 0))
+    sae = new_sae(study, Unit(arms(study)[0], study.first_seed))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
     text = held_out(storage)
     with short_text_told(f"held-out text {text!r}"):

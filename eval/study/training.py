@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -16,7 +16,7 @@ from sae_lens_sampled.runners.activation_cache import cache_activations, shuffle
 from sae_lens_sampled.runners.progress import live_bar
 from smollm2 import smollm2_folder
 from study.configs import Study
-from study.plan import Unit, sae_config
+from study.plan import Unit, sae_config, trained_config
 from study.storage import Storage
 
 
@@ -27,6 +27,7 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     seed, in whichever run it is trained.
     """
     study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
+    by_name = {unit.name: unit for unit in units}
     runner = MultiSAETrainingRunner(
         runner_config(study, units, seed, shuffled),
         override_model=language_model(study),
@@ -45,7 +46,7 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     for name, sae in trained.items():
         with atomic_path(storage.cache / "saes" / name) as folder:
             folder.mkdir(parents=True)
-            sae.save_model(folder)
+            saved_as(study, by_name[name], sae).save_model(folder)
 
 
 def cached_activations(storage: Storage) -> Tensor:
@@ -55,26 +56,27 @@ def cached_activations(storage: Storage) -> Tensor:
         language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
     )
     settings = {"model": study.model, "hook": study.hook}  # of what else they depend on the folder has the hash
-    return cache_activations(store, study.steps * study.batch_size, storage.cache / "activations", settings)
+    return cache_activations(store, study.steps * study.batch_size, storage.activations, settings)
 
 
 def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool) -> MultiSAETrainingRunnerConfig:
+    steps = round(units[0].arm.steps_share * study.steps)
     return MultiSAETrainingRunnerConfig(
-        saes={unit.name: sae_config(study, unit.arm, unit.seed) for unit in units},
+        saes={unit.name: trained_config(study, unit.arm, unit.seed) for unit in units},
         hook_names=study.hook,
         model_name=model_path(study.model),
         model_from_pretrained_kwargs={} if study.dtype == "float32" else {"dtype": study.dtype},
         dataset_path=study.dataset,
         context_size=study.context_size,
-        training_tokens=study.steps * study.batch_size,
+        training_tokens=steps * study.batch_size,
         train_batch_size_tokens=study.batch_size,
         store_batch_size_prompts=32,
         n_batches_in_buffer=study.mixed_prompts,
         activations_mixing_fraction=0.5 if shuffled else 0.0,
         exclude_special_tokens=True,
         lr=study.lr,
-        lr_warm_up_steps=study.steps // 20,
-        lr_decay_steps=study.steps // 5,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
         dead_feature_window=study.dead_window,
         seed=seed,
         device=study.device,
@@ -87,7 +89,25 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
 def new_sae(study: Study, unit: Unit) -> TrainingSAE:
     """An untrained SAE; equal for all arms of a seed."""
     torch.manual_seed(unit.seed)
+    sae = _new(trained_config(study, unit.arm, unit.seed))
+    if unit.arm.frozen_decoder:
+        sae.W_dec.requires_grad_(False)
+    return sae
+
+
+def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
+    """A trained SAE as the class that its arm is of, where this package's step has trained it."""
     config = sae_config(study, unit.arm, unit.seed)
+    if type(config) is type(sae.cfg):
+        return sae
+    config.metadata = sae.cfg.metadata
+    of_arm = _new(config)
+    missing, _ = of_arm.load_state_dict(sae.state_dict(), strict=False)
+    assert not missing, missing
+    return of_arm
+
+
+def _new(config: TrainingSAEConfig) -> TrainingSAE:
     return get_sae_training_class(config.architecture())[0](config)
 
 

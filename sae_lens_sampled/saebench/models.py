@@ -129,7 +129,9 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
         metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out)
         widths[metadata.hook_name_out] = ("d_out", sae.sae.cfg.d_out)
     _check_pass(model, sae, widths)
-    metadata.model_name, metadata.model_from_pretrained_kwargs = model.name, dict(model.kwargs)
+    # Core passes the type too, and Python refuses an argument that comes twice.
+    kwargs = {name: value for name, value in model.kwargs.items() if name != "dtype"}
+    metadata.model_name, metadata.model_from_pretrained_kwargs = model.name, kwargs
     metadata.hook_layer = int(metadata.hook_name.split(".")[1])
     if metadata.prepend_bos is None:
         metadata.prepend_bos = model.hooked.cfg.default_prepend_bos

@@ -203,7 +203,11 @@ def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_pa
         asked.extend(name for name, _ in saes)
         assert (evals, overrides) == (["absorption"], {"absorption": study.study.absorption})
         means = {"mean_absorption_fraction_score": 0.25, "mean_full_absorption_score": 0.125}
-        result = {"eval_result_metrics": {"mean": means}, "eval_result_details": [{}] * 26}
+        numbers = {"full_absorption_rate": 0.5, "mean_absorption_fraction": 0.5}
+        details = [{"first_letter": letter, "num_split_features": 1 + (letter == "a"), **numbers} for letter in "abcd"]
+        recall = {letter: {"recall_probe": 0.75, "recall_best_latent": 0.25} for letter in "abcd"}
+        result = {"eval_result_metrics": {"mean": means}, "eval_result_details": details}
+        result["eval_result_unstructured"] = {"letters": recall}
         return {"absorption": {f"{name}_custom_sae": result for name, _ in saes}}
 
     monkeypatch.setattr(evaluation, "run_evals", absorption)
@@ -211,11 +215,16 @@ def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_pa
         for index in (1, 2):
             if items := to_do(STAGES["absorption"], study, ["*"], Part(index, 2)):
                 STAGES["absorption"].do(study, items)
-    assert sorted(asked) == ["batchtopk_seed0", "pool_10_groups_16_seed0", "pool_5_seed0", "topk_seed0"]
+    names = [unit_of(name, 0, study.study) for name in ("batchtopk", "pool_10_groups_16", "pool_5", "topk")]
+    assert sorted(asked) == [study.release(unit) for unit in names]
     summary = Summary(study)
     assert summary.number("pool_5", "absorption_fraction") == "0.250"  # no error of one SAE
     assert summary.number("pool_5_groups_16", "absorption_fraction") == "-"
-    assert summary.values("batchtopk", "absorption_letters") == {0: 26}
+    assert summary.values("batchtopk", "absorption_letters") == {0: 4}
+    assert summary.values("batchtopk", "absorption_n_splits") == {0: 1.25}
+    assert summary.values("batchtopk", "absorption_recall_best_latent") == {0: 0.25}
+    of_letter = summary.on_model["topk"][0]["metrics"]["absorption_by_letter"]["a"]
+    assert of_letter == {"full": 0.5, "fraction": 0.5, "n_splits": 2, "recall_probe": 0.75, "recall_best_latent": 0.25}
     assert not absorption_units(TINY)
 
 

@@ -80,8 +80,9 @@ def test_kwargs_given_stand_in_for_those_of_training(saes, tmp_path):
     assert stamp(got) == load_model(TINY_LM).fingerprint
 
 
-def test_the_type_is_that_of_training(saes, tmp_path):
-    trained = with_kwargs(saes, {"torch_dtype": "bfloat16"}, "sampled_seed0")
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_the_type_is_that_of_training(argument, saes, tmp_path):
+    trained = with_kwargs(saes, {argument: "bfloat16"}, "sampled_seed0")
     [got] = run_small(trained, ["core"], tmp_path)["core"].values()
     assert got["eval_config"]["llm_dtype"] == "bfloat16"
     want = core_by_hand("one", exported(saes, "sampled_seed0"), tmp_path / "by_hand", dtype="bfloat16")

@@ -4,6 +4,7 @@ import json
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -115,6 +116,16 @@ def test_absorption_is_what_sae_bench_gives_by_hand_on_the_same_probes(results, 
     got = results["absorption"][f"{name}_custom_sae"]
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
     assert got["eval_result_details"] == want["eval_result_details"]
+    # The words of the test that begin with a letter, and those of them on which its best latent fires.
+    [file] = (tmp_path / "work").rglob("*raw_results*.parquet")
+    words = pd.read_parquet(file)
+    letters = got["eval_result_unstructured"]["letters"]
+    assert list(letters) == [detail["first_letter"] for detail in want["eval_result_details"]]
+    for letter, recall in letters.items():
+        of_letter = words[words["answer_letter"] == letter]
+        fires = of_letter[f"sum_sparse_sae_{letter}_k_1"] > 1e-6
+        assert recall["recall_best_latent"] == pytest.approx(fires.mean())
+        assert recall["recall_probe"] == pytest.approx((of_letter[f"score_probe_{letter}"] > 0).mean())
 
 
 def test_fvu_is_that_of_the_definition_for_export_and_for_training(results, saes):

@@ -1,5 +1,6 @@
 """SAEBench's absorption, with probes of the model that later runs use again."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from sae_lens_sampled.files import atomic_rename
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
-from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
+from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE, fingerprint_tensors
 
 LOCK = "absorption.lock"
 
@@ -85,7 +86,7 @@ class Absorption(Eval):
         atomic_rename(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """SAEBench's result; an error where it has too few letters to give one."""
+        """SAEBench's result, with the recall of every letter; an error where it has too few letters to give one."""
         work = self.setup.scratch / "absorption" / sae.name
         self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and fails when all work is done
         hooked, position = self.setup.model.hooked, self.config.prompt_token_pos
@@ -104,7 +105,20 @@ class Absorption(Eval):
                 f"have a probe with F1 above min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a "
                 "deeper layer, or lower these two."
             )
-        return self.written(sae)
+        result = self.written(sae)
+        letters = {detail["first_letter"] for detail in result["eval_result_details"]}
+        return result | {"eval_result_unstructured": {"letters": self._recall(sae, letters)}}
+
+    def _recall(self, sae: EvalSAE, letters: set[str]) -> dict[str, dict[str, float]]:
+        """By letter, on the words that SAEBench tests with: the share of those beginning with it that its probe finds,
+        and the share on which the latent fires that predicts the letter best."""
+        # SAEBench writes it into its working folder.
+        file = self.setup.scratch / "artifacts" / "absorption" / f"{sae.name}_{CUSTOM_SAE_ID}_k_sparse_probing.json"
+        return {
+            row["letter"]: {"recall_probe": row["recall_probe"], "recall_best_latent": row["recall_sum_sparse_sae_1"]}
+            for row in json.loads(file.read_text())
+            if row["letter"] in letters
+        }
 
     @property
     def _probes(self) -> Path:

@@ -1,0 +1,91 @@
+"""The rule of recommendation, on results whose verdict is known."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+
+from scipy import stats
+from study_helpers import SMOKE, storage
+
+from study import decision
+from study.summary import Summary
+
+N = 5
+NOISE = (0.0, 0.001, -0.001, 0.002, -0.002)
+GOOD = {"fvu": 0.200, "dead": 0.050, "absorption_full": 0.200, "probing_1": 0.800, "mmcs": 0.500}
+
+
+def summary_of(folder, **changes):
+    """A study with five seeds; `changes` are by arm what its metrics differ by from BatchTopK's."""
+    study = storage(folder, replace(SMOKE, n_seeds=N, n_stability_seeds=N))
+    for arm, change in {"batchtopk": {}, **changes}.items():
+        values = {name: value + change.get(name, 0) for name, value in GOOD.items()}
+        mmcs = values.pop("mmcs")
+        for seed in range(N):
+            # The noise of an arm is its own, so that differences vary.
+            noise = NOISE[(seed + len(arm)) % N]
+            metrics = {name: value + noise for name, value in values.items()}
+            study.evaluations.append({"arm": arm, "seed": seed, "metrics": metrics, "pools": {}})
+        pairs = [
+            {"seeds": [a, b], "forward": {"mmcs": mmcs + NOISE[(a + b + len(arm)) % N]}}
+            for a in range(N)
+            for b in range(a + 1, N)
+        ]
+        study.comparisons.append({"arm": arm, "other_arm": arm, "pairs": pairs})
+    return Summary(study)
+
+
+def test_a_setting_that_is_no_worse_and_better_in_one_thing_is_recommended(tmp_path):
+    summary = summary_of(tmp_path, pool_10_groups_16={"mmcs": 0.05}, pool_5={"mmcs": 0.05, "fvu": 0.1, "dead": 0.5})
+    groups, one_pool = decision.verdicts(summary)
+    assert (groups.arm, groups.no_worse, groups.better) == ("pool_10_groups_16", {*decision.MARGINS}, {"mmcs"})
+    assert (one_pool.no_worse, one_pool.better) == ({"absorption_full"}, {"mmcs"})
+    assert decision.recommended(summary) == groups
+    row = decision.verdict_table(summary).splitlines()[2]
+    assert row.startswith("| pool 10, groups of 16 | **")
+    assert row.endswith("| yes |")
+
+
+@pytest.mark.parametrize(
+    ("change", "no_worse", "better"),
+    [
+        ({}, {*decision.MARGINS}, set()),  # as good is not better
+        ({"fvu": 0.02, "mmcs": 0.05}, {"absorption_full", "dead"}, {"mmcs"}),
+        ({"dead": 0.0195, "mmcs": 0.05}, {"absorption_full", "fvu"}, {"mmcs"}),  # not excluded is not shown
+        ({"absorption_full": 0.1, "probing_1": 0.1}, {"dead", "fvu"}, {"probing_1"}),
+        ({"absorption_full": -0.1}, {*decision.MARGINS}, {"absorption_full"}),
+        ({"probing_1": -0.1, "mmcs": -0.1}, {*decision.MARGINS}, set()),  # the other way is no gain
+    ],
+    ids=str,
+)
+def test_each_condition_counts(change, no_worse, better, tmp_path):
+    [verdict] = decision.verdicts(summary_of(tmp_path, pool_10_groups_16=change))
+    assert (verdict.no_worse, verdict.better) == (no_worse, better)
+    assert verdict.is_recommended == (no_worse == {*decision.MARGINS} and better != set())
+
+
+def test_margins_are_shown_by_one_sided_tests_that_are_corrected_together(tmp_path):
+    summary = summary_of(tmp_path, pool_10_groups_16={"dead": 0.01})
+    [verdict] = decision.verdicts(summary)
+    base, ours = (list(summary.values(arm, "dead").values()) for arm in ("batchtopk", "pool_10_groups_16"))
+    margin = [a - b - decision.MARGINS["dead"] for a, b in zip(ours, base, strict=True)]
+    p = stats.ttest_1samp(margin, 0, alternative="less").pvalue
+    assert verdict.differences["dead"].p_at_least(decision.MARGINS["dead"]) == pytest.approx(p)
+    assert ("dead" in verdict.no_worse) == (p <= 0.025)  # the largest of the three, so that it counts once
+    base, ours = (summary.values(arm, "fvu") for arm in ("batchtopk", verdict.arm))
+    ratio = [ours[seed] / base[seed] - 1 for seed in range(N)]
+    assert verdict.differences["fvu"].mean == pytest.approx(sum(ratio) / N)
+
+
+def test_nothing_is_recommended_of_two_seeds_or_without_absorption(tmp_path):
+    summary = summary_of(tmp_path, pool_10_groups_16={"mmcs": 0.05})
+    for seed in (2, 3, 4):
+        del summary.on_model["pool_10_groups_16"][seed]
+    assert decision.verdicts(summary) == []
+    assert decision.recommended(summary) is None
+    whole = summary_of(tmp_path / "whole", pool_10_groups_16={"mmcs": 0.05})
+    for result in whole.on_model["pool_10_groups_16"].values():
+        del result["metrics"]["absorption_full"]
+    assert decision.verdicts(whole) == []

@@ -1,0 +1,56 @@
+"""The studies on SmolLM2 that vary one thing: what they share, and SAEs that SAELens' own step does not train."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+
+from study_helpers import storage, unit_of
+
+from sae_lens_sampled import load_checkpoint
+from study import training
+from study.configs import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
+from study.plan import absorption_units, runs, units
+from study.training import new_sae, train
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_saelens_architectures_are_trained_by_this_packages_step_and_saved_as_their_own(name, tmp_path):
+    """To rounding what SAELens' step makes of them; SAELens' trainer gives both the same batches."""
+    theirs = storage(tmp_path / "theirs", replace(smoke(BLOCK_10), own_steps=False))
+    ours = storage(tmp_path / "ours", smoke(BLOCK_10))
+    unit = unit_of(name, 3, ours.study)
+    for study in (theirs, ours):
+        train(study, [unit])
+    want, got = (load_checkpoint(study.sae(unit)) for study in (theirs, ours))
+    assert type(got) is type(want)
+    assert got.cfg.to_dict() == want.cfg.to_dict()
+    for (key, mine), value in zip(got.state_dict().items(), want.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_controls_have_a_decoder_as_it_was_drawn_and_a_tenth_of_the_steps(tmp_path):
+    study = storage(tmp_path, replace(smoke(BLOCK_10), steps=20))
+    frozen, short = (unit_of(name, 3, study.study) for name in ("frozen_decoder", "short"))
+    assert [len({unit.arm.steps_share for unit in run}) for run in runs(study.study)] == [1] * len(runs(study.study))
+    train(study, [frozen])
+    untrained, trained = new_sae(study.study, frozen), load_checkpoint(study.sae(frozen))
+    assert torch.equal(trained.W_dec, untrained.W_dec)
+    assert not torch.equal(trained.W_enc, untrained.W_enc)
+    assert training.runner_config(study.study, [short], 3, shuffled=True).training_tokens == 2 * 512
+
+
+def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
+    """Absorption with other settings is of the same SAEs, and SAEBench's results do not get into each other's way."""
+    two = [storage(tmp_path, study) for study in (BLOCK_10, SPLIT_10)]
+    unit = unit_of("batchtopk", 3, BLOCK_10)
+    assert unit in absorption_units(SPLIT_10)
+    assert {seed for _, seed in (unit.key for unit in units(BLOCK_10))} == {3, 4, 5, 6, 7}
+    assert two[0].sae(unit) == two[1].sae(unit)
+    assert two[0].sae_bench == two[1].sae_bench
+    assert two[0].release(unit) != two[1].release(unit)
+    assert two[0].activations == two[1].activations == storage(tmp_path, LONG).activations
+    assert storage(tmp_path, LONG).sae(unit) != two[0].sae(unit)
+    assert len({storage(tmp_path, study).activations for study in (BLOCK_10, *OTHER_BLOCKS)}) == 3
