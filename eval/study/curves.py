@@ -1,0 +1,80 @@
+"""Curves instead of points: what arms reach at several k, and whether their order holds with more tokens or elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from pages import interval_text, markdown_table
+from study.summary import Summary, shown
+
+ARMS = {
+    "batchtopk": ("k", "s"),
+    "topk": ("0.55", "v"),
+    "matryoshka": ("#e69f00", "D"),
+    "pool_10_groups_16": ("#d55e00", "o"),
+}
+"""Colour and mark of each arm that has a curve."""
+PANELS = {
+    "fvu": "FVU (lower is better)",
+    "loss_recovered": "loss recovered (higher is better)",
+    "absorption_full": "full absorption (lower is better)",
+}
+
+
+def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
+    """Metrics against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
+    for axes, (metric, title) in zip(panels, PANELS.items(), strict=True):
+        for arm in ARMS:
+            _draw_arm(axes, summaries, arm, metric)
+        axes.set(xlabel="L0 at inference", ylabel=title, xscale="log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (20, 30, 60) else "")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=9, frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -> None:
+    colour, mark = ARMS[arm]
+    line = []
+    for summary in summaries:
+        l0, values = summary.values(arm, "l0"), summary.values(arm, metric)
+        seeds = [seed for seed in values if seed in l0]
+        axes.scatter(
+            [l0[seed] for seed in seeds], [values[seed] for seed in seeds], s=12, color=colour, alpha=0.5, lw=0
+        )
+        if seeds:
+            line.append([sum(of[seed] for seed in seeds) / len(seeds) for of in (l0, values)])
+    if line:
+        label = next(summary.label(arm) for summary in summaries if arm in summary.arms)
+        axes.plot(*zip(*sorted(line), strict=True), color=colour, marker=mark, ms=5, lw=1.2, label=label)
+
+
+def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = "batchtopk") -> str:
+    """Means of a study's arms, a row for each study and arm; differences from `base` with intervals where there are
+    three seeds and more.
+    """
+    rows = []
+    for name, summary in summaries.items():
+        for arm in summary.on_model:
+            cells = [_cell(summary, arm, metric, base) for metric in columns.values()]
+            rows.append([name, summary.label(arm), *cells])
+            name = ""
+    return markdown_table(["", "", *columns], rows)
+
+
+def _cell(summary: Summary, arm: str, metric: str, base: str) -> str:
+    if metric == "mmcs":
+        mean = summary.similarity(arm, arm, "forward", metric)
+        difference = summary.similarity_difference(arm, base, "forward", metric)
+    else:
+        mean, difference = summary.mean(arm, metric), summary.difference(arm, base, metric)
+    if mean is None:
+        return "-"
+    if arm == base or difference is None or difference.half is None or difference.n < 3:
+        return shown(mean, metric) if mean.n > 2 else f"{mean.mean:.3f}"
+    return f"{mean.mean:.3f} ({interval_text(difference, signed=True)})"
