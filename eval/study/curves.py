@@ -1,4 +1,4 @@
-"""Curves instead of points: what arms reach at several k, and whether their order holds with more tokens or elsewhere."""
+"""Curves instead of points: what arms reach at several k, and whether their order holds with more tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
