@@ -111,7 +111,8 @@ class Absorption(Eval):
 
     def _recall(self, sae: EvalSAE, letters: set[str]) -> dict[str, dict[str, float]]:
         """By letter, on the words that SAEBench tests with: the share of those beginning with it that its probe finds,
-        and the share on which the latent fires that predicts the letter best."""
+        and the share on which the latent fires that predicts the letter best.
+        """
         # SAEBench writes it into its working folder.
         file = self.setup.scratch / "artifacts" / "absorption" / f"{sae.name}_{CUSTOM_SAE_ID}_k_sparse_probing.json"
         return {
