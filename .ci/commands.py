@@ -84,6 +84,7 @@ COMMANDS: dict[str, Run | str] = {
     # docs
     "sae-lens-sampled train": MENTIONED,
     "make lint": "a job of its own",
+    "make docs": "part of make lint",
     # examples/README.md
     "pip install -c constraints.txt torch": WHEEL,
     'pip install -c constraints.txt ".[dashboard]"': "needs an environment of its own",

@@ -234,5 +234,5 @@ def test_the_page_says_what_a_gpu_needs_or_that_none_was_there(measured):
 
 def test_the_readme_says_where_speed_was_measured():
     readme = (EVAL.parent / "README.md").read_text()
-    first = readme[readme.index("fraction of the time") :][:200]
-    assert "measured on CPUs" in " ".join(first.split())
+    first = readme[readme.index("fraction of their time") :][:200]
+    assert "Measured on CPUs" in " ".join(first.split())
