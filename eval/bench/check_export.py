@@ -21,9 +21,8 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from sae_lens import SAETrainer
@@ -36,20 +35,21 @@ EVAL = Path(__file__).resolve().parents[1]
 sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
 sys.path.append(str(EVAL.parent / "examples"))
 
+from bench.export_page import Setting, table, write_pages
 from bundled import TINY_LM
-from pages import markdown_table, render
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, to_jumprelu
 from sae_lens_sampled.files import atomic_path, atomic_write
 from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 
 RESULTS = EVAL / "results" / "check_export.json"
-PAGE = EVAL / "EXPORT.md"
-D_SAE, K, BATCH, STEPS, N_HELD_OUT = 512, 12, 512, 800, 80
+SETUP = {"d_sae": 512, "k": 12, "steps": 800, "batch": 512}
+"""How every SAE is trained."""
+D_SAE, K, STEPS, BATCH = SETUP.values()
+N_HELD_OUT = 80
+"""Batches."""
 POOL_FACTORS = (1, 1.5, 3, 5, 10)
 SCORES = ("l2_norm", "entropy", "perplexity")
 WIDTHS = [D_SAE // 8, D_SAE // 2, D_SAE]
-
-Setting = dict[str, Any]
 
 
 def settings(data: str, quick: bool) -> list[Setting]:
@@ -189,81 +189,6 @@ def l0(acts: Tensor) -> float:
     return (acts > 0).sum(dim=1).double().mean().item()
 
 
-def gaps(row: Setting) -> tuple[float, float]:
-    """Relative difference of the default export to training: L0 and FVU."""
-    return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
-
-
-def levels_of(row: Setting) -> str:
-    """Nested widths in words."""
-    widths = row.get("matryoshka_widths")
-    return "-" if widths is None else ", ".join(map(str, widths))
-
-
-COLUMNS: dict[str, Callable[[Setting], str]] = {
-    "data": lambda row: row["data"],
-    "pool": lambda row: row.get("pool_sampling", "all latents"),
-    "groups of": lambda row: str(row.get("pool_group_size") or "-"),
-    "score": lambda row: row["score"],
-    "levels": levels_of,
-    "pool factor": lambda row: f"{row['pool_factor']:.3g}",
-    "L0 train": lambda row: f"{row['L0']:.2f}",
-    "L0 export": lambda row: f"{row['per_latent_L0']:.2f}",
-    "L0 global": lambda row: f"{row['global_L0']:.1f}",
-    "FVU train": lambda row: f"{row['FVU']:.3f}",
-    "FVU export": lambda row: f"{row['per_latent_FVU']:.3f}",
-    "FVU global": lambda row: f"{row['global_FVU']:.3f}",
-    "L0 gap": lambda row: f"{gaps(row)[0]:+.1%}",
-    "FVU gap": lambda row: f"{gaps(row)[1]:+.1%}",
-    "FVU best": lambda row: f"{row['best_FVU']:.3f}" if "best_FVU" in row else "-",
-}
-
-
-def table(rows: list[Setting], leave_out: Collection[str] = ()) -> str:
-    """Rows as Markdown."""
-    columns = {name: cell for name, cell in COLUMNS.items() if name not in leave_out}
-    return markdown_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-
-
-def summary(rows: list[Setting]) -> dict[str, Any]:
-    """How far the exports of `rows` are from training."""
-    l0_gaps, fvu_gaps = zip(*map(gaps, rows), strict=True)
-    return {
-        "n": len(rows),
-        "n_l0_within": {f"{most:.0%}": sum(abs(gap) <= most for gap in l0_gaps) for most in (0.03, 0.05)},
-        "n_fvu_within": {"2%": sum(gap <= 0.02 for gap in fvu_gaps)},
-        "largest_l0_gap": f"{max(map(abs, l0_gaps)):.0%}",
-        "lowest_fvu_gap": f"{-min(fvu_gaps):.0%} lower",
-        "largest_fvu_ratio": f"{1 + max(fvu_gaps):.0f}",
-    }
-
-
-def page(rows: list[Setting]) -> str:
-    """EXPORT.md."""
-    top = [row for row in rows if row.get("pool_sampling", "top") == "top"]
-    nested = [row for row in rows if "matryoshka_widths" in row]
-    plain = [row for row in top if row not in nested]
-    l2_norm = [row for row in plain if row["data"] == "tiny_lm" and row["score"] == "l2_norm"]
-    by_groups = sorted(l2_norm, key=lambda row: (row.get("pool_group_size") or 0, row["pool_factor"]))
-    misses = [row for row in top if abs(gaps(row)[0]) > 0.03 or gaps(row)[1] > 0.02]
-    same = ("data", "pool", "score", "levels", "L0 gap", "FVU gap", "FVU best")
-    return render(
-        Path(__file__).parent / "templates" / "EXPORT.md",
-        d_sae=D_SAE,
-        k=K,
-        batch=BATCH,
-        steps=STEPS,
-        l2_norm_table=table(by_groups, leave_out=same),
-        misses_table=table(misses, leave_out=["L0 global", "FVU global"]),
-        all_table=table(rows),
-        nested_table=table(nested, leave_out=["pool", "score", "FVU best"]),
-        top=summary(plain),
-        nested=summary(nested),
-        proportional=summary([row for row in rows if row.get("pool_sampling") == "proportional"]),
-        n_rows=len(rows),
-    )
-
-
 def train_missing(wanted: list[Setting], n_processes: int) -> None:
     """Add to the results the rows of `wanted` that they lack."""
     RESULTS.parent.mkdir(exist_ok=True)
@@ -293,8 +218,7 @@ def main() -> None:
     if args.quick:
         print(table(rows))
     else:
-        PAGE.write_text(page(rows))
-        print(f"Page: {PAGE}")
+        print(f"Page: {write_pages(rows, SETUP, EVAL)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import check_export
+from bench import check_export, export_page
 
 TRAINED = {"data": "tiny_lm", "pool_factor": 5, "score": "l2_norm", "L0": 10.0, "FVU": 0.2}
 GLOBAL = {"global_L0": 30.0, "global_FVU": 0.1}
@@ -29,16 +29,18 @@ def test_the_committed_page_is_that_of_the_committed_results():
     wanted = check_export.settings("tiny_lm", quick=False) + check_export.settings("synthetic", quick=False)
     rows = [row for setting in wanted for row in results if check_export.is_of(row, setting)]
     assert len(rows) == len(wanted) == len(results) == 132
-    assert check_export.page(rows) == check_export.PAGE.read_text()
+    pages = export_page.pages(rows, check_export.SETUP)
+    assert pages == {page: (check_export.EVAL / page).read_text() for page in pages}
 
 
 def test_exports_are_counted_by_how_far_they_are_from_training():
     # L0 2% above, 4% below, 30% above; FVU 1% above, 3% above, halved.
-    summary = check_export.summary([row(10.2, 0.202), row(9.6, 0.206), row(13.0, 0.1)])
+    summary = export_page.summary([row(10.2, 0.202), row(9.6, 0.206), row(13.0, 0.1)])
     assert summary == {
         "n": 3,
         "n_l0_within": {"3%": 1, "5%": 2},
         "n_fvu_within": {"2%": 2},
+        "n_fvu_lower": {"2%": 1},
         "largest_l0_gap": "30%",
         "lowest_fvu_gap": "50% lower",
         "largest_fvu_ratio": "1",
@@ -53,14 +55,14 @@ def test_a_pool_is_reported_where_it_belongs(pool, section):
         row(10, 0.2, pool_sampling="proportional"),
         row(10, 0.2, matryoshka_widths=[8, 64]),
     ]
-    page = check_export.page(rows)
-    assert ("FVU is up to 4 times" in page) == (section == "drawn")
+    answer, page = export_page.pages(rows, check_export.SETUP).values()
+    assert ("FVU is up to 4 times" in answer) == (section == "drawn")
     _, misses, *_ = page.split("in training):")
     assert ("+20.0%" in misses.partition('"FVU best"')[0]) == (section == "misses")
     assert page.count("+20.0%") == (2 if section == "misses" else 1)  # in the table of all rows too
 
 
 def test_the_best_thresholds_are_shown_where_they_were_searched():
-    table = check_export.table([row(10, 0.2), row(10, 0.2, best_FVU=0.1254)], leave_out=["L0 global"]).splitlines()
+    table = export_page.table([row(10, 0.2), row(10, 0.2, best_FVU=0.1254)], leave_out=["L0 global"]).splitlines()
     assert "L0 global" not in table[0]
     assert [line.rsplit("|", 2)[1].strip() for line in table] == ["FVU best", table[1].rsplit("|", 2)[1], "-", "0.125"]
