@@ -32,7 +32,7 @@ docs: $(INSTALLED)
 
 check: lint test
 
-# Runs all of it and writes its outputs into it; fails where the text says something else than the numbers.
+# Runs all of it and writes its outputs into it; the test then fails where the text says something else than the numbers.
 notebook: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace --timeout=600 examples/tutorial.ipynb
 
