@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 # The pages of docs/, into site/; fails at a link that leads nowhere.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 check: lint test
 

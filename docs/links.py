@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links of pages that live elsewhere in the repository, and of pages to files that are no pages.
+"""A hook of mkdocs: links and images of pages that live elsewhere in the repository, and of pages to files that are no pages.
 
 A page such as `docs/eval/RESULTS.md` is a symbolic link to `eval/RESULTS.md`, whose own links are relative to its place
 there. Those to other pages are turned into links within the site. Those to other files of the repository lead to
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")
 FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
@@ -23,11 +23,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any
     here = os.path.dirname(page.file.src_uri)
 
     def replace(match: re.Match[str]) -> str:
-        text, link, anchor = match.group(1), match.group(2), match.group(3) or ""
+        image, text, link, anchor = match.groups(default="")
         target = (source.parent / link).resolve()
         if target in pages:
-            return f"[{text}]({os.path.relpath(pages[target], here or '.')}{anchor})"
-        if not target.exists() or not target.is_relative_to(ROOT):
+            return f"{image}[{text}]({os.path.relpath(pages[target], here or '.')}{anchor})"
+        if image or not target.exists() or not target.is_relative_to(ROOT):
             return match.group(0)
         if not config.repo_url:
             return text

@@ -13,7 +13,14 @@ assert SPEC.loader is not None
 links = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(links)
 
-PAGES = ("index.md", "training.md", "eval/RESULTS.md", "eval/SPEED.md", "eval/results/known_features.md")
+PAGES = (
+    "index.md",
+    "mechanism.svg",
+    "training.md",
+    "eval/RESULTS.md",
+    "eval/SPEED.md",
+    "eval/results/known_features.md",
+)
 
 
 def on_site(markdown, page="eval/RESULTS.md", repo_url=None):
@@ -35,6 +42,7 @@ def on_site(markdown, page="eval/RESULTS.md", repo_url=None):
         ("[guide](../docs/training.md)", "[guide](../training.md)"),
         ("[code](study/configs.py)", "code"),  # no page, and no repository to lead to
         ("[data](results/check_export.json)", "data"),
+        ("![plot](results/known_features.png)", "![plot](results/known_features.png)"),
         ("[nothing](study/lost.py)", "[nothing](study/lost.py)"),  # mkdocs then says so
         ("[out](https://arxiv.org/abs/2508.21324)", "[out](https://arxiv.org/abs/2508.21324)"),
     ],
@@ -55,8 +63,8 @@ def test_links_to_other_files_lead_into_the_repository():
 
 
 def test_links_from_the_first_page_are_relative_to_the_site():
-    page = on_site("[results](eval/RESULTS.md) [training](docs/training.md)", page="index.md")
-    assert page == "[results](eval/RESULTS.md) [training](training.md)"
+    page = on_site("[results](eval/RESULTS.md) [training](docs/training.md) ![a](docs/mechanism.svg)", page="index.md")
+    assert page == "[results](eval/RESULTS.md) [training](training.md) ![a](mechanism.svg)"
 
 
 def test_every_page_that_is_a_link_leads_to_a_file():
