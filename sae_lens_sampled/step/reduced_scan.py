@@ -76,14 +76,12 @@ class ReducedProduct(NamedTuple):
     """c, per latent."""
     storage: Float[Tensor, " d_sae"]
     """The slope's term for storing the product, which a known value replaces by a tighter one."""
-    scratch: Float[Tensor, "width tokens"]
-    """As large as a chunk of latents; only its length, the width of a chunk, is used."""
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "latents tokens"]]]:
         """Pre-activations by chunk of latents, in float32, with an error of at most E; a chunk overwrites the last."""
         W_enc, b_enc, _, norms, _ = self.weights
         (n_tokens, d_in), d_sae = self.x.shape, len(b_enc)
-        width = len(self.scratch)
+        width = min(chunk_length(n_tokens, self.x.device), d_sae)
         rows, product = (self.x.new_empty(width, n, dtype=torch.bfloat16) for n in (d_in, n_tokens))
         chunk, x_t = self.x.new_empty(width, n_tokens), self.x.to(torch.bfloat16).T
         for start in range(0, d_sae, width):
@@ -158,8 +156,7 @@ def reduced_product(
     too_wide = scan == "auto" and bool(x_norm.median() * slope.median() > MAX_MARGIN * bound)
     if ranks.any(too_large or too_wide):
         return None
-    scratch = x.new_empty(min(chunk_length(len(x), x.device), len(slope)), len(x))
-    return ReducedProduct(x.contiguous(), weights, x_norm, slope, offset, storage, scratch)
+    return ReducedProduct(x.contiguous(), weights, x_norm, slope, offset, storage)
 
 
 def error_of(
