@@ -1,6 +1,9 @@
-"""The most active latents of each SAE: their contexts, where they look, and how much the contexts have in common."""
+"""A row for each leading latent of each SAE: where it looks, what its token alone tells, what a reader gets to see."""
 
-from collections.abc import Mapping
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,105 +14,143 @@ from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 from latents.attribution import attribute, coherence
-from sae_lens_sampled.metrics import ActivationStatistics
-from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY, N_CONTEXTS, TopActivations
+from latents.firings import Firings, Text, states_of
+from latents.places import N_BANDS, PASSAGE, Passage, Place, asked_passages, bands_of, shown_places
+from latents.token_alone import commonest, learn, passage_scores, token_scores
+from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY
 
 REACH = 31
 """Tokens before the one on which a latent is active that it is attributed to, and that are shown."""
 AFTER = 8
 """Tokens shown after it."""
-N_PARTS = 32
-"""Parts of the text, of which each gives one context to a latent at most."""
-
-
-@torch.no_grad()
-def states_of(model: HookedTransformer, prompts: Int[Tensor, "prompts context"], hook_name: str) -> Tensor:
-    """The model's states at a hook, shape (prompts, context, d_model)."""
-    layer = int(hook_name.split(".")[1])
-    batches = []
-    for batch in tqdm(prompts.split(8), desc="Language model"):
-        cache = model.run_with_cache(batch, names_filter=[hook_name], stop_at_layer=layer + 1)[1]
-        batches.append(cache[hook_name].float())
-    return torch.cat(batches)
 
 
 def describe(
-    model: HookedTransformer, saes: Mapping[str, SAE], prompts: Int[Tensor, "prompts context"], n_latents: int
+    model: HookedTransformer,
+    saes: Mapping[str, SAE],
+    prompts: Int[Tensor, "prompts context"],
+    n_latents: int,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A row for each of the `n_latents` latents of an SAE that carry most of its activation without being dense.
+
+    Latents with too few places or passages to show are passed over.
 
     Args:
         model: the language model.
         saes: exported SAEs of one hook, by name.
         prompts: the text; the first token of each is one of the tokenizer's own, on which nothing is counted.
         n_latents: latents of each SAE.
+        seed: of the draw of places and passages.
 
     Raises:
         ValueError: if an SAE has no such latent.
     """
     [hook_name] = {str(sae.cfg.metadata.hook_name) for sae in saes.values()}
-    states = states_of(model, prompts, hook_name)
-    mean = states[:, 1:].mean(dim=(0, 1))
-    with torch.no_grad():
-        embeddings = model.input_to_embed(prompts[: len(prompts) // 8 + 1])[0]
-    baseline = embeddings.mean(dim=(0, 1))
+    text, rng = Text(model, prompts, states_of(model, prompts, hook_name)), random.Random(seed)
     rows = []
     for name, sae in saes.items():
-        statistics, places = most_active(sae, states, n_latents)
-        if not places:
+        of_sae = list(tqdm(itertools.islice(rows_of(text, sae, rng), n_latents), desc=name, total=n_latents))
+        if not of_sae:
             raise ValueError(
-                f"SAE {name!r}: no latent is active in {N_CONTEXTS} parts of the text and on at most {MAX_DENSITY:.0%} "
-                "of its tokens; take more text."
+                f"SAE {name!r}: no latent is active on at most {MAX_DENSITY:.0%} of the tokens and yet often enough to "
+                "show places and passages; take more text."
             )
-        for latent, of_latent in tqdm(places.items(), desc=name):
-            contexts = [context(prompts, model.tokenizer, *place) for place in of_latent]
-            found = [
-                attribute(model, sae, latent, prompts[prompt, max(0, at - REACH) : at + 1], baseline)
-                for prompt, at in of_latent
-            ]
-            at_places = torch.stack([states[prompt, at] for prompt, at in of_latent])
-            rows.append(
-                {
-                    "sae": name,
-                    "latent": latent,
-                    "density": statistics.density[latent].item(),
-                    "own_share": mean_of(a.own_share for a in found),
-                    "n_tokens": mean_of(a.n_tokens for a in found),
-                    "completeness_error": max(a.completeness_error for a in found),
-                    "coherence": coherence(at_places, mean),
-                    "chance": coherence(random_states(states, len(of_latent), seed=len(rows)), mean),
-                    "contexts": contexts,
-                }
-            )
+        rows += [{"sae": name, **row} for row in of_sae]
     return rows
 
 
-@torch.no_grad()
-def most_active(
-    sae: SAE, states: Float[Tensor, "prompts context d_model"], n_latents: int
-) -> tuple[ActivationStatistics, dict[int, list[tuple[int, int]]]]:
-    """Statistics of an SAE, and for its leading latents the prompts and places where they are most active."""
-    n_context = states.shape[1]
-    statistics, top = ActivationStatistics(sae.cfg.d_in, sae.cfg.d_sae), TopActivations(sae.cfg.d_sae, "cpu")
-    for batch in states.tensor_split(min(N_PARTS, len(states))):
-        acts = sae.encode(batch)
-        statistics.update(batch[:, 1:].flatten(0, 1), acts[:, 1:].flatten(0, 1), sae.decode(acts[:, 1:]).flatten(0, 1))
-        acts[:, 0] = 0  # places are counted with it, and none is there
-        top.update(torch.zeros(acts[..., 0].numel()), acts.flatten(0, 1))
-    mass = statistics.mass.masked_fill(statistics.density > MAX_DENSITY, 0)
-    seen_often = (top.values > 0).all(dim=0)  # in as many places as are compared
-    mass = mass.masked_fill(~seen_often, 0)
-    latents = mass.topk(min(n_latents, int((mass > 0).sum()))).indices.tolist()
-    return statistics, {latent: [divmod(p, n_context) for p in top.places[:, latent].tolist()] for latent in latents}
+def rows_of(text: Text, sae: SAE, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Rows of an SAE's latents, those first that carry most activation."""
+    firings = Firings(sae, text.states)
+    for latent in firings.leading():
+        acts = firings.acts(latent)
+        drawn = draw(text, acts, rng)
+        if drawn is not None:
+            places, passages = drawn
+            yield {
+                "latent": latent,
+                "density": firings.density[latent].item(),
+                **looks(text, sae, latent, places[:N_BANDS]),
+                **told_by_token(text, acts > 0, passages),
+                **shown(text, acts, places, passages),
+            }
 
 
-def context(prompts: Tensor, tokenizer: Any, prompt: int, at: int) -> dict[str, str]:
-    """The text around a place."""
-    tokens = prompts[prompt].tolist()
+def draw(
+    text: Text, acts: Float[Tensor, "prompts context"], rng: random.Random
+) -> tuple[list[Place], list[Passage]] | None:
+    """Places of the first half of the text and passages of the second; None if there are too few for a latent."""
+    bands, half = bands_of(acts), text.half
+
+    def around(prompt: int, at: int) -> tuple[str, ...]:
+        return tuple(context(text, prompt, at).values())
+
+    places = shown_places(bands[:half], around, rng)
+    passages = asked_passages(bands[half:], text.prompts[half:], rng)
+    if places is None or passages is None:
+        return None
+    return places, [passage._replace(prompt=passage.prompt + half) for passage in passages]
+
+
+def looks(text: Text, sae: SAE, latent: int, places: list[Place]) -> dict[str, float]:
+    """Where a latent looks at some places, and what the model's states there have in common."""
+    found = [
+        attribute(text.model, sae, latent, text.prompts[prompt, max(0, at - REACH) : at + 1], text.baseline)
+        for prompt, at, _ in places
+    ]
     return {
-        "before": tokenizer.decode(tokens[max(1, at - REACH) : at]),
-        "token": tokenizer.decode(tokens[at : at + 1]),
-        "after": tokenizer.decode(tokens[at + 1 : at + 1 + AFTER]),
+        "own_share": mean_of(a.own_share for a in found),
+        "n_tokens": mean_of(a.n_tokens for a in found),
+        "completeness_error": max(a.completeness_error for a in found),
+        "coherence": coherence(torch.stack([text.states[prompt, at] for prompt, at, _ in places]), text.mean),
+        "chance": coherence(random_states(text.states, len(places), seed=latent), text.mean),
+    }
+
+
+def told_by_token(text: Text, fires: Tensor, passages: list[Passage]) -> dict[str, Any]:
+    """How well the token alone, as the first half of the text has it, tells where a latent fires in the second."""
+    half, prompts = text.half, text.prompts
+    known = learn(prompts[:half], fires[:half], int(prompts.max()) + 1)
+    named = passage_scores(known.rates[prompts]) >= known.in_passages
+    token, share = commonest(prompts, fires)
+    return {
+        "commonest_token": text.model.tokenizer.decode([token]),  # type: ignore[union-attr]
+        "commonest_share": share,
+        **token_scores(known, prompts[half:], fires[half:]),
+        "token_fires": numbers_of(named[passage.prompt, passage.window] for passage in passages),
+    }
+
+
+def shown(
+    text: Text, acts: Float[Tensor, "prompts context"], places: list[Place], passages: list[Passage]
+) -> dict[str, Any]:
+    """What the page shows of a latent; and what it does not: bands, activations, how many tokens are equal, answers."""
+    tokens = Counter(int(text.prompts[prompt, at]) for prompt, at, _ in places)
+    return {
+        "n_same_token": max(tokens.values()),
+        "contexts": [
+            context(text, prompt, at) | {"band": band, "activation": acts[prompt, at].item()}
+            for prompt, at, band in places
+        ],
+        "passages": [
+            {
+                "before": text.decode(passage.prompt, passage.start - PASSAGE, passage.start),
+                "text": text.decode(passage.prompt, passage.start, passage.start + PASSAGE),
+                "band": passage.band,
+            }
+            for passage in passages
+        ],
+        "fires": numbers_of(passage.band > 0 for passage in passages),
+    }
+
+
+def context(text: Text, prompt: int, at: int) -> dict[str, str]:
+    """The text around a place."""
+    return {
+        "before": text.decode(prompt, max(1, at - REACH), at),
+        "token": text.decode(prompt, at, at + 1),
+        "after": text.decode(prompt, at + 1, at + 1 + AFTER),
     }
 
 
@@ -119,9 +160,11 @@ def random_states(states: Float[Tensor, "prompts context d_model"], n: int, seed
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
+def numbers_of(true: Any) -> list[int]:
+    """Numbers, from 1, of those that are true."""
+    return [number for number, value in enumerate(true, start=1) if value]
+
+
 def mean_of(values: Any) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-assert N_CONTEXTS > 1, "coherence is of two places at least"

@@ -1,75 +1,160 @@
-"""The human half: a page of latents in random order, without names, and what a reader's ratings say of each SAE."""
+"""What readers of the page answered, and what that says of each SAE."""
 
 import csv
-import math
-import random
-import statistics
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
+from sklearn.metrics import cohen_kappa_score
 
-TEMPLATE = Path(__file__).parent / "templates" / "page.html"
+from sae_lens_sampled.confidence import Interval, mean_interval
+
 SCALE = {
     1: "no pattern",
     2: "a pattern in some places",
     3: "a pattern in most places",
     4: "one clear thing, in every place",
 }
-"""What a reader answers of a latent."""
+"""How a reader rates a latent."""
 
 
-def blind(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows in random order, each with an `id` that tells nothing; the page has ids and contexts alone."""
-    order = list(rows)
-    random.Random(seed).shuffle(order)
-    return [{"id": f"{number:03}", **row} for number, row in enumerate(order, start=1)]
+class Answer(NamedTuple):
+    """What a reader says of one latent."""
+
+    rating: int | None
+    """On the scale; None if it is not rated."""
+    fires: frozenset[int] | None
+    """Numbers of the passages that the latent is said to fire on; None if the passages were left out."""
 
 
-def write_page(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write the page; ratings are kept in the browser and saved as `ratings.csv`."""
-    shown = [{"id": row["id"], "contexts": row["contexts"]} for row in rows]
-    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
-    file.write_text(template.render(latents=shown, scale=SCALE), encoding="utf-8")
+class Agreement(NamedTuple):
+    """How far two readers rate alike."""
+
+    n: int
+    """Latents that both rated."""
+    exact: float
+    """Share of them with the same rating."""
+    kappa: float
+    """Cohen's kappa with quadratic weights: 1 for equal ratings, 0 for no more agreement than by chance."""
 
 
-def read_ratings(file: Path) -> dict[str, int]:
-    """Ratings by id.
+def read_answers(file: Path) -> dict[str, Answer]:
+    """Answers by id, from a CSV with the columns `id`, `rating` and, if passages were asked about, `fires`: "2 5 7".
 
     Raises:
-        ValueError: if a column is missing, or a rating is not of the scale.
+        ValueError: if a column is missing, a latent is there twice, or an answer is not one.
     """
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or not {"id", "rating"} <= rows[0].keys():
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        lines = list(csv.DictReader(stream))
+    if not lines or not {"id", "rating"} <= lines[0].keys():
         raise ValueError(f"{file} must have the columns id and rating, and a line at least.")
-    for row in rows:
-        if row["rating"] not in map(str, SCALE):
-            raise ValueError(f"{file}: rating {row['rating']!r} of latent {row['id']} must be of {list(SCALE)}.")
-    return {row["id"]: int(row["rating"]) for row in rows}
+    answers = {}
+    for line in lines:
+        if line["id"] in answers:
+            raise ValueError(f"{file}: latent {line['id']} is there twice.")
+        try:
+            answers[line["id"]] = Answer(rating_of(line["rating"]), passages_of(line.get("fires")))
+        except ValueError as error:
+            raise ValueError(f"{file}, latent {line['id']}: {error}") from error
+    return answers
 
 
-def score(rows: Sequence[Mapping[str, Any]], ratings: Mapping[str, int]) -> list[dict[str, Any]]:
-    """For each SAE the number of rated latents, their mean rating with its standard error, and the share at the top.
+def rating_of(text: str | None) -> int | None:
+    """A rating; None if there is no text.
 
     Raises:
-        ValueError: if a rating is of a latent that is not among the rows.
+        ValueError: if it is not on the scale.
     """
-    known = {row["id"]: row["sae"] for row in rows}
-    if unknown := ratings.keys() - known.keys():
-        raise ValueError(f"there are ratings of latents that are not of this page: {', '.join(sorted(unknown))}.")
+    if text and text.strip() not in map(str, SCALE):
+        raise ValueError(f"rating {text!r} is not one of {', '.join(map(str, SCALE))}.")
+    return int(text) if text else None
+
+
+def passages_of(text: str | None) -> frozenset[int] | None:
+    """Numbers of passages, between spaces; None if there are none.
+
+    Raises:
+        ValueError: if something else is there, or a number is there twice.
+    """
+    numbers = (text or "").split()
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError(f'fires {text!r} must be numbers of passages with spaces between them, such as "2 5 7".')
+    return frozenset(map(int, numbers)) or None
+
+
+def score(rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]]) -> list[dict[str, Any]]:
+    """For each SAE and reader the mean rating, the share at the top of the scale, and how well passages were told.
+
+    The last in balanced accuracy, and in how much it is above that of the token alone, which is 0 for a reader who
+    looks at nothing else.
+
+    Args:
+        rows: the page's latents, with what it does not show.
+        readers: answers by reader and id.
+
+    Raises:
+        ValueError: if an answer is of a latent or a passage that the page does not have.
+    """
+    for reader, answers in readers.items():
+        check_answers(rows, reader, answers)
     results = []
-    for name in dict.fromkeys(row["sae"] for row in sorted(rows, key=lambda row: row["sae"])):
-        of_sae = [rating for latent, rating in ratings.items() if known[latent] == name]
-        n = len(of_sae)
-        results.append(
-            {
-                "sae": name,
-                "rated": n,
-                "mean": statistics.mean(of_sae) if n else math.nan,
-                "error": statistics.stdev(of_sae) / math.sqrt(n) if n > 1 else math.nan,
-                "clear": sum(rating == max(SCALE) for rating in of_sae) / n if n else math.nan,
-            }
-        )
+    for name in sorted({row["sae"] for row in rows}):
+        for reader, answers in readers.items():
+            answered = [(row, answers[row["id"]]) for row in rows if row["sae"] == name and row["id"] in answers]
+            ratings = [answer.rating for _, answer in answered if answer.rating is not None]
+            told = [
+                (told_share(row, answer.fires), told_share(row, row["token_fires"]))
+                for row, answer in answered
+                if answer.fires is not None
+            ]
+            results.append(
+                {
+                    "sae": name,
+                    "reader": reader,
+                    "rated": len(ratings),
+                    "rating": interval_of(ratings),
+                    "clear": sum(rating == max(SCALE) for rating in ratings) / len(ratings) if ratings else None,
+                    "told": len(told),
+                    "accuracy": interval_of([by_reader for by_reader, _ in told]),
+                    "over_token": interval_of([by_reader - by_token for by_reader, by_token in told]),
+                }
+            )
     return results
+
+
+def check_answers(rows: Iterable[Mapping[str, Any]], reader: str, answers: Mapping[str, Answer]) -> None:
+    """Raise a ValueError if an answer is of a latent or a passage that the page does not have."""
+    n_passages = {row["id"]: len(row.get("passages", [])) for row in rows}
+    if unknown := answers.keys() - n_passages.keys():
+        raise ValueError(f"{reader} has answers on latents that are not on this page: {', '.join(sorted(unknown))}.")
+    for latent, answer in answers.items():
+        wrong = [number for number in answer.fires or () if not 1 <= number <= n_passages[latent]]
+        if wrong:
+            raise ValueError(
+                f"{reader}: latent {latent} has {n_passages[latent]} passages, and no number {min(wrong)}."
+            )
+
+
+def told_share(row: Mapping[str, Any], said: Iterable[int]) -> float:
+    """Balanced accuracy of an answer: mean of the shares of passages told rightly, where the latent fires and not."""
+    numbers, fires, said = set(range(1, len(row["passages"]) + 1)), set(row["fires"]), set(said)
+    silent = numbers - fires
+    return (len(fires & said) / len(fires) + len(silent - said) / len(silent)) / 2
+
+
+def agreements(readers: Mapping[str, Mapping[str, Answer]]) -> dict[tuple[str, str], Agreement]:
+    """Agreement of each two readers who rated a latent in common."""
+    found = {}
+    for (one, of_one), (other, of_other) in itertools.combinations(readers.items(), 2):
+        pairs = [(of_one[key].rating, of_other[key].rating) for key in of_one if key in of_other]
+        pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if pairs:
+            kappa = float(cohen_kappa_score(*zip(*pairs, strict=True), labels=list(SCALE), weights="quadratic"))
+            found[one, other] = Agreement(len(pairs), sum(a == b for a, b in pairs) / len(pairs), kappa)
+    return found
+
+
+def interval_of(values: Sequence[float]) -> Interval | None:
+    """Mean with its 95 % interval; None without values."""
+    return mean_interval(values) if values else None

@@ -1,11 +1,12 @@
 """What the most active latents of some SAEs are: where they look, what their contexts share, and a blind page to rate.
 
     python eval/latents/run.py --saes batchtopk=FOLDER one_pool=FOLDER groups=FOLDER --out latents_output
-    python eval/latents/run.py --out latents_output --score ratings.csv   # what a reader's ratings say of each SAE
+    python eval/latents/run.py --out latents_output --score ratings_1.csv ratings_2.csv   # what readers say of each SAE
 
 SAEs are exported ones of one block of the language model; folders of training checkpoints are exported first. Needs
-captum (the extra `latents`), for integrated gradients. `--out` gets `page.html`, which a reader rates without knowing
-whose latents they are, and `latents.json`, which knows it.
+captum (the extra `latents`), for integrated gradients. `--out` gets `page.html`, on which a reader rates latents and
+says on which passages they fire, and `latents.json`, which knows whose they are and the answers. A reader's own answers
+are a CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
 """
 
 import argparse
@@ -20,13 +21,14 @@ sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that t
 sys.path.append(str(EVAL.parent / "examples"))
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from sae_lens import ActivationsStore
 
 from bundled import HELD_OUT_TEXT, TINY_LM
 from latents.describe import describe
-from latents.rating import blind, read_ratings, score, write_page
-from latents.tables import rating_table, table
+from latents.page import blind, write_page
+from latents.rating import read_answers
+from latents.tables import agreement_texts, rating_table, table, token_table
 from sae_lens_sampled.runners.hooks import switch_on
 from sae_lens_sampled.runners.stores import short_text_told
 from sae_lens_sampled.saebench import load_saes, parse_source
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.score:
         rows = json.loads((args.out / "latents.json").read_text())
-        print(rating_table(score(rows, read_ratings(args.score))))
+        readers = {file.stem: read_answers(file) for file in args.score}
+        names = {name: name for name in sorted({row["sae"] for row in rows})}
+        print("\n\n".join([rating_table(rows, readers, names), *agreement_texts(readers)]))
         return
     loaded = load_saes([parse_source(named) for named in args.saes], "cpu")
     path = smollm2_folder() if args.model == "smollm2" else args.model
@@ -48,22 +52,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         switch_on(model.hooked, [str(sae.sae.cfg.metadata.hook_name)])
         saes[sae.release] = sae.sae
     prompts = held_out_prompts(model.hooked, next(iter(saes.values())), args)
-    rows = blind(describe(model.hooked, saes, prompts, args.latents), args.seed)
+    rows = blind(describe(model.hooked, saes, prompts, args.latents, args.seed), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "latents.json").write_text(json.dumps(rows, indent=1) + "\n")
     write_page(rows, args.out / "page.html")
-    print(table(rows, {name: name for name in saes}))
+    names = {name: name for name in saes}
+    print(f"{table(rows, names)}\n\n{token_table(rows, names)}")
     print(f"\nTo rate: {args.out / 'page.html'}")
 
 
 def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Tensor:
-    """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token."""
+    """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token.
+
+    Raises:
+        ValueError: if there is less of it than asked for: of two halves, one must be new.
+    """
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
+    assert isinstance(dataset, Dataset)
     with short_text_told(f"--text {args.text}"):
         store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
     with short_text_told(f"--text {args.text}", store):
-        return store.get_batch_tokens(args.tokens // args.context_size)
+        prompts = store.get_batch_tokens(args.tokens // args.context_size)
+    if store.n_dataset_processed > len(dataset):
+        raise ValueError(
+            f"--text {args.text} has fewer than --tokens {args.tokens}, and would be read again: take fewer."
+        )
+    return prompts
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,9 +89,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latents", type=int, default=50, help="of each SAE")
     parser.add_argument("--tokens", type=int, default=32_768, help="of the text")
     parser.add_argument("--context-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="of the order on the page")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the order on the page")
     parser.add_argument("--out", type=Path, default=Path("latents_output"))
-    parser.add_argument("--score", type=Path, help="a CSV of ratings: print what they say of each SAE")
+    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers: print what they say of each SAE")
     args = parser.parse_args(argv)
     if not args.score and not args.saes:
         parser.error("--saes NAME=FOLDER is needed, or --score")

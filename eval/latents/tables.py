@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pages import markdown_table
+from latents.rating import Answer, agreements, score, told_share
+from pages import interval_text, markdown_table
 from sae_lens_sampled.confidence import mean_interval
 
 COLUMNS = {
@@ -12,6 +13,12 @@ COLUMNS = {
     "effective tokens": "n_tokens",
     "coherence": "coherence",
     "at random": "chance",
+}
+TOKEN_COLUMNS = {
+    "firing rate": "density",
+    "share of the commonest token": "commonest_share",
+    "average precision of the token alone": "token_precision",
+    "balanced accuracy": "token_accuracy",
 }
 
 
@@ -27,10 +34,61 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     return markdown_table(["SAE", "latents", *COLUMNS, "completeness error"], lines)
 
 
-def rating_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """What a reader found."""
-    rows = [
-        [row["sae"], str(row["rated"]), f"{row['mean']:.2f} ± {row['error']:.2f}", f"{row['clear']:.0%}"]
-        for row in results
+def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """How well the token alone tells where the latents of each SAE fire: means over latents with 95 % intervals.
+
+    Balanced accuracy is over all places of the text, and over the passages on the page. Empty for rows without it.
+    """
+    if not all("token_fires" in row for row in rows):
+        return ""
+    lines = []
+    for name, label in names.items():
+        of_sae = [row for row in rows if row["sae"] == name]
+        columns = [[row[field] for row in of_sae] for field in TOKEN_COLUMNS.values()]
+        columns.append([told_share(row, row["token_fires"]) for row in of_sae])
+        lines.append([label, str(len(of_sae)), *(interval_text(mean_interval(column)) for column in columns)])
+    return markdown_table(["SAE", "latents", *TOKEN_COLUMNS, "in the page's passages"], lines)
+
+
+def readers_text(
+    rows: Sequence[Mapping[str, Any]],
+    readers: Mapping[str, Mapping[str, Answer]],
+    names: Mapping[str, str],
+    who: str = "language models",
+) -> str:
+    """What readers found, in a table, and how far they agree; `who` says what they are."""
+    told_by = f"Readers are {who}. Means over the latents of one SAE, with their 95 % intervals."
+    return "\n\n".join([told_by, rating_table(rows, readers, names), *agreement_texts(readers)])
+
+
+def rating_table(
+    rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]], names: Mapping[str, str]
+) -> str:
+    """What each reader found of each SAE; of passages only if some are answered."""
+    results = sorted(score(rows, readers), key=lambda result: list(names).index(result["sae"]))
+    header = ["SAE", "reader", "rated", "mean of 1 to 4", "one clear thing"]
+    if any(result["told"] for result in results):
+        header += ["passages of", "balanced accuracy", "above the token alone"]
+    lines = [
+        [
+            names[result["sae"]],
+            result["reader"],
+            str(result["rated"]),
+            interval_text(result["rating"], 2),
+            "-" if result["clear"] is None else f"{result['clear']:.0%}",
+            str(result["told"]),
+            interval_text(result["accuracy"], 2),
+            interval_text(result["over_token"], 2, signed=True),
+        ][: len(header)]
+        for result in results
     ]
-    return markdown_table(["SAE", "rated", "mean rating", "one clear thing"], rows)
+    return markdown_table(header, lines)
+
+
+def agreement_texts(readers: Mapping[str, Mapping[str, Answer]]) -> list[str]:
+    """How far each two readers rate alike, in a sentence."""
+    return [
+        f"Latents rated by both {one} and {other}: {agreement.n}; the same rating: {agreement.exact:.1%}; "
+        f"quadratic kappa: {agreement.kappa:.2f}."
+        for (one, other), agreement in agreements(readers).items()
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from scipy import stats
 
 from latents import tables as latents
+from latents.rating import read_answers
 from pages import render
 from study import decision, tables
 from study.configs import BLOCK_10, SMOLLM2, TINY
@@ -79,6 +80,7 @@ def render_page(eval_folder: Path) -> str:
         titles=texts,
         years=f"{min(years)} to {max(years)}",
         latents=latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
+        latents_readers=latents_readers(eval_folder / "results" / "latents_smollm2"),
         devices=" and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
     )
 
@@ -86,6 +88,16 @@ def render_page(eval_folder: Path) -> str:
 def latents_table(file: Path) -> str:
     """Where the latents look, by SAE; empty before that was measured."""
     return latents.table(json.loads(file.read_text()), LATENTS_OF) if file.exists() else ""
+
+
+def latents_readers(folder: Path) -> str:
+    """What readers said of the latents, by SAE; empty without ratings."""
+    files = sorted(folder.glob("ratings_*.csv"))
+    if not files:
+        return ""
+    rows = json.loads((folder / "latents.json").read_text())
+    readers = {f"reader {n}": read_answers(file) for n, file in enumerate(files, start=1)}
+    return latents.readers_text(rows, readers, LATENTS_OF)
 
 
 def titles(results: Path) -> dict[str, list[str]]:

@@ -1,0 +1,125 @@
+"""Which places of a text a reader sees of a latent, and which passages he is then asked about.
+
+Both are drawn at random from five bands of activation: the fifths, by rank, of all places where the latent is active.
+The strongest of all are often one common token; the rest of a latent's range tells more.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+N_BANDS = 5
+MORE = (5, 4, 3)
+"""Bands of the further places, which a reader sees after those of all five."""
+N_SHOWN = N_BANDS + len(MORE)
+N_PASSAGES = 10
+N_POSITIVE = (3, 7)
+"""Least and largest number of passages on which the latent fires; it is drawn, so that nobody can count on it."""
+PASSAGE = 16
+"""Tokens of a passage; it is shown after as many that come before it."""
+
+Candidate = TypeVar("Candidate")
+
+
+class Place(NamedTuple):
+    """A token on which a latent is active."""
+
+    prompt: int
+    at: int
+    band: int
+    """From 1, the weakest fifth of the latent's activations, to 5."""
+
+
+class Passage(NamedTuple):
+    """Some tokens in a row."""
+
+    prompt: int
+    window: int
+    """Which of the prompt's `windows`, from 0."""
+    band: int
+    """Band of the strongest activation; 0 if the latent fires on none of its tokens."""
+
+    @property
+    def start(self) -> int:
+        """Place of its first token in the prompt."""
+        return 1 + (self.window + 1) * PASSAGE
+
+
+def bands_of(acts: Float[Tensor, "prompts context"]) -> Int[Tensor, "prompts context"]:
+    """Band of every place, 1 to 5; 0 where the latent is not active. Equal activations come in the text's order."""
+    active = acts > 0
+    n = int(active.sum())
+    in_order = torch.arange(n, device=acts.device) * N_BANDS // max(n, 1) + 1
+    bands = torch.zeros_like(acts, dtype=torch.int64)
+    bands[active] = torch.zeros_like(in_order).scatter(0, acts[active].argsort(stable=True), in_order)
+    return bands
+
+
+def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompts passages tokens"]:
+    """All passages: the tokens after a prompt's first, cut evenly; those that nothing comes before are left out."""
+    n = (values.shape[1] - 1) // PASSAGE
+    return values[:, 1 : 1 + n * PASSAGE].unflatten(1, (n, PASSAGE))[:, 1:]
+
+
+def shown_places(
+    bands: Int[Tensor, "prompts context"], context: Callable[[int, int], Hashable], rng: random.Random
+) -> list[Place] | None:
+    """One place of each band, then the further ones, each time the strongest band first; None if there are too few.
+
+    No two are of one prompt, and no two contexts are equal.
+
+    Args:
+        bands: band of every place of the text.
+        context: what is shown around a place, by its prompt and its place there.
+        rng: what draws among the places of a band.
+    """
+    active = [Place(prompt, at, int(bands[prompt, at])) for prompt, at in bands.nonzero().tolist()]
+    rng.shuffle(active)
+    chosen, taken = [], set()
+    for band in (*range(N_BANDS, 0, -1), *MORE):
+        of_band = (place for place in active if place.band == band)
+        chosen += first_new(of_band, taken, lambda place: (place.prompt, context(place.prompt, place.at)))
+    return chosen if len(chosen) == N_SHOWN else None
+
+
+def asked_passages(
+    bands: Int[Tensor, "prompts context"], tokens: Int[Tensor, "prompts context"], rng: random.Random
+) -> list[Passage] | None:
+    """Ten passages in random order, or None if there are too few: no two are of one prompt, and no two are equal.
+
+    The latent fires on some of them, whose bands are taken in turn, and not on the others.
+    """
+    texts = windows(tokens)
+    by_band: list[list[Passage]] = [[] for _ in range(N_BANDS + 1)]
+    for prompt, strongest in enumerate(windows(bands).amax(dim=2).tolist()):
+        for window, band in enumerate(strongest):
+            by_band[band].append(Passage(prompt, window, band))
+    for of_band in by_band:
+        rng.shuffle(of_band)
+
+    def keys(passage: Passage) -> tuple[Hashable, ...]:
+        return passage.prompt, tuple(texts[passage.prompt, passage.window].tolist())
+
+    n_positive = rng.randint(*N_POSITIVE)
+    in_turn = itertools.cycle(rng.sample(range(1, N_BANDS + 1), N_BANDS))
+    chosen, taken = [], set()
+    for band in [*itertools.islice(in_turn, n_positive), *[0] * (N_PASSAGES - n_positive)]:
+        chosen += first_new(by_band[band], taken, keys)
+    rng.shuffle(chosen)
+    return chosen if len(chosen) == N_PASSAGES else None
+
+
+def first_new(
+    candidates: Iterable[Candidate], taken: set[Hashable], keys: Callable[[Candidate], Iterable[Hashable]]
+) -> list[Candidate]:
+    """The first candidate that has no key in `taken`, to which its own are added; none if there is none."""
+    for candidate in candidates:
+        if not taken.intersection(keys(candidate)):
+            taken.update(keys(candidate))
+            return [candidate]
+    return []
