@@ -194,7 +194,7 @@ def two_processes(monkeypatch):
         ({"train_batch_size_tokens": 127}, "train_batch_size_tokens=127 is no multiple of the 2 processes"),
         (
             {"train_batch_size_tokens": 100, "sae": config(pool_group_size=16)},
-            "a rank has 50 tokens of a batch, which is no multiple of pool_group_size=16",
+            "each rank has 50 tokens per batch, not a multiple of pool_group_size=16",
         ),
         ({"compile_sae": True}, "compile_sae trains on one process"),
         ({"sae": BatchTopKTrainingSAEConfig(d_in=128, d_sae=192)}, "architecture='batchtopk' trains on one process;"),

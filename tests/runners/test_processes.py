@@ -112,9 +112,7 @@ def test_an_sae_that_trains_alone_beside_others_warns_once(environment):
     environment(WORLD_SIZE="2")
     for step in ("kept", "dense"):
         sae = sampled_sae(step=step)
-        message = (
-            r"^WORLD_SIZE=2, but this SAE trains .* use `torchrun -m sae_lens_sampled train` or DataParallelRunner"
-        )
+        message = r"^WORLD_SIZE=2, but each process .* use `torchrun -m sae_lens_sampled train` or DataParallelRunner"
         with pytest.warns(UserWarning, match=message) as warned:
             sae.training_forward_pass(step_input(activations(32)))
         assert len(warned) == 1

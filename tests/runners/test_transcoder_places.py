@@ -89,7 +89,7 @@ def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm)
     with pytest.raises(ValueError, match="architecture='sampled_topk' reads one hook; LanguageModelSAETrainingRunner"):
         TranscoderRunner(sae)
     with pytest.raises(
-        ValueError, match=r"\(256, 128\) do not end in d_in \+ d_out=256: .*, as TranscoderRunner yields"
+        ValueError, match=r"\(256, 128\) must have last dimension d_in \+ d_out=256: .*, as TranscoderRunner"
     ):
         LanguageModelSAETrainingRunner(runner_config(tiny_lm)).run()
 
