@@ -61,7 +61,7 @@ class DataParallelTrainer(ResumableTrainer):
     """SAELens' trainer on one of several processes: counts the tokens and firings of all, and stops when all do."""
 
     ranks: GroupRanks
-    """The processes, for exchanging what is not on a GPU."""
+    """The processes, for exchanging data on the CPU."""
 
     @override
     def stop_if_asked(self) -> None:
@@ -117,7 +117,7 @@ class DataParallelRunner(ResumableRunner):
         override_sae: TrainingSAE[Any] | None = None,
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        self.control: GroupRanks | None = None  # for exchanging what is not on a GPU
+        self.control: GroupRanks | None = None  # for exchanging data on the CPU
         self.rank, count = 0, number_of_processes()
         if cfg.resume_from_checkpoint is not None:
             check_same_number(Path(cfg.resume_from_checkpoint), count)

@@ -29,7 +29,7 @@ OF_STORE = (
 
 
 def store_settings(store: ActivationsStore) -> dict[str, Any]:
-    """What the store's activations depend on, as far as the store knows it, in JSON types."""
+    """Settings that the store's activations depend on, as far as the store knows them, in JSON types."""
     excluded = store.exclude_special_tokens
     return {
         "model_weights": fingerprint_model(store.model),

@@ -59,7 +59,7 @@ def check_width(x: Tensor, parts: Mapping[str, int]) -> None:
 
 
 class StepState(NamedTuple):
-    """What the CPU must know before a step can begin."""
+    """Values that the CPU needs before a step can begin."""
 
     dead: Tensor | None
     """Mask of dead latents: those that have not fired on any rank for long enough."""
@@ -192,7 +192,7 @@ def warn_if_alone(ranks: Ranks) -> None:
     count = os.environ.get("WORLD_SIZE", "").strip()
     if ranks is ALONE and count.isdecimal() and int(count) > 1:
         warnings.warn(
-            f"WORLD_SIZE={count}, but each process trains an SAE of its own, on its own tokens alone. To train one SAE "
+            f"WORLD_SIZE={count}, but each process trains its own SAE, on its own tokens only. To train one SAE "
             "on the tokens of all, use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "
             "sae.data_parallel() before building the trainer.",
             stacklevel=2,

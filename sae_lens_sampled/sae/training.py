@@ -38,7 +38,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
     For activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ of B tokens (times the decoder norms, if rescaled by them):
     score every latent over the batch, keep the best `k * pool_factor` as candidates, keep the `int(k * B)` largest
     entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK,
-    bit-identical with `step="dense"`. With `matryoshka_widths` each inner width has a loss of its own on the same kept
+    bit-identical with `step="dense"`. With `matryoshka_widths` each inner width has its own loss on the same kept
     entries; with all latents as candidates this is SAELens' Matryoshka BatchTopK.
 
     As in BatchTopK, `encode` selects over all given rows, so a token's code depends on its batch.
