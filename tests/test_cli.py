@@ -48,14 +48,14 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
         ({"pool_factor": "four"}, "argument --pool_factor: invalid float value: 'four'"),
         ({"k": 0}, "k=0.0 must be above 0 and at most d_sae=192."),
         ({"train_batch_size_tokens": 0}, "one of train_batch_size_tokens, "),
-        ({"training_tokens": 0}, "training_tokens=0 must be above 0."),
+        ({"training_tokens": 0}, "training_tokens=0 must be at least 1."),
         ({"device": "cuda:99"}, "there is no device='cuda:99' on this machine; it has cpu"),
         ({"act_store_device": "nonsense"}, "there is no act_store_device='nonsense' on this machine; it has cpu"),
         ({"model_name": "./nothing"}, "model_name='./nothing' cannot be loaded: "),
         ({"dataset_path": "/no/such"}, "dataset_path='/no/such' cannot be loaded: "),
         ({"hook_name": "nonsense"}, "hook_names not found as submodules of the model: ['nonsense']"),
         ({"d_in": 64}, "d_in=64, but gpt_neox.layers.2 of "),
-        ({"hook_head_index": 3}, "hook_head_index=3: gpt_neox.layers.2 has activations of shape (128,) for each token"),
+        ({"hook_head_index": 3}, "hook_head_index=3 is out of range: gpt_neox.layers.2 has activations of shape "),
         ({"lr_scheduler_name": "nonsense"}, "Unsupported scheduler: nonsense"),
         ({"seed": 1, "resume_from_checkpoint": "/no/such"}, "resume_from_checkpoint='/no/such' is not a folder; nor"),
     ],
@@ -105,7 +105,7 @@ def test_a_hook_that_a_model_of_transformer_lens_does_not_have_is_named():
         check("blocks.7.hook_mlp_out", 8)
     with pytest.raises(ValueError, match=re.escape("d_in=8, but blocks.0.attn.hook_z of small is 4 wide")):
         check("blocks.0.attn.hook_z", 8, head=1)
-    with pytest.raises(ValueError, match=re.escape("hook_head_index=2: blocks.0.attn.hook_z has activations of")):
+    with pytest.raises(ValueError, match=re.escape("hook_head_index=2 is out of range: blocks.0.attn.hook_z has")):
         check("blocks.0.attn.hook_z", 4, head=2)
 
 

@@ -20,7 +20,7 @@ RUN = {
 }
 OF_CALIBRATE = {
     "--batch-size": {"0": "--batch-size", "-1": "--batch-size", "10000000": "larger than max_tokens=1000000"},
-    "--max-tokens": {"0": "--max-tokens", "-1": "--max-tokens", "10**15": "GB of memory; take fewer"},
+    "--max-tokens": {"0": "--max-tokens", "-1": "--max-tokens", "10**15": "GB of memory; use fewer"},
     "--target-l0": {
         "0": "above 0 and at most d_sae=192",
         "-1": "above 0",

@@ -53,7 +53,7 @@ def test_pools_with_a_quota_which_there_are_no_more_are_refused(tmp_path):
     config = json.loads((checkpoint / "cfg.json").read_text())
     assert config["pool_quota"] is None  # as such checkpoints without one have it, which load
     (checkpoint / "cfg.json").write_text(json.dumps(config | {"pool_quota": [0.5, 0.5]}))
-    message = r"pool_quota=\[0.5, 0.5\] was an option of earlier versions.*Its JumpReLU export works as it did\.$"
+    message = r"pool_quota=\[0.5, 0.5\] was an option of earlier versions.*Its JumpReLU export still works\.$"
     for load in (load_checkpoint, SAE.load_from_disk, sampled_sae(pool_group_size=16).load_weights_from_checkpoint):
         with pytest.raises(ValueError, match=message):
             load(checkpoint)

@@ -1,7 +1,7 @@
-"""Activations of a language model on disk: one pass of the model for all SAEs of a hook, mixed over the whole text.
+"""Activations of a language model on disk: one pass of the model for all SAEs of a hook, shuffled over the whole text.
 
-SAELens' own cache keeps prompts and mixes only what is in its buffer, has no bfloat16, and starts again when it was
-killed. Here a token is a row of one memory-mapped file, and a batch takes rows from anywhere in it.
+SAELens' own cache stores prompts, shuffles only within its buffer, has no bfloat16, and starts from scratch when
+killed. Here each token is a row of one memory-mapped file, and a batch takes rows from anywhere in it.
 """
 
 import json
@@ -31,20 +31,20 @@ DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "setti
 def text_store(
     model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int = 128, prompts: int = 32, device: str = "cpu"
 ) -> ActivationsStore:
-    """A store that gives a text's activations in order, without those of special tokens.
+    """A store that yields a text's activations in order, without those of special tokens.
 
     Args:
         model: the language model.
-        dataset: Hub name, folder or `DatasetDict` with a split `train`, or a data set.
-        hook_name: where the activations are read.
-        d_in: their width.
-        context_size: tokens in a prompt, each of which begins with the tokenizer's first token.
-        prompts: number of prompts in a pass of the model.
-        device: where the activations are.
+        dataset: Hub name, folder or `DatasetDict` with a split `train`, or a dataset.
+        hook_name: hook at which activations are read.
+        d_in: width of the activations.
+        context_size: tokens per prompt; each prompt begins with the tokenizer's BOS token.
+        prompts: number of prompts per pass of the model.
+        device: device of the activations.
 
     Raises:
-        ValueError: if a number is not above 0, the text has no rows or no split `train`, or the model cannot switch on
-            a hook that must be.
+        ValueError: if a number is not positive, the text has no rows or no split `train`, or the model cannot switch on
+            the hook.
     """
     for name, value in {"d_in": d_in, "context_size": context_size, "prompts": prompts}.items():
         check_count(value, name)
@@ -80,22 +80,21 @@ def text_store(
 def cache_activations(
     store: ActivationsStore, n_tokens: int, folder: Path | str, settings: Mapping[str, Any]
 ) -> BFloat16[Tensor, "n_tokens d_in"]:
-    """The first `n_tokens` rows that `store` gives, in the order of the text, from `folder`, where they are kept.
+    """The first `n_tokens` rows of `store`, in the order of the text, cached in `folder`.
 
-    Existing rows are not computed again; a run that was killed resumes where it stopped. Of several processes that
-    ask at the same time one runs the model, and the others wait.
+    Existing rows are not recomputed; a killed run resumes where it stopped. If several processes ask at the same time,
+    one runs the model while the others wait.
 
     Args:
-        store: a store for one hook that has given nothing yet, always of the same text in the same order, such as a
-            `text_store`.
-        n_tokens: number of tokens, special ones not counted if the store leaves them out.
-        folder: where to keep them; 2 * d_in bytes for each token.
-        settings: what the activations depend on that `store` does not say itself, as JSON has it: the text. The model's
-            weights, the hook and how prompts are made are taken from `store`.
+        store: an unused store for one hook that always reads the same text in the same order, such as a `text_store`.
+        n_tokens: number of tokens, not counting special ones if the store leaves them out.
+        folder: folder of the cache, which takes 2 * d_in bytes per token.
+        settings: what the activations depend on and `store` does not know, in JSON types: the text. The model's
+            weights, the hook and the making of prompts are taken from `store`.
 
     Raises:
-        ValueError: if `n_tokens` is not above 0, the model has no such hook or one of another width, `folder` has
-            activations of other settings, or the text ends before.
+        ValueError: if `n_tokens` is not positive, the hook is missing or has another width, `folder` holds activations
+            with other settings, or the text is too short.
         NoSpaceError: if the disk is too small, after one pass of the model.
     """
     check_count(n_tokens, "n_tokens")
@@ -110,7 +109,7 @@ def cache_activations(
 def _complete_activations(
     store: ActivationsStore, n_tokens: int, folder: Path, settings: Mapping[str, Any]
 ) -> BFloat16[Tensor, "n_tokens d_in"]:
-    """Compute what is missing in the file. Nothing is written before there are activations."""
+    """Compute the rows missing from the file. Nothing is written before the first activations exist."""
     file, n_entries = folder / DATA, n_tokens * store.d_in
     done = _done(folder, settings)
     is_there = done["tokens"] > 0 and file.exists() and file.stat().st_size >= 2 * n_entries
@@ -120,7 +119,7 @@ def _complete_activations(
         done = {"prompts": 0, "tokens": 0}
     if done["tokens"] < n_tokens:
         with _end_told(store, done, n_tokens):
-            for _ in range(done["prompts"]):  # read, not run
+            for _ in range(done["prompts"]):  # read without running the model
                 store.get_batch_tokens(1, raise_at_epoch_end=True, move_to_model_device=False)
     with tqdm(total=n_tokens, initial=min(done["tokens"], n_tokens), unit="token", desc="Language model") as bar:
         while done["tokens"] < n_tokens:
@@ -134,22 +133,22 @@ def _complete_activations(
             done = {"prompts": done["prompts"] + store.store_batch_size_prompts, "tokens": done["tokens"] + len(rows)}
             atomic_write(folder / PROGRESS, json.dumps(done))
             bar.update(len(rows))
-    assert activations is not None  # the loop ends with n_tokens, above 0
+    assert activations is not None  # the loop ends at n_tokens, which is positive
     return activations
 
 
 def _done(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Prompts and tokens that are in the file, if it is of these settings; where there are none nobody asks for them.
+    """Numbers of prompts and tokens in the file; settings are compared only if there are any tokens.
 
     Raises:
-        ValueError: if there are tokens of others.
+        ValueError: if there are tokens with other settings.
     """
     progress = folder / PROGRESS
     done = json.loads(progress.read_text()) if progress.exists() else {"prompts": 0, "tokens": 0}
     if done["tokens"] > 0:
         file = folder / SETTINGS
         found = json.loads(file.read_text()) if file.exists() else {}
-        if done["tokens"] >= settings["n_tokens"]:  # the first of more tokens are those of fewer
+        if done["tokens"] >= settings["n_tokens"]:  # a longer cache begins with a shorter one
             settings = {**settings, "n_tokens": found.get("n_tokens")}
         _check_settings(folder, found, settings)
     return done
@@ -161,35 +160,35 @@ def _mapped(file: Path, n_entries: int, n_tokens: int) -> BFloat16[Tensor, "n_to
 
 @contextmanager
 def _end_told(store: ActivationsStore, done: Mapping[str, int], n_tokens: int) -> Iterator[None]:
-    """Turns the end of the text into a sentence. A pass that it does not fill is left out."""
+    """Turns the end of the text into a readable error. The last pass is dropped if the text does not fill it."""
     try:
         yield
     except StopIteration as error:
         n_prompts = store.store_batch_size_prompts
         raise ValueError(
-            f"the text has some {done['tokens']:,} tokens, but {n_tokens:,} are asked for; it ends before "
-            f"{done['prompts'] + n_prompts:,} prompts of context_size={store.context_size} tokens, {n_prompts} in a "
-            "pass of the model. Take more text, fewer tokens, or fewer prompts in a pass."
+            f"the text has about {done['tokens']:,} tokens, but {n_tokens:,} are needed; it ends before "
+            f"{done['prompts'] + n_prompts:,} prompts of context_size={store.context_size} tokens, {n_prompts} per "
+            "pass of the model. Use more text, fewer tokens, or fewer prompts per pass."
         ) from error
 
 
 def shuffled_batches(
     activations: BFloat16[Tensor, "n_tokens d_in"], batch_size: int, seed: int, first: int = 0
 ) -> Iterator[Float[Tensor, "batch_size d_in"]]:
-    """Batches of rows in random order, float32, each row once before any comes again; without end.
+    """Endless float32 batches of rows in random order; no row is repeated within an epoch.
 
     Args:
         activations: what `cache_activations` returns.
-        batch_size: rows in a batch; what is left of an epoch is dropped.
-        seed: of the order.
-        first: number of batches that a resumed run has seen.
+        batch_size: rows per batch; the rest of an epoch is dropped.
+        seed: seed of the order.
+        first: number of batches that a resumed run has already seen.
 
     Raises:
-        ValueError: if `batch_size` is not above 0, or there are fewer rows than a batch has.
+        ValueError: if `batch_size` is not positive or exceeds the number of rows.
     """
     check_count(batch_size, "batch_size")
     if len(activations) < batch_size:
-        raise ValueError(f"{len(activations)} rows are less than a batch of {batch_size}.")
+        raise ValueError(f"{len(activations)} rows are fewer than batch_size={batch_size}.")
     return _shuffled_batches(activations, batch_size, seed, first)
 
 
@@ -213,6 +212,6 @@ def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     if differ:
         name = differ[0]
         raise ValueError(
-            f"{str(folder)!r} has activations of {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
-            "choose another folder, or delete this one."
+            f"{str(folder)!r} holds activations with {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
+            "choose another folder or delete this one."
         )

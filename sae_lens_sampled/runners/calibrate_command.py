@@ -1,4 +1,4 @@
-"""`sae-lens-sampled calibrate`: the model and tokens of a run, read again, and thresholds from them."""
+"""`sae-lens-sampled calibrate`: reads the model and tokens of a run again and sets thresholds from them."""
 
 import dataclasses
 import os
@@ -42,25 +42,25 @@ def calibrate(
     batch_size: int = 4096,
     device: str = "cpu",
 ) -> list[str]:
-    """Save the calibrated SAE of a checkpoint to `out`; the lines of the report.
+    """Calibrate the SAE of a checkpoint and save it to `out`; returns the lines of the report.
 
-    Arguments, model, text and disk space are checked before the work. `model_kwargs` are those of the run if None.
+    Arguments, model, text and disk space are checked first. `model_kwargs` defaults to that of the run.
 
     Raises:
-        ValueError: if something is wrong with the checkpoint, the arguments, the model or the text.
+        ValueError: if the checkpoint, an argument, the model or the text is invalid.
         NoSpaceError: if the disk has no room for the SAE.
     """
     check_new(out, "out")
     if batch_size > max_tokens:
         raise ValueError(
-            f"batch_size={batch_size} is larger than max_tokens={max_tokens}: one batch alone would be more; "
+            f"batch_size={batch_size} is larger than max_tokens={max_tokens}: even one batch would exceed it; "
             "lower batch_size or raise max_tokens."
         )
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  of a folder
             f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one; "
-            "sae_lens_sampled.from_batchtopk makes one of it."
+            "sae_lens_sampled.from_batchtopk converts it."
         )
     check_calibration(sae, mode, target_l0, max_tokens)
     _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
@@ -80,7 +80,7 @@ def calibrate(
     if expected is not None and differs(share, expected):
         warnings.warn(
             f"{share:.1%} of the calibration tokens are the first of their prompt, but {expected:.1%} by the settings "
-            "of the training run: the thresholds are for tokens such as these.",
+            "of the training run: the thresholds fit tokens like these.",
             stacklevel=2,
         )
     return _lines(report, settings, share, expected)
@@ -95,7 +95,7 @@ def activations_of_run(
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> ActivationsStore:
-    """Endless batches, shape (batch_size, width), of what `sae` was trained on, of another text or the same."""
+    """Endless batches, shape (batch_size, width), of what `sae` was trained on, from another text or the same."""
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
     switch_on(language_model, hooks)
@@ -111,26 +111,26 @@ def _named(dataset: Any) -> str:
 
 
 def _hooks(sae: TrainingSAE[Any]) -> list[str]:
-    """The hooks that `sae` was trained on, by its metadata: one, or those of a transcoder's inputs and outputs."""
+    """Hooks that `sae` was trained on, from its metadata: one, or a transcoder's input and output hooks."""
     if isinstance(sae, SampledTopKTranscoder):
         return hooks_of(sae)
     if sae.cfg.metadata.hook_name is None:
-        raise ValueError(f"the metadata of this {type(sae).__name__} have no hook_name: set it first.")
+        raise ValueError(f"the metadata of this {type(sae).__name__} has no hook_name: set it first.")
     return [sae.cfg.metadata.hook_name]
 
 
 def _check_memory(max_tokens: int, width: int) -> None:
-    """Refuse more tokens than memory holds: the text is read again and again until there are enough."""
+    """Reject more tokens than fit in memory: the text is repeated until there are enough."""
     needed, memory = 2 * 4 * width * max_tokens, _memory()
     if memory is not None and needed > memory:
         raise ValueError(
-            f"max_tokens={max_tokens} of {width} numbers need {needed / 1e9:,.0f} GB, and this machine has "
-            f"{memory / 1e9:,.0f} GB of memory; take fewer, for example {memory // (16 * width):,}."
+            f"max_tokens={max_tokens} of {width} numbers each need {needed / 1e9:,.0f} GB, but this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; use fewer, for example {memory // (16 * width):,}."
         )
 
 
 def _memory() -> int | None:
-    """Bytes of main memory; None where the system does not say."""
+    """Bytes of main memory; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
@@ -144,6 +144,6 @@ def _lines(report: CalibrationReport, settings: TokenSettings, share: float, exp
     known = "unknown" if in_training is None else f"{in_training:,.4g}"
     rows["mean_norm"] = f"{mean_norm:,.4g} (in training {known})"
     of_run = "unknown" if expected is None else f"{expected:.2%}"
-    rows["first_tokens"] = f"{share:.2%} (by the settings of training {of_run})"
+    rows["first_tokens"] = f"{share:.2%} (expected by the training settings: {of_run})"
     rows["tokens"] = settings.described()
     return [f"{name:16} {value}" for name, value in rows.items()]

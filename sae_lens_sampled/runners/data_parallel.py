@@ -1,7 +1,7 @@
-"""SAELens' runner on several processes, which train one SAE with the numbers of one on the whole batch.
+"""SAELens' runner on several processes that train one SAE, with the same results as one process on the whole batch.
 
-What SAELens 6.54 leaves to be done: each process reads text of its own; the trainer's counters are of all; checkpoints
-are written by one process and hold every process's place in its text; and all stop at the same step.
+What is added to SAELens 6.54: each process reads its own text; the trainer's counters cover all processes; checkpoints
+are written by one process and hold every process's position in its text; and all stop at the same step.
 """
 
 import copy
@@ -52,20 +52,20 @@ OF_ONE_PROCESS = {
     "sae.device",
     "sae.metadata",
 }
-"""Fields of configs that may differ between processes."""
+"""Config fields that may differ between processes."""
 TIMEOUT = timedelta(hours=1)
-"""How long the processes wait for one that does something else: the first evaluates, and writes checkpoints."""
+"""How long processes wait for one that is busy: the first evaluates and writes checkpoints."""
 
 
 class DataParallelTrainer(ResumableTrainer):
-    """SAELens' trainer as one of several: it counts the tokens and firings of all, and stops when all do."""
+    """SAELens' trainer on one of several processes: counts the tokens and firings of all, and stops when all do."""
 
     ranks: GroupRanks
-    """The processes, to exchange what is not on a GPU."""
+    """The processes, for exchanging data on the CPU."""
 
     @override
     def stop_if_asked(self) -> None:
-        # The first step has made signals wait, and only this obeys them: all processes stop, or none.
+        # From the first step on signals are held, and obeyed only here: all processes stop, or none.
         if received := int(self.ranks.max(torch.tensor(self.signals.received))):
             raise Interrupted(received)
 
@@ -73,7 +73,7 @@ class DataParallelTrainer(ResumableTrainer):
     def step(self, batch: Tensor) -> TrainStepOutput:
         selections, firings = self.sae.pool_record.selection_counts.clone(), self.act_freq_scores.clone()
         output = super().step(batch)
-        # SAELens has counted what this process has; the SAE's own record is of all.
+        # SAELens has counted this process's tokens; the SAE's own record covers all processes.
         n_fired = self.sae.pool_record.selection_counts - selections
         self.act_freq_scores = firings + n_fired
         self.n_forward_passes_since_fired[n_fired > 0] = 0
@@ -85,28 +85,28 @@ class DataParallelTrainer(ResumableTrainer):
         if self.ranks.rank == 0:
             super().save_checkpoint(*args, **kwargs)
         elif self.save_checkpoint_fn is not None:
-            self.save_checkpoint_fn(checkpoint_path=None)  # the place in its text goes to the process that writes
+            self.save_checkpoint_fn(checkpoint_path=None)  # sends the position in its text to the writing process
 
 
 class DataParallelRunner(ResumableRunner):
-    """SAELens' runner for one of several processes that torchrun has started; alone, with nothing to exchange.
+    """SAELens' runner on one of several processes started by torchrun, or on a single process.
 
-    `train_batch_size_tokens`, `training_tokens` and everything that is logged or saved are of all processes together,
-    but for the losses, explained variance and L0 of a step, which are of the first one's tokens; so are evaluations.
-    The text is split between the processes. Each has a buffer of its own, of `n_batches_in_buffer`.
+    `train_batch_size_tokens`, `training_tokens` and everything logged or saved refer to all processes together, except
+    for evaluations and the losses, explained variance and L0 of a step, which cover the first process's tokens. The
+    text is split between the processes. Each has its own buffer of `n_batches_in_buffer`.
 
     Args:
-        cfg: as for SAELens' runner, the same on all processes. `device="cuda"` is a GPU for each.
+        cfg: as for SAELens' runner, the same on all processes. With `device="cuda"` each process has its own GPU.
         override_dataset: the whole text; each process takes its part.
         override_model: as for SAELens' runner.
-        override_sae: a `SampledTopKTrainingSAE`; that of the first process counts.
-        timeout: how long a process waits for another before it ends with an error.
+        override_sae: a `SampledTopKTrainingSAE`; the first process's one is trained.
+        timeout: how long a process waits for another before it fails.
 
     Raises:
         ValueError: at the start, if the batch cannot be split evenly, or not without splitting groups; for other
-            architectures, `compile_sae`, devices that are not here or cannot be shared, and what `data_parallel`
-            refuses; for a text of fewer rows than processes; for a checkpoint of another number of processes; if the
-            processes have different configs.
+            architectures, `compile_sae`, devices that are unavailable or cannot be shared, and whatever `data_parallel`
+            rejects; if the text has fewer rows than there are processes, the checkpoint is from another number of
+            processes, or the processes have different configs.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class DataParallelRunner(ResumableRunner):
         override_sae: TrainingSAE[Any] | None = None,
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        self.control: GroupRanks | None = None  # to exchange what is not on a GPU
+        self.control: GroupRanks | None = None  # for exchanging data on the CPU
         self.rank, count = 0, number_of_processes()
         if cfg.resume_from_checkpoint is not None:
             check_same_number(Path(cfg.resume_from_checkpoint), count)
@@ -134,7 +134,7 @@ class DataParallelRunner(ResumableRunner):
         )
         if count > 1:
             split_text(self.activations_store, self.rank, count)
-        if self.rank > 0:  # the order in which its buffer is mixed
+        if self.rank > 0:  # so that each process shuffles its buffer differently
             torch.manual_seed(torch.initial_seed() + self.rank)
 
     @override
@@ -155,7 +155,7 @@ class DataParallelRunner(ResumableRunner):
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         if self.control is not None:
             _, *others = self.control.gather(self.activations_store.state_dict())
-            if checkpoint_path is not None:  # SAELens' own files are the last ones written
+            if checkpoint_path is not None:  # before SAELens' own files, which must be the last
                 for rank, place in enumerate(others, start=1):
                     save_file(place, checkpoint_path / data_position_file(rank))
         super().save_checkpoint(checkpoint_path)
@@ -168,13 +168,13 @@ class DataParallelRunner(ResumableRunner):
 
 @dataclass
 class ScalerOfAll(ActivationScaler):
-    """SAELens' estimate of what normalises activations, from the tokens of all processes; the same on all."""
+    """SAELens' estimate of the activation normalisation, from the tokens of all processes; the same on all."""
 
     ranks: GroupRanks = field(kw_only=True)
 
     @override
     def estimate_scaling_factor(self, d_in: int, data_provider: Iterator[Tensor], *args: Any, **kwargs: Any) -> None:
-        norms = (batch.norm(dim=-1, keepdim=True) for batch in data_provider)  # all that is looked at
+        norms = (batch.norm(dim=-1, keepdim=True) for batch in data_provider)  # all that the estimate needs
         super().estimate_scaling_factor(d_in, self._whole_batches(norms), *args, **kwargs)
         self.scaling_factor = self.ranks.gather(self.scaling_factor)[0]
 
@@ -188,13 +188,13 @@ class ScalerOfAll(ActivationScaler):
 
 
 def data_position_file(rank: int) -> str:
-    """Name of the file in a checkpoint that has a process's place in its text; SAELens' for the first."""
+    """Name of the checkpoint file with a process's position in its text; for the first process, SAELens' own."""
     name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
     return name.name if rank == 0 else f"{name.stem}_{rank}{name.suffix}"
 
 
 def split_text(store: ActivationsStore, rank: int, count: int) -> None:
-    """Leave a store the part of its text, or of its cached activations, that is this process's.
+    """Restrict a store to this process's part of its text or of its cached activations.
 
     Raises:
         ValueError: if there are fewer rows than processes.
@@ -202,7 +202,7 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
     for name in ("dataset", "cached_activation_dataset"):
         whole = getattr(store, name)
         if isinstance(whole, Dataset) and len(whole) < count:
-            raise ValueError(f"the text has {len(whole)} rows, too few for {count} processes to read some each.")
+            raise ValueError(f"the text has {len(whole)} rows, too few for each of {count} processes to read some.")
         if whole is not None:
             setattr(store, name, split_dataset_by_node(whole, rank, count))
     if store.dataset is not None:
@@ -212,46 +212,46 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
 
 
 def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> None:
-    """Refuse what several processes cannot train together, before anything is loaded.
+    """Reject configs that several processes cannot train together, before anything is loaded.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: naming the reason.
     """
     if not isinstance(cfg.sae, SampledTopKTrainingSAEConfig):
         raise ValueError(  # noqa: TRY004  of a flag
-            f"architecture={cfg.sae.architecture()!r} trains on one process; sampled_topk trains on {count}, and with "
-            "pool_factor=d_sae / k it is BatchTopK."
+            f"architecture={cfg.sae.architecture()!r} trains on one process only; sampled_topk trains on {count}, and "
+            "with pool_factor=d_sae / k it is BatchTopK."
         )
     if cfg.compile_sae:
-        raise ValueError("compile_sae trains on one process: what several exchange cannot be compiled.")
+        raise ValueError("compile_sae trains on one process only: exchanges between processes cannot be compiled.")
     if cfg.train_batch_size_tokens % count:
         raise ValueError(
-            f"train_batch_size_tokens={cfg.train_batch_size_tokens} is no multiple of the {count} processes: each must "
-            "have as many tokens as the others."
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} is not a multiple of the {count} processes, "
+            "which must all have the same number of tokens."
         )
     check_groups(cfg.train_batch_size_tokens // count, cfg.sae.pool_group_size, count)
     check_is_exact(cfg.sae)
 
 
 def check_same_number(checkpoint: Path, count: int) -> None:
-    """Refuse to resume with another number of processes: each goes on at its own place in its own part of the text.
+    """Reject resuming with another number of processes: each continues at its own position in its part of the text.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: naming both numbers.
     """
     saved = 1 + sum(1 for _ in checkpoint.glob(data_position_file(1).replace("_1", "_[0-9]*")))
     if saved != count:
         raise ValueError(
-            f"resume_from_checkpoint={str(checkpoint)!r} is of {saved} process{'es' * (saved > 1)}, each with its own "
-            f"place in the text, and cannot be resumed with {count}."
+            f"resume_from_checkpoint={str(checkpoint)!r} is from {saved} process{'es' * (saved > 1)}, each with its "
+            f"own position in the text, and cannot be resumed with {count}."
         )
 
 
 def check_same_config(cfg: LanguageModelSAERunnerConfig[Any], sae: TrainingSAEConfig, control: GroupRanks) -> None:
-    """Refuse processes that were started with different configs, which would wait for each other in vain.
+    """Reject processes that were started with different configs, which would hang waiting for each other.
 
     Raises:
-        ValueError: on all processes, with the field and both values.
+        ValueError: on all processes, naming the field and both values.
     """
     fields = {**cfg.to_dict(), **{f"sae.{name}": value for name, value in sae.to_dict().items()}}
     own = {name: repr(value) for name, value in fields.items() if name not in OF_ONE_PROCESS}
@@ -266,10 +266,10 @@ def check_same_config(cfg: LanguageModelSAERunnerConfig[Any], sae: TrainingSAECo
 
 
 def _of_process(cfg: LanguageModelSAERunnerConfig[Any], control: GroupRanks) -> LanguageModelSAERunnerConfig[Any]:
-    """The config of one process: its GPU, the first one's folder for checkpoints, and a logger for the first alone."""
+    """The config of one process: its own GPU, the first one's checkpoint folder, and a logger on the first only."""
     cfg = copy.deepcopy(cfg)
     for name in DEVICE_FIELDS:
         setattr(cfg, name, own_device(getattr(cfg, name)))
-    cfg.checkpoint_path = control.gather(cfg.checkpoint_path)[0]  # each has given it a random name
+    cfg.checkpoint_path = control.gather(cfg.checkpoint_path)[0]  # each process has chosen a random name
     cfg.logger.log_to_wandb &= control.rank == 0
     return cfg

@@ -1,4 +1,4 @@
-"""Hooks of a language model: when they run, what must be switched on for them, and heads side by side."""
+"""Hooks of a language model: when they run, which flags they need, and heads side by side."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,20 +15,20 @@ FLAGS = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",
 }
-"""TransformerLens' flags without which a hook does not run, by the end of the hook's name."""
+"""TransformerLens' flags without which a hook does not run, keyed by the end of the hook's name."""
 
 EXCLUSIVE = {"use_attn_in": "use_split_qkv_input", "use_split_qkv_input": "use_attn_in"}
-"""Flags that cannot be on together: HookedTransformer would take no notice of what is put in at `hook_attn_in`."""
+"""Flags that cannot be on together: HookedTransformer would ignore replacements at `hook_attn_in`."""
 
 SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
-"""Parts of names by which SAELens and SAEBench know hooks with heads."""
+"""Parts of names by which SAELens and SAEBench recognise hooks with heads."""
 
 
 @torch.no_grad()
 def one_pass(model: Any, tokens: Tensor, hook_names: Iterable[str], **model_kwargs: Any) -> dict[str, Tensor]:
-    """Activations at some of the model's hooks, in the order in which these run; one that does not run is left out.
+    """Activations at some of the model's hooks, in the order in which these run; hooks that do not run are left out.
 
-    The cache itself tells no order: the bridge's holds other names of these hooks as well, and lists them first.
+    The cache does not give that order: the bridge's also holds other names of these hooks, and lists them first.
     """
     names, calls = list(hook_names), []
     handles = [
@@ -36,7 +36,7 @@ def one_pass(model: Any, tokens: Tensor, hook_names: Iterable[str], **model_kwar
         for name in dict.fromkeys(names)
     ]
     try:
-        # Past `compile_llm`, which would compile for this shape too.
+        # Bypasses `compile_llm`, which would compile for this shape too.
         cache = type(model).run_with_cache(model, tokens, names_filter=names, prepend_bos=False, **model_kwargs)[1]
     finally:
         for handle in handles:
@@ -45,25 +45,25 @@ def one_pass(model: Any, tokens: Tensor, hook_names: Iterable[str], **model_kwar
 
 
 def is_one_place(model: Any, hook_name: str, other: str) -> bool:
-    """Whether two names are of one hook: the bridge has several for most."""
+    """Whether two names refer to the same hook: the bridge has several for most."""
     return model.hook_dict[hook_name] is model.hook_dict[other]
 
 
 def flags_of(model: Any, hook_names: Iterable[str]) -> dict[str, str]:
-    """Flags that the model must have on for these hooks, each with the first hook that needs it."""
+    """Flags that must be on for these hooks, each with the first hook that needs it."""
     flags: dict[str, str] = {}
     for hook_name in hook_names:
         flag = next((flag for end, flag in FLAGS.items() if hook_name.endswith(end)), None)
-        if flag is not None and hasattr(model, f"set_{flag}"):  # names of Hugging Face modules mean nothing of it
+        if flag is not None and hasattr(model, f"set_{flag}"):  # Hugging Face modules may be named alike
             flags.setdefault(flag, hook_name)
     return flags
 
 
 def switch_on(model: Any, hook_names: Iterable[str]) -> list[str]:
-    """Set the flags without which these hooks do not run; returns those that were off before.
+    """Switch on the flags without which these hooks do not run; returns those that were off before.
 
     Raises:
-        ValueError: if the model cannot have a flag on, with its reason, or not beside another one.
+        ValueError: if the model does not support a flag, with its reason, or not together with another one.
     """
     flags = flags_of(model, hook_names)
     _check_exclusive(model, flags)
@@ -82,8 +82,8 @@ def _check_exclusive(model: Any, flags: Mapping[str, str]) -> None:
             raise ValueError(f"{hook_name} needs {flag} and {flags[other]} needs {other}, which exclude each other.")
         if getattr(model.cfg, other, False):
             raise ValueError(
-                f"{hook_name} needs {flag}, which excludes {other}, and that is on: "
-                f"call set_{other}(False) of the model first."
+                f"{hook_name} needs {flag}, which excludes {other}, but that is on: "
+                f"call set_{other}(False) on the model first."
             )
 
 
@@ -96,7 +96,7 @@ def _set(model: Any, flag: str, hook_name: str) -> None:
 
 @contextmanager
 def switched_on(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
-    """Flags on for these hooks, and off again afterwards: they change last digits and cost memory.
+    """Switches flags on for these hooks, and off again afterwards: they change last digits and cost memory.
 
     Raises:
         ValueError: as `switch_on`.
@@ -110,15 +110,15 @@ def switched_on(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
 
 
 def is_split(hook_name: str) -> bool:
-    """Whether SAELens and SAEBench lay the heads of this hook side by side themselves."""
+    """Whether SAELens and SAEBench put the heads of this hook side by side themselves."""
     return any(part in hook_name for part in SPLIT_INTO_HEADS)
 
 
 @contextmanager
 def heads_side_by_side(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
-    """Gives whoever reads or writes these hooks one row for each token: heads side by side, as SAELens' store has them.
+    """Makes these hooks read and write one row per token, with heads side by side, as in SAELens' store.
 
-    Evaluations of SAELens and SAEBench do so where `is_split`, and stop with an error at other hooks with heads.
+    SAELens' and SAEBench's evaluations do so themselves where `is_split`, and fail at other hooks with heads.
     """
     hooks = list({id(hook): hook for hook in (model.hook_dict[name] for name in hook_names)}.values())
     conversions = [getattr(hook, "hook_conversion", None) for hook in hooks]
@@ -132,12 +132,12 @@ def heads_side_by_side(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
 
 
 class _SideBySide:
-    """TransformerLens' conversion of what a hook shows; `own` is the one that the hook has already."""
+    """A TransformerLens hook conversion that puts heads side by side; `own` is the one the hook already has."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
         self.shape = torch.Size()
-        """Shape of the activations shown last, with heads."""
+        """Shape of the activations converted last, with heads."""
 
     def convert(self, x: Any) -> Any:
         x = x if self.own is None else self.own.convert(x)

@@ -1,7 +1,7 @@
-"""The language model that an SAE was trained on: which one it is, by the SAE's metadata, and loading it again.
+"""The language model that an SAE was trained on: identifying it from the SAE's metadata, and loading it again.
 
-A name alone does not say it: `model_from_pretrained_kwargs` of the run choose a revision or subfolder, fold the layer
-norms, centre weights or set the type.
+A name alone is not enough: the run's `model_from_pretrained_kwargs` choose a revision or subfolder, fold the layer
+norms, centre weights or set the dtype.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 NAMES_WITH_A_MEANING = ("llama", "gemma", "bert", "t5", "wav2vec2", "phi", "python", "santacoder", "v0", "solu")
-"""TransformerLens takes the architecture from such parts of a model's whole path, `/saes/gemma/my-pythia` for Gemma."""
+"""Parts of a model's path from which TransformerLens infers its architecture: `/saes/gemma/my-pythia` is a Gemma."""
 
 PLACEMENT = (
     "device",
@@ -35,25 +35,25 @@ PLACEMENT = (
     "n_devices",
     "offload_folder",
 )
-"""Arguments that say on what a model is put, which changes no number."""
+"""Arguments for where the model is placed, which changes no results."""
 SOURCES = ("cache_dir", "force_download", "local_files_only", "token")
-"""Arguments that say where its files come from, which changes none either, but is needed to load it."""
+"""Arguments for where its files come from, which changes no results either but is needed to load it."""
 DTYPE = ("dtype", "torch_dtype")
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(HookedTransformer.from_pretrained_no_processing).parameters.items()
     if parameter.default is not inspect.Parameter.empty and name not in DTYPE
 }
-"""Arguments of HookedTransformer that change nothing; SAELens' runners write one of them into every run."""
+"""Default arguments of HookedTransformer, which change nothing; SAELens' runners write one into every run."""
 
 
 def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that make the model of a run another one than its name alone does."""
+    """The run's arguments of `from_pretrained` that make its model differ from the one its name alone gives."""
     return meaningful_kwargs(metadata.model_from_pretrained_kwargs or {})
 
 
 def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`kwargs` without those that are defaults or only place the model."""
+    """`kwargs` without defaults and without those that only place the model."""
     return {
         name: value
         for name, value in sorted(kwargs.items())
@@ -62,15 +62,15 @@ def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defining_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`meaningful_kwargs` without where the files come from: equal ones make the same model of a name."""
+    """`meaningful_kwargs` without the sources of files: equal ones give the same model for a name."""
     return {name: value for name, value in meaningful_kwargs(kwargs).items() if name not in SOURCES}
 
 
 def dtype_of(kwargs: Mapping[str, Any]) -> str | None:
-    """The model's type that `kwargs` name, as SAEBench writes it; None if they name none.
+    """The model's dtype in `kwargs`, as SAEBench writes it; None if there is none.
 
     Raises:
-        ValueError: if it is not a type's name.
+        ValueError: if it is not the name of a dtype.
     """
     named = [kwargs[name] for name in DTYPE if name in kwargs]
     if not named:
@@ -79,8 +79,8 @@ def dtype_of(kwargs: Mapping[str, Any]) -> str | None:
         return str(str_to_dtype(str(named[0]).removeprefix("torch."))).removeprefix("torch.")
     except ValueError as error:
         raise ValueError(
-            f"model_from_pretrained_kwargs has dtype={named[0]!r}, which names no type; pass dtype=..., such as "
-            "'bfloat16', to say which one the run had."
+            f"model_from_pretrained_kwargs has dtype={named[0]!r}, which is not a dtype; pass the run's own, "
+            "such as dtype='bfloat16'."
         ) from error
 
 
@@ -90,12 +90,12 @@ def load_hooked_transformer(
     dtype: torch.dtype = torch.float32,
     kwargs: Mapping[str, Any] | None = None,
 ) -> HookedTransformer:
-    """A HookedTransformer without weight processing but for that of `kwargs`, as SAELens and SAEBench load it.
+    """Load a HookedTransformer as SAELens and SAEBench do, with no weight processing except that in `kwargs`.
 
     Args:
         model: an official TransformerLens name, or a folder in Hugging Face format.
         device: where to put it.
-        dtype: its type, whatever `kwargs` say.
+        dtype: its dtype, whatever `kwargs` say.
         kwargs: other arguments of `from_pretrained_no_processing`: a revision, a subfolder, `fold_ln` and the like.
 
     Raises:
@@ -107,7 +107,7 @@ def load_hooked_transformer(
         _check_folder(folder, kwargs)
     with (
         _official(folder.resolve()) if folder.is_dir() else nullcontext(str(model)) as path,
-        redirect_stdout(io.StringIO()),  # that it is loaded, under a name that nobody gave it
+        redirect_stdout(io.StringIO()),  # it would print that it loaded, under a made-up name
         _reasons(model, kwargs),
     ):
         hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype, **kwargs)
@@ -123,13 +123,13 @@ def load_model_of_run(
     model: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model that an SAE was trained on, as SAELens' stores take it.
+    """Load the model that an SAE was trained on, as SAELens' stores expect it.
 
     Args:
-        metadata: those of the SAE.
-        hooks: names of the hooks that are read.
+        metadata: metadata of the SAE.
+        hooks: names of the hooks to read.
         device: where to put the model.
-        model: Hub name or folder of the same model elsewhere; None for the name that the run had.
+        model: Hub name or folder of the same model elsewhere; None for the name in the metadata.
         kwargs: arguments of `from_pretrained`; None for those of the run.
 
     Raises:
@@ -137,14 +137,14 @@ def load_model_of_run(
     """
     name = model or metadata.model_name
     if name is None:
-        raise ValueError("the metadata of this SAE have no model_name: name the model (model=..., --model).")
+        raise ValueError("the metadata of this SAE has no model_name: name the model (model=..., --model).")
     kwargs = model_kwargs_of(metadata) if kwargs is None else meaningful_kwargs(kwargs)
     class_name = metadata.model_class_name or "HookedTransformer"
     if class_name != "HookedTransformer":
         with _reasons(name, kwargs):
             return load_model(class_name, name, device, kwargs, hooks)
     if Path(name).is_dir() and not kwargs:
-        return _bridge(name, device, {})  # SAELens takes no folder, so the run had a bridge, or a copy of this model
+        return _bridge(name, device, {})  # SAELens accepts no folder, so the run had a bridge, or a copy of this model
     if Path(name).is_dir() or _is_official(name):
         hooked = load_hooked_transformer(name, device, str_to_dtype(dtype_of(kwargs) or "float32"), kwargs)
         if all(hook in hooked.hook_dict for hook in hooks):
@@ -153,8 +153,8 @@ def load_model_of_run(
 
 
 def _bridge(name: str, device: str, kwargs: Mapping[str, Any]) -> Any:
-    """TransformerLens' bridge, which knows more models and more names of hooks."""
-    # Imported here: transformer-lens 2, which SAELens takes too, has no bridge, and most commands need none.
+    """TransformerLens' bridge, which supports more models and more hook names."""
+    # Imported here: transformer-lens 2, which SAELens also supports, has no bridge, and most commands need none.
     from transformer_lens.model_bridge import TransformerBridge
 
     others = {key: value for key, value in kwargs.items() if key not in DTYPE}
@@ -172,14 +172,14 @@ def _is_official(name: str) -> bool:
 
 @contextmanager
 def _reasons(model: str | Path, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turns every error of loading into one that names the model and the arguments."""
+    """Turns every loading error into one that names the model and the arguments."""
     try:
         yield
-    except Exception as error:  # those of Hub, files, transformers and TransformerLens have no common base
+    except Exception as error:  # errors of Hub, files, transformers and TransformerLens share no base
         shown = {name: value for name, value in kwargs.items() if name != "token"}
         arguments = f" with model_from_pretrained_kwargs={shown}" if kwargs else ""
-        way_out = "; pass other model_kwargs (--model-kwargs '{...}') if this model needs none of these" * bool(kwargs)
-        text = str(error)[:1000].rstrip(".")  # TransformerLens names every model that it knows
+        way_out = "; pass other model_kwargs (--model-kwargs '{...}') if this model does not need these" * bool(kwargs)
+        text = str(error)[:1000].rstrip(".")  # TransformerLens lists every model it knows
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
         raise ValueError(f"model={str(model)!r} cannot be loaded{arguments}: {reason}{way_out}.") from error
 
@@ -194,26 +194,28 @@ def _check_folder(folder: Path, kwargs: Mapping[str, Any]) -> None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(
             f"model folder {str(folder)!r} has no tokenizer (tokenizer.json or the like); "
-            "write it there with tokenizer.save_pretrained(folder)."
+            "save one there with tokenizer.save_pretrained(folder)."
         )
 
 
 def _neutral_folder() -> Path:
-    """A new temporary folder in whose path TransformerLens reads no architecture."""
+    """A new temporary folder from whose path TransformerLens infers no architecture."""
     for place in [tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home()), os.getcwd()]:
-        for _ in range(10):  # a random name may have a meaning too
+        for _ in range(10):  # a random name may match too
             if not os.access(place, os.W_OK):
                 break
             folder = Path(tempfile.mkdtemp(prefix="model-", dir=place)).resolve()
             if not any(part in str(folder).lower() for part in NAMES_WITH_A_MEANING):
                 return folder
             folder.rmdir()
-    raise ValueError(f"TMPDIR={tempfile.gettempdir()!r} has a part that TransformerLens takes for an architecture.")
+    raise ValueError(
+        f"TMPDIR={tempfile.gettempdir()!r} has a part that TransformerLens takes for an architecture; use another."
+    )
 
 
 @contextmanager
 def _official(folder: Path) -> Iterator[str]:
-    """A path to `folder` that TransformerLens accepts for an official name and in which it reads no architecture."""
+    """A path to `folder` that TransformerLens accepts as an official name and from which it infers no architecture."""
     parent = _neutral_folder()
     path = parent / "model"
     path.mkdir()  # not a link itself: TransformerLens would follow it to the real name

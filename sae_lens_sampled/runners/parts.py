@@ -1,4 +1,4 @@
-"""A part of a list of work, for several processes or machines at once."""
+"""Parts of a list of work, for several processes or machines at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class Part:
     count: int = 1
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """The entries that are this part's; those of all parts together are `items`."""
+        """The entries of this part; all parts together have exactly `items`."""
         return list(items[self.index - 1 :: self.count])
 
 
 def parse_part(text: str) -> Part:
-    """Part 2 of 8 from "2/8".
+    """Parse "2/8" as part 2 of 8.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if `text` is not of this form.
     """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"--part {text}: give one like 2/8, with a number from 1 to that of the parts.")
+        raise ValueError(f"--part {text}: must be of the form 2/8, with the first number from 1 to the second.")
     return Part(int(index), int(count))

@@ -1,4 +1,4 @@
-"""Where SAELens 6.54 can be told nothing and must be reached into, each place with its reason. Its files stay as is."""
+"""Patches of SAELens 6.54 at run time where it has no setting, each with its reason. Its files are not changed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,24 +15,24 @@ Trainer = TypeVar("Trainer", bound=SAETrainer[Any, Any])
 
 
 def adopt_trainer(trainer: SAETrainer[Any, Any], trainer_class: type[Trainer]) -> Trainer:
-    """The trainer as one of `trainer_class`: SAELens' `run` names its own class in the middle of what it does."""
+    """Make the trainer one of `trainer_class`: SAELens' `run` hard-codes its own class."""
     trainer.__class__ = trainer_class
     return trainer  # type: ignore[return-value]
 
 
 def adopt_store(store: ActivationsStore, store_class: type[ActivationsStore]) -> None:
-    """Make the store one of `store_class`: SAELens' runner and `from_sae` make theirs by name, and take none."""
+    """Make the store one of `store_class`: SAELens' runner and `from_sae` hard-code theirs and accept no other."""
     store.__class__ = store_class
 
 
 def load_position_from(store: ActivationsStore, file_name: str) -> None:
-    """SAELens knows one file in a checkpoint for the place in the text; of several processes each has its own."""
+    """Load the position in the text from another file: SAELens knows one, but each of several processes has its own."""
     store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / file_name))
 
 
 @contextmanager
 def bars_made_by(make: Callable[..., Any], *modules: ModuleType) -> Iterator[None]:
-    """SAELens' `modules` show bars of tqdm, and take no word about them."""
+    """Replaces the tqdm bars of SAELens' `modules`, which have no setting for them."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "tqdm", make))
@@ -41,7 +41,7 @@ def bars_made_by(make: Callable[..., Any], *modules: ModuleType) -> Iterator[Non
 
 @contextmanager
 def steps_shown_by(show: Callable[[Callable[..., None], Any, Any, Any], None]) -> Iterator[None]:
-    """Trainers move their bar every 100 steps; `show` gets SAELens' own method, trainer, output and bar at each."""
+    """Calls `show` at every step with SAELens' own method, trainer, output and bar, which it moves every 100 steps."""
 
     def patched(original: Callable[..., None]) -> Callable[..., None]:
         return lambda trainer, output, pbar, update_interval=100: show(original, trainer, output, pbar)  # noqa: ARG005
@@ -54,7 +54,7 @@ def steps_shown_by(show: Callable[[Callable[..., None], Any, Any, Any], None]) -
 
 @contextmanager
 def reads_counted(on_tokens: Callable[[int], None]) -> Iterator[None]:
-    """Stores do not say what they read: `on_tokens` gets the number of tokens of every pass of the language model."""
+    """Calls `on_tokens` with the number of tokens of each pass of the language model, which stores do not report."""
 
     def patched(original: Callable[..., Any]) -> Callable[..., Any]:
         def read(store: ActivationsStore, batch_tokens: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, as torchrun says it in the environment, and joining the others."""
+"""The rank of this process and the number of processes, as set by torchrun in the environment; joining the others."""
 
 import os
 import threading
@@ -18,11 +18,11 @@ from sae_lens_sampled.step.ranks import GroupRanks, LostRankError
 DEVICE_FIELDS = ("device", "llm_device", "act_store_device")
 """Fields of SAELens' runner config that name a device."""
 TELL_SECONDS = 30.0
-"""Seconds between two lines about waiting for other processes."""
+"""Seconds between two messages about waiting for other processes."""
 
 
 def number_of_processes() -> int:
-    """How many processes train together; 1 where nothing says otherwise.
+    """Number of processes that train together; 1 by default.
 
     Raises:
         ValueError: if WORLD_SIZE is not a number of processes.
@@ -31,56 +31,56 @@ def number_of_processes() -> int:
 
 
 def rank_of_process() -> int:
-    """Number of this process among them, from 0.
+    """Rank of this process, from 0.
 
     Raises:
-        ValueError: if RANK is not such a number.
+        ValueError: if RANK is not a rank below the number of processes.
     """
     rank, count = _from_environment("RANK", 0), number_of_processes()
     if rank >= count:
-        raise ValueError(f"RANK={rank} in the environment is not below WORLD_SIZE={count}: ranks are from 0.")
+        raise ValueError(f"RANK={rank} in the environment is not below WORLD_SIZE={count}: ranks start at 0.")
     return rank
 
 
 def own_device(device: str) -> str:
-    """`device`, or this process's own GPU where that is "cuda" and processes share a machine.
+    """`device`, or this process's own GPU if it is "cuda" and there are several processes.
 
     Raises:
-        ValueError: if `device` is one that several processes cannot train on, or cannot share.
+        ValueError: if several processes cannot train on `device` or cannot share it.
     """
     if number_of_processes() == 1 or device == "cpu":
         return device
     if device != "cuda":
         raise ValueError(
-            f"device={device!r}: several processes train on 'cpu', or on 'cuda', which gives each process of a machine "
-            "a GPU of its own."
+            f"device={device!r}: several processes train on 'cpu', or on 'cuda', which gives each process on a machine "
+            "its own GPU."
         )
     return f"cuda:{_from_environment('LOCAL_RANK', 0)}"
 
 
 def check_own_devices(cfg: Any) -> None:
-    """Refuse devices of a runner's config that this process cannot have, before anything is loaded.
+    """Reject devices of a runner's config that this process cannot use, before anything is loaded.
 
     Raises:
-        ValueError: with the field, and the devices of this machine.
+        ValueError: naming the field and the devices of this machine.
     """
     for name in DEVICE_FIELDS:
         check_device(own_device(getattr(cfg, name)), name)
 
 
 def join_processes(device: str, timeout: timedelta) -> GroupRanks:
-    """All processes, to exchange what is on the CPU; torch's default group exchanges what is on `device`.
+    """Join all processes in a group that exchanges CPU tensors; torch's default group exchanges those on `device`.
 
-    They find each other by what torchrun has put into the environment, unless they have already. While others are
-    missing, a line on stderr says so every `TELL_SECONDS`.
+    They find each other through the environment set by torchrun, unless they already have. While others are missing, a
+    message on stderr says so every `TELL_SECONDS`.
 
     Args:
-        device: of this process, of `own_device`.
-        timeout: how long one waits for another in an exchange before it gives up.
+        device: device of this process, from `own_device`.
+        timeout: how long a process waits for the others in an exchange before it gives up.
 
     Raises:
-        ValueError: if the device is not here, or the environment does not say where the others are.
-        LostRankError: if they do not come in time.
+        ValueError: if the device is unavailable, or the environment does not say where the others are.
+        LostRankError: if the others do not join in time.
     """
     check_device(device)
     if torch.device(device).type == "cuda":
@@ -102,7 +102,7 @@ def leave_processes() -> None:
 
 @contextmanager
 def _waiting_told() -> Iterator[None]:
-    """Says from time to time that this process still waits, and what for."""
+    """Reports from time to time that this process is still waiting, and for what."""
     rank, count, joined = rank_of_process(), number_of_processes(), threading.Event()
     others = "the other process" if count == 2 else f"the {count - 1} other processes"
     where = f"MASTER_ADDR:MASTER_PORT={os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -112,7 +112,7 @@ def _waiting_told() -> Iterator[None]:
         while not joined.wait(TELL_SECONDS):
             typer.echo(
                 f"process {rank} of {count} has waited {time.monotonic() - started:.0f} s for {others} at {where}; "
-                "each must be started with this address, and with its own RANK.",
+                "each must be started with this address and its own RANK.",
                 err=True,
             )
 
@@ -121,22 +121,22 @@ def _waiting_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"process {rank} of {count} has not found {others} at {where}. ({error})") from error
+        raise LostRankError(f"process {rank} of {count} did not find {others} at {where}. ({error})") from error
     finally:
         joined.set()
         thread.join()
 
 
 def _check_environment() -> None:
-    """Refuse an environment that does not say which process this is and where the others are.
+    """Reject an environment that does not say which process this is and where the others are.
 
     Raises:
-        ValueError: with what is missing.
+        ValueError: naming the missing variables.
     """
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE={number_of_processes()} is in the environment, but {', '.join(missing)} not: start with "
+            f"WORLD_SIZE={number_of_processes()} is set in the environment, but not {', '.join(missing)}: start with "
             "torchrun, which sets them, or unset WORLD_SIZE to train on one process."
         )
     rank_of_process()
@@ -144,7 +144,7 @@ def _check_environment() -> None:
 
 
 def _from_environment(name: str, default: int, lowest: int = 0) -> int:
-    """A whole number from the environment; an empty variable counts as not set."""
+    """A whole number from the environment; an empty variable counts as unset."""
     value = os.environ.get(name, "").strip()
     if not value:
         return default

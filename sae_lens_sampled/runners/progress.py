@@ -1,6 +1,6 @@
-"""A bar for SAELens' training that moves from the first pass of the language model on.
+"""A progress bar for SAELens' training that moves from the first pass of the language model on.
 
-SAELens' own moves every 100 steps, and not while the language model fills the buffer: on a CPU a run looks dead for
+SAELens' own moves every 100 steps, and not while the language model fills the buffer, so on a CPU a run looks dead for
 minutes.
 """
 
@@ -17,19 +17,19 @@ from tqdm.auto import tqdm
 from sae_lens_sampled.runners.patches import bars_made_by, reads_counted, steps_shown_by
 
 SECONDS = 1.0
-"""Least time between two changes of the text; losses are read from the device for it."""
+"""Minimum seconds between two updates of the text, each of which reads losses from the device."""
 
 
 @contextmanager
 def no_bar() -> Iterator[None]:
-    """Training runs of SAELens inside it have no bar: another process has one."""
+    """Hides the bars of SAELens' training runs: another process shows one."""
     with bars_made_by(partial(tqdm, disable=True), sae_trainer, activation_scaler):
         yield
 
 
 @contextmanager
 def live_bar() -> Iterator[None]:
-    """Every training run of SAELens inside it counts each step, and says what the language model has read."""
+    """Makes the bars of SAELens' training runs count each step and show what the language model has read."""
     bars: list[tqdm] = []
     n_read, shown_at = 0, 0.0
 
@@ -53,13 +53,13 @@ def live_bar() -> Iterator[None]:
     def step(update: Callable[..., None], trainer: Any, output: Any, pbar: tqdm) -> None:
         if is_time():
             described = SimpleNamespace(set_description=pbar.set_description, update=lambda n_tokens: None)  # noqa: ARG005
-            update(trainer, output, described, 1)  # SAELens' text, whatever the step's number
+            update(trainer, output, described, 1)  # SAELens' text, at any step
             pbar.set_postfix_str("", refresh=False)
-        pbar.update(trainer.n_training_samples - pbar.n)  # a resumed run does not begin at 0
+        pbar.update(trainer.n_training_samples - pbar.n)  # a resumed run does not start at 0
 
     with bars_made_by(bar, sae_trainer, multi_sae_trainer), steps_shown_by(step), reads_counted(read):
         try:
             yield
         finally:
-            for opened in bars:  # or one would write its end below what is said of an error
+            for opened in bars:  # or a bar would print its end below an error message
                 opened.close()

@@ -1,9 +1,9 @@
-"""SAELens' runner and trainer on a language model, made to lose nothing when they are stopped.
+"""SAELens' runner and trainer on a language model, changed so that a stopped run loses nothing.
 
-What this mends of SAELens 6.54 (its runner for many SAEs has only the last three): an interrupt saves the state of the
-activations store alone, into a folder that does not exist, and dies of that; it comes in the middle of a step; a
-checkpoint whose writing was killed looks like a whole one; and a resumed run looks for its place in the text while
-another thread reads on already, with `prefetch_llm_batches`.
+What this fixes in SAELens 6.54 (its runner for many SAEs has only the last three problems): an interrupt saves only
+the state of the activations store, into a folder that does not exist, and crashes; it may come in the middle of a step;
+a checkpoint whose writing was killed looks complete; and with `prefetch_llm_batches` a resumed run seeks its position
+in the text while another thread is already reading on.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ from sae_lens_sampled.signals import Interrupted, Signals
 
 
 class ResumableTrainer(SAETrainer[Any, Any]):
-    """SAELens' trainer, stopped only between two steps; its checkpoints are there whole or not at all."""
+    """SAELens' trainer, stopped only between two steps; its checkpoints are complete or absent."""
 
     signals: Signals
 
     def stop_if_asked(self) -> None:
-        """Obey a signal that has come: nothing is half done now, nor while the step that begins waits for data."""
+        """Obey a pending signal: nothing is half done now, nor while the next step waits for data."""
         self.signals.release()
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         self.stop_if_asked()
-        # A window that was emptied right before a run was stopped is not logged again: its log would be of 0 / 0.
+        # A window that was emptied right before a run was stopped is not logged again: that would be 0 / 0.
         return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
 
     @override
@@ -60,7 +60,7 @@ class ResumableTrainer(SAETrainer[Any, Any]):
 
 
 class WholeHookEvaluator(LLMSaeEvaluator[Any]):
-    """SAELens' evaluation, which takes the heads of any hook side by side, as the SAE was trained on them."""
+    """SAELens' evaluation, with the heads of any hook side by side, as the SAE was trained on them."""
 
     @override
     def __call__(self, sae: TrainingSAE[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -71,14 +71,14 @@ class WholeHookEvaluator(LLMSaeEvaluator[Any]):
 
 
 class ResumableRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner that trains with it, says where checkpoints are, and writes one more when it is stopped."""
+    """SAELens' runner with a `ResumableTrainer`; reports its checkpoint folder and saves one more when stopped."""
 
     signals: Signals | None = None
-    """Where somebody listens to signals already; otherwise `run` does, while it runs."""
+    """Set if the caller already handles signals; otherwise `run` does, while it runs."""
     on_start: Callable[[Path], None] | None = None
     """Called with the folder of the run's checkpoints, if it has one, right before the first step."""
     checkpoint: Path | None = None
-    """The one written when the run was stopped."""
+    """The checkpoint written when the run was stopped."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
@@ -90,7 +90,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
             with short_text_told(text):
                 super().__init__(cfg, **overrides)
         except OSError as error:
-            if hasattr(self, "activations_store"):  # errors of what is loaded after it name what they are about
+            if hasattr(self, "activations_store"):  # later loading errors name their own cause
                 raise
             name = "dataset_path" if hasattr(self, "model") else "model_name"
             raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
@@ -102,7 +102,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
     @override
     def run(self) -> TrainingSAE[Any]:
         if self.cfg.resume_from_checkpoint is not None:
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)  # a second time moves nothing
+            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)  # twice changes nothing
         if self.signals is not None:
             return super().run()
         with Signals() as self.signals:
@@ -117,10 +117,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         remember_settings(self.sae.cfg.metadata, self.cfg)
 
     def adopt(self, trainer: SAETrainer[Any, Any]) -> None:
-        """Make the trainer, which SAELens' `run` has made itself, one of ours."""
-        assert self.signals is not None  # `run` has made them
+        """Make the trainer, which SAELens' `run` has created, one of ours."""
+        assert self.signals is not None  # set by `run`
         adopt_trainer(trainer, ResumableTrainer).signals = self.signals
-        # Those passed before would all be written again, one a step.
+        # Checkpoints already passed would all be written again, one per step.
         resumed_at = trainer.n_training_samples
         trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
 
@@ -145,7 +145,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         if trainer.n_training_samples < trainer.cfg.total_training_samples:
             raise ValueError(
                 f"{self.cfg.resume_from_checkpoint} is the end of a run, with normalize_activations folded into its "
-                "weights, which cannot be trained further; resume from a checkpoint before it."
+                "weights, which cannot be trained further; resume from an earlier checkpoint."
             )
         trainer.set_final_sae_metadata()
         return trainer.sae
@@ -154,10 +154,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 def _check_same_run(
     cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
 ) -> None:
-    """Refuse a checkpoint of other weights or activations before anything is loaded."""
+    """Reject a checkpoint of other weights or activations before anything is loaded."""
     checkpoint = Path(str(cfg.resume_from_checkpoint))
     if not checkpoint.is_dir():
-        find_checkpoint(checkpoint)  # says which there are
+        find_checkpoint(checkpoint)  # raises an error that names the newest
     if override_sae is not None:
         check_same_weights(checkpoint, override_sae.cfg.to_dict())
     elif cfg.from_pretrained_path is not None:

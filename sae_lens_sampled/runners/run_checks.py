@@ -17,7 +17,7 @@ from sae_lens_sampled.runners.language_model import defining_kwargs
 from sae_lens_sampled.sae.checks import check_equal_fields
 
 ACTIVATION_FIELDS = ("hook_name", "hook_head_index", "model_class_name", "model_from_pretrained_kwargs")
-"""Fields of a runner's config that say which activations the weights are of; a model's folder may have moved."""
+"""Fields of a runner's config that determine its activations; without the model's name, as a folder may move."""
 COUNTS = (
     "training_tokens",
     "train_batch_size_tokens",
@@ -31,33 +31,33 @@ COUNTS = (
 
 
 def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse numbers of a run's configuration that SAELens takes and cannot train with, or only says so much later.
+    """Reject numbers of a run's configuration that SAELens accepts but cannot train with, or rejects much later.
 
     Raises:
-        ValueError: with the field and its value.
+        ValueError: naming the field and its value.
     """
     for name in COUNTS:
         if getattr(cfg, name) < 1:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be above 0.")
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1.")
     for name in ("n_checkpoints", "dead_feature_window", "lr_warm_up_steps", "lr_decay_steps"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"{name}={getattr(cfg, name)} must not be negative.")
     if not 0 <= cfg.lr < math.inf:
-        raise ValueError(f"lr={cfg.lr} must be a finite number, and not negative.")
+        raise ValueError(f"lr={cfg.lr} must be finite and not negative.")
     buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     if buffer < cfg.train_batch_size_tokens:
         raise ValueError(
             f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts are {buffer} tokens, fewer than the "
-            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; "
-            f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))} mix two batches."
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; to mix two batches set it to "
+            f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))}."
         )
 
 
 def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
+    """Reject a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
 
     Raises:
-        ValueError: with the hook, and its width.
+        ValueError: naming the hook and its width.
     """
     activations = one_token(model, {cfg.hook_name: "hook_name"}, cfg.model_name, cfg.model_kwargs)
     check_width(activations, cfg.sae.d_in, cfg.hook_head_index, cfg.model_name)
@@ -66,7 +66,7 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
 def one_token(
     model: HookedRootModule, hooks: Mapping[str, str], model_name: str, model_kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Activations of one token at hooks, in the order in which these run; `hooks` has the field that names each.
+    """Activations of one token at hooks, in the order in which these run; `hooks` maps each to the field that names it.
 
     Raises:
         ValueError: if the model has no such hook, or does not run it.
@@ -78,23 +78,23 @@ def one_token(
     activations = one_pass(model, token, hooks, **model_kwargs)
     for hook_name, field in hooks.items():
         if hook_name not in activations:
-            raise ValueError(f"{field}={hook_name!r} is a hook of {model_name} that does not run, or has no tensor.")
+            raise ValueError(f"{field}={hook_name!r} is a hook of {model_name} that does not run or yields no tensor.")
     return activations
 
 
 def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, model_name: str) -> None:
-    """Refuse hooks that are together not `d_in` wide, by their activations of `one_token`.
+    """Reject hooks whose total width is not `d_in`, from their activations by `one_token`.
 
     Raises:
-        ValueError: with the hooks, and their width.
+        ValueError: naming the hooks and their width.
     """
     width = 0
     for hook_name, of_hook in activations.items():
         acts = of_hook[0, 0]
         if head is not None and (acts.ndim < 2 or head >= len(acts)):
             raise ValueError(
-                f"hook_head_index={head}: {hook_name} has activations of shape {tuple(acts.shape)} for each token, "
-                "without so many heads."
+                f"hook_head_index={head} is out of range: {hook_name} has activations of shape {tuple(acts.shape)} per "
+                "token."
             )
         width += acts.numel() if head is None else acts[head].numel()
     if width != d_in:
@@ -102,17 +102,17 @@ def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, 
 
 
 def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any], own_model: bool) -> None:
-    """Refuse a checkpoint of a run on other activations; of the user's `own_model` the config says nothing.
+    """Reject a checkpoint of a run on other activations; about the user's `own_model` the config says nothing.
 
     Raises:
-        ValueError: with the field, both values and the way out.
+        ValueError: naming the field, both values and the way out.
     """
     names = [name for name in ACTIVATION_FIELDS if not (own_model and name.startswith("model_"))]
     check_equal_fields(folder, names, _with_meaning(read_runner_config(folder)), _with_meaning(cfg.to_dict()))
 
 
 def _with_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON has it, with those arguments of `from_pretrained` that make another model."""
+    """The config as JSON represents it, with only those arguments of `from_pretrained` that change the model."""
     known = json.loads(json.dumps(dict(config), default=str))
     if isinstance(known.get("model_from_pretrained_kwargs"), dict):
         known["model_from_pretrained_kwargs"] = defining_kwargs(known["model_from_pretrained_kwargs"])

@@ -1,4 +1,4 @@
-"""SAELens' activations stores: what their activations depend on, and sentences where a store cannot give any."""
+"""SAELens' activations stores: what their activations depend on, and readable errors if a store has none."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import nn
 from sae_lens_sampled.runners.run_checks import check_width, one_token
 
 SAMPLED_ENTRIES = 4096
-"""Entries of each parameter, at most about twice as many, that a model's fingerprint is taken from."""
+"""Entries sampled from each parameter for a model's fingerprint, at most about twice as many."""
 OF_STORE = (
     "hook_name",
     "hook_head_index",
@@ -25,11 +25,11 @@ OF_STORE = (
     "use_chat_formatting",
     "autocast_lm",
 )
-"""Fields of a store that its activations depend on, beside model and text."""
+"""Fields of a store that its activations depend on, besides model and text."""
 
 
 def store_settings(store: ActivationsStore) -> dict[str, Any]:
-    """What the store itself knows of what its activations depend on, as JSON has it."""
+    """Settings that the store's activations depend on, as far as the store knows them, in JSON types."""
     excluded = store.exclude_special_tokens
     return {
         "model_weights": fingerprint_model(store.model),
@@ -41,11 +41,11 @@ def store_settings(store: ActivationsStore) -> dict[str, Any]:
 
 @torch.no_grad()
 def fingerprint_model(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell models apart, on whatever device: of names, types, shapes and sampled entries."""
+    """16 hexadecimal digits that identify a model on any device, from names, dtypes, shapes and sampled entries."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        # An odd step: one that rows are a multiple of would stay in a column.
+        # An odd step: one that divides the row length would always hit the same columns.
         step = parameter.numel() // SAMPLED_ENTRIES | 1
         sample = parameter.detach().flatten()[::step].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
@@ -53,20 +53,20 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 def check_count(value: Any, name: str) -> None:
-    """Refuse what is not a whole number above 0.
+    """Reject anything but a whole number of at least 1.
 
     Raises:
-        ValueError: with the value.
+        ValueError: naming the value.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
 def check_hooks(store: ActivationsStore) -> None:
-    """Refuse a hook that the model does not have, and a width that is not its, by running the model on one token.
+    """Reject a hook that the model does not have, or a wrong width, by running the model on one token.
 
     Raises:
-        ValueError: with the hook, and its width.
+        ValueError: naming the hook and its width.
     """
     activations = one_token(store.model, dict.fromkeys(_hooks(store), "hook_name"), "the model", store.model_kwargs)
     check_width(activations, store.d_in, store.hook_head_index, "the model")
@@ -74,21 +74,21 @@ def check_hooks(store: ActivationsStore) -> None:
 
 @contextmanager
 def short_text_told(text: str, store: ActivationsStore | None = None) -> Iterator[None]:
-    """Turns SAELens' bare StopIteration, for a text without a single prompt, into a sentence that begins with `text`.
+    """Turns SAELens' bare StopIteration, for a text without a single prompt, into an error that begins with `text`.
 
     Args:
-        text: how the user has named it, such as "text='folder'".
-        store: the store of it, once there is one: before, only a text without rows ends.
+        text: the text as the user named it, such as "text='folder'".
+        store: its store, once there is one; before that, only a text without rows raises it.
     """
     try:
         yield
     except StopIteration as error:
         if store is None or store.is_dataset_tokenized:
-            raise ValueError(f"{text} has no rows; take another text.") from error
+            raise ValueError(f"{text} has no rows; use another text.") from error
         rows = [len(tokens) for tokens in store._iterate_raw_dataset_tokens()]
         raise ValueError(
             f"{text} gives no prompt of context_size={store.context_size} tokens: it has {sum(rows):,} tokens, "
-            f"{max(rows, default=0):,} in its longest row. Take more text or a smaller context_size."
+            f"{max(rows, default=0):,} in its longest row. Use more text or a smaller context_size."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""`sae-lens-sampled train`: SAELens' training on a language model from flags, on one process or several."""
+"""`sae-lens-sampled train`: SAELens' training on a language model, from flags, on one or several processes."""
 
 import os
 import shlex
@@ -27,16 +27,16 @@ from sae_lens_sampled.signals import Interrupted, Signals
 
 
 class TrainError(RuntimeError):
-    """Training could not begin or go on; the message is the reason."""
+    """Training could not start or continue; the message is the reason."""
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train with SAELens' flags; the exit status. A run that is stopped says how to go on with it.
+    """Train with SAELens' flags; returns the exit status. A stopped run prints how to resume it.
 
-    Where WORLD_SIZE is above 1, as in a process that torchrun has started, this is one process of several.
+    If WORLD_SIZE is above 1, as in a process started by torchrun, this is one process of several.
 
     Raises:
-        TrainError: with the reason, of whatever kind it was; an error that no flag or file causes is raised as it is.
+        TrainError: with the reason, for any failure caused by a flag or a file; programming errors propagate.
     """
     runner = None
     with _reasons(), Signals() as signals, ExitStack() as stack:
@@ -52,18 +52,18 @@ def train(arguments: Sequence[str]) -> int:
                 runner.on_start = partial(_announce, arguments, cfg)
             runner.run()
         except Interrupted as interrupted:
-            stack.close()  # the bar, before anything is said
+            stack.close()  # closes the bar before anything is printed
             if is_first:
                 checkpoint = None if runner is None else runner.checkpoint
-                done = "before its first step" if checkpoint is None else f"with all that it did in {checkpoint}"
+                done = "before its first step" if checkpoint is None else f"with all progress saved in {checkpoint}"
                 command = format_command(arguments, checkpoint)
-                typer.echo(f"Stopped by {interrupted.signal_name} {done}. Go on with\n{command}", err=True)
+                typer.echo(f"Stopped by {interrupted.signal_name} {done}. Continue with\n{command}", err=True)
             return interrupted.exit_status
     return 0
 
 
 def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
-    """The command with these flags, resuming from `checkpoint`, with as many processes as there are now."""
+    """The command with these flags that resumes from `checkpoint` with the current number of processes."""
     words, flag = list(arguments), "--resume_from_checkpoint"
     if checkpoint is not None:
         words = [
@@ -76,7 +76,7 @@ def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
 
 
 def _program() -> list[str]:
-    """What stands before `train`; torchrun's flags about how the machines find each other are the user's to repeat."""
+    """The command before `train`; torchrun's flags for machines to find each other are left to the user to repeat."""
     if number_of_processes() == 1:
         return ["sae-lens-sampled"]
     n_nodes, n_local = (os.environ.get(name, "") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -85,18 +85,18 @@ def _program() -> list[str]:
 
 
 def _announce(arguments: Sequence[str], cfg: LanguageModelSAERunnerConfig[Any], run_folder: Path) -> None:
-    """Say how to resume from the newest checkpoint: whoever kills the run leaves no time to say it later."""
+    """Print how to resume from the newest checkpoint: a run that is killed has no time to print it later."""
     if cfg.resume_from_checkpoint is not None:
         _link_into(run_folder, Path(cfg.resume_from_checkpoint))
     typer.echo(
         f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM stops "
-        f"the run. Go on from the newest with\n{format_command(arguments, run_folder)}",
+        f"the run. Resume from the newest with\n{format_command(arguments, run_folder)}",
         err=True,
     )
 
 
 def _link_into(run_folder: Path, checkpoint: Path) -> None:
-    """Make the checkpoint one of this run's, at no cost where the file system has links."""
+    """Add the checkpoint to this run's, at no cost if the file system has hard links."""
     copy = run_folder / checkpoint.name
     if not copy.exists():
         with atomic_path(copy, replace=True) as unfinished:
@@ -109,12 +109,12 @@ def _reasons() -> Iterator[None]:
         yield
     except (AssertionError, AttributeError, NameError, TypeError):
         raise
-    except Exception as error:  # those of parser, Hub, files and torch have no common base
+    except Exception as error:  # errors of parser, Hub, files and torch share no base
         raise TrainError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)[:1000]  # TransformerLens names every model that it knows
+    text = str(error)[:1000]  # TransformerLens lists every model it knows
     if isinstance(error, (ValueError, OSError, ArgumentError)):
         return text
     innermost = traceback.extract_tb(error.__traceback__)[-1]
@@ -126,7 +126,7 @@ def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         cfg = _parse_cfg_args(arguments)
     except ZeroDivisionError as error:
         names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
-        raise ValueError(f"one of {names} is 0, and SAELens divides by each.") from error
+        raise ValueError(f"one of {names} is 0, but SAELens divides by each.") from error
     check_run(cfg)
     if cfg.resume_from_checkpoint is not None:
         cfg.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))

@@ -1,7 +1,7 @@
 """The tokens that an SAE was trained on, and their activations, read again with the settings of its run.
 
 SAELens' `ActivationsStore.from_sae` takes some of these settings from the metadata and leaves the others at their
-defaults: first tokens of many times the norm then come in, which training had left out.
+defaults: it may then include first tokens, with many times the norm, that training had left out.
 """
 
 import math
@@ -18,15 +18,15 @@ from sae_lens.util import get_special_token_ids
 from sae_lens_sampled.folders import read_runner_config
 
 BUFFERED_BATCHES = 4
-"""Batches that a buffer holds at least: half of it is served before it is filled and mixed again."""
+"""Minimum number of batches in a buffer: half of it is served before it is refilled and mixed again."""
 MIN_BUFFERED_PROMPTS = 64
 SAMPLED_PROMPTS = 256
-"""Prompts over which the share of first tokens is counted."""
+"""Number of prompts from which the share of first tokens is computed."""
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What decides which tokens of a text are read, and how the model runs on them; fields as in SAELens' runners."""
+    """Settings for which tokens of a text are read and how the model runs on them; fields as in SAELens' runners."""
 
     context_size: int
     prepend_bos: bool
@@ -38,7 +38,7 @@ class TokenSettings:
     autocast_lm: bool = False
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
-    """Fields that nothing says: they have SAELens' defaults."""
+    """Fields that are not given anywhere and have SAELens' defaults."""
 
     def described(self) -> str:
         """The settings that differ from SAELens' defaults, and those that are assumed, in words."""
@@ -46,30 +46,30 @@ class TokenSettings:
         required = ("context_size", "prepend_bos")
         told = [f"{f.name}={getattr(self, f.name)!r}" for f in known if f.name in required or not _is_default(self, f)]
         assumed = [f"{name}={getattr(self, name)!r}" for name in self.unknown]
-        return ", ".join(told) + (f"; not known, so assumed: {', '.join(assumed)}" if assumed else "")
+        return ", ".join(told) + (f"; unknown, so assumed: {', '.join(assumed)}" if assumed else "")
 
 
 RUN_FIELDS = tuple(f.name for f in fields(TokenSettings) if f.name != "unknown")
 
 
 def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSettings:
-    """The settings of the run that an SAE comes from, by its metadata or the run's configuration beside it.
+    """The settings of the run that an SAE comes from, from its metadata or the run's configuration beside it.
 
     Args:
-        metadata: those of the SAE; what they say counts.
-        folder: a checkpoint or an export, with the `runner_cfg.json` of SAELens' runners in it or not.
+        metadata: metadata of the SAE, which takes precedence.
+        folder: a checkpoint or an export, with or without the `runner_cfg.json` of SAELens' runners.
 
     Raises:
         ValueError: if `context_size` or `prepend_bos` is in neither.
     """
     run = read_runner_config(folder) if folder else {}
     known: dict[str, Any] = {name: of[name] for of in (run, metadata) for name in RUN_FIELDS if name in of}
-    # SAELens writes None for what it does not know; of these fields only one has None for a value.
+    # SAELens writes None for unknown values; of these fields only one may itself be None.
     known = {name: value for name, value in known.items() if value is not None or name == "sequence_separator_token"}
     for name in ("context_size", "prepend_bos"):
         if name not in known:
             raise ValueError(
-                f"the metadata of this SAE have no {name}, so which tokens it was trained on is unknown; set "
+                f"the metadata of this SAE has no {name}, so which tokens it was trained on is unknown; set "
                 f"sae.cfg.metadata.{name} first."
             )
     if "seqpos_slice" in known:
@@ -79,7 +79,7 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
 
 
 def remember_settings(metadata: SAEMetadata, cfg: Any) -> None:
-    """Write into the metadata of an SAE what its run knows of its tokens and SAELens does not write there."""
+    """Add to an SAE's metadata the token settings of its run that SAELens does not write there."""
     for name in RUN_FIELDS:
         if name not in metadata:
             metadata[name] = getattr(cfg, name)
@@ -88,15 +88,15 @@ def remember_settings(metadata: SAEMetadata, cfg: Any) -> None:
 def store_of_run(
     model: Any, sae: SAE[Any], settings: TokenSettings, dataset: Any, batch_size: int, device: str
 ) -> ActivationsStore:
-    """A store of the activations at the SAE's hook, of the same tokens of `dataset` that training would have read.
+    """A store of the activations at the SAE's hook, for the tokens of `dataset` that training would have read.
 
     Args:
-        model: the language model, as SAELens' stores take it.
-        sae: the SAE, whose metadata name the hook.
-        settings: those of its run.
-        dataset: Hub name, folder, or data set.
-        batch_size: tokens in a batch; the buffer follows from it.
-        device: where the activations are.
+        model: the language model, as SAELens' stores expect it.
+        sae: the SAE, whose metadata names the hook.
+        settings: settings of its run.
+        dataset: Hub name, folder, or dataset.
+        batch_size: tokens per batch; the buffer size follows from it.
+        device: device of the activations.
     """
     excluded = settings.exclude_special_tokens
     excluded = get_special_token_ids(model.tokenizer) if excluded is True else excluded
@@ -133,12 +133,12 @@ def buffer_prompts(batch_size: int, settings: TokenSettings) -> int:
 
 
 def first_token_share(store: ActivationsStore) -> float:
-    """Share of the tokens that `store` serves that are the first of their prompt, over its first prompts.
+    """Share of the tokens served by `store` that are the first of their prompt, over its first prompts.
 
     Such tokens have many times the norm of others in large models.
 
     Raises:
-        StopIteration: if the text gives no prompt, as where the store itself is asked for one.
+        StopIteration: if the text yields no prompt, as the store itself would.
     """
     prompts = list(islice(store._iterate_tokenized_sequences(), SAMPLED_PROMPTS))
     store.n_dataset_processed = 0  # nothing has been served yet
@@ -153,7 +153,7 @@ def first_token_share(store: ActivationsStore) -> float:
 
 
 def expected_first_token_share(settings: TokenSettings, bos_token_id: int | None) -> float | None:
-    """Share of first tokens in training by the settings of the run, 0 or one in a prompt; None if these are unknown."""
+    """Share of first tokens in training by the run's settings, 0 or one per prompt; None if these are unknown."""
     if not {"exclude_special_tokens", "seqpos_slice"}.isdisjoint(settings.unknown):
         return None
     positions = range(settings.context_size)[slice(*settings.seqpos_slice)]

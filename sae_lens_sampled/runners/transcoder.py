@@ -1,4 +1,4 @@
-"""SAELens' runner for transcoders: it reads two hooks of the model, and evaluates what is put in at the second."""
+"""SAELens' runner for transcoders: it reads two hooks of the model, and evaluates replacements at the second."""
 
 import copy
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTr
 class TranscoderRunner(DataParallelRunner):
     """SAELens' runner with inputs at its `hook_name` and outputs at the `hook_name_out` of the transcoder's config.
 
-    All else is as for `DataParallelRunner`, on one process or several: text, buffers, checkpoints, logging.
-    Evaluations replace what is at `hook_name_out` by its reconstruction.
+    Everything else is as in `DataParallelRunner`, on one process or several: text, buffers, checkpoints, logging.
+    Evaluations replace the activations at `hook_name_out` by their reconstruction.
 
     Raises:
         ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
-            numbers of tokens, come in the other order or are one place, one is of a single head, activations are to be
-            read from a cache, the model cannot switch a hook on, or the SAE given is no transcoder of these widths.
+            numbers of tokens, run in the wrong order or are the same, `hook_head_index` is set, activations are to be
+            read from a cache, the model cannot switch a hook on, or the given SAE is not a transcoder of these widths.
     """
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
@@ -42,11 +42,11 @@ class TranscoderRunner(DataParallelRunner):
         super().__init__(cfg, *args, **kwargs)
         if not isinstance(self.sae, SampledTopKTranscoder) or self.sae.cfg.batch_parts != cfg.sae.batch_parts:
             raise ValueError(
-                f"the SAE to be trained is a {type(self.sae).__name__} of {self.sae.cfg.batch_parts}; the config asks "
-                f"for a transcoder of {cfg.sae.batch_parts}."
+                f"the SAE to train is a {type(self.sae).__name__} with {self.sae.cfg.batch_parts}, but the config asks "
+                f"for a transcoder with {cfg.sae.batch_parts}."
             )
         hooks = [cfg.hook_name, cfg.sae.hook_name_out]
-        if isinstance(self.model, HookedProxyLM):  # SAELens has asked it for the hook of the inputs alone
+        if isinstance(self.model, HookedProxyLM):  # SAELens has set it up for the input hook only
             self.model = HookedProxyLM(self.model.model, self.model.tokenizer, hooks)
             self._compile_llm_if_needed()
         switch_on(self.model, hooks)
@@ -63,7 +63,7 @@ class TranscoderRunner(DataParallelRunner):
 
 
 class TranscoderEvaluator(LLMSaeEvaluator[Any]):
-    """SAELens' evaluation, of the model with outputs reconstructed from inputs."""
+    """SAELens' evaluation of the model with outputs reconstructed from inputs."""
 
     @override
     def __call__(
@@ -74,7 +74,7 @@ class TranscoderEvaluator(LLMSaeEvaluator[Any]):
 
 
 class _StoreOfBoth(ActivationsStore):
-    """Yields inputs and outputs side by side; what mixes, filters and resumes is SAELens' own."""
+    """Yields inputs and outputs side by side; mixing, filtering and resuming are SAELens' own."""
 
     @override
     def get_activations(self, batch_tokens: Tensor) -> Tensor:
@@ -84,18 +84,18 @@ class _StoreOfBoth(ActivationsStore):
 
 
 class _OutputsSAE:
-    """A transcoder as an SAE on its outputs, which encodes the inputs that the model has had just before."""
+    """A transcoder as an SAE on its outputs, which encodes the inputs from the model's latest pass."""
 
     def __init__(self, transcoder: SAE[Any]) -> None:
         self.transcoder = transcoder
         self.passed: Tensor | None = None
-        """Inputs that have passed the hook, and are not encoded yet."""
+        """Inputs that have passed the hook and are not encoded yet."""
         self.inputs = torch.empty(0)
         self.cfg = copy.deepcopy(transcoder.cfg)
         self.cfg.metadata.hook_name = self.cfg.metadata.hook_name_out
 
     def __getattr__(self, name: str) -> Any:
-        if "transcoder" not in self.__dict__:  # as in a copy that is being made
+        if "transcoder" not in self.__dict__:  # as while it is being copied
             raise AttributeError(name)
         return getattr(self.transcoder, name)
 
@@ -106,7 +106,7 @@ class _OutputsSAE:
 
     def encode(self, _outputs: Tensor) -> Tensor:
         if self.passed is None:
-            raise ValueError("no inputs have come since the last were encoded: they must come before outputs.")
+            raise ValueError("no inputs have arrived since the last ones were encoded: they must come before outputs.")
         self.inputs, self.passed = self.passed.to(self.transcoder.device), None
         return self.transcoder.encode(self.inputs)
 
@@ -116,20 +116,20 @@ class _OutputsSAE:
 
 @contextmanager
 def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator[Any]:
-    """For SAELens' `run_evals` on `model`: an SAE on the hook of the outputs, `hook_name_out` of the metadata.
+    """A transcoder as an SAE on its output hook (`hook_name_out` of its metadata), for SAELens' `run_evals` on `model`.
 
-    Its `encode` must come after a pass of the model, and takes the inputs of that, whatever it is given. Metrics of
-    weights (`compute_featurewise_weight_based_metrics`) are for inputs and outputs of one width. Hooks that the model
-    must have switched on are on meanwhile.
+    Its `encode` must be called after a pass of the model and encodes the inputs of that pass, whatever its argument is.
+    Metrics of weights (`compute_featurewise_weight_based_metrics`) need inputs and outputs of the same width. Hooks
+    that must be switched on are on meanwhile.
 
     Raises:
-        ValueError: if the metadata name no hook of the outputs, or the model does not have a hook or cannot switch it
-            on; in a pass of the model and in `encode`, if inputs do not come before outputs.
+        ValueError: if the metadata names no output hook, or the model does not have a hook or cannot switch it on; in a
+            pass of the model and in `encode`, if inputs do not come before outputs.
     """
     hook_in, hook_out = hooks = hooks_of(transcoder)
     for name in hooks:
         if name not in model.hook_dict:
-            raise ValueError(f"this {type(transcoder).__name__} is of hook {name!r}, which the model does not have.")
+            raise ValueError(f"this {type(transcoder).__name__} uses hook {name!r}, which the model does not have.")
     if is_one_place(model, hook_in, hook_out):
         raise ValueError(_told_of_one_place(hook_in, hook_out))
     view, have_come = _OutputsSAE(transcoder), False
@@ -159,22 +159,22 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
 
 def _told_of_one_place(hook_in: str, hook_out: str) -> str:
     return (
-        f"hook_name={hook_in!r} and hook_name_out={hook_out!r} are one place: train an SAE of that hook instead, with "
+        f"hook_name={hook_in!r} and hook_name_out={hook_out!r} are the same hook: train an SAE on it instead, with "
         "architecture sampled_topk, or name another hook_name_out."
     )
 
 
 def hooks_of(transcoder: SAE[Any]) -> list[str]:
-    """The hooks of its inputs and of its outputs, by its metadata.
+    """The transcoder's input and output hooks, from its metadata.
 
     Raises:
-        ValueError: if one is not named there.
+        ValueError: if one of them is not named there.
     """
     metadata = transcoder.cfg.metadata
     hooks = {name: getattr(metadata, name) for name in ("hook_name", "hook_name_out")}
     for name, hook in hooks.items():
         if hook is None:
-            raise ValueError(f"the metadata of this {type(transcoder).__name__} have no {name}: set it first.")
+            raise ValueError(f"the metadata of this {type(transcoder).__name__} has no {name}: set it first.")
     return list(hooks.values())
 
 
@@ -195,16 +195,16 @@ def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if sae.hook_name_out is None:
         raise ValueError("hook_name_out is None: name the hook whose activations are to be reconstructed.")
     if cfg.hook_head_index is not None:
-        raise ValueError(f"hook_head_index={cfg.hook_head_index}: a transcoder reads and writes whole hooks, no heads.")
+        raise ValueError(f"hook_head_index={cfg.hook_head_index}: a transcoder uses whole hooks, not single heads.")
     if cfg.use_cached_activations:
-        raise ValueError("use_cached_activations=True: SAELens caches one hook, and a transcoder reads two.")
+        raise ValueError("use_cached_activations=True: SAELens caches one hook, but a transcoder reads two.")
 
 
 def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a hook of the outputs that the model does not have, or that does not go with the one of the inputs.
+    """Reject an output hook that the model does not have or that does not fit the input hook.
 
     Raises:
-        ValueError: with the hook, and its width, number of tokens or place.
+        ValueError: naming the hook and its width, number of tokens or place in the model.
     """
     name, width = cfg.sae.hook_name_out, cfg.sae.batch_parts["d_out"]
     cache = one_token(model, {cfg.hook_name: "hook_name", name: "hook_name_out"}, cfg.model_name, cfg.model_kwargs)

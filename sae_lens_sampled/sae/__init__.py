@@ -1,1 +1,1 @@
-"""The classes that SAELens sees, and what is made of them: training, export, calibration."""
+"""The SAE classes that SAELens uses: training, warm start, export, calibration."""

@@ -1,4 +1,4 @@
-"""Thresholds from data, after training: exact quantiles over the tokens that are passed."""
+"""Thresholds set from data after training, as exact quantiles over the given tokens."""
 
 import math
 import warnings
@@ -19,33 +19,33 @@ from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.signals import interruptible
 
 MIN_TOKENS = 256
-"""Fewer tokens than this are refused: quantiles of rare latents would be noise."""
+"""Fewest tokens accepted; with fewer, quantiles of rare latents would be noise."""
 MIN_SELECTIONS = 10
-"""A latent selected less often than this has a poorly known threshold."""
+"""The threshold of a latent with fewer selections is imprecise."""
 CHUNK_ENTRIES = 2**25
-"""Pre-activations held at a time (128 MiB in float32)."""
+"""Pre-activations in memory at a time (128 MiB in float32)."""
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What calibration found and changed. L0 and FVU are over the calibration tokens."""
+    """Effect of a calibration. L0 and FVU are measured on the calibration tokens."""
 
     n_tokens: int
     target_l0: float
-    """Active latents per token that the thresholds were set for."""
+    """Active latents per token that the thresholds aim at."""
     l0_before: float
-    """L0 of the export with the thresholds that the SAE had learnt in training."""
+    """L0 of the export with the thresholds learnt in training."""
     l0_after: float
     fvu_before: float
     fvu_after: float
     mean_rate_error: float
-    """Mean over latents of |firing rate - target rate|, over the mean target rate; after calibration."""
+    """Mean over latents of |firing rate - target rate| after calibration, over the mean target rate."""
     n_rare: int
-    """Latents with fewer than 10 target firings among the tokens, but not none."""
+    """Number of latents with 1 to 9 target firings."""
     mean_norm: float
     """Mean norm of the calibration tokens' inputs."""
     mean_norm_in_training: float | None
-    """Mean norm of the inputs over the last training steps; None where it is not known."""
+    """Mean norm of the inputs over the last training steps; None if unknown."""
 
 
 @torch.no_grad()
@@ -58,26 +58,27 @@ def calibrate_thresholds(
     max_tokens: int = 1_000_000,
     show_progress: bool = True,
 ) -> tuple[ExportedSAE, CalibrationReport]:
-    """Set the thresholds of the exported SAE by quantiles over given activations.
+    """Export an SAE with thresholds set by quantiles over the given activations.
 
-    Each batch passed is one selection batch: pass batches of the size used in training. A latent's target rate is the
-    share of tokens on which it is selected, weighted by its precision as in training (`thresholds.py`): of its largest
-    activations, as many as it is selected, the share that is selected. Equal precisions change nothing, as with a pool
-    of all latents. Memory: the kept batches, twice, and one chunk of columns.
+    Each batch is one selection batch, so use the batch size of training. A latent's target rate is the share of tokens
+    on which it is selected, weighted by its precision as in training (`thresholds.py`): if it is selected n times, the
+    share of its n largest activations that are selected. Equal precisions change nothing, as with a pool of all
+    latents. Memory: twice the collected batches, plus one chunk of columns.
 
     Args:
-        sae: the trained SAE, with its activation normalisation folded.
-        activations: batches as in training, of shape (..., d_in), for a transcoder (..., d_in + d_out) with the outputs
-            behind the inputs; or one such tensor, which then is one selection batch.
+        sae: the trained SAE, with its activation normalisation folded in.
+        activations: batches as in training, shape (..., d_in), or (..., d_in + d_out) for a transcoder, inputs first;
+            a single tensor is one selection batch.
         mode: "per_latent": every latent fires at its target rate. "global": one threshold for all, at the same L0.
-        target_l0: the wanted mean L0; None for that of the selection. Per-latent target rates are scaled alike, as far
-            as a latent has positive activations.
-        max_tokens: no batch is taken once so many tokens are kept; the rest of `activations` is not read.
+        target_l0: mean L0 to reach; None for the L0 of the selection. Per-latent target rates are scaled by one factor,
+            each up to the latent's number of positive activations.
+        max_tokens: once this many tokens are collected, no further batch is read.
         show_progress: whether to show progress bars.
 
     Raises:
-        ValueError: if `sae` is of another kind or has weights that are not finite; if there are fewer than 256 tokens,
-            of another width or not finite; if `max_tokens` is below that, or `target_l0` not positive or not reached.
+        ValueError: if `sae` is of another kind or has non-finite weights; if there are fewer than 256 tokens, or they
+            have the wrong width or are not finite; if `mode`, `max_tokens` or `target_l0` is invalid; if `target_l0`
+            cannot be reached.
     """
     check_calibration(sae, mode, target_l0, max_tokens)
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
@@ -91,7 +92,7 @@ def calibrate_thresholds(
         thresholds, n_positive = _quantile_thresholds(_columns(sae, x, show_progress), counts)
         hits = _count_selected(sae, inputs, above=thresholds)
         if target_l0 is not None or not torch.equal(hits, counts):
-            # At least one, so that every selected latent stays and there are always enough positive entries.
+            # At least 1, so that every selected latent stays active and there are always enough positive entries.
             counts = scale_counts(hits.clamp(min=1).masked_fill(counts == 0, 0), n_positive, n_target)
             thresholds, _ = _quantile_thresholds(_columns(sae, x, show_progress), counts)
         _warn_of_rare_latents(counts, len(x))
@@ -102,15 +103,15 @@ def calibrate_thresholds(
 
 
 def check_calibration(sae: SampledTopKTrainingSAE, mode: str, target_l0: float | None, max_tokens: int) -> None:
-    """Refuse an SAE and arguments with which `calibrate_thresholds` could not begin.
+    """Reject an SAE or arguments that `calibrate_thresholds` cannot work with.
 
     Raises:
-        ValueError: with the argument, its value, and what it must be.
+        ValueError: naming the argument, its value, and what it must be.
     """
     if not isinstance(sae, SampledTopKTrainingSAE):
-        raise ValueError(  # noqa: TRY004  like every other refusal
-            f"a {type(sae).__name__} cannot be calibrated, because its batches select in another way; "
-            "sae_lens_sampled.from_batchtopk makes a sampled_topk SAE of a BatchTopK, TopK or Matryoshka training SAE."
+        raise ValueError(  # noqa: TRY004  as for every invalid argument
+            f"a {type(sae).__name__} cannot be calibrated, because it selects activations differently; "
+            "sae_lens_sampled.from_batchtopk converts a BatchTopK, TopK or Matryoshka training SAE to sampled_topk."
         )
     check_weights(sae)
     if mode not in ("per_latent", "global"):
@@ -118,30 +119,30 @@ def check_calibration(sae: SampledTopKTrainingSAE, mode: str, target_l0: float |
     if target_l0 is not None and not 0 < target_l0 <= sae.cfg.d_sae:
         raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
     if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be positive; 100,000 or more are better than few.")
+        raise ValueError(f"max_tokens={max_tokens} must be positive; 100,000 or more are recommended.")
 
 
 def quantile_threshold(
     column: Float[Tensor, "tokens latents"], counts: Int[Tensor, " latents"]
 ) -> Float[Tensor, " latents"]:
-    """Per column a threshold that `counts` entries exceed: halfway between the last above and the first below, or 0.
+    """Per-column threshold that `counts` entries exceed: halfway between the last above and the first below.
 
-    Infinite where `counts` is 0. Where entries are equal at that place, fewer may exceed it. No threshold is negative,
-    so counts beyond the positive entries are not reached.
+    Infinite where `counts` is 0. Entries that equal the last one above exceed it too. Thresholds are never negative, so
+    at most the positive entries exceed them.
     """
     ordered = _descending(column.relu())
-    below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # nothing is below the last but 0
+    below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # below the last entry is only 0
     last = ordered.gather(0, (counts - 1).clamp(min=0)[None])[0]
     first = below.gather(0, counts[None])[0]
-    # Halfway may round up to the last entry, which then would not exceed it.
+    # The midpoint may round up to the last entry, which then would not exceed it.
     middle = torch.minimum((last + first) / 2, torch.nextafter(last, torch.zeros_like(last)))
     return middle.masked_fill(counts == 0, torch.inf)
 
 
 def _descending(columns: Tensor) -> Tensor:
-    """Each column sorted."""
+    """Each column in descending order."""
     if columns.device.type == "cpu" and columns.dtype == torch.float32:
-        # A quarter of the time of torch's, which moves the places of the values along with them.
+        # Four times as fast as torch's sort, which also moves the indices.
         return torch.from_numpy(np.sort(columns.T.contiguous().numpy(), axis=1)).flip(1).T
     return columns.sort(dim=0, descending=True).values
 
@@ -149,16 +150,16 @@ def _descending(columns: Tensor) -> Tensor:
 def scale_counts(
     counts: Int[Tensor, " latents"], n_positive: Int[Tensor, " latents"], n_total: int
 ) -> Int[Tensor, " latents"]:
-    """`counts` scaled alike until they sum to `n_total`, none above its `n_positive`.
+    """`counts` scaled by one factor to sum to `n_total`, each at most its `n_positive`.
 
     Raises:
-        ValueError: if even all positive entries of the latents that have a count are too few.
+        ValueError: if the latents with a count have fewer than `n_total` positive entries.
     """
     room = n_positive.masked_fill(counts == 0, 0)
     if room.sum() < n_total:
         raise ValueError(
-            f"target_l0 asks for {n_total:,} active entries over the calibration tokens, but the latents that were "
-            f"selected at all have only {int(room.sum()):,} positive ones; choose a smaller target_l0."
+            f"target_l0 asks for {n_total:,} active entries over the calibration tokens, but the selected "
+            f"latents have only {int(room.sum()):,} positive ones; choose a smaller target_l0."
         )
     low, high = 0.0, float(n_total) + 1
     for _ in range(100):
@@ -188,12 +189,12 @@ def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tok
         if n_tokens >= max_tokens:
             break
     if n_tokens < MIN_TOKENS:
-        raise ValueError(f"calibration got {n_tokens} tokens; it needs at least {MIN_TOKENS}, better 100,000 or more.")
+        raise ValueError(f"calibration got {n_tokens} tokens; it needs at least {MIN_TOKENS}, ideally 100,000 or more.")
     return batches
 
 
 def _count_selected(sae: SampledTopKTrainingSAE, batches: list[Tensor], above: Tensor) -> Tensor:
-    """Entries of each latent that training's selection keeps and that exceed `above`; each batch has its own draw."""
+    """Number of entries of each latent that training's selection keeps and that exceed `above`; one draw per batch."""
     above = above.to(sae.device)
     return torch.stack([(sae.select(batch, draw=i) > above).sum(dim=0) for i, batch in enumerate(batches)]).sum(dim=0)
 
@@ -207,7 +208,7 @@ def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Ite
 
 
 def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Per latent the threshold that `counts` entries exceed, and the number of positive entries."""
+    """Threshold of each latent that `counts` entries exceed, and its number of positive entries."""
     thresholds, n_positive, start = [], [], 0
     for chunk in chunks:
         thresholds.append(quantile_threshold(chunk, counts[start : start + chunk.shape[1]]))
@@ -217,7 +218,7 @@ def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tens
 
 
 def _global_threshold(chunks: Iterator[Tensor], n_target: int) -> Tensor:
-    """The value that `n_target` entries of all columns exceed: a running top-k keeps memory at that many."""
+    """Threshold that `n_target` entries of all columns exceed; a running top-k limits memory to that many."""
     largest = None
     for chunk in chunks:
         values = chunk.flatten()
@@ -228,7 +229,10 @@ def _global_threshold(chunks: Iterator[Tensor], n_target: int) -> Tensor:
     assert largest is not None
     n_positive = int((largest > 0).sum())
     if n_positive < n_target:
-        raise ValueError(f"only {n_positive:,} activations are positive, fewer than the {n_target:,} of target_l0.")
+        raise ValueError(
+            f"only {n_positive:,} activations are positive, fewer than the {n_target:,} that target_l0 asks for; "
+            "choose a smaller target_l0."
+        )
     return quantile_threshold(largest[:, None], torch.tensor([n_target], device=largest.device))
 
 
@@ -248,8 +252,8 @@ def _warn_of_other_tokens(report: CalibrationReport) -> None:
     if report.mean_norm_in_training is not None and differs(report.mean_norm, report.mean_norm_in_training):
         warnings.warn(
             f"the calibration tokens have a mean norm of {report.mean_norm:.4g}, those of training had "
-            f"{report.mean_norm_in_training:.4g}: these are other tokens, or the activations of another model. The "
-            "thresholds are for inputs such as these.",
+            f"{report.mean_norm_in_training:.4g}: these are different tokens, or the activations of another model. The "
+            "thresholds fit inputs like these.",
             stacklevel=3,
         )
 
@@ -281,7 +285,7 @@ def _report(
 
 
 def _firing_rates_and_fvu(sae: ExportedSAE, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """Share of tokens that each latent fires on, and FVU, with one chunk of activations in memory."""
+    """Share of tokens on which each latent fires, and FVU, with one chunk of activations in memory."""
     statistics = ActivationStatistics(target.shape[1], sae.cfg.d_sae, x.device)
     n_rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     for inputs, wanted in zip(x.split(n_rows), target.split(n_rows), strict=True):

@@ -26,17 +26,17 @@ WEIGHT_FIELDS = (
     "normalize_activations",
     "hook_name_out",
 )
-"""Fields of an SAE's config, beside its architecture, that say which weights there are and what they mean."""
+"""Fields of an SAE's config, besides its architecture, that determine the shapes and meaning of its weights."""
 
 LOSS_CHECK_STEPS = 100
-"""Steps between two looks at the loss, where nothing else makes the host wait for it."""
+"""Steps between two checks of the loss where nothing else makes the CPU wait for it."""
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:
-    """Refuse activations of another width, and an empty batch.
+    """Reject an empty batch and activations of the wrong width.
 
     Raises:
-        ValueError: with the shape.
+        ValueError: naming the shape.
     """
     if not sae.hook_z_reshaping_mode:
         check_width(x, {"d_in": sae.cfg.d_in})
@@ -45,37 +45,39 @@ def check_shape(sae: TrainingSAE, x: Tensor) -> None:
 
 
 def check_width(x: Tensor, parts: Mapping[str, int]) -> None:
-    """Refuse activations that are not as wide as their parts together, which have their fields' names in the message.
+    """Reject activations whose width is not the sum of the widths in `parts`, which are keyed by config field.
 
     Raises:
-        ValueError: with the shape.
+        ValueError: naming the shape and the expected width.
     """
     width = sum(parts.values())
     if x.shape[-1:] != (width,):
-        how = "" if len(parts) == 1 else ": outputs stand behind the inputs, as TranscoderRunner yields them"
-        raise ValueError(f"activations of shape {tuple(x.shape)} do not end in {' + '.join(parts)}={width}{how}.")
+        how = "" if len(parts) == 1 else ": inputs, then outputs, as TranscoderRunner yields them"
+        raise ValueError(
+            f"activations of shape {tuple(x.shape)} must have last dimension {' + '.join(parts)}={width}{how}."
+        )
 
 
 class StepState(NamedTuple):
-    """What the host has to know before a step can begin."""
+    """Values that the CPU needs before a step can begin."""
 
     dead: Tensor | None
-    """Which latents are dead: those that have fired on no rank for long enough."""
+    """Mask of dead latents: those that have not fired on any rank for long enough."""
     n_dead: int
     n_steps: int
     """Training steps before this one."""
     fields: PoolFields
-    """Those in force, which choose its pool: not the config's where its `pool_steps` are over."""
+    """Fields that choose the pool of this step; after `pool_steps` they differ from the config's."""
 
 
 def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, ranks: Ranks = ALONE) -> StepState:
-    """The first wait for a GPU in a step; refuses rows that are not finite.
+    """Read a step's state from the device (the first wait for a GPU in a step) and reject non-finite rows.
 
-    `n_steps` is the record's number of steps, alike on all ranks: SAELens' own is one too low after a checkpoint.
+    `n_steps` is the record's step count, equal on all ranks; SAELens' own is one too low after a checkpoint.
 
     Raises:
-        ValueError: with the number of rows and the step; on all ranks, if the rows of any are at fault, or if they have
-            different numbers of them.
+        ValueError: on all ranks, naming the number of rows and the step, if any rank has non-finite rows or the ranks
+            have different numbers of tokens.
     """
     bad_rows, mask = ~step_input.sae_in.isfinite().all(dim=-1), step_input.dead_neuron_mask
     dead = None if mask is None else ranks.min(mask).bool()
@@ -88,49 +90,49 @@ def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, rank
     if most != fewest:
         raise ValueError(
             f"the ranks have between {fewest} and {most} tokens at training step {step_input.n_training_steps}, "
-            "but each must have as many as the others."
+            "but all must have the same number."
         )
     if n_bad:
         raise ValueError(
             f"{n_bad} of {ranks.n_of_all(most)} rows of sae_in are not finite at training step "
             f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
-            "the language model (float16?) or exclude the tokens at fault."
+            "the language model (float16?) or exclude the offending tokens."
         )
     return StepState(dead, n_dead, n_before, cfg.fields_after(n_before))
 
 
 def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
-    """Refuse groups of tokens that two processes would have to share.
+    """Reject token groups that would span two processes.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: naming both numbers.
     """
     if n_ranks > 1 and group_size is not None and n_tokens % group_size:
         raise ValueError(
-            f"a rank has {n_tokens} tokens of a batch, which is no multiple of pool_group_size={group_size}: a group "
-            "would lie on two ranks."
+            f"each rank has {n_tokens} tokens per batch, not a multiple of pool_group_size={group_size}, so a group "
+            "would span two ranks."
         )
 
 
 def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
-    """Refuse to go on with a loss that is not finite, at steps that log and at every `LOSS_CHECK_STEPS`-th.
+    """Reject a non-finite loss, at logging steps and at every `LOSS_CHECK_STEPS`-th step.
 
     Raises:
-        ValueError: with the step.
+        ValueError: naming the step.
     """
     n_steps = step_input.n_training_steps + 1
     if (step_input.is_logging_step or n_steps % LOSS_CHECK_STEPS == 0) and not loss.isfinite():
         raise ValueError(
-            f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged, and the "
-            "weights are of no use from here on. Lower the learning rate, and go on from an earlier checkpoint."
+            f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged and the "
+            "weights are unusable. Resume from an earlier checkpoint with a lower learning rate."
         )
 
 
 def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> None:
-    """Refuse weights that are not finite, and thresholds of an exported SAE that are NaN: at +inf a latent is silent.
+    """Reject non-finite weights; in an exported SAE a threshold of +inf is allowed, it silences the latent.
 
     Raises:
-        ValueError: with their number by parameter.
+        ValueError: naming the number of such entries in each parameter.
     """
     counts = []
     for parameter, values in sae.named_parameters():
@@ -139,18 +141,18 @@ def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> N
             counts.append(f"{int((~good).sum()):,} of {good.numel():,} entries of {parameter}")
     if counts:
         raise ValueError(
-            f"{', '.join(counts)} are not finite, so {name} is of no use: its training has diverged. Take an earlier "
+            f"{', '.join(counts)} are not finite, so {name} is unusable: its training has diverged. Use an earlier "
             "checkpoint, or train with a lower learning rate."
         )
 
 
 def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights do not fit an SAE of this config, or would mean something else in it.
+    """Reject a checkpoint whose weights do not fit an SAE of this config, or would mean something else in it.
 
-    Fields that the checkpoint's config lacks are not compared; a config that cannot be read is left to the loader.
+    Fields that the checkpoint's config lacks are not compared; an unreadable config is left to the loader.
 
     Raises:
-        ValueError: with the field, both values and the way out.
+        ValueError: naming the field, both values and the way out.
     """
     try:
         theirs = read_config(folder)
@@ -160,47 +162,48 @@ def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
     if theirs.get("architecture") != sae["architecture"]:
         raise ValueError(
             f"{str(folder)!r} holds a {theirs.get('architecture')!r} SAE, which cannot be resumed as "
-            f"{sae['architecture']!r}; an SAE exported for inference cannot be trained further, and from a TopK, "
-            "BatchTopK or Matryoshka training checkpoint sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run."
+            f"{sae['architecture']!r}; an SAE exported for inference cannot be trained further, but "
+            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run from a TopK, BatchTopK or Matryoshka "
+            "training checkpoint."
         )
     normalized = (read_runner_config(folder).get("sae") or {}).get("normalize_activations")
     if normalized in UNFOLDED and normalized == sae["normalize_activations"]:
-        theirs = theirs | {"normalize_activations": normalized}  # "none" at the end of a run, which folds it
+        theirs = theirs | {"normalize_activations": normalized}  # "none" at the end of a run, when it is folded
     check_equal_fields(folder, WEIGHT_FIELDS, _with_meaning(theirs), _with_meaning(sae))
 
 
 def check_equal_fields(folder: Path, names: Sequence[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint with another value of a field than this run has; fields that one lacks are not compared.
+    """Reject a checkpoint with other field values than this run; fields missing on one side are not compared.
 
     Raises:
-        ValueError: with the field, both values and the way out.
+        ValueError: naming the field, both values and the way out.
     """
     for name in names:
         if name in theirs and name in ours and theirs[name] != ours[name]:
             raise ValueError(
                 f"{name}={ours[name]!r}, but {str(folder)!r} was trained with {name}={theirs[name]!r}: its weights "
-                f"do not fit, or would mean something else. Resume with {name}={theirs[name]!r}, or leave "
-                "resume_from_checkpoint out to start anew."
+                f"do not fit, or would mean something else. Resume with {name}={theirs[name]!r}, or leave out "
+                "resume_from_checkpoint to start over."
             )
 
 
 def warn_if_alone(ranks: Ranks) -> None:
-    """Warn of an SAE that trains by itself in one process of several: each would train one of its own, in silence."""
+    """Warn if an SAE trains alone in one of several processes: each would silently train its own."""
     count = os.environ.get("WORLD_SIZE", "").strip()
     if ranks is ALONE and count.isdecimal() and int(count) > 1:
         warnings.warn(
-            f"WORLD_SIZE={count}, but this SAE trains on the tokens of its own process alone, and each process trains "
-            "one. For one SAE on all of them use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "
+            f"WORLD_SIZE={count}, but each process trains its own SAE, on its own tokens only. To train one SAE "
+            "on the tokens of all, use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "
             "sae.data_parallel() before building the trainer.",
             stacklevel=2,
         )
 
 
 def _with_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON has it, where equal values mean the same."""
+    """The config as JSON represents it, with defaults filled in so that equal meanings have equal values."""
     known = json.loads(json.dumps(dict(config), default=str))
     if known.get("d_out") is None and "d_out" in known:
         known["d_out"] = known["d_in"]
     if known.get("hook_name_out") is None:
-        known.pop("hook_name_out", None)  # trained on batches that somebody put together
+        known.pop("hook_name_out", None)  # trained on batches put together by the caller
     return known

@@ -1,4 +1,4 @@
-"""Configs of the architecture `sampled_topk`: TopK's and BatchTopK's, and the fields that choose the candidate pool."""
+"""Configs of the architecture `sampled_topk`: those of TopK and BatchTopK, plus the fields of the candidate pool."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ FIELD_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("pool_group_size", (int, NoneType), "a whole number of tokens, or None for one pool per batch"),
     ("pool_seed", (int,), "a whole number"),
 )
-"""What the fields must be; dataclasses do not check it, and most would be found out in the middle of a run."""
+"""Types of the fields. Dataclasses do not check them, and most errors would surface only in the middle of a run."""
 
 
 @dataclass
@@ -35,30 +35,29 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     Configuration class for training a SampledTopKTrainingSAE (Sampled-SAE, arXiv 2508.21324).
 
     BatchTopK restricted to a candidate pool: each batch first scores every latent, keeps the best
-    `k * pool_factor` as candidates, and runs BatchTopK among these. Fields that BatchTopK has too are
-    documented there, those of the pool with PoolFields; `aux_loss_coefficient` defaults to the paper's 1/32.
+    `k * pool_factor` as candidates, and runs BatchTopK among these. Fields inherited from BatchTopK are
+    documented there, pool fields in PoolFields; `aux_loss_coefficient` defaults to the paper's 1/32.
 
     Args:
-        step (Literal["auto", "kept", "dense"]): How a training step computes. "dense" is SAELens' code, with all of
-            its (tokens, d_sae) matrices. "kept" works on the kept entries alone: the same selection, and sums that are
-            equal up to rounding. "auto" takes what is faster at these sizes: by what was measured on CPUs; a GPU is
-            timed at the first step. The environment variable SAE_LENS_SAMPLED_STEP stands in for "auto".
-        scan (Literal["auto", "full", "reduced"]): How a step on the kept entries looks for them on a CPU. "full": by a
-            float32 product. "reduced": by one in bfloat16, with a margin for its rounding; what may be kept is computed
-            once more in float32, so with a pool of all latents the kept entries and their values are those of a
-            float32 step. With smaller pools their scores are of rounded activations, as under autocast. "auto":
-            "reduced" for a pool of all latents where the processor has instructions for bfloat16 and the sizes make it
-            faster, else "full". Under autocast and for weights that are not float32 it is always "full".
-        inner_loss_coefficient (float): Weight of each inner reconstruction loss, where there are `matryoshka_widths`.
-            1 is SAELens' Matryoshka; less costs less of the whole dictionary's reconstruction.
-        inner_loss_steps (int | None): Training steps after which the inner losses count no more. Levels for half of
-            the training order the latents, and the rest gives the reconstruction back. None: they count to the end.
+        step (Literal["auto", "kept", "dense"]): How a training step is computed. "dense": SAELens' own code, with all
+            of its (tokens, d_sae) matrices. "kept": on the kept entries only, with the same selection and sums that
+            are equal up to rounding. "auto": the faster one at these sizes, from measurements on CPUs; a GPU is
+            timed at the first step. The environment variable SAE_LENS_SAMPLED_STEP overrides "auto".
+        scan (Literal["auto", "full", "reduced"]): How a step on the kept entries finds them on a CPU. "full": by a
+            float32 product. "reduced": by a bfloat16 product with a margin for its rounding; entries that may be kept
+            are recomputed in float32, so with a pool of all latents the kept entries and their values are those of a
+            float32 step. Smaller pools are scored on rounded activations, as under autocast. "auto": "reduced" for a
+            pool of all latents if the processor has bfloat16 instructions and the sizes make it faster, else "full".
+            Always "full" under autocast and for weights that are not float32.
+        inner_loss_coefficient (float): Weight of each inner reconstruction loss, used with `matryoshka_widths`. 1 is
+            SAELens' Matryoshka; a smaller weight costs less of the whole dictionary's reconstruction.
+        inner_loss_steps (int | None): Number of training steps after which the inner losses are switched off. Levels
+            for half of the training order the latents, and the rest recovers the reconstruction. None: never.
         use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
-            SAELens' trainer takes; False for a dense one, for a training loop of your own that needs it. Both carry
-            the gradient.
+            SAELens' trainer accepts. False: a dense tensor, for custom training loops. Both carry the gradient.
         inference_threshold (Literal["per_latent", "global"]): Thresholds of the exported JumpReLU SAE. "per_latent":
-            each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all,
-            with which latents outside the pool fire too.
+            each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all
+            latents, so those outside the pool fire too.
     """
 
     aux_loss_coefficient: float = 1 / 32
@@ -82,7 +81,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
 
     @property
     def batch_parts(self) -> dict[str, int]:
-        """Widths of what a training batch holds side by side, by the names of their fields."""
+        """Widths of the parts that a training batch holds side by side, by config field."""
         return {"d_in": self.d_in}
 
     def __post_init__(self) -> None:
@@ -101,12 +100,12 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         _check_steps("inner_loss_steps", steps := self.inner_loss_steps)
         check(
             steps is None or len(self.inner_widths) > 0,
-            f"inner_loss_steps={steps!r} is of the losses of levels, but there are none; set matryoshka_widths too.",
+            f"inner_loss_steps={steps!r} has no effect without matryoshka_widths; set that too.",
         )
         check(
             self.d_in >= 2,
-            f"d_in={self.d_in} is less than 2: SAELens' auxiliary loss keeps d_in // 2 dead latents per token, and "
-            "divides by that.",
+            f"d_in={self.d_in} is less than 2: SAELens' auxiliary loss keeps d_in // 2 dead latents per token and "
+            "divides by that number.",
         )
         check(
             self.normalize_activations not in ("layer_norm", "constant_norm_rescale"),
@@ -119,14 +118,14 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
 @dataclass
 class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
     """
-    Configuration class for a SampledTopKSAE, which selects over its batch at inference as in training.
+    Configuration class for a SampledTopKSAE, which selects over its batch at inference, as in training.
 
-    The fields are those of SampledTopKTrainingSAEConfig; k is an average per token.
+    Fields mean the same as in SampledTopKTrainingSAEConfig; k is an average per token.
     """
 
     k: float = 100  # type: ignore[assignment]
     rescale_acts_by_decoder_norm: bool = True
-    pool_quota: list[float] | None = None  # only to refuse it: SAELens drops what is no field without a word
+    pool_quota: list[float] | None = None  # only to reject it: SAELens silently drops unknown fields
 
     @override
     @classmethod
@@ -145,21 +144,21 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
 
 
 def refuse_quota(config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose pools had a quota for each level, an option that was removed.
+    """Reject a checkpoint whose pools had a quota for each level, an option that was removed.
 
     Raises:
-        ValueError: with the quota.
+        ValueError: naming the quota.
     """
     quota = config.get("pool_quota")
     check(
         quota is None,
-        f"pool_quota={quota} was an option of earlier versions, which chose other pools with it; it is gone, so this "
-        "checkpoint cannot be trained further or select as in training. Its JumpReLU export works as it did.",
+        f"pool_quota={quota} was an option of earlier versions that changed the pools. It was removed, so this "
+        "checkpoint can neither be trained further nor select as in training. Its JumpReLU export still works.",
     )
 
 
 def check_pool_fields(cfg: PoolFields) -> None:
-    """Refuse impossible values of the fields that the selection depends on.
+    """Reject invalid values of the fields that the selection depends on.
 
     Raises:
         ValueError: naming the field, its value, the reason and the way out.
@@ -178,11 +177,11 @@ def check_pool_fields(cfg: PoolFields) -> None:
     check(
         cfg.pool_factor is None or 1 <= cfg.pool_factor < math.inf,
         f"pool_factor={cfg.pool_factor} must be finite and at least 1: each token keeps k={cfg.k} entries "
-        f"of k * pool_factor candidates. pool_factor=None makes every latent one.",
+        f"of k * pool_factor candidates. With pool_factor=None every latent is a candidate.",
     )
     check(
         cfg.score in SCORES,
-        f"score={cfg.score!r} is not known; known are {', '.join(SCORES)}. Add your own with register_score.",
+        f"score={cfg.score!r} must be one of {', '.join(SCORES)}. Add your own with register_score.",
     )
     check(
         cfg.pool_sampling in get_args(PoolSampling),
@@ -190,7 +189,7 @@ def check_pool_fields(cfg: PoolFields) -> None:
     )
     check(
         not (cfg.score == "uniform" and cfg.pool_sampling == "top"),
-        "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to choose by; "
+        "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to rank them by; "
         "use pool_sampling='proportional'.",
     )
     check(
@@ -200,8 +199,8 @@ def check_pool_fields(cfg: PoolFields) -> None:
     _check_steps("pool_steps", cfg.pool_steps)
     check(
         cfg.pool_steps is None or cfg.n_candidates < cfg.d_sae,
-        f"pool_steps={cfg.pool_steps} ends the pools, but with pool_factor={cfg.pool_factor} there are none: each of "
-        f"the d_sae={cfg.d_sae} latents is a candidate from the first step. Leave one of the two out.",
+        f"pool_steps={cfg.pool_steps} has no effect with pool_factor={cfg.pool_factor}: each of the "
+        f"d_sae={cfg.d_sae} latents is a candidate from the first step. Leave out one of the two.",
     )
     _check_levels(cfg)
 
@@ -227,12 +226,12 @@ def _check_levels(cfg: PoolFields) -> None:
 
 
 def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
-    """Whether it is a list of at least one element, all of these types."""
+    """Whether `value` is a list of at least one element, all of these types; a bool is not an int."""
     is_list = isinstance(value, list) and len(value) > 0
     return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
 
 
 def check(condition: bool, message: str) -> None:
-    """Refuse a config with a ValueError, unless the condition holds."""
+    """Raise a ValueError with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)

@@ -1,8 +1,8 @@
-"""Buffers that keep their dtype and every bit, whatever happens to the module around them.
+"""Buffers that keep their dtype and every bit when their module is cast.
 
-Counters and running means must not follow the weights to bfloat16: a mean that moves by 1 % a step stands still there,
-and a counter loses its last digits. Two things would take them there: `module.to(dtype)`, and SAELens' disk loader,
-which casts every tensor of a file to the SAE's dtype (`read_sae_components_from_disk`).
+Counters and running means must not follow the weights to bfloat16, where a mean that moves by 1 % per step stands still
+and a counter loses its last digits. Two things would cast them: `module.to(dtype)`, and SAELens' disk loader, which
+casts every tensor of a file to the SAE's dtype (`read_sae_components_from_disk`).
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 def restore_buffers(module: nn.Module, originals: dict[str, Tensor]) -> None:
-    """Undo what a cast did to the buffers of `module`; a change of device stays.
+    """Undo a cast of the buffers of `module`; a change of device is kept.
 
     Args:
-        module: after the cast.
+        module: the module after the cast.
         originals: `dict(module.named_buffers())` from before it.
     """
     for name, original in originals.items():
@@ -28,13 +28,13 @@ def restore_buffers(module: nn.Module, originals: dict[str, Tensor]) -> None:
 
 
 def pack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Replace each buffer in `state_dict` by its bytes: numbers up to 255, which every float dtype holds exactly."""
+    """Replace each buffer in `state_dict` by its bytes: numbers up to 255, exact in every float dtype."""
     for name, _ in module.named_buffers():
         state_dict[name] = state_dict[name].reshape(-1).contiguous().view(torch.uint8)
 
 
 ADDED_LATER = ("pool_record.input_norm", "path_choice.record")
-"""Buffers that checkpoints of earlier versions lack: they load with the value of an untrained SAE."""
+"""Buffers missing from checkpoints of earlier versions; they are loaded as in an untrained SAE."""
 
 
 def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
@@ -49,15 +49,15 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
             state_dict[name] = torch.zeros_like(buffer, device="cpu")
             continue
         if packed is None or packed.numel() != buffer.numel() * buffer.element_size():
-            found = "missing" if packed is None else f"of {packed.numel()} bytes"
+            found = "missing" if packed is None else f"{packed.numel()} bytes long"
             raise ValueError(
-                f"this is not a checkpoint of such a sampled_topk SAE: {name!r} is {found}, expected "
-                f"{buffer.numel() * buffer.element_size()} bytes. Checkpoints hold {sorted(state_dict)[:4]} and so on; "
+                f"this checkpoint does not fit the sampled_topk SAE: {name!r} is {found}, expected "
+                f"{buffer.numel() * buffer.element_size()} bytes. The file holds {sorted(state_dict)[:4]} and so on; "
                 "an SAE exported for inference cannot be trained further."
             )
         state_dict[name] = unpack(packed, buffer.dtype).view(buffer.shape)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of one buffer, shape (n,), from their bytes, whatever dtype these were cast to."""
+    """Values of one buffer, shape (n,), from its bytes, which may have been cast to any dtype."""
     return packed.to(torch.uint8).view(dtype)

@@ -1,4 +1,4 @@
-"""From a training SAE to the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
+"""Export of a training SAE as the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
 
 import torch
 from jaxtyping import Float
@@ -12,24 +12,24 @@ from torch import Tensor
 from sae_lens_sampled.sae.checks import check_weights
 
 ExportedSAE = JumpReLUSAE | JumpReLUTranscoder
-"""What an SAE, and what a transcoder is exported as."""
+"""Class of an exported SAE, and of an exported transcoder."""
 
 
 @torch.no_grad()
 def to_jumprelu(
     sae: TrainingSAE, thresholds: Float[Tensor, " d_sae"] | None = None, prune: bool = False
 ) -> ExportedSAE:
-    """The inference SAE of a SampledTopK or BatchTopK training SAE, with unit-norm decoder rows. `sae` stays as it is.
+    """Export a SampledTopK or BatchTopK training SAE for inference, with unit-norm decoder rows; `sae` is unchanged.
 
-    A transcoder becomes a JumpReLU transcoder, with `skip` one with a skip connection.
+    A transcoder becomes a JumpReLU transcoder, with a skip connection if it has `skip`.
 
     Args:
         sae: the training SAE. An activation normalisation that is not folded yet stays in the config.
-        thresholds: in units of the training SAE's `hidden_pre`; None for those it has learnt. +inf silences a latent.
+        thresholds: in units of the training SAE's `hidden_pre`; None for the learnt ones. +inf silences a latent.
         prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original index of each latent.
 
     Raises:
-        ValueError: if weights are not finite; if `thresholds` (or those learnt) are NaN or negative, or have another
+        ValueError: if weights are not finite; if thresholds, given or learnt, are NaN or negative, or have the wrong
             shape; if pruning would leave nothing.
     """
     check_weights(sae)
@@ -46,7 +46,7 @@ def to_jumprelu(
 
 
 def _build(cfg: SAEConfig, state_dict: dict[str, Tensor]) -> ExportedSAE:
-    """As SAELens loads an SAE: built on the meta device, so that no memory and no random numbers are spent."""
+    """Build an SAE as SAELens loads one: on the meta device, so that it costs no memory and no random numbers."""
     device, cfg.device = cfg.device, "meta"
     exported = get_sae_class(cfg.architecture())[0](cfg)
     assert isinstance(exported, ExportedSAE)

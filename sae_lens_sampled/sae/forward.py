@@ -1,4 +1,4 @@
-"""A step on the kept entries in SAELens' terms: from a batch as the trainer gives it to an output as it takes it."""
+"""A step on the kept entries in SAELens' terms: from the trainer's batch to the output that the trainer expects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,44 +22,44 @@ from sae_lens_sampled.step.thresholds import StepCounts, reduce_counts
 
 @dataclass
 class SampledTrainStepOutput(TrainStepOutput):
-    """SAELens' output of a step, and what was chosen on the way."""
+    """SAELens' output of a step, with its pool and path."""
 
     pool: Tensor | None = None
-    """Indices of the candidates, shape (groups, n_candidates), of the process's own tokens; None if every latent is."""
+    """Candidates for this process's tokens, indices of shape (groups, n_candidates); None if every latent is one."""
     path: StepPath = "dense"
     """How the step was computed."""
 
 
 class ForwardPass(NamedTuple):
-    """What either way to compute a step gives."""
+    """Result of a step, on any path."""
 
     output: SampledTrainStepOutput
     counts: StepCounts
-    """Over the tokens of all ranks."""
+    """Counts over the tokens of all ranks."""
     inner: Sequence[Tensor]
-    """Reconstructions from the inner widths, shape (tokens, d_out)."""
+    """Reconstructions from the inner widths, shape (tokens, d_out) each."""
 
 
-@torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
+@torch.compiler.disable()  # shapes depend on the data: traced, the graph would break at each
 def kept_forward_pass(
     sae: RecordedSAE, sae_in: Tensor, target: Tensor, state: StepState, path: StepPath, ranks: Ranks
 ) -> ForwardPass | None:
-    """The host's forward pass with `kept_step` in its place; None if this step is for the dense path.
+    """SAELens' forward pass, computed by `kept_step`; None if this step needs the dense path.
 
     Args:
-        sae: in training.
-        sae_in: what is encoded, shape (..., d_in).
-        target: what is reconstructed, shape (..., d_out).
-        state: of this step.
+        sae: the training SAE.
+        sae_in: activations to encode, shape (..., d_in).
+        target: activations to reconstruct, shape (..., d_out).
+        state: state of this step.
         path: "columns" or "kept".
-        ranks: the processes that share the batch, of which `sae_in` is this one's.
+        ranks: the processes that share the batch; `sae_in` is this one's part.
     """
     cfg, record = sae.cfg, sae.pool_record
     if path == "kept":
         lay_out_by_latent(sae.W_enc)
     x = (processed := sae.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
-    # The gradient of the inputs is a matrix product, which nobody wants but the bias that was subtracted from them: it
-    # gets a vector instead, and where SAELens has multiplied it by 0 nothing.
+    # The gradient of the inputs is a matrix product that only the bias subtracted from them needs: the bias gets a
+    # vector instead, or nothing where SAELens has multiplied it by 0.
     wanted = sae_in.requires_grad
     input_bias = sae.b_dec if cfg.apply_b_dec_to_input and not wanted else None
     if not (cfg.apply_b_dec_to_input or wanted):
@@ -67,7 +67,7 @@ def kept_forward_pass(
     weights = sae.weights()._replace(input_bias=input_bias)
     scan = choose_scan(cfg.scan, state.fields, len(x), weights.W_enc)
     batch = Batch(x, weights, sae.latent_threshold, state.fields, record.n_steps, record.cutoff, ranks, scan)
-    width = target.shape[-1]  # that of a head, where the heads are merged for the encoder
+    width = target.shape[-1]  # of one head, where heads are merged for the encoder
     step = kept_step(batch, path, dead_latents(state.dead, state.n_dead), min(width // 2, state.n_dead))
     if step is None:
         sae.scan_record["dense_steps"] += 1
@@ -75,12 +75,12 @@ def kept_forward_pass(
     sae.scan_record["second_scans"] += step.cost.n_scans - 1
     sae.scan_record["extracted_per_kept"] = step.cost.n_extracted / max(len(step.kept.values), 1)
     sae.scan_record["recomputed_per_kept"] = step.cost.n_recomputed / max(len(step.kept.values), 1)
-    # The decoder's bias and the skip connection once for all levels, then back to the shape that came.
+    # Add the decoder's bias and the skip connection once for all levels, then restore the input's shape.
     *inner, reconstruction = add_skip(sae, x, step.reconstructions + sae.b_dec)
     sae_out = sae.run_time_activation_norm_fn_out(reconstruction.view(*processed.shape[:-1], -1))
     sae_out = sae.reshape_fn_out(sae_out, sae.d_head)
     losses = {"mse_loss": sae.mse_loss_fn(sae_out, target).sum(dim=-1).mean()}
-    # AuxK reconstructs what is left, which gets no gradient from it.
+    # AuxK reconstructs the residual, which gets no gradient from it.
     residual = (target - sae_out).detach().reshape(reconstruction.shape)
     auxiliary = auxiliary_loss(step.dead_reconstruction, residual, state.n_dead, width, cfg.aux_loss_coefficient)
     losses["auxiliary_reconstruction_loss"] = auxiliary
@@ -89,7 +89,7 @@ def kept_forward_pass(
         sae_in=target,
         sae_out=sae_out,
         feature_acts=feature_acts if cfg.use_sparse_activations else feature_acts.to_dense(),
-        hidden_pre=x.new_empty(0),  # nothing of the host reads it
+        hidden_pre=x.new_empty(0),  # SAELens never reads it
         loss=losses["mse_loss"] + auxiliary,
         losses=losses,
         pool=step.pool,
@@ -101,20 +101,20 @@ def kept_forward_pass(
 
 @torch.no_grad()
 def lay_out_by_latent(W_enc: nn.Parameter) -> None:
-    """Let what encodes a latent lie together in memory, as what decodes it does; shape and values stay.
+    """Store each latent's encoder weights contiguously, as its decoder weights are; shape and values are unchanged.
 
-    In that order sparse products give its gradient, and read it; otherwise a step transposes the matrix twice or
-    three times. Kernels of a GPU read its rows.
+    Sparse products read the matrix and return its gradient in that order; otherwise a step would transpose it two or
+    three times. Only on a CPU: GPU kernels read its rows.
     """
     if W_enc.device.type == "cpu" and not W_enc.T.is_contiguous():
         W_enc.data = W_enc.T.contiguous().T
 
 
 def add_inner_losses(sae: RecordedSAE, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
-    """SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, of shape (tokens, d_out).
+    """Add SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, shape (tokens, d_out) each.
 
-    Where they count no more they are still there to be logged, times 0: the record's number of steps, this one
-    counted already, stays on the device, and SAELens' own is one too low after a checkpoint.
+    After `inner_loss_steps` they are still logged but added with weight 0: the record's step count, which includes
+    this step, stays on the device, and SAELens' own is one too low after a checkpoint.
     """
     last, weight = sae.cfg.inner_loss_steps, sae.cfg.inner_loss_coefficient
     if last is not None:

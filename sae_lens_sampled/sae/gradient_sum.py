@@ -1,6 +1,6 @@
-"""Gradients of one SAE over several processes: summed where they are not 0, which is in a small part of the weights.
+"""Gradients of one SAE over several processes, exchanged only where they can be non-zero: a small part of the weights.
 
-Outside the latents that were in a pool, and the dead ones where AuxK ran, a step's gradient is exactly 0 on every rank.
+Except for latents in a pool, and dead ones where AuxK ran, a step's gradient is exactly 0 on every rank.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from sae_lens_sampled.step.ranks import GroupRanks, Ranks
 from sae_lens_sampled.step.scores import SCORES, is_mergeable
 
 LATENT_DIMENSION = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-"""Which dimension of a parameter has the latents; of others the whole gradient is summed."""
+"""Dimension of the latents in a parameter; other parameters have their whole gradient exchanged."""
 
 
 class GradientSum:
-    """Replaces gradients by their mean over ranks, inside `backward`, when the last parameter has its own.
+    """Replaces gradients by their mean over ranks, inside `backward`, once the last parameter has its gradient.
 
-    The host clips and steps right after `backward`, so nothing else comes in between. All parameters in one place: then
-    the order of exchanges is the same on all ranks, whatever the order of their gradients.
+    This cannot wait, since SAELens clips and steps right after `backward`. All parameters are exchanged together, so
+    that the order of exchanges is the same on all ranks, whatever the order of their gradients.
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
@@ -32,10 +32,10 @@ class GradientSum:
             parameter.register_post_accumulate_grad_hook(self._ready)
 
     active: Tensor | None
-    """Indices of the latents whose gradients may be other than 0 in this step; None for all."""
+    """Indices of the latents whose gradients may be non-zero in this step; None for all."""
 
     def expect(self, pool: Tensor | None, dead: Tensor | None) -> None:
-        """Say before `backward` where gradients may be other than 0; see `active_latents`."""
+        """Set before `backward` where gradients may be non-zero; see `active_latents`."""
         self.active = active_latents(pool, dead)
 
     def _ready(self, _parameter: Tensor) -> None:
@@ -61,7 +61,7 @@ def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
 
     Args:
         pool: indices of the candidates; None if every latent is one.
-        dead: which latents are dead, and so have a gradient by AuxK; None for none.
+        dead: mask of the dead latents, which get a gradient from AuxK; None for none.
     """
     if pool is None:
         return None
@@ -70,7 +70,7 @@ def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
 
 
 def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
-    """The processes of a group, which have rank 0's weights and buffers from now on; see `data_parallel`."""
+    """The processes of a group, after broadcasting rank 0's weights and buffers to them; see `data_parallel`."""
     check_is_exact(sae.cfg)
     ranks = GroupRanks(group)
     for tensor in (*sae.parameters(), *sae.buffers()):
@@ -79,15 +79,15 @@ def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
 
 
 def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
-    """Refuse what several processes cannot work out exactly.
+    """Reject configs that several processes cannot compute exactly.
 
     Raises:
         ValueError: for a registered score with one pool, and for float64.
     """
     if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and not is_mergeable(cfg.score):
         raise ValueError(
-            f"the registered score {cfg.score!r} of one pool cannot be worked out from what several processes have; "
-            f"take pool_group_size, or one of {sorted(filter(is_mergeable, SCORES))}."
+            f"the registered score {cfg.score!r} of one pool cannot be computed across processes; "
+            f"set pool_group_size, or use one of {sorted(filter(is_mergeable, SCORES))}."
         )
     if cfg.dtype == "float64":
-        raise ValueError("several processes find their cutoff in float32; dtype='float64' trains on one.")
+        raise ValueError("several processes find their cutoff in float32; dtype='float64' trains on one only.")

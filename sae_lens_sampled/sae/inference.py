@@ -1,4 +1,4 @@
-"""The inference architecture `sampled_topk`: the selection of training, batch by batch, without a training SAE."""
+"""The inference architecture `sampled_topk`: selects batch by batch as in training, without a training SAE."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +22,11 @@ from sae_lens_sampled.step.selection import sampled_topk
 
 
 class SampledTopKSAE(TopKSAE):
-    """Sampled-SAE with the paper's literal behaviour at inference: pool and cutoff come from the rows passed.
+    """Sampled-SAE with the paper's literal behaviour at inference: pool and cutoff come from the given rows.
 
-    What a token is encoded as therefore depends on the batch it is in; the default export, a JumpReLU SAE, has no such
-    dependence. `SAE.load_from_disk` and `SAE.from_pretrained` give this class for a *training* checkpoint, whose
-    weights it takes as they are. A sampled pool is always the first draw, so encoding is deterministic.
+    A token's code therefore depends on its batch; the default export, a JumpReLU SAE, has no such dependence.
+    `SAE.load_from_disk` and `SAE.from_pretrained` return this class for a *training* checkpoint, whose weights it uses
+    unchanged. A sampled pool is always the first draw, so encoding is deterministic.
     """
 
     cfg: SampledTopKSAEConfig  # type: ignore[assignment]
@@ -55,13 +55,14 @@ class SampledTopKSAE(TopKSAE):
 
 
 def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
-    """The training SAE of a checkpoint folder, with the activation normalisation saved beside it folded in.
+    """Load the training SAE of a checkpoint folder, with the activation normalisation saved beside it folded in.
 
-    Of any architecture. A checkpoint from the middle of a run with `normalize_activations` other than "none" is not
-    folded; used on raw activations as it is, it would be wrong.
+    It may have any architecture. A checkpoint from the middle of a run with `normalize_activations` other than "none"
+    is not folded yet, so that it would be wrong on raw activations.
 
     Raises:
-        ValueError: if the folder holds no readable checkpoint, the normalisation it needs is missing, or `device` is.
+        ValueError: if the folder holds no readable training checkpoint, or lacks the normalisation it needs, or
+            `device` is unavailable.
     """
     folder = Path(folder)
     check_device(device)
@@ -72,7 +73,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
         raise ValueError(f"no readable training checkpoint in {str(folder)!r}: {error}") from error
     if sae is None:
         raise ValueError(
-            f"{str(folder)!r} holds an SAE that was exported for inference, not a training checkpoint; "
+            f"{str(folder)!r} holds an SAE exported for inference, not a training checkpoint; "
             "sae_lens.SAE.load_from_disk(folder) loads it."
         )
     if sae.cfg.normalize_activations in UNFOLDED:

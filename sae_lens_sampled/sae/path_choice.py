@@ -1,4 +1,4 @@
-"""Which way a training step takes where only measuring tells: on a GPU, of a kind that nobody has timed."""
+"""Choice of a training step's path by timing it, on GPUs, which have not been benchmarked."""
 
 import os
 import time
@@ -15,25 +15,25 @@ from sae_lens_sampled.step.kept_entries import Step, StepPath
 from sae_lens_sampled.step.ranks import Ranks
 
 MEASURED_DEVICES = ("cuda",)
-"""On others the constants of `kept_entries.py` decide."""
+"""Device types that are timed; on others the constants of `kept_entries.py` decide."""
 AGAIN_AFTER_STEPS = 100
-"""Steps after which is measured once more: some 1.3 entries per kept one exceed the bound then, and 4 at first."""
+"""Steps after which paths are timed again: about 1.3 entries per kept one exceed the bound then, 4 at first."""
 DEAD_SHARE = 0.1
-"""Share of dead latents from which on is measured once more: AuxK costs the dense step more."""
+"""Share of dead latents above which paths are timed again: AuxK costs the dense step more."""
 TOLERANCE, TOLERANCE_UNDER_AUTOCAST = 1e-5, 1e-2
-"""How far the losses of two ways may lie apart, as a share of the loss."""
+"""Largest allowed difference from the dense path's loss, as a share of that loss."""
 N_TIMED = 3
-"""Forward and backward passes that are timed, after one that is not."""
+"""Number of timed forward and backward passes, after an untimed one."""
 VARIABLE = "SAE_LENS_SAMPLED_STEP"
-"""Environment variable that stands in for `step="auto"`."""
+"""Environment variable that overrides `step="auto"`."""
 
 
 class PathChoice(nn.Module):
-    """The way that was measured to be the fastest, and when to measure again. A checkpoint holds it."""
+    """The path that was timed as fastest, and when to time again. Saved in checkpoints."""
 
     record: Tensor
-    """The path's place in `StepPath` from 1 on (0: not measured), the number of tokens, whether it was measured after
-    `AGAIN_AFTER_STEPS`, and with many dead latents; int64, shape (4,)."""
+    """The path's place in `StepPath`, from 1 (0: not timed yet), the number of tokens, and whether it was timed after
+    `AGAIN_AFTER_STEPS` and with many dead latents; int64, shape (4,)."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -41,24 +41,24 @@ class PathChoice(nn.Module):
         self._known: list[int] | None = None  # the record, read from the device once
 
     def is_due(self, n_tokens: int, n_steps: int, dead_share: float) -> bool:
-        """Whether to measure at this step."""
+        """Whether to time the paths at this step."""
         path, tokens, late, dead = self._read()
         again = not late and n_steps >= AGAIN_AFTER_STEPS
         return path == 0 or tokens != n_tokens or again or (not dead and dead_share > DEAD_SHARE)
 
     @property
     def path(self) -> StepPath:
-        """The way that was chosen last."""
+        """The path that was chosen last."""
         return get_args(StepPath)[self._read()[0] - 1]
 
     def remember(self, path: StepPath, n_tokens: int, n_steps: int, dead_share: float) -> None:
-        """The choice of a measurement at this step."""
+        """Record the path chosen at this step."""
         place = 1 + get_args(StepPath).index(path)
         self._known = [place, n_tokens, int(n_steps >= AGAIN_AFTER_STEPS), int(dead_share > DEAD_SHARE)]
         self.record.copy_(torch.tensor(self._known))
 
     def forget(self) -> None:
-        """Measure anew: what was measured was another step's."""
+        """Discard the choice: it was timed for another kind of step."""
         self._known = [0] * len(self.record)
         self.record.zero_()
 
@@ -73,10 +73,10 @@ class PathChoice(nn.Module):
 
 
 def fixed_step(step: Step) -> Step:
-    """`step`, or what the environment says in place of "auto".
+    """`step`, or the environment variable's value in place of "auto".
 
     Raises:
-        ValueError: if that is no step.
+        ValueError: if that is not a step.
     """
     if step != "auto" or not (wanted := os.environ.get(VARIABLE, "").strip()):
         return step
@@ -86,10 +86,10 @@ def fixed_step(step: Step) -> Step:
 
 
 class Measured(NamedTuple):
-    """One way to compute a step."""
+    """Timing of one path."""
 
     seconds: float
-    """Median of forward and backward; infinite if the way failed."""
+    """Median time of forward and backward; infinite if the path failed."""
     loss: float
     failure: str | None
 
@@ -97,15 +97,15 @@ class Measured(NamedTuple):
 def fastest_path(
     loss_by: Callable[[StepPath], Tensor], paths: Sequence[StepPath], parameters: list[nn.Parameter], ranks: Ranks
 ) -> StepPath:
-    """The way whose forward and backward pass took the least time; a line in the log says how much each took.
+    """The path with the fastest forward and backward pass; the times of all are logged.
 
-    A way that fails, has no memory, or has another loss than the dense one is left, with a warning that names it.
+    A path that fails, runs out of memory, or gives another loss than the dense one is skipped, with a warning.
 
     Args:
-        loss_by: computes the loss of this batch by a path, and changes nothing.
-        paths: the ways that there are, the dense one among them.
-        parameters: whose gradients are formed.
-        ranks: the processes, which decide alike: by the slowest of them.
+        loss_by: computes the loss of this batch by a path, without side effects.
+        paths: the possible paths, the dense one among them.
+        parameters: parameters to compute gradients of.
+        ranks: the processes, which all decide by the slowest of them.
     """
     device = parameters[0].device
     measured = {path: measure(partial(loss_by, path), parameters, device) for path in paths}
@@ -123,14 +123,14 @@ def fastest_path(
     times = dict(zip(seconds, slowest, strict=True))
     fastest = min(times, key=lambda path: times[path])
     if times[fastest] == float("inf"):
-        fastest = "dense"  # whose error is then the run's
+        fastest = "dense"  # whose error then ends the run
     shown = ", ".join(f"{1000 * own:,.2f} ms by {path!r}" for path, own in times.items())
     logger.info(f"sampled_topk: forward and backward take {shown}; steps take the path {fastest!r} from here on")
     return fastest
 
 
 def measure(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], device: torch.device) -> Measured:
-    """Time a way to compute a step, after one pass that compiles and fills caches."""
+    """Time a path, after one pass that compiles and fills caches."""
     seconds, loss = [], float("nan")
     try:
         for _ in range(1 + N_TIMED):
@@ -139,7 +139,7 @@ def measure(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], devic
             torch.autograd.grad(value, parameters, allow_unused=True)
             seconds.append(now(device) - start)
             loss = value.item()
-    except Exception as error:  # whatever a kernel raises on a machine that nobody has seen
+    except Exception as error:  # kernels may raise anything on an untested machine
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return Measured(float("inf"), loss, f"{type(error).__name__}: {error}")
@@ -147,7 +147,7 @@ def measure(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], devic
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """The time in seconds, once the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""What an SAE or a transcoder makes of activations; SAELens' `decode` leaves a transcoder's skip connection out."""
+"""Reconstructions by an SAE or a transcoder; SAELens' `decode` leaves out a transcoder's skip connection."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 
 def add_skip(sae: SAE[Any], x: Tensor, reconstruction: Tensor) -> Tensor:
-    """What is decoded, shape (..., d_out), with what a skip connection adds to it, if `sae` has one.
+    """The reconstruction, shape (..., d_out), plus the output of the skip connection, if `sae` has one.
 
     Args:
-        sae: for training or inference.
+        sae: an SAE or transcoder for training or inference.
         x: its inputs, shape (..., d_in).
-        reconstruction: of these inputs; other dimensions may come before theirs.
+        reconstruction: decoded from these inputs; it may have more leading dimensions.
     """
     W_skip = getattr(sae, "W_skip", None)
     return reconstruction if W_skip is None else reconstruction + nn.functional.linear(x.to(W_skip.dtype), W_skip)
 
 
 def decode_inner_widths(sae: Any, x: Tensor, acts: Tensor) -> list[Tensor]:
-    """Reconstructions from the inner widths, shape (tokens, d_out), by Matryoshka's own code, which takes rows only.
+    """Reconstructions from the inner widths, shape (tokens, d_out), by Matryoshka's own code, which takes 2-D input.
 
     Args:
-        sae: in training, with levels or without.
+        sae: a training SAE, with or without levels.
         x: its inputs, shape (..., d_in).
         acts: their feature activations, shape (..., d_sae).
     """
@@ -34,6 +34,6 @@ def decode_inner_widths(sae: Any, x: Tensor, acts: Tensor) -> list[Tensor]:
 
 
 def encode_and_reconstruct(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations of the latents, shape (..., d_sae), and the whole reconstruction from them, (..., d_out)."""
+    """Feature activations, shape (..., d_sae), and the full reconstruction from them, shape (..., d_out)."""
     acts = sae.encode(x)
     return acts, add_skip(sae, x, sae.decode(acts))

@@ -1,4 +1,4 @@
-"""What a training SAE remembers beside its weights: how it is kept, saved, folded, loaded, and read at export."""
+"""State of a training SAE besides its weights: how it is kept, saved, folded, loaded, and exported."""
 
 import warnings
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from sae_lens_sampled.step.sparse_codes import Weights
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, RateMatcher
 
 METRIC_TOKENS = 256
-"""Tokens of a batch on which the export is looked at while training."""
+"""Tokens of a batch on which the export is evaluated during training."""
 
 
 class RecordedSAE(BatchTopKTrainingSAE):
-    """A BatchTopK training SAE with a record of its pools and with thresholds that match rates; see `training.py`."""
+    """A BatchTopK training SAE with a record of its pools and rate-matched thresholds; see `training.py`."""
 
     cfg: SampledTopKTrainingSAEConfig  # type: ignore[assignment]
 
@@ -38,41 +38,41 @@ class RecordedSAE(BatchTopKTrainingSAE):
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         self.path_choice = PathChoice(self.W_dec.device)
-        # What extraction has cost so far; it matters for speed alone, so it is not saved.
+        # Cost of extraction so far; it is about speed only, so it is not saved.
         self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0, "recomputed_per_kept": 0.0}
 
     @property
     def latent_threshold(self) -> Tensor:
-        """The threshold that each latent would be exported with, float32, shape (d_sae,), in units of `hidden_pre`."""
+        """Running rate-matched threshold of each latent, float32, shape (d_sae,), in units of `hidden_pre`."""
         return self.rate_matcher.threshold
 
     def pool_fields(self) -> PoolFields:
-        """The fields that choose the pool after the steps so far; waits for the device where there are `pool_steps`."""
+        """The fields that choose the pool after the steps so far; waits for the device if `pool_steps` is set."""
         return self.cfg if self.cfg.pool_steps is None else self.cfg.fields_after(int(self.pool_record.n_steps))
 
     def weights(self) -> Weights:
-        """What encodes and decodes, with gradient."""
+        """Encoder and decoder weights, with gradient."""
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         return Weights(self.W_enc, self.b_enc, self.W_dec, norms)
 
     def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a training batch, shape (..., d_in), is encoded and what is reconstructed: all of it.
+        """Inputs and targets of a training batch, shape (..., d_in): the batch itself as both.
 
         Raises:
-            ValueError: if it is empty or of another width.
+            ValueError: if it is empty or has the wrong width.
         """
         check_shape(self, batch)
         return batch, batch
 
     def pool_statistics(self) -> dict[str, float]:
-        """The pools so far, in numbers; the same that are logged in training. See the README's table."""
+        """Statistics of the pools so far, as logged in training. See the README's table."""
         of_pools = {name: statistic(self.pool_record).item() for name, statistic in POOL_STATISTICS.items()}
         return of_pools | self.scan_record
 
     def learnt_thresholds(self) -> Float[Tensor, " d_sae"]:
-        """What training has learnt, by the rule of `inference_threshold`, in units of `hidden_pre`.
+        """Thresholds learnt in training, by the rule of `inference_threshold`, in units of `hidden_pre`.
 
-        Before the first step BatchTopK's threshold, as it is: 0, or what was set.
+        Before the first step: BatchTopK's threshold as it is, 0 unless it was set.
         """
         n_steps = self.pool_record.n_steps
         if n_steps == 0:
@@ -89,10 +89,10 @@ class RecordedSAE(BatchTopKTrainingSAE):
         return (self.topk_threshold / correction).repeat(self.cfg.d_sae)
 
     def export_metrics(self, sae_in: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """L0 and FVU that the exported SAE has on some of a batch; functions, so that they cost nothing unless logged.
+        """L0 and FVU of the exported SAE on part of a batch, as functions, so that they cost nothing unless logged.
 
         Args:
-            sae_in: the training batch, shape (..., d_batch), of which the first `METRIC_TOKENS` are looked at.
+            sae_in: the training batch, shape (..., d_batch); the first `METRIC_TOKENS` tokens are used.
         """
 
         def rows() -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        # Past BatchTopK's own version, which expects its buffer unpacked.
+        # Skips BatchTopK's own version, which expects its buffer unpacked.
         super(BatchTopKTrainingSAE, self).process_state_dict_for_saving_inference(state_dict)
         for name, _ in self.named_buffers():
             del state_dict[name]
@@ -133,7 +133,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
 
     @override
     def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
-        """Save as a JumpReLU SAE, which plain SAELens loads; the decoder rows come out unit-norm."""
+        """Save as a JumpReLU SAE that plain SAELens loads, with unit-norm decoder rows."""
         starved = POOL_STATISTICS["starved_share"](self.pool_record).item()
         if starved > 0.5 and self.pool_record.n_steps > 0 and self.cfg.pool_group_size is None:
             warnings.warn(
@@ -157,11 +157,11 @@ class RecordedSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
         super().fold_activation_whitening(*args, **kwargs)
-        self.pool_record.input_norm.zero_()  # that of whitened inputs says nothing of others
+        self.pool_record.input_norm.zero_()  # the norm of whitened inputs says nothing about others
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """Weights and buffers of a checkpoint; ValueError if it is missing, truncated, or of another kind or size."""
+        """Load weights and buffers of a checkpoint; ValueError if it is missing, truncated, or does not fit."""
         check_same_weights(Path(checkpoint_path), self.cfg.to_dict())
         try:
             super().load_weights_from_checkpoint(checkpoint_path)

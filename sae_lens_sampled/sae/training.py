@@ -27,29 +27,29 @@ from sae_lens_sampled.step.selection import PoolFields, sampled_topk
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, StepCounts, count_dense, reduce_counts
 
 STEP_METHODS = ("encode", "encode_with_hidden_pre", "encode_with_pool", "decode", "calculate_aux_loss")
-"""Methods that a step on the kept entries does not call; where a subclass has its own the dense path runs."""
+"""Methods that a step on the kept entries does not call; if a subclass overrides one, the dense path runs."""
 Encoded: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""Activations, pre-activations and the pool, as `encode_with_pool` gives them."""
+"""Activations, pre-activations and the pool, as `encode_with_pool` returns them."""
 
 
 class SampledTopKTrainingSAE(RecordedSAE):
-    r"""BatchTopK inside a candidate pool that every batch chooses anew (Sampled-SAE, arXiv 2508.21324).
+    r"""BatchTopK within a candidate pool chosen anew for each batch (Sampled-SAE, arXiv 2508.21324).
 
-    For activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ of B tokens (times the decoder norms, if these rescale):
+    For activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ of B tokens (times the decoder norms, if rescaled by them):
     score every latent over the batch, keep the best `k * pool_factor` as candidates, keep the `int(k * B)` largest
-    entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK; with
-    `step="dense"` bit for bit. With `matryoshka_widths` the inner widths have losses of their own, from the same kept
-    entries: with all latents as candidates this is SAELens' Matryoshka BatchTopK.
+    entries among these, and reconstruct from them. With all latents as candidates this is SAELens' BatchTopK,
+    bit-identical with `step="dense"`. With `matryoshka_widths` each inner width has its own loss on the same kept
+    entries; with all latents as candidates this is SAELens' Matryoshka BatchTopK.
 
-    Like BatchTopK, `encode` selects over all rows that it is given, so a token's code depends on its batch.
+    As in BatchTopK, `encode` selects over all given rows, so a token's code depends on its batch.
     """
 
     def __init__(self, cfg: SampledTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.ranks: Ranks = ALONE
-        """The processes that train it."""
+        """The processes that train this SAE."""
         self._gradient_sum: GradientSum | None = None
-        self._announced: tuple[StepPath, Scan] | None = None  # what the log has said last
+        self._announced: tuple[StepPath, Scan] | None = None  # what was logged last
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return self.select(x, draw=0)
 
     def select(self, x: Tensor, draw: int) -> Tensor:
-        """Feature activations, shape (..., d_sae), as training selects them from `x`, all of it one batch.
+        """Feature activations, shape (..., d_sae), selected as in training, with `x` as one batch.
 
-        Nothing is recorded. `draw` is the number of the random draw of a sampled pool; `encode` always takes draw 0.
+        Nothing is recorded. `draw` is the index of the random draw of a sampled pool; `encode` always uses draw 0.
         """
         return self._encode(x, torch.full_like(self.pool_record.n_steps, draw), ALONE, self.pool_fields())[0]
 
@@ -71,8 +71,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def encode_with_pool(self, x: Tensor, ranks: Ranks = ALONE, fields: PoolFields | None = None) -> Encoded:
         """As `encode_with_hidden_pre`, and the pool, shape (groups, n_candidates); None if every latent is in it.
 
-        A dense step calls this; a subclass that selects in another way has one of its own. `ranks` are the processes
-        that share the batch, of which `x` is this one's; `fields` choose the pool, None: those after the steps so far.
+        A dense step calls this; a subclass that selects in another way overrides it. `ranks` are the processes that
+        share the batch; `x` is this one's part. `fields` choose the pool; None: those after the steps so far.
         """
         return self._encode(x, self.pool_record.n_steps, ranks, fields or self.pool_fields())
 
@@ -95,11 +95,11 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> SampledTrainStepOutput:
-        """One forward pass, which also updates the threshold and the pool record.
+        """Run one forward pass, and update the thresholds and the pool record.
 
         Raises:
-            ValueError: if `sae_in` is empty, has another width or non-finite rows, before anything is changed; if the
-                loss is not finite at a step that logs; for a subclass that encodes in its own way without a pool.
+            ValueError: if `sae_in` is empty, has the wrong width or non-finite rows, before anything is changed; if the
+                loss is not finite at a step that checks it; if a subclass overrides `encode_with_hidden_pre` alone.
         """
         state = read_step(step_input, self.cfg, self.pool_record.n_steps, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)
@@ -119,7 +119,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return output
 
     def choose_path(self, x: Tensor, fields: PoolFields) -> StepPath | None:
-        """How a step on `x` with such a pool is computed, asked once a step; None: in the way measured as fastest."""
+        """Path of a step on `x` with such a pool, called once per step; None: the one timed as fastest."""
         n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
@@ -129,7 +129,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return choose_path(fields, step, n_tokens, device)
 
     def _measured_path(self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState) -> StepPath:
-        """What was measured to be the fastest on such a batch, or is measured now, on the process's own tokens."""
+        """The path timed as fastest on such a batch; if needed it is timed now, on the process's own tokens."""
         choice, when = self.path_choice, (len(x), step_input.n_training_steps, state.n_dead / self.cfg.d_sae)
         paths, costs = possible_paths(state.fields, x.device), dict(self.scan_record)
         if choice.is_due(*when) or choice.path not in paths:
@@ -150,13 +150,13 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def _has_own(self, method: str) -> bool:
         return getattr(getattr(self, method), "__func__", None) is not getattr(SampledTopKTrainingSAE, method)
 
-    @torch.compiler.disable()  # its shapes depend on the data: traced, the graph would break at each of them
+    @torch.compiler.disable()  # shapes depend on the data: traced, the graph would break at each
     def _kept_forward_pass(
         self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState
     ) -> ForwardPass | None:
         if state.n_steps == self.cfg.pool_steps:
             self.path_choice.forget()
-            logger.info(f"sampled_topk: after {state.n_steps} training steps with pools every latent is a candidate")
+            logger.info(f"sampled_topk: after {state.n_steps} training steps with pools, every latent is a candidate")
         path = self.choose_path(x, state.fields) or self._measured_path(step_input, x, target, state)
         if self._announced is None:
             warn_if_alone(self.ranks)
@@ -171,11 +171,11 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def _dense_forward_pass(
         self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState, ranks: Ranks
     ) -> ForwardPass:
-        """The host's forward pass, which has no place for the pool, nor for a transcoder's targets."""
+        """SAELens' forward pass, written out since it has no place for the pool or a transcoder's targets."""
         if self._has_own("encode_with_hidden_pre") and not self._has_own("encode_with_pool"):
             raise ValueError(
-                f"{type(self).__name__} has an encode_with_hidden_pre of its own, but a training step calls "
-                "encode_with_pool, which gives the pool too; give it one of those."
+                f"{type(self).__name__} overrides encode_with_hidden_pre, but a training step calls encode_with_pool, "
+                "which returns the pool too; override that as well."
             )
         feature_acts, hidden_pre, pool = self.encode_with_pool(x, ranks, state.fields)
         sae_out = add_skip(self, x, self.decode(feature_acts))
@@ -199,7 +199,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @torch.no_grad()
     def _record(self, counts: StepCounts, pool: Tensor | None, dead: Tensor | None, n_tokens: int) -> None:
-        """Update all that a step leaves behind besides gradients; alike on all ranks."""
+        """Update all state that a step changes besides gradients, equally on all ranks."""
         if pool is not None and self.cfg.pool_group_size is not None:
             pool = self.ranks.union(pool, self.cfg.d_sae)
         if self._gradient_sum is not None:
@@ -213,17 +213,17 @@ class SampledTopKTrainingSAE(RecordedSAE):
         self.rate_matcher.update(counts, recently_pooled, record.cutoff, n_tokens, record.n_steps - 1)
 
     def data_parallel(self, group: "ProcessGroup | None" = None) -> None:
-        """Train on the tokens of several processes, with the numbers of one on the whole batch.
+        """Train on the tokens of several processes, with the same results as one process on the whole batch.
 
         Call it on every process of `group` (None: all) after building the SAE, before the trainer. Each process then
-        gives its own tokens of every batch to its trainer, all the same number of them: rank 0 the first ones, and so
-        on. Pools, cutoff, thresholds, records and gradients are those of the whole batch on all ranks, up to the order
-        of sums; losses and L0 in the trainer's metrics are of the rank's own tokens. With groups (`pool_group_size`)
-        and with a pool of all latents the gradients of all latents are exchanged, with one pool those of the pool.
-        Weights and buffers are those of rank 0 from here on.
+        passes its own tokens of every batch to its trainer, the same number on each: rank 0 the first ones, and so on.
+        Pools, cutoff, thresholds, records and gradients are those of the whole batch on all ranks, up to the order of
+        sums; losses and L0 in the trainer's metrics cover the rank's own tokens. Gradients are exchanged for the
+        latents that are in a pool of any rank or dead; with a pool of all latents, for all. Weights and buffers are
+        copied from rank 0.
 
         Raises:
-            ValueError: for a registered score with one pool, and for float64: its cutoff is found in float32.
+            ValueError: for a registered score with one pool, and for float64, as the cutoff is found in float32.
         """
         self.ranks = join_group(self, group)
         self._gradient_sum = GradientSum(self, self.ranks)

@@ -1,4 +1,4 @@
-"""Transcoders: what one place of a model is encoded, what comes out at another place is reconstructed from it."""
+"""Transcoders: encode activations at one hook of a model, reconstruct those at another from them."""
 
 import copy
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     """
     Configuration class for training a SampledTopKTranscoder (transcoders: arXiv 2406.11944).
 
-    Fields that SampledTopKTrainingSAEConfig has too are documented there. By default every latent is a candidate, which
-    is BatchTopK.
+    Fields inherited from SampledTopKTrainingSAEConfig are documented there. By default every latent is a candidate,
+    which is BatchTopK.
 
     Args:
         d_out (int | None): Width of the outputs. None: `d_in`.
         hook_name_out (str | None): Hook of the outputs, such as "blocks.3.hook_mlp_out", for TranscoderRunner and
-            evaluations; the hook of the inputs is the runner's `hook_name`. None: whoever trains gives both in a batch.
-        skip (bool): Whether outputs are also a linear function of inputs (arXiv 2501.18823), which starts at 0.
+            evaluations; the hook of the inputs is the runner's `hook_name`. None: the caller's batches hold both.
+        skip (bool): Whether to add a linear map from inputs to outputs (arXiv 2501.18823), initialised to 0.
     """
 
     apply_b_dec_to_input: bool = False
@@ -53,20 +53,20 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hook_name_out is not None:
-            self.metadata = copy.deepcopy(self.metadata)  # `dataclasses.replace` gives two configs the same
+            self.metadata = copy.deepcopy(self.metadata)  # `dataclasses.replace` shares it between configs
             self.metadata.hook_name_out = self.hook_name_out
         check(
             not self.apply_b_dec_to_input,
-            "apply_b_dec_to_input=True has no meaning for a transcoder: its decoder's bias is of the outputs.",
+            "apply_b_dec_to_input=True has no meaning for a transcoder: its decoder's bias belongs to the outputs.",
         )
         check(
             self.normalize_activations == "none",
             f"normalize_activations={self.normalize_activations!r} has no meaning for a transcoder: it would scale "
-            "inputs and outputs, which are of two spaces, by one factor. Use 'none'.",
+            "inputs and outputs, which are in two spaces, by one factor. Use 'none'.",
         )
         check(
             self.reshape_activations == "none",
-            f"reshape_activations={self.reshape_activations!r} merges the heads of one place; a transcoder has two.",
+            f"reshape_activations={self.reshape_activations!r} merges the heads of one hook; a transcoder has two.",
         )
         check(
             self.d_out is None or type(self.d_out) is int,
@@ -75,8 +75,8 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
         check(isinstance(self.skip, bool), f"skip={self.skip!r} must be True or False.")
         check(
             self.batch_parts["d_out"] >= 2,
-            f"d_out={self.d_out} is less than 2: SAELens' auxiliary loss keeps d_out // 2 dead latents per token, and "
-            "divides by that.",
+            f"d_out={self.d_out} is less than 2: SAELens' auxiliary loss keeps d_out // 2 dead latents per token and "
+            "divides by that number.",
         )
 
     @override
@@ -91,9 +91,9 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
 class SampledTopKTranscoder(SampledTopKTrainingSAE):
     r"""A transcoder with the pools, cutoff, thresholds and nested losses of SampledTopKTrainingSAE.
 
-    For inputs $x$ and outputs $y$ of the same token: activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ are selected
-    as there, and $y$ is reconstructed, $\hat y = z W_{dec} + b_{dec}$, with `skip` $+ x W_{skip}^T$. A training batch
-    has both side by side, `torch.cat([x, y], dim=-1)`; `encode` and `forward` take inputs alone.
+    For inputs $x$ and outputs $y$ of the same token, activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ are selected
+    as there, and $y$ is reconstructed as $\hat y = z W_{dec} + b_{dec}$, plus $x W_{skip}^T$ with `skip`. A training
+    batch holds both side by side, `torch.cat([x, y], dim=-1)`; `encode` and `forward` take inputs only.
 
     With all latents as candidates, the default, it is a BatchTopK transcoder. It is exported as SAELens' JumpReLU
     transcoder.
@@ -104,7 +104,7 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        # The encoder stays as an SAE's; the decoder, of another space, has directions of its own.
+        # The encoder is initialised as an SAE's; the decoder, in another space, gets directions of its own.
         W_dec = torch.empty(self.cfg.d_sae, self.cfg.batch_parts["d_out"], dtype=self.dtype, device=self.device)
         nn.init.kaiming_uniform_(W_dec)
         if self.cfg.decoder_init_norm is not None:
@@ -116,10 +116,10 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
 
     @override
     def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs, shape (..., d_in), and outputs, (..., d_out), of a training batch that has them side by side.
+        """Inputs, shape (..., d_in), and outputs, (..., d_out), of a training batch that holds them side by side.
 
         Raises:
-            ValueError: if it is empty or of another width.
+            ValueError: if it is empty or has the wrong width.
         """
         check_width(batch, self.cfg.batch_parts)
         x, y = batch.split(list(self.cfg.batch_parts.values()), dim=-1)

@@ -187,7 +187,7 @@ def test_an_sae_with_nan_is_left_out_of_the_evaluation_and_named(tmp_path, monke
     monkeypatch.setattr(evaluation, "density", lambda _core: {})
     [fault] = evaluation.evaluate(study, [bad, good])
     entries = sae.W_enc.numel()
-    assert fault.startswith(f"3 of {entries:,} entries of W_enc are not finite, so '{study.sae(bad)}' is of no use: ")
+    assert fault.startswith(f"3 of {entries:,} entries of W_enc are not finite, so '{study.sae(bad)}' is unusable: ")
     assert list(study.evaluations.load()) == [("batchtopk", 0)]
 
 

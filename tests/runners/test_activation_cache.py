@@ -97,14 +97,14 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
 
 
 def test_text_that_ends_before_is_refused(store, tmp_path):
-    with pytest.raises(ValueError, match=r"the text has some [\d,]+ tokens, but 100,000 are asked for; it ends before"):
+    with pytest.raises(ValueError, match=r"the text has about [\d,]+ tokens, but 100,000 are needed; it ends before"):
         cache_activations(store(n_texts=10), 100_000, tmp_path, SETTINGS)
     known = json.loads((tmp_path / PROGRESS).read_text())["tokens"]
     assert len(cache_activations(store(n_texts=10), known, tmp_path, SETTINGS)) == known > 100
 
 
 def test_text_that_does_not_fill_a_pass_is_refused_with_what_it_takes(store, tmp_path):
-    with pytest.raises(ValueError, match=r"the text has some 0 tokens, but 5 are asked for; it ends before 30 prompts"):
+    with pytest.raises(ValueError, match=r"the text has about 0 tokens, but 5 are needed; it ends before 30 prompts"):
         cache_activations(store(n_texts=1, prompts=30), 5, tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
@@ -117,9 +117,9 @@ def test_fewer_tokens_are_the_first_of_more(store, tmp_path):
 
 def test_activations_of_other_settings_are_refused(store, tmp_path):
     cache_activations(store(), 100, tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match=r"has activations of model='m', not 'other'; choose another folder"):
+    with pytest.raises(ValueError, match=r"holds activations with model='m', not 'other'; choose another folder"):
         cache_activations(store(), 100, tmp_path, SETTINGS | {"model": "other"})
-    with pytest.raises(ValueError, match=r"has activations of n_tokens=100, not 101"):
+    with pytest.raises(ValueError, match=r"holds activations with n_tokens=100, not 101"):
         cache_activations(store(), 101, tmp_path, SETTINGS)
 
 
@@ -136,7 +136,7 @@ def test_what_the_store_knows_is_a_setting_too(store, tmp_path):
     ):
         other = store()
         setattr(other, name, value)
-        with pytest.raises(ValueError, match=rf"has activations of {name}=.*, not .*; choose another folder") as error:
+        with pytest.raises(ValueError, match=rf"holds activations with {name}=.*, not .*; choose another") as error:
             cache_activations(other, 100, tmp_path, {})
         assert there is None or repr(there) in str(error.value)
 
@@ -146,7 +146,7 @@ def test_the_same_model_processed_is_another_setting(store, tiny_lm, tmp_path):
     changed = TransformerBridge.boot_transformers(str(tiny_lm), device="cpu")
     changed.enable_compatibility_mode()  # folds layer norms and centres what is written
     digits = "'[0-9a-f]{16}'"
-    with pytest.raises(ValueError, match=rf"has activations of model_weights={digits}, not {digits}; choose another"):
+    with pytest.raises(ValueError, match=rf"holds activations with model_weights={digits}, not {digits}; choose"):
         cache_activations(store(model=changed), 100, tmp_path, SETTINGS)
 
 
@@ -154,7 +154,7 @@ def test_a_folder_that_does_not_say_its_model_is_refused(store, tmp_path):
     """As those were made once."""
     cache_activations(store(), 100, tmp_path, SETTINGS)
     (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS, "n_tokens": 100, "d_in": 128}))
-    with pytest.raises(ValueError, match=r"has activations of model_weights=None, not '.*'; choose another folder"):
+    with pytest.raises(ValueError, match=r"holds activations with model_weights=None, not '.*'; choose another"):
         cache_activations(store(), 100, tmp_path, SETTINGS)
 
 
@@ -234,7 +234,7 @@ def test_the_train_split_of_several_is_read(language_model, tmp_path):
     assert torch.equal(cached[: len(want)], want[:60].bfloat16())
     with pytest.raises(ValueError, match=r"^dataset has no split 'train', only \['test'\]; pass one of them instead"):
         text_store(language_model, DatasetDict({"test": texts}), hook, **sizes)
-    with pytest.raises(ValueError, match=r"^dataset has no rows; take another text\.$"):
+    with pytest.raises(ValueError, match=r"^dataset has no rows; use another text\.$"):
         text_store(language_model, Dataset.from_dict({"text": []}), hook, **sizes)
 
 
@@ -273,7 +273,7 @@ def test_a_resumed_run_sees_the_batches_that_come_next(n_seen):
 
 
 def test_less_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match="3 rows are less than a batch of 4"):
+    with pytest.raises(ValueError, match="3 rows are fewer than batch_size=4"):
         shuffled_batches(torch.zeros(3, 2).bfloat16(), 4, seed=0)
     for batch_size in (0, -2):
         with pytest.raises(ValueError, match=rf"^batch_size={batch_size} must be a whole number of at least 1\.$"):

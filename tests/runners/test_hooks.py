@@ -113,7 +113,7 @@ def test_canonical_names_and_aliases_of_the_bridge_may_be_mixed(models, tiny_lm)
             if times[first] < times[second]:
                 check_outputs(model, cfg)
                 continue
-            told = f"{second} comes before {first} in " if times[first] > times[second] else "are one place: train an"
+            told = f"{second} comes before {first} in " if times[first] > times[second] else "are the same hook: train"
             with pytest.raises(ValueError, match=told):
                 check_outputs(model, cfg)
 
@@ -124,7 +124,7 @@ def test_one_place_under_two_names_or_one_is_told_with_the_way_out(models, tiny_
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         TranscoderRunner(cfg, override_model=models["bridge"])
     assert str(error.value) == (
-        f"hook_name='blocks.2.mlp.hook_out' and hook_name_out={hook_out!r} are one place: train an SAE of that hook "
+        f"hook_name='blocks.2.mlp.hook_out' and hook_name_out={hook_out!r} are the same hook: train an SAE on it "
         "instead, with architecture sampled_topk, or name another hook_name_out."
     )
 
@@ -139,10 +139,10 @@ def test_an_evaluation_refuses_outputs_before_inputs_in_the_first_pass(models, t
     with as_sae_on_outputs(sae, model), pytest.raises(ValueError, match=r"^blocks\.2\.hook_resid_pre comes before"):
         model(TOKEN)
     sae.cfg.metadata.hook_name = "blocks.2.hook_in"
-    with pytest.raises(ValueError, match="are one place"), as_sae_on_outputs(sae, model):
+    with pytest.raises(ValueError, match="are the same hook"), as_sae_on_outputs(sae, model):
         pass
     sae.cfg.metadata.hook_name = "blocks.9.hook_in"
-    told = r"is of hook 'blocks\.9\.hook_in', which the model does not have\.$"
+    told = r"uses hook 'blocks\.9\.hook_in', which the model does not have\.$"
     with pytest.raises(ValueError, match=told), as_sae_on_outputs(sae, model):
         pass
     model(TOKEN)  # nothing is left on it
@@ -173,14 +173,14 @@ def test_what_cannot_be_switched_on_is_told_with_the_flag(models):
     both = ["blocks.1.hook_attn_in", "blocks.1.hook_q_input"]
     with pytest.raises(ValueError, match=r"use_attn_in and .* needs use_split_qkv_input, which exclude each other"):
         switch_on(models["hooked"], both)
-    told = "which excludes use_split_qkv_input, and that is on: call set_use_split"
+    told = "which excludes use_split_qkv_input, but that is on: call set_use_split"
     with switched_on(models["hooked"], both[1:]), pytest.raises(ValueError, match=told):
         switch_on(models["hooked"], both[:1])
     assert switch_on(models["auto"], ["some.hook_mlp_in"]) == []
 
 
 def test_a_hook_that_never_runs_is_told(models, tiny_lm):
-    told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not run, or has no tensor\.$"
+    told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not run or yields no tensor\.$"
     with pytest.raises(ValueError, match=told):
         check_hook(models["bridge"], config(tiny_lm, "blocks.2.attn.hook_rot_k", "blocks.2.hook_mlp_out"))
 

@@ -38,12 +38,12 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be a whole number of at least 1; torchrun"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' in the environment must be a whole number of at least 1; torchrun"),
         ({"RANK": "first"}, "RANK='first' in the environment must be a whole number of at least 0; torchrun sets it."),
-        ({"RANK": "1"}, "RANK=1 in the environment is not below WORLD_SIZE=1: ranks are from 0."),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment is not below WORLD_SIZE=2: ranks are from 0."),
+        ({"RANK": "1"}, "RANK=1 in the environment is not below WORLD_SIZE=1: ranks start at 0."),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment is not below WORLD_SIZE=2: ranks start at 0."),
         (
             {"WORLD_SIZE": "2", "RANK": " ", "MASTER_ADDR": "here"},
-            "WORLD_SIZE=2 is in the environment, but RANK, MASTER_PORT not: start with torchrun, which sets them, or "
-            "unset WORLD_SIZE to train on one process.",
+            "WORLD_SIZE=2 is set in the environment, but not RANK, MASTER_PORT: start with torchrun, which sets them, "
+            "or unset WORLD_SIZE to train on one process.",
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "http"},
@@ -96,14 +96,14 @@ def test_whoever_waits_for_others_says_so_until_it_gives_up(environment, monkeyp
     environment(WORLD_SIZE="3", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     where = f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}"
     with pytest.raises(
-        LostRankError, match=rf"^process {rank} of 3 has not found the 2 other processes at {where}\. \("
+        LostRankError, match=rf"^process {rank} of 3 did not find the 2 other processes at {where}\. \("
     ):
         join_processes("cpu", timedelta(seconds=1))
     lines = capsys.readouterr().err.splitlines()
     told = [line for line in lines if line.startswith(f"process {rank} of 3 has waited ")]
     assert len(told) > 1
     assert told[0].endswith(
-        f" s for the 2 other processes at {where}; each must be started with this address, and with its own RANK."
+        f" s for the 2 other processes at {where}; each must be started with this address and its own RANK."
     )
     assert "waiting for other processes" not in {thread.name for thread in threading.enumerate()}
 
@@ -112,9 +112,7 @@ def test_an_sae_that_trains_alone_beside_others_warns_once(environment):
     environment(WORLD_SIZE="2")
     for step in ("kept", "dense"):
         sae = sampled_sae(step=step)
-        message = (
-            r"^WORLD_SIZE=2, but this SAE trains .* use `torchrun -m sae_lens_sampled train` or DataParallelRunner"
-        )
+        message = r"^WORLD_SIZE=2, but each process .* use `torchrun -m sae_lens_sampled train` or DataParallelRunner"
         with pytest.warns(UserWarning, match=message) as warned:
             sae.training_forward_pass(step_input(activations(32)))
         assert len(warned) == 1

@@ -77,8 +77,8 @@ def test_other_weights_are_refused_before_the_model_is_loaded(tmp_path, runner, 
     said = refused(runner, resuming(sae_config(**ours), tmp_path))
     assert said == (
         f"{name}={value!r}, but {str(tmp_path / 'checkpoint')!r} was trained with {name}={theirs!r}: its weights do "
-        f"not fit, or would mean something else. Resume with {name}={theirs!r}, or leave resume_from_checkpoint out to "
-        "start anew."
+        f"not fit, or would mean something else. Resume with {name}={theirs!r}, or leave out resume_from_checkpoint to "
+        "start over."
     )
 
 

@@ -13,10 +13,10 @@ from sae_lens_sampled import DataParallelRunner
 from sae_lens_sampled.runners.stores import short_text_told
 
 TOO_SHORT = (
-    "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Take more text or a smaller "
+    "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Use more text or a smaller "
     "context_size."
 )
-NO_ROWS = "has no rows; take another text."
+NO_ROWS = "has no rows; use another text."
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_the_study_tells(tmp_path, text, n_words, said):
 
 def test_a_runner_tells_of_a_text_without_rows(tiny_lm, tmp_path, text):
     cfg = runner_config(tiny_lm, tmp_path, "none", dataset_path=str(text(0)))
-    with pytest.raises(ValueError, match=r"^dataset_path='.*text' has no rows; take another text\.$"):
+    with pytest.raises(ValueError, match=r"^dataset_path='.*text' has no rows; use another text\.$"):
         DataParallelRunner(cfg)
-    with pytest.raises(ValueError, match=r"^override_dataset has no rows; take another text\.$"):
+    with pytest.raises(ValueError, match=r"^override_dataset has no rows; use another text\.$"):
         DataParallelRunner(cfg, override_dataset=Dataset.from_dict({"text": []}))
 
 

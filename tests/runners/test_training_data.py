@@ -137,23 +137,23 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
     assert lines["tokens"].startswith(f"context_size=32, prepend_bos={options.get('prepend_bos', True)}")
     assert all(f"{name}={value!r}" in lines["tokens"] for name, value in options.items())
     measured, in_training = (
-        float(share.strip("%)")) for share in lines["first_tokens"].split(" (by the settings of training ")
+        float(share.strip("%)")) for share in lines["first_tokens"].split(" (expected by the training settings: ")
     )
     assert measured == pytest.approx(in_training, rel=0.1)
-    with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: these are other"):
+    with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: these are diff"):
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
 
 
 def test_what_nothing_says_is_assumed_aloud(tmp_path):
     settings = token_settings(SAEMetadata(context_size=16, prepend_bos=True, exclude_special_tokens=None), tmp_path)
     assert settings == TokenSettings(16, True, unknown=settings.unknown)
-    assert settings.described().startswith("context_size=16, prepend_bos=True; not known, so assumed: seqpos_slice=")
+    assert settings.described().startswith("context_size=16, prepend_bos=True; unknown, so assumed: seqpos_slice=")
     assert "exclude_special_tokens=False" in settings.described()
     assert expected_first_token_share(settings, 0) is None
     for missing in ("context_size", "prepend_bos"):
         metadata = SAEMetadata(context_size=16, prepend_bos=True)
         metadata[missing] = None
-        with pytest.raises(ValueError, match=rf"^the metadata of this SAE have no {missing}, so which tokens"):
+        with pytest.raises(ValueError, match=rf"^the metadata of this SAE has no {missing}, so which tokens"):
             token_settings(metadata, tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_kwargs_that_cannot_be_had_are_refused_in_a_sentence(two_models):
     metadata.model_from_pretrained_kwargs = {"checkpoint_value": 3}
     with pytest.raises(ValueError, match=r"cannot be loaded with .*'checkpoint_value': 3.*; pass other model_kwargs"):
         load_model_of_run(metadata, ["blocks.2.hook_resid_post"])
-    with pytest.raises(ValueError, match=r"^the metadata of this SAE have no model_name: name the model"):
+    with pytest.raises(ValueError, match=r"^the metadata of this SAE has no model_name: name the model"):
         load_model_of_run(SAEMetadata(), [])
 
 
@@ -228,5 +228,5 @@ def test_only_kwargs_that_make_it_another_model_count():
     assert meaningful_kwargs({"revision": "step3", "fold_ln": True}) == {"fold_ln": True, "revision": "step3"}
     assert dtype_of({"torch_dtype": "torch.bfloat16"}) == dtype_of({"dtype": torch.bfloat16}) == "bfloat16"
     assert dtype_of({}) is None
-    with pytest.raises(ValueError, match=r"has dtype='auto', which names no type; pass dtype=..., such as 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"has dtype='auto', which is not a dtype; pass the run's own, such as dtype"):
         dtype_of({"torch_dtype": "auto"})

@@ -24,8 +24,8 @@ from sae_lens_sampled.cli import app
         ({"hook_name_out": "gpt_neox.layers.9.mlp"}, "hook_names not found as submodules of the model: "),
         ({"d_out": 64}, "d_out=64, but gpt_neox.layers.2.mlp of "),
         ({"hook_name": "gpt_neox.layers.2.mlp.act"}, "d_in=128, but gpt_neox.layers.2.mlp.act of "),
-        ({"hook_head_index": 1}, "hook_head_index=1: a transcoder reads and writes whole hooks, no heads."),
-        ({"use_cached_activations": True}, "use_cached_activations=True: SAELens caches one hook, and a transcoder"),
+        ({"hook_head_index": 1}, "hook_head_index=1: a transcoder uses whole hooks, not single heads."),
+        ({"use_cached_activations": True}, "use_cached_activations=True: SAELens caches one hook, but a transcoder"),
     ],
     ids=str,
 )
@@ -65,15 +65,15 @@ def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
 def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
     cfg, wider = runner_config(tiny_lm), runner_config(tiny_lm, d_out=512).sae
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=256, d_sae=256, k=8))
-    for given, named in ((sae, r"SampledTopKTrainingSAE of {'d_in': 256}"), (SampledTopKTranscoder(wider), "512}")):
-        with pytest.raises(ValueError, match=f"{named}; the config asks for a transcoder of {{'d_in': 128, 'd_out'"):
+    for given, named in ((sae, r"SampledTopKTrainingSAE with {'d_in': 256}"), (SampledTopKTranscoder(wider), "512}")):
+        with pytest.raises(ValueError, match=f"{named}, but the config asks for a transcoder with {{'d_in': 128"):
             TranscoderRunner(cfg, override_sae=given)
 
 
 def test_hooks_that_are_not_named_are_told(tiny_lm, bridge, tmp_path):
     nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
     nameless.cfg.metadata.hook_name = BRIDGED_IN
-    told = "the metadata of this SampledTopKTranscoder have no hook_name_out: set it first."
+    told = "the metadata of this SampledTopKTranscoder has no hook_name_out: set it first."
     with pytest.raises(ValueError, match=told), as_sae_on_outputs(nameless, bridge):
         pass
     nameless.save_model(tmp_path / "checkpoint")
@@ -89,7 +89,7 @@ def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm)
     with pytest.raises(ValueError, match="architecture='sampled_topk' reads one hook; LanguageModelSAETrainingRunner"):
         TranscoderRunner(sae)
     with pytest.raises(
-        ValueError, match=r"\(256, 128\) do not end in d_in \+ d_out=256: .*, as TranscoderRunner yields"
+        ValueError, match=r"\(256, 128\) must have last dimension d_in \+ d_out=256: .*, as TranscoderRunner"
     ):
         LanguageModelSAETrainingRunner(runner_config(tiny_lm)).run()
 

@@ -165,7 +165,7 @@ def test_outputs_must_come_after_inputs(tiny_lm, bridge, trained):
     with as_sae_on_outputs(trained.all, bridge) as view:
         bridge(torch.zeros(1, 3, dtype=torch.int64))
         view.encode(torch.empty(0))
-        with pytest.raises(ValueError, match=r"^no inputs have come since the last were encoded"):
+        with pytest.raises(ValueError, match=r"^no inputs have arrived since the last ones were encoded"):
             view.encode(torch.empty(0))
 
 

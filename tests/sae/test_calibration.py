@@ -155,7 +155,7 @@ def test_bad_input_is_told_in_one_sentence():
     for batches, message in (
         ([], r"^calibration got 0 tokens; it needs at least 256"),
         ([activations(100)], r"^calibration got 100 tokens; it needs at least 256"),
-        ([torch.zeros(300, 13)], r"^activations of shape \(300, 13\) do not end in d_in=12\.$"),
+        ([torch.zeros(300, 13)], r"^activations of shape \(300, 13\) must have last dimension d_in=12\.$"),
         ([BATCHES[0], BATCHES[1] / 0], r"^100 of 100 rows of batch 1 are not finite\.$"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -168,7 +168,7 @@ def test_bad_input_is_told_in_one_sentence():
         calibrate(sae, BATCHES, target_l0=0)
     with pytest.raises(ValueError, match=r"^target_l0 asks for 24,000 active entries.*choose a smaller target_l0\.$"):
         calibrate(sae, BATCHES, target_l0=D_SAE)
-    with pytest.raises(ValueError, match=r"^only [\d,]+ activations are positive, fewer than the 24,000 of target_l0"):
+    with pytest.raises(ValueError, match=r"^only [\d,]+ activations are positive, fewer than the 24,000 that"):
         calibrate(sae, BATCHES, target_l0=D_SAE, mode="global")
 
 

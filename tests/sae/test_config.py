@@ -17,9 +17,9 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"k": 41}, "k=41 must be above 0 and at most d_sae=40."),
         ({"k": float("nan")}, "k=nan must be above 0"),
         ({"pool_factor": 0.9}, "pool_factor=0.9 must be finite and at least 1: each token keeps k=3"),
-        ({"pool_factor": float("inf")}, "pool_factor=None makes every latent one."),
-        ({"score": "l3"}, "score='l3' is not known; known are l2_norm, squared_l2, entropy, perplexity, frequency, "),
-        ({"score": "uniform"}, "pool_sampling='top' has nothing to choose by; use pool_sampling='proportional'."),
+        ({"pool_factor": float("inf")}, "With pool_factor=None every latent is a candidate."),
+        ({"score": "l3"}, "score='l3' must be one of l2_norm, squared_l2, entropy, perplexity, frequency, "),
+        ({"score": "uniform"}, "pool_sampling='top' has nothing to rank them by; use pool_sampling='proportional'."),
         ({"pool_sampling": "random"}, "pool_sampling='random' must be one of top, proportional."),
         ({"pool_group_size": 0}, "pool_group_size=0 must be at least 1 token, or None for one pool per batch."),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' does not work with SAELens'"),
@@ -35,13 +35,10 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"pool_steps": "9"}, "pool_steps='9' must be a whole number of training steps"),
         (
             {"pool_steps": 9, "pool_factor": None},
-            "pool_steps=9 ends the pools, but with pool_factor=None there are none: each of the d_sae=40 latents is a "
-            "candidate from the first step. Leave one of the two out.",
+            "pool_steps=9 has no effect with pool_factor=None: each of the d_sae=40 latents is a candidate from the "
+            "first step. Leave out one of the two.",
         ),
-        (
-            {"pool_steps": 9, "pool_factor": 13.2},
-            "pool_steps=9 ends the pools, but with pool_factor=13.2 there are none",
-        ),
+        ({"pool_steps": 9, "pool_factor": 13.2}, "pool_steps=9 has no effect with pool_factor=13.2: each"),
         ({"score": None}, "score=None is a NoneType; it must be the name of a score."),
     ],
 )

@@ -162,7 +162,7 @@ def test_ranks_with_different_numbers_of_tokens_all_stop():
     x = torch.randn(18, 12)
     errors = on_ranks(read_rows, [x[:5], x[5:10], x[10:]])
     assert {str(error) for error in errors} == {
-        "the ranks have between 5 and 8 tokens at training step 0, but each must have as many as the others."
+        "the ranks have between 5 and 8 tokens at training step 0, but all must have the same number."
     }
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_exact_is_refused():
     register_score("of_ones_own", lambda acts, _: acts.sum(dim=-2), by_columns=True)
     try:
         sae = sampled_sae(score="of_ones_own")
-        with pytest.raises(ValueError, match=r"registered score 'of_ones_own' of one pool .*; take pool_"):
+        with pytest.raises(ValueError, match=r"registered score 'of_ones_own' of one pool .*; set pool_"):
             sae.data_parallel()
     finally:
         SCORES.pop("of_ones_own")
@@ -181,5 +181,5 @@ def test_what_cannot_be_exact_is_refused():
 def test_a_group_may_not_lie_on_two_ranks():
     assert TOKENS % (2 * GROUPS["pool_group_size"]) == 0
     check_groups(8, 5, 1)
-    with pytest.raises(ValueError, match="a rank has 8 tokens of a batch, which is no multiple of pool_group_size=5"):
+    with pytest.raises(ValueError, match="each rank has 8 tokens per batch, not a multiple of pool_group_size=5"):
         check_groups(8, 5, 2)

@@ -253,7 +253,7 @@ def test_weights_that_are_not_finite_are_not_exported(parameter, bad, tmp_path):
     train(sae, 2)
     weights = getattr(sae, parameter)
     weights.data.flatten()[:3] = bad
-    message = rf"^3 of {weights.numel()} entries of {parameter} are not finite, so this SAE is of no use"
+    message = rf"^3 of {weights.numel()} entries of {parameter} are not finite, so this SAE is unusable"
     with pytest.raises(ValueError, match=message):
         to_jumprelu(sae)
     with pytest.raises(ValueError, match=message):

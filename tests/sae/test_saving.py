@@ -149,9 +149,7 @@ def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
     ):
         trained().load_weights_from_checkpoint(tmp_path)
     (tmp_path / "cfg.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"not a checkpoint of such a sampled_topk SAE: 'topk_threshold' is of 1 bytes"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit the sampled_topk SAE: 'topk_threshold' is 1 bytes long"):
         trained().load_weights_from_checkpoint(tmp_path)
 
 
@@ -160,7 +158,7 @@ def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^d_sae=40, but '.*' was trained with d_sae=41: its weights do not fit"):
         trained().load_weights_from_checkpoint(tmp_path)
     (tmp_path / "cfg.json").unlink()
-    with pytest.raises(ValueError, match=r"'pool_record.selection_counts' is of 328 bytes, expected 320 bytes"):
+    with pytest.raises(ValueError, match=r"'pool_record.selection_counts' is 328 bytes long, expected 320 bytes"):
         trained().load_weights_from_checkpoint(tmp_path)
 
 

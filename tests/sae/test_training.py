@@ -150,7 +150,7 @@ def test_wrong_width_and_empty_batch_are_refused(pool_factor, method):
     def run(x):
         return sae.encode(x) if method == "encode" else sae.training_forward_pass(step_input(x))
 
-    with pytest.raises(ValueError, match=r"activations of shape \(5, 13\) do not end in d_in=12\."):
+    with pytest.raises(ValueError, match=r"activations of shape \(5, 13\) must have last dimension d_in=12\."):
         run(torch.zeros(5, 13))
     with pytest.raises(ValueError, match=r"got an empty batch, of shape \(0, 12\)"):
         run(torch.zeros(0, 12))

@@ -197,12 +197,12 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input=True has no meaning for a transcoder"),
         ({"normalize_activations": "expected_average_only_in"}, "two spaces, by one factor. Use 'none'."),
         ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' has no mean"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' merges the heads of one place"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' merges the heads of one hook"),
         ({"d_out": "7"}, "d_out='7' is a str; it must be a whole number, or None for d_in."),
         ({"d_out": 7.0}, "d_out=7.0 is a float; it must be a whole number, or None for d_in."),
         ({"skip": "no"}, "skip='no' must be True or False."),
         ({"pool_factor": "4"}, "pool_factor='4' is a str; it must be a number, or None for every latent."),
-        ({"d_out": 1}, "d_out // 2 dead latents per token, and divides by that."),
+        ({"d_out": 1}, "d_out // 2 dead latents per token and divides by that number."),
         ({"k": 0}, "k=0 must be above 0 and at most d_sae=40."),
         ({"pool_factor": 0.5}, "pool_factor=0.5 must be finite and at least 1"),
     ],
@@ -215,14 +215,14 @@ def test_what_has_no_meaning_is_refused(fields, message):
 
 def test_batches_of_another_width_are_refused():
     made = transcoder()
-    want = r"activations of shape \(5, 12\) do not end in d_in \+ d_out=19: outputs stand behind the inputs, as Trans"
+    want = r"activations of shape \(5, 12\) must have last dimension d_in \+ d_out=19: inputs, then out"
     for step in ("kept", "dense"):
         made.cfg.step = step
         with pytest.raises(ValueError, match=want):
             made.training_forward_pass(step_input(activations(5)))
         with pytest.raises(ValueError, match=r"got an empty batch, of shape \(0, 12\)"):
             made.training_forward_pass(step_input(batch(0)))
-    with pytest.raises(ValueError, match=r"activations of shape \(5, 19\) do not end in d_in=12\."):
+    with pytest.raises(ValueError, match=r"activations of shape \(5, 19\) must have last dimension d_in=12\."):
         made.encode(batch(5))
     with pytest.raises(ValueError, match="1 of 5 rows of sae_in are not finite"):
         made.training_forward_pass(step_input(batch(5).index_fill(0, torch.tensor([2]), torch.nan)))
@@ -245,5 +245,5 @@ def test_saelens_trainer_trains_it_and_counts_as_for_saes():
 def test_weights_of_saes_and_transcoders_do_not_mix():
     cfg = sampled_sae(apply_b_dec_to_input=False).cfg
     for source, target in ((transcoder(), cfg), (sampled_sae(), transcoder().cfg)):
-        with pytest.raises(ValueError, match=r"do not mean the same: a transcoder starts from its own\."):
+        with pytest.raises(ValueError, match=r"mean different things: train a transcoder from scratch\."):
             from_batchtopk(source, target)

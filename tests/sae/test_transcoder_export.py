@@ -79,7 +79,7 @@ def test_calibration_reaches_the_wanted_l0_and_reports_the_fvu_of_outputs(mode):
     assert report.fvu_before == pytest.approx(
         fraction_of_variance_unexplained(y, to_jumprelu(made)(x)).item(), rel=1e-5
     )
-    with pytest.raises(ValueError, match=r"do not end in d_in \+ d_out=19"):
+    with pytest.raises(ValueError, match=r"must have last dimension d_in \+ d_out=19"):
         calibrate_thresholds(made, activations(300), show_progress=False)
 
 

@@ -134,7 +134,7 @@ def test_a_part_evaluates_its_share_of_the_saes(monkeypatch):
     for options, reason in {
         ("--evals", "core,mmcs", "--part", "1/2"): "mmcs compares all SAEs",
         ("--evals", "core", "--part", "6/6"): "--part 6/6 of 5 SAEs is none",
-        ("--evals", "core", "--part", "3/2"): "--part 3/2: give one like 2/8",
+        ("--evals", "core", "--part", "3/2"): "--part 3/2: must be of the form 2/8",
     }.items():
         result = CliRunner().invoke(app, ["eval", *saes, *options])
         assert result.exit_code != 0

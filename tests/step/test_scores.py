@@ -146,7 +146,7 @@ def test_score_that_returns_nan_is_refused(registered):
 
 
 def test_unknown_score_lists_the_known_ones(registered):
-    with pytest.raises(ValueError, match=r"score='l2' is not known; known are l2_norm, squared_l2.*register_score"):
+    with pytest.raises(ValueError, match=r"score='l2' must be one of l2_norm, squared_l2.*register_score"):
         SampledTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2, score="l2")
 
 

@@ -141,7 +141,7 @@ def test_a_way_of_ones_own_to_encode_says_the_pool_or_is_refused():
     want, got = step(plain, activations(70)), step(half, activations(70))
     assert torch.equal(got.feature_acts, want.feature_acts / 2)
     assert torch.equal(got.pool, want.pool)
-    message = "^WithoutPool has an encode_with_hidden_pre of its own, but a training step calls encode_with_pool"
+    message = "^WithoutPool overrides encode_with_hidden_pre, but a training step calls encode_with_pool"
     with pytest.raises(ValueError, match=message):
         step(WithoutPool(an_sae().cfg), activations(70))
 
