@@ -173,4 +173,4 @@ def test_mmcs_refuses_an_sae_with_nan_in_one_line(folders, tmp_path):
 def test_mmcs_of_one_sae_is_refused(folders):
     result = CliRunner().invoke(app, ["mmcs", folders[0]])
     assert result.exit_code == 2
-    assert "comparing needs at least two SAEs" in result.output
+    assert "pass at least two SAEs to compare" in result.output
