@@ -32,8 +32,8 @@ FAULTS = {
     "storage fails": (Fault("PUT", "/lfs/", 500), "the Hub answered 500, a server error: try again later"),
     "second SAE fails": (Fault("POST", "/commit/", 503, after=1), "the Hub answered 503, a server error"),
     "dropped in the weights": (Fault("PUT", "/lfs/", None), r"connection to the Hub failed \(\w+: "),
-    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"broke off \(\w+: "),
-    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"broke off \(\w+: "),
+    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"to the Hub failed \(\w+: "),
+    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"to the Hub failed \(\w+: "),
 }
 
 
