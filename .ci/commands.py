@@ -81,6 +81,10 @@ COMMANDS: dict[str, Run | str] = {
     ),
     "sae-lens-sampled report sae_bench_results": Run(needs="sae_bench"),
     "eval/study/run.py --config pythia-160m --dry-run": Run(),
+    # docs
+    "sae-lens-sampled train": MENTIONED,
+    "make lint": "a job of its own",
+    "make docs": "part of make lint",
     # examples/README.md
     "pip install -c constraints.txt torch": WHEEL,
     'pip install -c constraints.txt ".[dashboard]"': "needs an environment of its own",
@@ -162,7 +166,8 @@ def documents() -> list[Path]:
     """In the order in which they are followed."""
     scripts = sorted((ROOT / "examples").rglob("*.py"))
     readmes = sorted((ROOT / "examples").rglob("README.md"))
-    return [ROOT / "README.md", *readmes, *scripts, ROOT / "eval" / "README.md"]
+    guide = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.is_symlink()]
+    return [ROOT / "README.md", *guide, *readmes, *scripts, ROOT / "eval" / "README.md"]
 
 
 def commands_in(text: str) -> list[str]:

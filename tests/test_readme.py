@@ -8,13 +8,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 160
-    assert len(README.split()) <= 1700
+    assert len(README.splitlines()) <= 140
+    assert len(README.split()) <= 1200
 
 
 def test_its_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)", README)
-    assert len(links) > 20
+    assert len(links) > 15
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
 
 

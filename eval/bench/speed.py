@@ -1,4 +1,4 @@
-"""Renders eval/SPEED.md and its picture from the results of the benchmarks; no number in the page is typed.
+"""Renders eval/SPEED.md, all tables and the picture from the results of the benchmarks; no number in the page is typed.
 
 Run it after the other scripts here and `eval/gpu.sh`: `python eval/bench/speed.py`.
 What has no results, as a GPU may not have, is called not measured.
@@ -20,6 +20,7 @@ from pages import render as render_page
 from sae_lens_sampled.step import kept_entries
 
 RESULTS = EVAL / "results"
+TEMPLATES = {"SPEED.md": "SPEED.md", "results/speed.md": "speed_tables.md"}
 BASE = BATCHTOPK.name
 Row = dict[str, Any]
 WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
@@ -40,6 +41,20 @@ def table(rows: list[Row]) -> str:
             state = {"": state_of(row["case"]), "dead": f"{row['case']['dead']:.0%}", "side": side}
             lines.append(state | costs(row, side) | {"extracted per kept": extracted})
     return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+def summary_table(rows: list[Row]) -> str:
+    """Markdown: what a trained step gains, a line for each pool, a column for each share of dead latents."""
+    trained = [row for row in rows if row["case"]["trained"]]
+    sides = [side for side in trained[0]["step_ms"] if all(side in row["step_ms"] for row in trained)]
+    header = [f"{row['case']['dead']:.0%} of the latents dead" for row in trained]
+    base = [BASE, *(f"{row['step_ms'][BASE]:,.0f} ms" for row in trained)]
+    ratios = [
+        [side, *(f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}x" for row in trained)]
+        for side in sides
+        if side not in (BASE, "product")
+    ]
+    return markdown_table(["", *header], [base, *ratios])
 
 
 def state_of(setting: Setting) -> str:
@@ -213,18 +228,8 @@ def arithmetic_table(results: dict[str, Any]) -> str:
 
 def render(
     steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any], gpu: dict[str, Any] | None
-) -> str:
-    """The page, from what the benchmarks have written; `runs` by model, and that on a GPU, if there is one."""
-
-    def times(section: str, side: str, dead: float = 0.0, trained: bool = True) -> str:
-        """BatchTopK's time over that of a side."""
-        [row] = [
-            row
-            for row in steps["sections"][section]
-            if row["case"]["dead"] == dead and row["case"]["trained"] == trained
-        ]
-        return f"{row['step_ms'][BASE] / row['step_ms'][side]:.1f}"
-
+) -> dict[str, str]:
+    """The pages by file, from what the benchmarks have written; `runs` by model, and that on a GPU, if there is one."""
     kept_sets, allocator = read("kept_sets"), read("bench_allocator")
 
     def allocator_ratio(side: str) -> str:
@@ -237,39 +242,40 @@ def render(
             f"{steps['sections']['small'][0]['step_ms'][side] / steps['sections']['autocast'][0]['step_ms'][side]:.2f}"
         )
 
-    return render_page(
-        Path(__file__).parent / "templates" / "SPEED.md",
-        steps=steps,
-        runs=runs,
-        ranks=ranks,
-        gpu=gpu,
-        kept_sets=kept_sets,
-        allocator=allocator,
-        allocator_ratio=allocator_ratio,
-        autocast_ratio=autocast_ratio,
-        optional_packages=OTHER_PACKAGES,
-        libraries_table=libraries_table,
-        gpu_sections=gpu_sections,
-        failures=failures,
-        state_of=state_of,
-        repeats_table=repeats_table,
-        profile_table=profile_table,
-        ranks_table=ranks_table,
-        arithmetic_table=arithmetic_table,
-        groups_share=groups_share,
-        wide=WIDE,
-        bandwidths=BANDWIDTHS,
-        sections=steps["sections"],
-        table=table,
-        crossing_table=crossing_table,
-        runs_table=runs_table,
-        times=times,
-        limits=kept_entries,
-    )
+    values = {
+        "steps": steps,
+        "runs": runs,
+        "ranks": ranks,
+        "gpu": gpu,
+        "kept_sets": kept_sets,
+        "allocator": allocator,
+        "allocator_ratio": allocator_ratio,
+        "autocast_ratio": autocast_ratio,
+        "optional_packages": OTHER_PACKAGES,
+        "libraries_table": libraries_table,
+        "gpu_sections": gpu_sections,
+        "failures": failures,
+        "state_of": state_of,
+        "repeats_table": repeats_table,
+        "profile_table": profile_table,
+        "ranks_table": ranks_table,
+        "arithmetic_table": arithmetic_table,
+        "groups_share": groups_share,
+        "wide": WIDE,
+        "bandwidths": BANDWIDTHS,
+        "sections": steps["sections"],
+        "table": table,
+        "summary_table": summary_table,
+        "crossing_table": crossing_table,
+        "runs_table": runs_table,
+        "limits": kept_entries,
+    }
+    folder = Path(__file__).parent / "templates"
+    return {page: render_page(folder / template, **values) for page, template in TEMPLATES.items()}
 
 
-def page() -> str:
-    """The page of the committed results."""
+def pages() -> dict[str, str]:
+    """The pages of the committed results."""
     runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
     gpu = None
     if (RESULTS / "bench_gpu.json").exists():
@@ -280,7 +286,8 @@ def page() -> str:
 
 
 def main() -> None:
-    (EVAL / "SPEED.md").write_text(page())
+    for page, text in pages().items():
+        (EVAL / page).write_text(text)
     draw(read("bench_training_step")["sections"]["d_sae"], RESULTS / "bench_training_step.png")
 
 

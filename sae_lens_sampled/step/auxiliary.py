@@ -1,4 +1,4 @@
-"""AuxK (Gao et al., arXiv 2406.04093) on the dead columns alone: SAELens' auxiliary loss without its dense cost."""
+"""AuxK (Gao et al., arXiv 2406.04093) on the dead latents only: SAELens' auxiliary loss without its dense cost."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,10 +10,10 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_deco
 from sae_lens_sampled.step.triton import available
 
 MIN_DEAD = 2
-"""Dead latents over the entries that each token keeps of them, up to which dense products are taken: the entries are
+"""Ratio of dead latents to the entries each token keeps of them, up to which dense products are used: the entries are
 then a large part of the matrix."""
 MIN_DEAD_ON_GPU = 24
-"""The same for kernels on a GPU. Arithmetic, not measured: 60 TFLOP/s of dense products in float32, 5 TB/s of rows."""
+"""The same for kernels on a GPU. Calculated, not measured: dense float32 products at 60 TFLOP/s, rows at 5 TB/s."""
 
 
 def auxiliary_loss(
@@ -25,7 +25,7 @@ def auxiliary_loss(
 ) -> Float[Tensor, ""]:
     r"""SAELens' AuxK, $c \min(n_{dead} / (w / 2), 1) \cdot \mathrm{mean} \|\hat e - e\|^2$ for the residual $e$.
 
-    The mean is over inputs as they arrive, of width w: heads, where these are merged for the encoder.
+    The mean is over the inputs before reshaping, of width w: over single heads, where the encoder merges heads.
     """
     if dead_reconstruction is None:
         return residual.new_zeros(())
@@ -34,12 +34,12 @@ def auxiliary_loss(
 
 
 def dead_latents(mask: Bool[Tensor, " d_sae"] | None, n_dead: int) -> Int[Tensor, " n_dead"]:
-    """Indices of the dead latents, ascending, without waiting for the device, which gave `n_dead` before."""
+    """Indices of the dead latents, ascending; `n_dead` is known already, so there is no wait for the device."""
     return torch.zeros(0, dtype=torch.int64) if mask is None else torch.nonzero_static(mask, size=n_dead)[:, 0]
 
 
 def by_entries(n_dead: int, k_aux: int, device: torch.device) -> bool:
-    """Whether a sparse matrix of `k_aux` entries a token is faster than dense products with all dead latents."""
+    """Whether a sparse matrix of `k_aux` entries per token is faster than dense products with all dead latents."""
     if device.type == "cuda":
         return available(device) and n_dead > MIN_DEAD_ON_GPU * k_aux
     return device.type == "cpu" and has_kernels(device) and n_dead > MIN_DEAD * k_aux
@@ -52,10 +52,10 @@ def dead_reconstruction(
     hidden_pre: Float[Tensor, "n_dead tokens"] | None,
     k_aux: int,
 ) -> Float[Tensor, "tokens d_out"]:
-    """The reconstruction from the `k_aux` largest pre-activations of dead latents of each token, with gradient.
+    """Reconstruction from each token's `k_aux` largest pre-activations of dead latents, with gradient.
 
-    As in SAELens they need not be positive, and the decoder's bias is not added. `weights` are of all latents;
-    `hidden_pre` of the dead ones, or None if they are not at hand.
+    As in SAELens, these need not be positive, and the decoder bias is not added. `weights` covers all latents,
+    `hidden_pre` the dead ones; it is None if the scan did not return it.
     """
     if by_entries(len(dead), k_aux, x.device):
         return encode_and_decode(x, weights, dead_entries(x, weights, dead, hidden_pre, k_aux)).reconstructions[0]
@@ -76,10 +76,10 @@ def dead_entries(
     hidden_pre: Float[Tensor, "n_dead tokens"] | None,
     k_aux: int,
 ) -> Entries:
-    """The `k_aux` largest pre-activations of dead latents of each token; see `dead_reconstruction`."""
+    """Each token's `k_aux` largest pre-activations of dead latents; see `dead_reconstruction`."""
     if hidden_pre is not None:
         blocks = [hidden_pre]
-    else:  # they are too many to be kept, so some tokens at a time
+    else:  # possibly too large to store, so computed for some tokens at a time
         n_rows, part = chunk_length(len(dead), x.device, at_least=16), weights.of(dead)
         blocks = (part.hidden_pre(rows).T for rows in x.split(n_rows))
     largest, chosen = zip(*(block.topk(k_aux, dim=0, sorted=False) for block in blocks), strict=True)

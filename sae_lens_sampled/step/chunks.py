@@ -1,13 +1,13 @@
-"""How much of a large matrix is held at a time: what stays in the cache costs hardly anything to look at."""
+"""How much of a large matrix is computed at a time: a chunk that stays in the cache is almost free to read."""
 
 import torch
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
-"""Size of a chunk; other devices as "cuda". On a CPU what stays in the cache: at 2048 tokens chunks of 256 to 1024
-latents take the same time, 2048 a fifth more."""
+"""Bytes of a chunk; other devices use the value of "cuda". On a CPU a chunk should fit into the cache: at 2048 tokens,
+chunks of 256 to 1024 latents take the same time, and 2048 a fifth more."""
 
 
 def chunk_length(width: int, device: torch.device, at_least: int = 64) -> int:
-    """Number of float32 vectors of length `width` that make a chunk."""
+    """Number of float32 vectors of length `width` in a chunk."""
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     return max(at_least, budget // (4 * max(width, 1)))

@@ -1,13 +1,13 @@
-"""The training step on the kept entries: the numbers of the dense path without its (tokens, d_sae) matrices.
+"""The training step on the kept entries: the results of the dense path without its (tokens, d_sae) matrices.
 
-BatchTopK keeps k entries a token, and only these have gradients. So one pass over all pre-activations extracts what may
-be kept (`column_scan.py`), the kept entries are chosen among it exactly, and the rest are products with a sparse matrix
-of k entries a token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a BatchTopK step one
-remains, for any pool, that of all latents included; where the processor has bfloat16 it may be in that
-(`reduced_scan.py`).
+BatchTopK keeps k entries per token, and only these have gradients. So one pass over all pre-activations extracts the
+entries that may be kept (`column_scan.py`), the kept ones are selected exactly from these, and the rest are products
+with a sparse matrix of k entries per token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a
+BatchTopK step, one remains for any pool, including that of all latents; if the processor has bfloat16 instructions, it
+may run in bfloat16 (`reduced_scan.py`).
 
-One small pool has a cutoff near 0, which nearly every positive entry exceeds. There the pooled columns are computed
-once more, with gradient: they hold all that can be kept.
+One small pool has a cutoff near 0, which nearly every positive entry exceeds. In that case the pooled columns are
+recomputed with gradient: they contain all entries that can be kept.
 """
 
 from typing import Literal, NamedTuple
@@ -31,29 +31,29 @@ Step = Literal["auto", "kept", "dense"]
 StepPath = Literal["columns", "kept", "dense"]
 
 MAX_COLUMNS_SHARE = 0.08
-"""Share of the latents up to which the columns of one pool are computed. This and the next two are what
-`eval/bench/training_step.py` measured on two CPU cores (its sections crossing_*)."""
+"""Share of the latents up to which the columns of one pool are computed. This and the next two were measured by
+`eval/bench/training_step.py` on two CPU cores (its sections crossing_*)."""
 MAX_DENSITY = 0.2
-"""Share of all entries that are kept, up to which sparse products are faster than dense ones."""
+"""Share of kept entries among all, up to which sparse products are faster than dense ones."""
 MIN_ENTRIES = 2**16
 """Size of the (tokens, d_sae) matrix up to which the dense path is as fast."""
 BOUND_OVER_CUTOFF = 0.8
-"""Bound of the extraction over the last batch's cutoff, which hardly ever falls so far from one batch to the next. How
-many entries exceed it, and how often it was too high, is in the benchmark's results and logged."""
+"""Ratio of the extraction's bound to the last batch's cutoff, which hardly ever falls this far between batches. The
+benchmark's results and the logs say how many entries exceed the bound and how often it was too high."""
 SAMPLE_ROWS = 128
-"""Tokens from which the cutoff is estimated where the last batch's does not serve."""
+"""Number of tokens from which the cutoff is estimated if the last batch's cannot be used."""
 
 
 class KeptStep(NamedTuple):
-    """One forward pass."""
+    """Results of one forward pass."""
 
     reconstructions: Float[Tensor, "levels tokens d_out"]
-    """Those of the inner widths and, last, the whole one; without the decoder's bias; they carry the gradient."""
+    """Reconstructions of the inner widths, then the full one; without the decoder bias; they carry the gradient."""
     dead_reconstruction: Float[Tensor, "tokens d_out"] | None
-    """From the dead latents alone, for AuxK; carries the gradient. None if there are none."""
+    """From the dead latents only, for AuxK; carries the gradient. None if no latent is dead."""
     kept: Entries
-    """The kept activations, ascending by token and then by latent; they carry the gradient. With the columns of one
-    pool some are 0 if too few are positive."""
+    """The kept activations, ordered by token and then by latent; they carry the gradient. On the path "columns" some
+    are 0 if too few are positive."""
     pool: Int[Tensor, "groups n_candidates"] | None
     """None if every latent is a candidate."""
     counts: StepCounts
@@ -61,17 +61,17 @@ class KeptStep(NamedTuple):
 
 
 class ScanCost(NamedTuple):
-    """What it took to find the kept entries."""
+    """The cost of finding the kept entries."""
 
     n_scans: int
     n_extracted: int
-    """Entries above the bound, in all scans; of a reduced scan those that may be above it."""
+    """Entries above the bound, over all scans; for a reduced scan, those that may be above it."""
     n_recomputed: int
     """Entries of reduced scans whose values were computed in float32."""
 
 
 def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
-    """The ways to do a step on `device`, the one first that is the fastest where the sizes are not very small."""
+    """Possible paths of a step on `device`; the first is the fastest unless the sizes are very small."""
     n_candidates, d_sae, one_pool = cfg.n_candidates, cfg.d_sae, cfg.pool_group_size is None
     by_columns = goes_by_columns(cfg.score) or (cfg.score == "ridge_leverage" and one_pool)
     if not (by_columns or n_candidates == d_sae):
@@ -82,10 +82,10 @@ def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
 
 
 def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
-    """How to do a step: by the "columns" of one small pool, by "kept" entries, or "dense".
+    """The path of a step: the "columns" of one small pool, the "kept" entries, or "dense".
 
-    "auto" takes the fastest: what was measured on CPUs, and on other devices one pool's columns; where a GPU can do
-    more, `sae/path_choice.py` measures there.
+    "auto" takes the path measured to be fastest on CPUs; on other devices, one pool's columns or else "dense". On GPUs
+    with other paths, `sae/path_choice.py` times them instead.
     """
     first = possible_paths(cfg, device)[0]
     if step != "auto" or first != "kept":
@@ -95,13 +95,13 @@ def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device
 
 
 def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux: int) -> KeptStep | None:
-    """Scan all columns, choose the pool and what is kept in it, and reconstruct; None if that is for the dense path.
+    """Scan all columns, choose the pool and the entries kept in it, and reconstruct; None if the step must be dense.
 
     Args:
-        batch: what to select from, and how.
+        batch: inputs and settings of the selection.
         path: "columns" or "kept".
-        dead: indices of the dead latents, ascending, of which each token keeps `k_aux` entries.
-        k_aux: at most as many as the dead.
+        dead: ascending indices of the dead latents, of which each token keeps `k_aux` entries.
+        k_aux: at most the number of dead latents.
     """
     x, weights, ranks, cost, bound, reduced = batch.x, batch.weights, batch.ranks, ScanCost(1, 0, 0), None, None
     if path == "kept":
@@ -130,8 +130,8 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
 
 @torch.no_grad()
 def first_bound(batch: Batch) -> Float[Tensor, ""]:
-    """The bound of a batch's scan, from the last batch's cutoff if there is one."""
-    if batch.by_kernels:  # so nothing is read: above infinity nothing is extracted, and the batch is scanned again
+    """The bound of a batch's first scan, from the last batch's cutoff if there is one."""
+    if batch.by_kernels:  # no read from the device: a bound of infinity extracts nothing, and the batch is rescanned
         return torch.where(batch.last_cutoff > 0, BOUND_OVER_CUTOFF * batch.last_cutoff, torch.inf)
     cutoff = batch.last_cutoff if batch.last_cutoff > 0 else batch.ranks.min(estimate_cutoff(batch))
     return BOUND_OVER_CUTOFF * cutoff
@@ -145,18 +145,18 @@ def find_candidates(
     extracted: Extracted | None,
     reduced: ReducedProduct | None = None,
 ) -> tuple[Entries | None, ScanCost]:
-    """Entries in the pools, in the order of `Extracted`, with the `n_keep` largest or all positive ones among them.
+    """Entries in the pools, in the order of `Extracted`, including the `n_keep` largest or else all positive ones.
 
-    Where the bound of the scan was too high or too low the columns are scanned again, now with the pools known: above
-    a bound estimated from this batch and, if that is too high, above 0. What is kept does not depend on it. None if
-    they are too many for a sparse matrix. Also what it took. All ranks decide alike.
+    If the scan's bound was too high or too low, the columns are scanned again with the pools known: above a bound
+    estimated from this batch and, if that is too high, above 0. The kept entries do not depend on the bound. All ranks
+    decide identically. Returns the entries, or None if they are too many for a sparse matrix, and the cost.
 
     Args:
-        batch: what to select from, and how.
+        batch: inputs and settings of the selection.
         pool: the candidates; None for all latents.
-        bound: of the scan so far.
-        extracted: what it extracted; None if that was too much.
-        reduced: what it went by, if it was a reduced one; rescans are of the same kind.
+        bound: the bound of the scan so far.
+        extracted: the entries that it extracted; None if they were too many.
+        reduced: the product of that scan if it was reduced; rescans are of the same kind.
     """
     x, ranks, candidates, member, cost = batch.x, batch.ranks, None, None, ScanCost(1, 0, 0)
     group_size = batch.cfg.pool_group_size or len(x)
@@ -173,7 +173,7 @@ def find_candidates(
     estimate = BOUND_OVER_CUTOFF * ranks.min(estimate_cutoff(batch))
     for next_bound in (estimate, torch.zeros_like(estimate)):
         if candidates is not None and next_bound >= bound:
-            continue  # would find no more
+            continue  # would find nothing new
         extracted = scan_columns(batch._replace(ranks=ALONE), None, next_bound, member, reduced=reduced).extracted
         cost = cost._replace(n_scans=cost.n_scans + 1)
         found = None if extracted is None else extracted.inside(None, group_size)
@@ -191,7 +191,7 @@ def find_candidates(
 def _above(
     bound: Float[Tensor, ""], extracted: Entries, batch: Batch, reduced: ReducedProduct | None
 ) -> tuple[Entries, int]:
-    """The extracted entries that do exceed the bound, and how many had to be computed once more to know that."""
+    """The extracted entries that do exceed the bound, and how many had to be recomputed to decide that."""
     if reduced is None:
         return extracted, 0
     return reduced.exact(extracted, bound, batch.n_keep, batch.ranks)
@@ -199,7 +199,7 @@ def _above(
 
 @torch.no_grad()
 def estimate_cutoff(batch: Batch) -> Float[Tensor, ""]:
-    """The cutoff of the first `SAMPLE_ROWS` tokens, selected from as if they were the batch; 0 if they keep nothing."""
+    """The cutoff if the first `SAMPLE_ROWS` tokens were the whole batch; 0 if they keep nothing."""
     acts = batch.weights.hidden_pre(batch.x[:SAMPLE_ROWS]).relu()
     kept, _ = sampled_topk(acts, batch.cfg, batch.draw, batch.last_cutoff)
     smallest = torch.where(kept > 0, kept, torch.inf).amin()
@@ -208,17 +208,17 @@ def estimate_cutoff(batch: Batch) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entries:
-    """The `n_keep` largest candidates of all ranks, or all if there are fewer, ascending by token and then by latent.
+    """The `n_keep` largest candidates over all ranks, or all if there are fewer, ordered by token and then by latent.
 
-    Among equals at the cutoff the lowest (token, latent) stay, so that nothing depends on bounds and chunks. NaN comes
+    Ties at the cutoff go to the lowest (token, latent), so the result does not depend on bounds and chunks. NaN ranks
     first, as in `torch.topk`.
     """
     rank = candidates.values.nan_to_num(nan=torch.inf)
     cutoff, n_equal = ranks.cutoff(rank, n_keep)
-    # With kernels it is not looked at how many are near; how many are kept is known, but for one of several ranks.
+    # With kernels, the number of near entries is not read: the number kept is known, except on one of several ranks.
     is_waited_for = ranks.count > 1 or not available(rank.device)
     near = (rank >= cutoff).nonzero()[:, 0] if is_waited_for else torch.arange(len(rank), device=rank.device)
-    near = near[candidates.tokens[near].argsort(stable=True)]  # within a token candidates come by latent
+    near = near[candidates.tokens[near].argsort(stable=True)]  # a token's candidates ascend by latent already
     above, equal = rank[near] > cutoff, rank[near] == cutoff
     chosen = above | (equal & (equal.cumsum(dim=0) <= n_equal))
     if is_waited_for:
@@ -229,17 +229,17 @@ def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entr
 def keep_columns(
     batch: Batch, pool: Int[Tensor, " n_candidates"]
 ) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
-    """What is kept of the pooled columns and the reconstructions from it, by dense products, with gradient."""
+    """Entries kept of the pooled columns and the reconstructions from them, by dense products, with gradient."""
     x, part, inner_widths = batch.x, batch.weights.of(pool), batch.cfg.inner_widths
     hidden_pre = x @ part.W_enc + part.b_enc
     acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
     indices = batch.ranks.topk_indices(acts, batch.n_keep)
     is_kept = torch.zeros_like(acts, dtype=torch.bool).flatten().scatter(0, indices, True).view_as(acts)
-    codes = torch.where(is_kept & ~(acts <= 0), hidden_pre, 0)  # NaN, of broken weights, is not below
+    codes = torch.where(is_kept & ~(acts <= 0), hidden_pre, 0)  # not `acts > 0`: keeps NaN, from broken weights
     tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
     values = codes.flatten().gather(0, indices)
     values = values if part.norms is None else values * part.norms[columns]
-    # Columns of the levels outside are 0: where a level ends in the pool would have to be read from the device.
+    # Columns of outer levels are zeroed: slicing would have to read from the device where a level ends in the pool.
     levels = level_of(pool, inner_widths)
     inner = [torch.where(levels <= level, codes, 0) for level in range(len(inner_widths))]
     return Entries(values, tokens, pool[columns]), torch.stack([*inner, codes]) @ part.W_dec

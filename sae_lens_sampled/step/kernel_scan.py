@@ -1,4 +1,4 @@
-"""The pass of `column_scan.py` by kernels: products by torch, a chunk at a time, and everything else by two kernels."""
+"""The pass of `column_scan.py` with kernels: torch computes the products by chunk, two kernels everything else."""
 
 from collections.abc import Iterator
 
@@ -19,13 +19,13 @@ from sae_lens_sampled.step.triton.scan import Above, Buffers, Chunk, Dead, TileS
 from sae_lens_sampled.step.triton.tiles import Tiles
 
 MAX_EXTRACTED_PER_KEPT = 16
-"""Room for extracted entries, over those to be kept: their number is not known before the scan is over."""
+"""Buffer capacity for extracted entries, per entry to keep: their number is unknown until the scan is over."""
 MIN_ROOM = 2**16
-"""Entries for which there is room at least."""
+"""Smallest buffer capacity, in entries."""
 
 
 class BufferedEntries(Extracted):
-    """Entries above a bound in buffers; how many there are is on the device until `inside` waits for it, once."""
+    """Entries above a bound, in buffers; their number stays on the device until `inside` waits for it, once."""
 
     def __init__(self, tiles: Tiles, buffers: Buffers, n_found: Int[Tensor, ""], dtype: torch.dtype) -> None:
         super().__init__(tiles.n_tokens)
@@ -54,7 +54,7 @@ def scan_by_kernels(
     bound: Float[Tensor, ""] | None,
     member: Bool[Tensor, "groups d_sae"] | None,
 ) -> ColumnScan:
-    """What `scan_columns` is, without waiting for the device."""
+    """`scan_columns` with kernels, without waiting for the device."""
     x, cfg, device = batch.x, batch.cfg, batch.x.device
     tiles = Tiles(len(x), min(cfg.pool_group_size or len(x), len(x)))
     which = SUMS_OF_SCORE[cfg.score] if cfg.n_candidates < cfg.d_sae else "none"
@@ -93,10 +93,10 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunks(batch: Batch) -> Iterator[tuple[slice, Chunk]]:
-    """Products with some latents, all in the same memory, which stays in the cache."""
+    """Products by chunk of latents, all in the same memory, which stays in the cache."""
     weights, dtype = batch.weights, _product_dtype(batch.x)
     x, d_sae = batch.x.to(dtype).contiguous(), len(batch.weights.b_enc)
-    width = chunk_length(len(x), x.device) // 64 * 64  # rows of W_enc start at whole vectors
+    width = chunk_length(len(x), x.device) // 64 * 64  # a chunk's rows of W_enc start at whole vectors
     memory = x.new_empty(len(x) * min(width, d_sae))
     for first in range(0, d_sae, width):
         part = slice(first, min(first + width, d_sae))
@@ -107,7 +107,7 @@ def _chunks(batch: Batch) -> Iterator[tuple[slice, Chunk]]:
 
 
 class _TilesOfGroups(Ranks):
-    """Tiles of a group, second to last dimension, are merged as processes are that share a batch."""
+    """Merges the tiles of a group (second-to-last dimension) like processes that share a batch."""
 
     @override
     def sum(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _sums_of_groups(of_tiles: TileSums, tiles: Tiles, score: str) -> ColumnSums:
 
 
 def _group_statistics(sums: ColumnSums, tiles: Tiles, score: str) -> ColumnStatistics:
-    """Statistics of all groups, of which the last may have fewer tokens."""
+    """Statistics of all groups; the last one may have fewer tokens."""
     last = tiles.n_tokens - (tiles.n_groups - 1) * tiles.group_size
     if last == tiles.group_size:
         return statistics_of(sums, score)

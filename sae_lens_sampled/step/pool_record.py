@@ -1,4 +1,4 @@
-"""What a training run remembers about its pools, and the numbers worth logging from it."""
+"""A training run's record of its pools, and the statistics logged from it."""
 
 from collections.abc import Callable
 
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from sae_lens_sampled.metrics import gini
 
 NORM_EMA_RATE = 0.01
-"""Share of the running mean of norms that a step replaces."""
+"""Weight of the newest batch in the running mean of norms."""
 
 
 class PoolRecord(nn.Module):
     """Running record of pools and selections; updated every step without waiting for the device.
 
-    Every buffer is persistent, so a resumed run goes on where it stopped.
+    Every buffer is persistent, so a resumed run continues where it stopped.
     """
 
     n_steps: Tensor
-    """Training steps so far, int64, shape (). Also numbers the random draws of sampled pools: SAELens' own counter is
-    one too low in intermediate checkpoints."""
+    """Training steps so far, int64, shape (). Also the index of the random draws of sampled pools: SAELens' own counter
+    is one too low in intermediate checkpoints."""
     selection_counts: Tensor
-    """How many entries of each latent were kept, int64, shape (d_sae,)."""
+    """Number of entries kept of each latent, int64, shape (d_sae,)."""
     last_pooled: Tensor
-    """The latest step, counted from 1, in which a latent was in a pool (with groups: in any of them), int64, shape
+    """The latest step, counted from 1, at which each latent was in a pool (with groups: in any group's), int64, shape
     (d_sae,); 0 if it never was."""
     churn: Tensor
     """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
     cutoff: Tensor
     """The smallest positive activation kept in the latest batch that kept any, float32, shape ()."""
     input_norm: Tensor
-    """Running mean of the norm of the inputs, float32, shape (): tokens of another mean norm are not those of training.
-    0 as long as it is not known."""
+    """Running mean of the inputs' norms, float32, shape (); 0 if not yet known. Tokens with a different mean norm
+    are unlike those of training."""
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PoolRecord(nn.Module):
 
     @property
     def pool(self) -> Bool[Tensor, " d_sae"]:
-        """The latest pool, with groups the union over them; empty before the first step."""
+        """The latest pool (with groups: the union of their pools); empty before the first step."""
         return (self.last_pooled == self.n_steps) & self.ever_pooled
 
     @property
@@ -54,7 +54,7 @@ class PoolRecord(nn.Module):
         return self.last_pooled > 0
 
     def pooled_within(self, n_steps: int) -> Bool[Tensor, " d_sae"]:
-        """Whether a latent was in a pool in the latest `n_steps` steps."""
+        """Whether a latent was in a pool within the last `n_steps` steps."""
         return self.ever_pooled & (self.last_pooled > self.n_steps - n_steps)
 
     @torch.no_grad()
@@ -64,11 +64,11 @@ class PoolRecord(nn.Module):
         smallest: Float[Tensor, ""],
         pool: Int[Tensor, "groups n_candidates"] | None,
     ) -> None:
-        """Count one training step.
+        """Record one training step.
 
         Args:
-            selection_counts: entries of each latent that the batch kept.
-            smallest: the smallest positive one of them; infinite if the batch kept none.
+            selection_counts: number of entries of each latent that the batch kept.
+            smallest: the smallest positive kept activation; infinite if the batch kept none.
             pool: indices of the candidates; None if every latent was one.
         """
         old_pool, new_pool = self.pool, torch.full_like(self.pool, pool is None)
@@ -83,7 +83,7 @@ class PoolRecord(nn.Module):
 
     @torch.no_grad()
     def update_input_norm(self, mean_norm: Float[Tensor, ""]) -> None:
-        """Count the mean norm of a batch's inputs; the first one counts whole."""
+        """Update the running mean with the mean norm of a batch's inputs; the first batch sets it."""
         moved = self.input_norm.lerp(mean_norm.to(self.input_norm.dtype), NORM_EMA_RATE)
         self.input_norm.copy_(torch.where(self.input_norm > 0, moved, mean_norm))
 
@@ -96,4 +96,4 @@ POOL_STATISTICS: dict[str, Callable[[PoolRecord], Tensor]] = {
     "selection_gini": lambda record: gini(record.selection_counts),
     "cutoff": lambda record: record.cutoff,
 }
-"""One number each, as logged during training and returned by `pool_statistics()`."""
+"""Scalars that are logged during training and returned by `pool_statistics()`."""

@@ -1,7 +1,7 @@
-"""Products with a sparse matrix of a few entries a row, and where they come from: torch's CSR ones, or kernels.
+"""Products with a sparse matrix of a few entries per row, computed by torch's CSR products or by kernels.
 
-Torch's (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost their share of entries of the dense product. All are in
-float32 at least: there are no such products in less.
+Both torch's (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost as much as the dense product times the share of
+entries in the matrix. All are at least in float32: there are no such products in lower precision.
 """
 
 import functools
@@ -18,26 +18,26 @@ from sae_lens_sampled.step.triton import available
 
 
 class Pattern:
-    """Where a sparse matrix has entries, ascending by row; what products need of it is computed once."""
+    """Positions of a sparse matrix's entries, ascending by row; what products need from them is computed once."""
 
     def __init__(self, rows: Int[Tensor, " entries"], columns: Int[Tensor, " entries"], shape: tuple[int, int]) -> None:
         self.rows, self.columns, self.shape = rows, columns, shape
         self.sorted_columns, self.order = columns.sort(stable=True)
-        """The columns ascending, and the entries in that order; in a column by row."""
+        """The columns in ascending order, and the permutation that sorts the entries by column and then by row."""
 
     @functools.cached_property
     def rows_by_column(self) -> Int[Tensor, " entries"]:
-        """Rows of the entries in the order by column."""
+        """Rows of the entries, sorted by column."""
         return self.rows.index_select(0, self.order)
 
     @functools.cached_property
     def row_starts(self) -> Int[Tensor, " rows_and_1"]:
-        """The first entry of every row, and the number of entries."""
+        """Index of the first entry of every row, followed by the number of entries."""
         return _starts(self.rows, self.shape[0])
 
     @functools.cached_property
     def column_starts(self) -> Int[Tensor, " columns_and_1"]:
-        """The same of columns, among the entries in their order."""
+        """The same for columns, among the entries sorted by column."""
         return _starts(self.sorted_columns, self.shape[1])
 
     def csr(self, values: Float[Tensor, " entries"]) -> Tensor:
@@ -45,12 +45,12 @@ class Pattern:
         return _csr(values, self.row_starts, self.columns, self.shape)
 
     def transposed_csr(self, values: Float[Tensor, " entries"]) -> Tensor:
-        """The transposed matrix, from values in the order by column."""
+        """The transposed matrix, from values sorted by column."""
         return _csr(values, self.column_starts, self.rows_by_column, self.shape[::-1])
 
 
 class Products(NamedTuple):
-    """The products, of a sparse matrix S with some pattern and values."""
+    """Products with a sparse matrix S, given by its pattern and values."""
 
     times: Callable[[Pattern, Tensor, Tensor], Tensor]
     """S W, from the pattern, values and W."""
@@ -59,16 +59,16 @@ class Products(NamedTuple):
     column_sums: Callable[[Pattern, Tensor], Tensor]
     """S^T 1, from the pattern and values."""
     at_entries: Callable[[Pattern, Tensor, Tensor], Tensor]
-    """The entries of G W^T, from the pattern, G and W."""
+    """G W^T at the pattern's entries, from the pattern, G and W."""
 
 
 def products_for(values: Tensor) -> Products:
-    """The kernels where they run; float64 is for torch."""
+    """The kernels where they run, else torch's products; float64 always takes torch's."""
     return _by_kernels() if available(values.device) and values.dtype != torch.float64 else BY_CSR
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether there are sparse products for `device`."""
+    """Whether sparse products are available on `device`."""
     has_csr = device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())
     return has_csr or available(device)
 
@@ -80,7 +80,7 @@ def products_at(
     rows: Int[Tensor, " entries"],
     columns: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
-    """Entries of $A B^T$, ascending by row."""
+    """$A B^T$ at the given entries, which ascend by row."""
     return _products_in(_csr(a.new_zeros(len(rows)), _starts(rows, len(a)), columns, (len(a), len(b))), a, b)
 
 
@@ -101,7 +101,7 @@ def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
 
 def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
     G = in_float32(G)
-    # By column, whose row of W then stays in the cache.
+    # Sorted by column, so that a column's row of W stays in the cache.
     by_column = _products_in(pattern.transposed_csr(G.new_zeros(len(pattern.order))), W.to(G.dtype), G)
     return torch.empty_like(by_column).scatter_(0, pattern.order, by_column)
 
@@ -130,12 +130,12 @@ def _by_kernels() -> Products:
 
 
 def _products_in(sparse: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The entries of $A B^T$ where a sparse matrix of zeros has some."""
+    """$A B^T$ at the entries of a sparse matrix of zeros."""
     return torch.sparse.sampled_addmm(sparse, a, b.T, beta=0).values()
 
 
 def _product(sparse: Tensor, dense: Tensor) -> Tensor:
-    """As `sparse @ dense`, which first writes zeros, and copies them: two passes over the result."""
+    """Same as `sparse @ dense`, but without its two extra passes over the result, which write zeros and copy them."""
     result = dense.new_empty(sparse.shape[0], dense.shape[1])
     return torch.addmm(result, sparse, dense, beta=0, out=result)
 
@@ -151,8 +151,8 @@ def _csr(values: Tensor, row_starts: Tensor, columns: Tensor, shape: tuple[int, 
 
 @functools.cache
 def _silence_first_warnings() -> None:
-    # torch says once in a process that CSR tensors are in beta, at the first that is made: this one. Torch 2.11 says
-    # there too that invariants are not checked, whatever `check_invariants` is.
+    # At the first CSR tensor of a process, which is this one, torch warns that CSR tensors are in beta. Torch 2.11 also
+    # warns that invariants are not checked, whatever `check_invariants` is.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(beta state|invariant checks)", category=UserWarning)
         starts, empty = torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Several processes that train one SAE: what they have to agree on, and how they do.
+"""Several processes that train one SAE: what they have to agree on, and how they reach agreement.
 
-A rank is one of the processes; each has its own tokens of every batch, the next ones after those of the rank before.
+A rank is one of the processes. Each holds its own tokens of every batch, following those of the previous rank.
 """
 
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes, as one of them sees them. This class is a process alone: nothing is exchanged, nothing changes.
+    """The processes, as seen from one of them. This class is a single process: it exchanges and changes nothing.
 
-    Every method but `n_of_all` and `own_rows` is one of all processes: whoever leaves one out hangs the rest.
+    Every method except `n_of_all` and `own_rows` is a collective operation: a process that skips one hangs the others.
     """
 
     rank = 0
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     count = 1
     """Number of processes."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over the processes, equal to the last bit in all of them."""
+        """Sum over the processes, bit-identical on all of them."""
         return x
 
     def max(self, x: Tensor) -> Tensor:
@@ -44,32 +44,32 @@ class Ranks:
         return x
 
     def total(self, n: int) -> int:
-        """Sum of a whole number over the processes."""
+        """Sum of an integer over the processes."""
         return n
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether the flag is set on any process."""
         return flag
 
     def union(self, pool: Int[Tensor, "groups n_candidates"], d_sae: int) -> Int[Tensor, "groups n"]:  # noqa: ARG002
-        """Indices of the latents that are in a pool of any process."""
+        """Indices of the latents that are in any process's pool."""
         return pool
 
     def n_of_all(self, n_own: int) -> int:
-        """What all have together, if each has `n_own`."""
+        """Total over the processes, if each has `n_own`."""
         return n_own * self.count
 
     def own_rows(self, rows: Int[Tensor, " rows"], n_own: int) -> tuple[slice | Tensor, Int[Tensor, " own"]]:  # noqa: ARG002
-        """Which of the batch's rows are this process's, if each has `n_own`, and their numbers among its own."""
+        """Which of the batch's rows belong to this process, if each has `n_own`, and their indices among its own."""
         return slice(None), rows
 
     @torch.no_grad()
     def cutoff(self, values: Float[Tensor, " entries"], n_keep: int) -> tuple[Tensor, Int[Tensor, ""]]:
-        """Cutoff of the `n_keep` largest values of all, and how many of those that equal it this process keeps.
+        """Cutoff of the `n_keep` largest values over all processes, and how many values equal to it this one keeps.
 
         Args:
-            values: this process's, not negative and not NaN.
-            n_keep: of all processes together; where there are fewer values, all are kept.
+            values: this process's values, non-negative and not NaN.
+            n_keep: number of values to keep over all processes; if there are fewer, all are kept.
         """
         n_keep = min(n_keep, len(values))
         cutoff = values.topk(n_keep, sorted=False).values.amin() if n_keep else values.new_full((), torch.inf)
@@ -77,7 +77,7 @@ class Ranks:
 
     @torch.no_grad()
     def topk_indices(self, values: Float[Tensor, "..."], n_keep: int) -> Int[Tensor, " kept"]:
-        """Which of this process's values are among the `n_keep` largest of all, as flat places; NaN is largest."""
+        """Flat indices of this process's values that are among the `n_keep` largest of all; NaN counts as largest."""
         return values.flatten().topk(min(n_keep, values.numel()), sorted=False).indices.sort().values
 
 
@@ -85,10 +85,10 @@ ALONE = Ranks()
 
 
 class SeveralRanks(Ranks):
-    """More than one process; whoever derives from it says what they are and how they sum and compare tensors."""
+    """More than one process; subclasses define which, and how they sum and compare tensors."""
 
     device = torch.device("cpu")
-    """Where numbers have to lie to be exchanged."""
+    """Device on which numbers must be to be exchanged."""
 
     @override
     def mean(self, x: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ class SeveralRanks(Ranks):
     @override
     @torch.no_grad()
     def cutoff(self, values: Float[Tensor, " entries"], n_keep: int) -> tuple[Tensor, Int[Tensor, ""]]:
-        """As of one process; float32 or less precise.
+        """As for one process; `values` in float32 or lower precision.
 
-        Exact: non-negative floats are ordered as their bits are, so three histograms of these, 11, 11 and 9 bits, find
-        the cutoff. Among equals lower ranks come first, whose tokens do.
+        Exact: non-negative floats are ordered like their bits, so three histograms, of 11, 11 and 9 bits, find the
+        cutoff. Ties go to lower ranks, whose tokens come first.
         """
         bits = values.float().clamp(min=0).view(torch.int32).long()
         remaining = torch.full((), n_keep, device=values.device)
@@ -127,8 +127,8 @@ class SeveralRanks(Ranks):
             digits = (bits >> shift) & (2**n_bits - 1)
             local = torch.zeros(2**n_bits, dtype=torch.int32, device=values.device)
             counts = self.sum(local.index_add_(0, digits, inside.int()))
-            from_top = counts.flip(0).cumsum(0).flip(0)  # values whose digits are these or larger
-            digit = ((from_top >= remaining).sum() - 1).clamp(min=0)  # 0 where there are too few
+            from_top = counts.flip(0).cumsum(0).flip(0)  # number of values with this digit or a larger one
+            digit = ((from_top >= remaining).sum() - 1).clamp(min=0)  # 0 if there are too few values
             remaining = remaining - (from_top[digit] - counts[digit])
             cutoff = cutoff | (digit << shift)
             inside = inside & (digits == digit)
@@ -149,14 +149,14 @@ class SeveralRanks(Ranks):
 
 
 class GroupRanks(SeveralRanks):
-    """The processes of a group of `torch.distributed`."""
+    """The processes of a `torch.distributed` group."""
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         self.n_bytes = 0
-        """Bytes that this process has handed to others so far."""
+        """Bytes that this process has passed to reductions so far."""
 
     @override
     def sum(self, x: Tensor) -> Tensor:
@@ -171,13 +171,13 @@ class GroupRanks(SeveralRanks):
         return self._reduced(x, dist.ReduceOp.MIN)
 
     def broadcast(self, x: Tensor) -> None:
-        """Overwrite `x` with what rank 0 has."""
+        """Overwrite `x` with rank 0's."""
         root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         with _lost_ranks_told(self):
             dist.broadcast(x, root, group=self.group)
 
     def gather(self, x: T) -> list[T]:
-        """What each process has handed over: anything that can be pickled."""
+        """The objects passed by all processes; anything that can be pickled."""
         everyone: list[Any] = [None] * self.count
         with _lost_ranks_told(self):
             dist.all_gather_object(everyone, x, group=self.group)
@@ -192,7 +192,7 @@ class GroupRanks(SeveralRanks):
 
 
 class LostRankError(ConnectionError):
-    """Another process has ended, or has not answered in time."""
+    """Another process has ended or has not responded in time."""
 
 
 @contextmanager
@@ -201,6 +201,6 @@ def _lost_ranks_told(ranks: GroupRanks) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            f"process {ranks.rank} of {ranks.count} has waited for the others in vain: one has ended or hangs, and has "
-            f"said why if it could. Nothing is saved of what came after the newest checkpoint. ({error})"
+            f"process {ranks.rank} of {ranks.count} lost contact with the others: one has ended or hangs (see their "
+            f"logs). Progress since the newest checkpoint is lost. ({error})"
         ) from error

@@ -1,33 +1,33 @@
-r"""A scan in bfloat16 that finds every entry that a float32 step may keep, and float32 values of those.
+r"""A bfloat16 scan that finds every entry that a float32 step may keep, and recomputes their values in float32.
 
-The scan has to find what *may* be kept; values are needed of the kept entries alone. So the product is taken in
-bfloat16, at a third of the time on a CPU that has such products; an entry is extracted unless it lies below the bound
-by more than rounding can account for; and those that decide are computed once more, in float32.
+The scan has to find what *may* be kept; values are needed of the kept entries only. So the product is computed in
+bfloat16, in a third of the time on a CPU with such instructions; an entry is extracted unless it lies below the bound
+by more than rounding can explain; and the entries that decide the selection are recomputed in float32.
 
-**How far a scanned entry may be off.** Let $s_{ij} = n_j (\hat z_{ij} + b_j)$ with the product $\hat z$ of rounded
-factors, $v_{ij} = n_j (z_{ij} + b_j)$ as a float32 step has it, and $P = \|x_i\| \|w_j\|$, which bounds $\sum_l
-|x_{il} w_{jl}|$ (Cauchy-Schwarz). bfloat16 has 8 significant bits, so rounding to nearest changes a number by at most
-its $u = 2^{-8}$-th part. In units of $n_j$ the two differ by at most
+**Error of a scanned entry.** Let $s_{ij} = n_j (\hat z_{ij} + b_j)$ with the product $\hat z$ of rounded factors,
+$v_{ij} = n_j (z_{ij} + b_j)$ as in a float32 step, and $P = \|x_i\| \|w_j\|$, which bounds $\sum_l |x_{il} w_{jl}|$
+(Cauchy-Schwarz). bfloat16 has 8 significant bits, so the relative error of rounding to nearest is at most
+$u = 2^{-8}$. In units of $n_j$, the two differ by at most
 
-- $(2u + u^2) P$ for rounding both factors, $2^{-7} + 2^{-16}$;
-- $4 d\, 2^{-23} P$ for the float32 sums of both, in any order, truncating ones included;
-- $1.01 u P$ for storing $\hat z$ in bfloat16 before the bias. Under cancellation $\hat z$ is tiny, but never above
-  1.01 P;
-- $2^{-21} (P + |b_j|)$ for adding the bias, for the factor $n_j$ and for what is added to and taken from $s$ here;
-- $2^{-124} (\sqrt d (\|x_i\| + \|w_j\|) + d)$ for numbers below $2^{-126}$, which the processor may take for 0;
+- $(2u + u^2) P$ for rounding both factors, where $2u + u^2 = 2^{-7} + 2^{-16}$;
+- $4 d\, 2^{-23} P$ for the float32 sums of both, in any order, even if they truncate;
+- $1.01 u P$ for storing $\hat z$ in bfloat16 before adding the bias. Under cancellation $\hat z$ is tiny, but it never
+  exceeds 1.01 P;
+- $2^{-21} (P + |b_j|)$ for adding the bias, multiplying by $n_j$, and adding to and subtracting from $s$ below;
+- $2^{-124} (\sqrt d (\|x_i\| + \|w_j\|) + d)$ for numbers below $2^{-126}$, which the processor may flush to 0;
 
-and $2^{-126}$ besides. So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent.
-Nothing overflows as long as no norm exceeds $2^{120}$; where one does, the scan is the full one, and nowhere else.
+plus $2^{-126}$. So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent. Nothing
+overflows as long as no norm exceeds $2^{120}$; otherwise the scan is the full one.
 
-**Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted: so is every entry with
-$v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of what E
-has for storing: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The rest are
-computed in float32, and those at or below the bound dropped, for which the extraction is not complete. If at least
-`n_keep` are left, the `n_keep` largest of all entries are among them; otherwise the bound has to be lowered.
+**Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted, among them every entry with
+$v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of E's term
+for storing: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The others are
+recomputed in float32, and those at or below the bound are dropped, where the extraction is incomplete. If at least
+`n_keep` are left, they include the `n_keep` largest of all entries; otherwise the bound has to be lowered.
 
-What is kept is thus what a float32 step keeps, up to the order of its sums: two float32 products differ in entries
-within 1e-6 of the cutoff too. The choice of the scan goes by configuration, sizes, processor and batch, not by a
-clock: the same machine repeats a run to the last bit.
+The kept entries are thus those of a float32 step, up to the order of its sums: even two float32 products differ in
+entries within 1e-6 of the cutoff. The scan is chosen by configuration, sizes, processor and batch, not by timing, so
+repeating a run on the same machine is bit-identical.
 """
 
 import functools
@@ -48,23 +48,23 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights
 Scan = Literal["auto", "full", "reduced"]
 
 LARGEST_NORM = 2.0**120
-"""Norms, and products of them, up to which nothing overflows."""
+"""Largest norms, and products of norms, with which nothing overflows."""
 NORM_ROWS = 64
-"""Rows of a matrix whose squares are summed at a time."""
+"""Number of rows of a matrix whose squares are summed at a time."""
 MIN_D_IN = 256
-"""Width of the inputs from which the product is a large enough part of the scan. This and the next one are by processor
-time at initialisation on Gaussian inputs, where the margin extracts most (AMD EPYC with AVX512_BF16, one thread): what
-is before the backward pass takes as long at width 128, 7 % less at 256, 13 % less at 512, 19 % less at 768."""
+"""Input width from which the product is a large enough part of the scan. This and the next one are from processor times
+at initialisation on Gaussian inputs, where the margin extracts most (AMD EPYC with AVX512_BF16, one thread): the step
+up to the backward pass takes the same time at width 128, 7 % less at 256, 13 % less at 512, 19 % less at 768."""
 MIN_TOKENS = 1024
-"""Tokens from which it does not matter that all weights are rounded in every step: at width 768 12 % less at 1,024,
-10 % more at 512."""
+"""Number of tokens from which the cost of rounding all weights in every step does not matter: at width 768, the time is
+12 % less at 1,024 tokens and 10 % more at 512."""
 MAX_MARGIN = 0.5
-"""Error bound of a typical entry over the bound of the extraction, from which on `auto` scans in float32: the margin
+"""Ratio of a typical entry's error bound to the extraction's bound, above which "auto" scans in float32: the margin
 would extract most entries."""
 
 
 class ReducedProduct(NamedTuple):
-    r"""Pre-activations in bfloat16, and how far they may be off: $E_{ij} = \|x_i\| a_j + c_j$."""
+    r"""Pre-activations in bfloat16, and their error bound: $E_{ij} = \|x_i\| a_j + c_j$."""
 
     x: Float[Tensor, "tokens d_in"]
     weights: Weights
@@ -75,12 +75,12 @@ class ReducedProduct(NamedTuple):
     offset: Float[Tensor, " d_sae"]
     """c, per latent."""
     storage: Float[Tensor, " d_sae"]
-    """What of the slope stands for storing the product, of which a given value tells more."""
+    """The slope's term for storing the product, which a known value replaces by a tighter one."""
     scratch: Float[Tensor, "width tokens"]
-    """As large as a chunk: memory that is written for the first time costs as much as the product."""
+    """As large as a chunk of latents; only its length, the width of a chunk, is used."""
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "latents tokens"]]]:
-        """Pre-activations of some latents in float32, off by E at most; a chunk is overwritten by the next one."""
+        """Pre-activations by chunk of latents, in float32, with an error of at most E; a chunk overwrites the last."""
         W_enc, b_enc, _, norms, _ = self.weights
         (n_tokens, d_in), d_sae = self.x.shape, len(b_enc)
         width = len(self.scratch)
@@ -98,8 +98,8 @@ class ReducedProduct(NamedTuple):
     ) -> Bool[Tensor, "latents tokens"]:
         r"""Where a scanned entry of these latents is above the bound, or below it by no more than E.
 
-        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding is in the slope and the offset. Norms of latents differ
-        a hundredfold: with a chunk's largest, most entries would be extracted. `out` is memory to write over.
+        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding the slope and the offset cover. Norms of latents differ
+        a hundredfold: with a chunk's largest, most entries would be extracted. `out` is overwritten.
         """
         below = _rounded_down(bound.double() - self.offset[part])
         largest = torch.addr(hidden_pre, self.slope[part].float(), self.x_norm.float(), out=out)
@@ -108,18 +108,18 @@ class ReducedProduct(NamedTuple):
     def exact(
         self, entries: Entries, bound: Float[Tensor, ""], n_keep: int, ranks: Ranks = ALONE
     ) -> tuple[Entries, int]:
-        """Those of the extracted entries that can be kept and exceed the bound, with their float32 values.
+        """The extracted entries that can be kept and exceed the bound, with their float32 values.
 
-        Also how many values were computed.
+        Also returns the number of values computed.
 
         Args:
-            entries: where `may_exceed` is true, ascending by latent and then by token.
-            bound: not negative.
-            n_keep: entries to keep, of all ranks together.
-            ranks: the processes that share the batch, each with its own entries; all call this.
+            entries: where `may_exceed` is true, ordered by latent and then by token.
+            bound: non-negative.
+            n_keep: number of entries to keep over all ranks.
+            ranks: the processes that share the batch, each with its own entries; all must call this.
         """
         scanned, tokens, latents = entries
-        # In float32, whose rounding is in the slope and the offset.
+        # In float32, whose rounding the slope and the offset cover.
         slope, bias = (self.slope - self.storage).float(), self.weights.b_enc
         bias = bias if self.weights.norms is None else bias * self.weights.norms
         error = self.x_norm.float()[tokens] * slope[latents] + self.offset.float()[latents]
@@ -130,7 +130,7 @@ class ReducedProduct(NamedTuple):
         return exact.at((exact.values > bound).nonzero()[:, 0]), len(exact.values)
 
     def _values(self, entries: Entries) -> Float[Tensor, " entries"]:
-        """Pre-activations at entries, ascending by latent, in float32."""
+        """Pre-activations in float32 at entries that ascend by latent."""
         W_enc, b_enc, _, norms, _ = self.weights
         products = products_at(W_enc.T.contiguous(), self.x, entries.latents, entries.tokens)
         values = products + b_enc[entries.latents]
@@ -141,9 +141,9 @@ class ReducedProduct(NamedTuple):
 def reduced_product(
     x: Float[Tensor, "tokens d_in"], weights: Weights, bound: Float[Tensor, ""], scan: Scan, ranks: Ranks = ALONE
 ) -> ReducedProduct | None:
-    """What the reduced scan goes by; None where a batch has to be scanned in float32. All ranks decide alike.
+    """The product for a reduced scan, or None if the batch has to be scanned in float32. All ranks decide identically.
 
-    That is where norms could overflow and, unless the scan has to be "reduced", where the margin would extract most
+    None if `scan` is "full", if norms could overflow or, unless `scan` is "reduced", if the margin would extract most
     entries.
     """
     if scan == "full":
@@ -154,7 +154,7 @@ def reduced_product(
     sizes = torch.stack(
         [x_norm.amax(), w_norm.amax(), x_norm.amax() * (factor * w_norm).amax(), (factor * weights.b_enc).abs().amax()]
     )
-    too_large = not bool((sizes <= LARGEST_NORM).all())  # NaN is not below
+    too_large = not bool((sizes <= LARGEST_NORM).all())  # also for NaN
     too_wide = scan == "auto" and bool(x_norm.median() * slope.median() > MAX_MARGIN * bound)
     if ranks.any(too_large or too_wide):
         return None
@@ -165,7 +165,7 @@ def reduced_product(
 def error_of(
     w_norm: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"], norms: Float[Tensor, " d_sae"] | None, d_in: int
 ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """Slopes and offsets of the error bound, and the part of slopes for storing; float64. See the module's docstring.
+    """Slopes and offsets of the error bound, and the slopes' terms for storing; float64. See the module's docstring.
 
     Args:
         w_norm: norms of the encoder's columns, rounded up; float64.
@@ -177,7 +177,7 @@ def error_of(
     storage = 1.01 * 2**-8 * n * w_norm
     slope = n * ((2**-7 + 2**-16 + 4 * d_in * 2**-23 + 2**-21) * w_norm + 2**-124 * math.sqrt(d_in)) + storage
     offset = n * (2**-21 * b_enc.double().abs() + 2**-124 * (math.sqrt(d_in) * w_norm + d_in)) + 2**-126
-    up = 1 + 2**-20  # they are taken in float32 too
+    up = 1 + 2**-20  # they are used in float32 too
     return (up * slope).clamp(min=2**-126), up * offset, storage
 
 
@@ -189,17 +189,17 @@ def column_norms(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " colum
         squared = sum(
             (block.double().square().sum(dim=0) for block in blocks), start=squared.new_zeros((), dtype=torch.float64)
         )
-    # Sums of float32 squares, and what is lost of numbers below 2^-63, whose squares are no normal numbers.
+    # Covers rounding in the sums of float32 squares, and numbers below 2^-63, whose squares are subnormal.
     return squared.double().sqrt() * (1 + len(matrix) * 2**-23) + math.sqrt(len(matrix)) * 2**-62
 
 
 def choose_scan(scan: Scan, cfg: PoolFields, n_tokens: int, W_enc: Float[Tensor, "d_in d_sae"]) -> Scan:
     """How to scan: "full" in float32, "reduced" in bfloat16, "auto" for the latter unless its margin is too wide.
 
-    By rule, not by a clock: so runs repeat. "auto" is for a pool of all latents, where the processor has instructions
-    for bfloat16 (AVX512_BF16, AMX; without them torch's product in it is slower) and the sizes make it pay. Scores of
-    pools would be of rounded activations, so there it has to be asked for. Never under autocast, which rounds the
-    values too, and for parameters in float32 alone.
+    Chosen by rule, not by timing, so that runs are reproducible. "auto" needs a pool of all latents, a processor with
+    bfloat16 instructions (AVX512_BF16, AMX; without them torch's bfloat16 product is slower) and sizes that make it
+    pay. Smaller pools would be scored by rounded activations, so they need an explicit "reduced". It is always "full"
+    under autocast, which rounds the values too, and for parameters that are not in float32.
     """
     device = W_enc.device
     if scan == "full" or W_enc.dtype != torch.float32 or torch.is_autocast_enabled(device.type):
@@ -212,12 +212,12 @@ def choose_scan(scan: Scan, cfg: PoolFields, n_tokens: int, W_enc: Float[Tensor,
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether this processor multiplies bfloat16 numbers, by what torch says of it, and torch uses that."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # public only in newer versions, by other names
+    """Whether this processor has bfloat16 instructions, according to torch, and torch uses them."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # public only in newer versions, under other names
     return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _rounded_down(x: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """The largest float32 numbers that are not above `x`."""
+    """The largest float32 numbers that do not exceed `x`."""
     nearest = x.float()
     return torch.where(nearest.double() > x, nearest.nextafter(nearest.new_full((), -torch.inf)), nearest)

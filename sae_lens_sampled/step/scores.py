@@ -2,14 +2,14 @@
 
 A score is called as `(acts, n_candidates) -> scores`. `acts` has shape `(..., tokens, latents)`, is non-negative and
 at least float32; `scores` has shape `(..., latents)`, the higher the better. Leading dimensions are pool groups.
-`n_candidates` is the number of latents that will be taken; most scores ignore it.
+`n_candidates` is the number of latents that will be selected; most scores ignore it.
 
-Most judge each latent by its own activations, from sums over tokens and the largest one: these are a `ColumnScore`. It
-is written once and works for some latents at a time, in groups, and over processes that have some of the tokens each.
+Most scores judge each latent by its own activations, from sums over tokens and the largest activation. Such a
+`ColumnScore` is written once and works on chunks of latents, in groups, and across processes that split the tokens.
 
 `l2_norm` and `squared_l2` choose the same latents, since squaring keeps the order; they differ only under
-`pool_sampling="proportional"`. And a plain L2 norm ranks a latent that is 100 on 5 % of the tokens (22.4 sqrt(B))
-above one that is 10 on 50 % of them (7.1 sqrt(B)): to prefer the consistent one take `perplexity` or `frequency`.
+`pool_sampling="proportional"`. A plain L2 norm ranks a latent that is 100 on 5 % of the tokens (22.4 sqrt(B)) above
+one that is 10 on 50 % of them (7.1 sqrt(B)): to prefer the consistent one, use `perplexity` or `frequency`.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,18 @@ from sae_lens_sampled.step.ranks import Ranks
 Score: TypeAlias = Callable[[Tensor, int], Tensor]
 
 LEVERAGE_ROWS = 256
-"""Rows of the sketch that `ridge_leverage` works on; its cost grows with the square of this number."""
+"""Rows of the sketch that `ridge_leverage` uses; its cost grows with the square of this number."""
 
 
 class ColumnSums(NamedTuple):
-    """What the tokens of each group tell of each latent."""
+    """Sums and peaks of each latent over the tokens of each group."""
 
     n_tokens: int
-    """Tokens of a group."""
+    """Number of tokens in a group."""
     peak: Float[Tensor, "*group latents"]
     """Largest activation."""
     sums: tuple[Float[Tensor, "*group latents"], ...]
-    """Sums over tokens: of squares, and those that the score needs."""
+    """Sums over tokens: that of the squares, then those that the score needs."""
 
 
 def _no_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
@@ -49,13 +49,13 @@ class ColumnScore:
     """A score from sums over tokens and the largest activation of each latent."""
 
     of: Callable[[ColumnSums], Tensor]
-    """The score, from the sums over all tokens of a group."""
+    """Computes the score from the sums over all tokens of a group."""
     sums: Callable[[Tensor, Tensor, Tensor | None], list[Tensor]] = _no_sums
-    """Sums that it needs besides that of squares, from the activations, the largest one of each latent, and the
-    smallest one that the batch before has kept of any (None where it is not known)."""
+    """Computes the sums needed besides that of the squares, from the activations, each latent's largest one, and the
+    smallest activation kept in the previous batch (None if unknown)."""
     rescaled: Callable[..., list[Tensor]] | None = None
-    """The sums for another largest activation, from the old one over the new one and the sums, where they depend on
-    it."""
+    """Converts the sums to another largest activation, given the ratio of the old to the new one and the sums; None if
+    they do not depend on it."""
 
     def __call__(
         self, acts: Float[Tensor, "*group tokens latents"], n_candidates: int
@@ -67,12 +67,12 @@ class ColumnScore:
     def column_sums(
         self, acts: Float[Tensor, "*group tokens latents"], last_cutoff: Tensor | None = None
     ) -> ColumnSums:
-        """What it needs of some tokens."""
+        """The sums it needs over some tokens."""
         peak = acts.amax(dim=-2)
         return ColumnSums(acts.shape[-2], peak, (acts.square().sum(dim=-2), *self.sums(acts, peak, last_cutoff)))
 
     def merged(self, own: ColumnSums, ranks: Ranks) -> ColumnSums:
-        """The sums over the tokens of all processes, from those of one."""
+        """The sums over the tokens of all processes, from this one's."""
         peak, (squares, *sums) = ranks.max(own.peak), own.sums
         if self.rescaled is not None:
             sums = self.rescaled(own.peak / peak.clamp(min=torch.finfo(peak.dtype).tiny), *sums)
@@ -80,7 +80,7 @@ class ColumnScore:
 
 
 def _share_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
-    """Sums of a / peak and of its x log x: those of very small or large activations would leave the range."""
+    """Sums of x = a / peak and of x log x: unscaled, very small or large activations would leave the float range."""
     share = acts / peak.unsqueeze(-2).clamp(min=torch.finfo(acts.dtype).tiny)
     return [share.sum(dim=-2), torch.special.xlogy(share, share).sum(dim=-2)]
 
@@ -103,11 +103,11 @@ def _concentration(sums: ColumnSums) -> Tensor:
     return torch.where(sums.peak > 0, (1 - _shannon_entropy(sums) / log_n_tokens).clamp(min=0), 0)
 
 
-l2_norm = ColumnScore(lambda sums: sums.sums[0].sqrt())  # over a middle dimension vector_norm takes ten times as long
+l2_norm = ColumnScore(lambda sums: sums.sums[0].sqrt())  # vector_norm over a middle dimension takes ten times as long
 r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
 
 squared_l2 = ColumnScore(lambda sums: sums.sums[0])
-r"""$\sum_i a_i^2$: the order of `l2_norm`; in a sampled pool it concentrates on the largest."""
+r"""$\sum_i a_i^2$: the same order as `l2_norm`; in a sampled pool it concentrates on the largest."""
 
 entropy = ColumnScore(_concentration, _share_sums, _shares_of_peak)
 r"""$1 - H(p) / \log B$ with $p = a / \sum a$: prefers specialised latents, whose mass lies on few tokens.
@@ -117,15 +117,15 @@ In [0, 1]; 0 for a latent that never fires, and for every latent if there is onl
 perplexity = ColumnScore(
     lambda sums: torch.where(sums.peak > 0, _shannon_entropy(sums).exp(), 0), _share_sums, _shares_of_peak
 )
-r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens one fires on."""
+r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens a latent fires on."""
 
 frequency = ColumnScore(
     lambda sums: sums.sums[1], lambda acts, _peak, _last_cutoff: [(acts > 0).sum(dim=-2).to(acts.dtype)]
 )
-"""Number of tokens on which the latent is positive: prefers consistent latents, blind to their size."""
+"""Number of tokens on which the latent is positive: prefers consistent latents, whatever their magnitude."""
 
 uniform = ColumnScore(lambda sums: (sums.peak > 0).to(sums.peak.dtype))
-"""1 for every latent that fires: the control, a pool chosen blindly. Only for proportional sampling."""
+"""1 for every latent that fires: a control, whose pool is chosen blindly. Only for proportional sampling."""
 
 
 def _clipped_squares(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
@@ -136,10 +136,10 @@ def _clipped_squares(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> 
 
 
 winsorised = ColumnScore(lambda sums: sums.sums[1], _clipped_squares)
-r"""$\sum_i \min(a_i, c)^2$, c the smallest activation that the batch before has kept: prefers latents that are above c
-on many tokens to those that are far above it on a few.
+r"""$\sum_i \min(a_i, c)^2$, with c the smallest activation kept in the previous batch: prefers latents that exceed c on
+many tokens to those that exceed it by far on a few.
 
-Where there was no such batch c is infinite. `eval/KNOWN_FEATURES.md` says where it wins."""
+Without a previous batch, c is infinite. `eval/KNOWN_FEATURES.md` says where this score wins."""
 
 
 def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
@@ -154,12 +154,12 @@ def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: i
     # A batch in which nothing fires has a zero ridge; the smallest normal number keeps the system solvable.
     ridge = ridge.clamp(min=torch.finfo(acts.dtype).tiny)[..., None, None]
     identity = torch.eye(gram.shape[-1], dtype=acts.dtype, device=acts.device)
-    factor = torch.linalg.cholesky_ex(gram + ridge * identity).L  # without its check, which waits for the device
+    factor = torch.linalg.cholesky_ex(gram + ridge * identity).L  # skips its check, which waits for the device
     return torch.linalg.solve_triangular(factor, sketch, upper=False).square().sum(dim=-2)
 
 
 def sketch_rows(n_tokens: int, device: torch.device) -> Int[Tensor, " rows"]:
-    """The rows that `ridge_leverage` looks at: all, or `LEVERAGE_ROWS` evenly strided ones."""
+    """The rows that `ridge_leverage` uses: all, or `LEVERAGE_ROWS` evenly strided ones."""
     return torch.linspace(0, n_tokens - 1, min(n_tokens, LEVERAGE_ROWS), device=device).round().long()
 
 
@@ -170,9 +170,9 @@ def sketch_scores(
     device: torch.device,
     ranks: Ranks,
 ) -> Float[Tensor, " latents"]:
-    """`ridge_leverage` of the whole batch, of which this rank has the tokens from `rank * n_own` on.
+    """`ridge_leverage` over the whole batch, whose tokens from `rank * n_own` on are this rank's.
 
-    `rows_of` gives the activations, not negative, of some of this rank's tokens.
+    `rows_of` returns the non-negative activations of some of this rank's tokens.
     """
     rows = sketch_rows(ranks.n_of_all(n_own), device)
     places, own = ranks.own_rows(rows, n_own)
@@ -197,7 +197,7 @@ SCORES: dict[str, Score] = {
 
 @dataclass(frozen=True)
 class RegisteredScore:
-    """Somebody's function of whole groups of tokens, whose result is checked at every call."""
+    """A user's function of whole groups of tokens; its result is checked at every call."""
 
     name: str
     function: Score
@@ -207,7 +207,7 @@ class RegisteredScore:
         """The score of every latent in every group.
 
         Raises:
-            ValueError: if the result has another shape than `(..., latents)` or NaN.
+            ValueError: if the result is not of shape `(..., latents)` or contains NaN.
         """
         scores = self.function(acts, n_candidates)
         expected = (*acts.shape[:-2], acts.shape[-1])
@@ -226,12 +226,12 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
     With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
     several times faster (`column_scan.py`). The function must have this module's signature,
-    `(acts, n_candidates) -> scores`; a `ColumnScore` works over several processes too.
-    A checkpoint stores only the name: register the score before loading one. Under proportional sampling a score is a
-    weight, and what is below 0 counts as 0.
+    `(acts, n_candidates) -> scores`; a `ColumnScore` also works across processes.
+    A checkpoint stores only the name: register the score before loading one. Under proportional sampling, scores are
+    weights, and negative scores count as 0.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is already registered.
     """
     if name in SCORES:
         raise ValueError(f"score {name!r} is already registered; choose another name.")
@@ -239,18 +239,18 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
 
 def goes_by_columns(name: str) -> bool:
-    """Whether the score judges each latent by its own activations: the fast step hands it some latents at a time."""
+    """Whether the score judges each latent by its own activations, as needed to score chunks of latents."""
     score = SCORES[name]
     return isinstance(score, ColumnScore) or (isinstance(score, RegisteredScore) and score.by_columns)
 
 
 def is_mergeable(name: str) -> bool:
-    """Whether the score of one pool can be worked out from what several processes have."""
+    """Whether the score of one pool can be computed from the tokens of several processes."""
     return isinstance(SCORES[name], ColumnScore) or name == "ridge_leverage"
 
 
 def column_score(name: str) -> ColumnScore:
-    """The score; `l2_norm` in place of one that is no `ColumnScore`, for the norms and for which latents fire."""
+    """The score, or `l2_norm` if it is not a `ColumnScore`: the norms and which latents fire are still needed."""
     score = SCORES[name]
     return score if isinstance(score, ColumnScore) else l2_norm
 
@@ -258,7 +258,7 @@ def column_score(name: str) -> ColumnScore:
 def column_sums(
     acts: Float[Tensor, "*group tokens latents"], name: str, last_cutoff: Tensor | None = None
 ) -> ColumnSums:
-    """What a score needs of some tokens, in float32 at least."""
+    """The sums that a score needs over some tokens, at least in float32."""
     with without_autocast(acts.device):
         return column_score(name).column_sums(in_float32(acts), last_cutoff)
 
@@ -266,7 +266,7 @@ def column_sums(
 def score_of(
     acts: Float[Tensor, "*group tokens latents"], name: str, n_candidates: int
 ) -> Float[Tensor, "*group latents"]:
-    """One score of every latent in every group, in float32 at least."""
+    """The score of every latent in every group, at least in float32."""
     with without_autocast(acts.device):
         return SCORES[name](in_float32(acts), n_candidates)
 
@@ -277,6 +277,6 @@ def in_float32(acts: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context without autocast: scores are of full precision under it too."""
+    """A context that disables autocast: scores always have full precision."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -1,7 +1,7 @@
 """The two stages of Sampled-SAE (arXiv 2508.21324): a candidate pool from scores, then BatchTopK inside it.
 
-With one pool for the whole batch there is one group; with `pool_group_size=g` every run of g consecutive tokens is a
-group with a pool of its own, the last one possibly shorter. The cutoff is batch-wide in both cases.
+One pool for the whole batch means one group; with `pool_group_size=g`, every g consecutive tokens are a group with its
+own pool, the last one possibly shorter. The cutoff is batch-wide in both cases.
 """
 
 import copy
@@ -32,24 +32,24 @@ PoolSampling = Literal["top", "proportional"]
 @dataclass(kw_only=True)
 class PoolFields:
     """
-    The config fields that the selection depends on, mixed into the host's configs, which have `k` and `d_sae`.
+    The config fields that the selection depends on; a mixin for SAELens' configs, which have `k` and `d_sae`.
 
     Args:
-        pool_factor (float | None): Candidate pool size over k, at least 1 (the paper's l). None, or d_sae / k and
-            more: every latent is a candidate, which is BatchTopK.
-        pool_steps (int | None): Training steps after which every latent is a candidate, whatever `pool_factor` is: the
-            end of the training is BatchTopK's, and so is the export. None: there are pools to the end.
+        pool_factor (float | None): Candidate pool size divided by k, at least 1 (the paper's l). None, or at least
+            d_sae / k: every latent is a candidate, which is BatchTopK.
+        pool_steps (int | None): Number of training steps after which every latent is a candidate, whatever
+            `pool_factor` is: training ends as BatchTopK, and so does the export. None: pools are used to the end.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
             winsorised, ridge_leverage, uniform, or a name given to register_score.
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
             without replacement, with probability proportional to the score.
         pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
             the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
-        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and of the number of
-            training steps, so a resumed run repeats it.
-        matryoshka_widths (list[int] | None): Widths of nested levels, increasing, the last one d_sae. The first w
-            latents of each inner width w have a reconstruction loss of their own, as in SAELens' Matryoshka, from the
-            same kept activations. None, or d_sae alone: no levels.
+        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and the number of training
+            steps, so a resumed run repeats it.
+        matryoshka_widths (list[int] | None): Increasing widths of nested levels, the last one d_sae. For each inner
+            width w, the first w latents have their own reconstruction loss, as in SAELens' Matryoshka SAE, from the
+            same kept activations. None, or only d_sae: no levels.
     """
 
     pool_factor: float | None = 5.0
@@ -70,7 +70,7 @@ class PoolFields:
         return count_candidates(self.k, self.pool_factor, self.d_sae)
 
     def fields_after(self, n_steps: int) -> "PoolFields":
-        """Those that choose the pool after so many training steps: after `pool_steps` with every latent a candidate."""
+        """The fields in use after `n_steps` training steps: from `pool_steps` on, every latent is a candidate."""
         if self.pool_steps is None or n_steps < self.pool_steps:
             return self
         fields = copy.copy(self)
@@ -79,16 +79,16 @@ class PoolFields:
 
     @property
     def inner_widths(self) -> list[int]:
-        """Widths of the levels inside the whole dictionary, which have losses of their own."""
+        """Widths of the levels inside the whole dictionary, each of which has its own loss."""
         return (self.matryoshka_widths or [])[:-1]
 
 
 class ColumnStatistics(NamedTuple):
-    """What a batch tells about each latent, per group; all a pool is chosen from."""
+    """Statistics of each latent over a batch, per group; the pool is chosen from these alone."""
 
     scores: Float[Tensor, "groups d_sae"]
     norms: Float[Tensor, "groups d_sae"]
-    """L2 norms: between equal scores the larger norm wins."""
+    """L2 norms: the larger one breaks ties between equal scores."""
     alive: Bool[Tensor, "groups d_sae"]
     """Whether the latent has a positive activation."""
 
@@ -105,9 +105,9 @@ def sampled_topk(
     Args:
         acts: non-negative activations.
         cfg: how to choose the pool.
-        draw: number of the random draw, if the pool is sampled.
-        last_cutoff: the smallest activation that the batch before kept, which scores may look at; None: not known.
-        ranks: the processes that share the batch, of which `acts` are this one's; all call this.
+        draw: index of the random draw, if the pool is sampled.
+        last_cutoff: smallest activation kept in the previous batch, which scores may use; None if unknown.
+        ranks: the processes that share the batch; `acts` are this one's, and all must call this.
     """
     statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, last_cutoff, ranks)
     pool = choose_pool(statistics, cfg, draw, ranks)
@@ -118,7 +118,7 @@ def sampled_topk(
 def choose_pool(
     statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
 ) -> Int[Tensor, "groups n_candidates"]:
-    """Stage one, from what a batch tells about each latent; see `sampled_topk`."""
+    """Stage one, from the statistics of a batch; see `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
         first_group = 0 if cfg.pool_group_size is None else ranks.rank * len(statistics.scores)
         statistics = perturb_scores(statistics, cfg.pool_seed, draw, first_group)
@@ -126,7 +126,7 @@ def choose_pool(
 
 
 def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
-    """Size m of the pool: `k * pool_factor` rounded, at least k, and every latent from `d_sae / k` on."""
+    """Size m of the pool: `k * pool_factor` rounded, at least k; d_sae for None or factors from `d_sae / k` on."""
     if pool_factor is None or pool_factor >= d_sae / k:
         return d_sae
     return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
@@ -141,7 +141,7 @@ def column_statistics(
     last_cutoff: Float[Tensor, ""] | None = None,
     ranks: Ranks = ALONE,
 ) -> ColumnStatistics:
-    """Score, norm and liveness of every latent in every group, in float32 at least.
+    """Score, norm and liveness of every latent in every group, at least in float32.
 
     Args:
         acts: non-negative activations.
@@ -149,7 +149,7 @@ def column_statistics(
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
         last_cutoff: see `sampled_topk`.
-        ranks: the processes that share the batch, of which `acts` are this one's; no group lies on two.
+        ranks: the processes that share the batch; `acts` are this one's, and no group spans two processes.
     """
     parts = []
     for groups in _in_groups(acts, group_size):
@@ -167,13 +167,13 @@ def column_statistics(
 def merged_statistics(
     sums: ColumnSums, score: str, ranks: Ranks
 ) -> tuple[ColumnStatistics, Float[Tensor, "groups d_sae"]]:
-    """Statistics of one pool, from what the tokens of each rank tell; and the largest activations, of all ranks."""
+    """Statistics of one pool and the largest activations, over all ranks, from the sums of this one."""
     merged = column_score(score).merged(sums, ranks)
     return statistics_of(merged, score), merged.peak
 
 
 def statistics_of(sums: ColumnSums, score: str) -> ColumnStatistics:
-    """From what all tokens of each group tell; norms stand in for scores that are no `ColumnScore`."""
+    """Statistics from sums over all tokens of each group; norms stand in for scores that are not a `ColumnScore`."""
     return ColumnStatistics(column_score(score).of(sums), l2_norm.of(sums), sums.peak > 0)
 
 
@@ -181,11 +181,11 @@ def statistics_of(sums: ColumnSums, score: str) -> ColumnStatistics:
 def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tensor, "groups n_candidates"]:
     """Indices of the best-scored latents of each group, in ascending order.
 
-    A latent that is not alive ranks below every one that is. Equal scores: the larger norm first, then the lower index.
+    Latents that are not alive rank below all others. Ties go to the larger norm, then to the lower index.
     """
-    # A stable sort of all latents is slow, so: find the m-th value, take all above it, and let the next criterion
-    # choose among its equals. How many are missing stays on the device.
-    # NaN, of broken weights, is in no order: it ranks last, so that the loss becomes NaN and no index is made up.
+    # A stable sort of all latents is slow, so find the m-th value, take all above it, and let the next criterion choose
+    # among those equal to it. The number still missing stays on the device.
+    # NaN, from broken weights, has no order: it ranks last, so that the loss becomes NaN and every index is valid.
     scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
     above, equal = _split_at_rank(scores, n_candidates)
     norms = statistics.norms.nan_to_num(0, torch.inf).masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
@@ -200,9 +200,9 @@ def perturb_scores(
 ) -> ColumnStatistics:
     """Scores whose largest m are a random sample without replacement, with probability proportional to the score.
 
-    Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Scores below 0 count as 0. The noise is
-    a function of (seed, draw, group, latent), the same on every device; `draw` counts the draws and stays a tensor,
-    so that no device is waited for. `first_group` is the number of the first group, where other ranks have some before.
+    Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Negative scores count as 0. The noise is
+    a function of (seed, draw, group, latent), the same on every device; `draw` is the index of the draw and stays a
+    tensor, to avoid waiting for the device. `first_group` is the index of the first group, if other ranks precede it.
     """
     scores = statistics.scores.double()
     log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()
@@ -230,7 +230,7 @@ def keep_top_entries(
 ) -> Float[Tensor, "tokens d_sae"]:
     """BatchTopK among the candidates: the `n_keep` largest entries in pooled columns stay, all others become 0.
 
-    With fewer candidate entries than `n_keep`, all of them stay. The gradient reaches kept entries only.
+    If there are fewer candidate entries than `n_keep`, all stay. The gradient reaches kept entries only.
     """
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
@@ -241,7 +241,7 @@ def keep_top_entries(
 
 
 def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
-    """Views of shape (groups, tokens, d_sae): all whole groups at once, then the shorter rest if there is one."""
+    """Views of shape (groups, tokens, d_sae): all full groups at once, then the shorter last one, if any."""
     if group_size is None:
         yield acts[None]
         return
@@ -253,7 +253,7 @@ def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
 
 
 def _split_at_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Per row of a (rows, n) matrix: what lies above the `rank`-th largest key, and what equals it."""
+    """Masks, per row of a (rows, n) matrix, of the keys above the `rank`-th largest one and of those equal to it."""
     cutoff = keys.topk(rank, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     return keys > cutoff, keys == cutoff
 
@@ -261,10 +261,10 @@ def _split_at_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _mask_to_indices(mask: Tensor, n_true: int) -> Tensor:
     """Column indices of the True entries, ascending, of a (rows, n) mask with `n_true` in every row.
 
-    Unlike `nonzero` its shape does not depend on the data, so a GPU is not waited for.
+    Unlike that of `nonzero`, the shape does not depend on the data, so there is no wait for the GPU.
     """
     n_rows, n_columns = mask.shape
-    # The last of n_true + 1 slots collects what is not chosen.
+    # The last of the n_true + 1 slots collects all entries that are not chosen.
     slot = torch.where(mask, mask.cumsum(dim=1) - 1, n_true)
     columns = torch.arange(n_columns, device=mask.device).expand(n_rows, -1)
     return slot.new_empty(n_rows, n_true + 1).scatter_(1, slot, columns)[:, :n_true]

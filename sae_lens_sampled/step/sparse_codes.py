@@ -1,4 +1,4 @@
-"""A sparse autoencoder's codes as a sparse matrix: decoding, and all gradients, from k entries a token.
+"""A sparse autoencoder's codes as a sparse matrix: decoding, and all gradients, from k entries per token.
 
 Each product (`products.py`) costs k / d_sae of the dense one.
 """
@@ -16,20 +16,20 @@ from sae_lens_sampled.step.products import Pattern, products_for
 
 
 class Weights(NamedTuple):
-    """What encodes and decodes."""
+    """Encoder and decoder weights."""
 
     W_enc: Float[Tensor, "d_in latents"]
     b_enc: Float[Tensor, " latents"]
     W_dec: Float[Tensor, "latents d_out"]
     norms: Float[Tensor, " latents"] | None
-    r"""Norms of the decoder rows, where these rescale the pre-activations. They decide what is chosen and are a factor
-    of activations, but cancel in the reconstruction: $(z \|w\|)(w / \|w\|) = z w$ needs no gradient of them."""
+    r"""Norms of the decoder rows, if these rescale the pre-activations. They affect the selection and scale the
+    activations, but cancel in the reconstruction: $(z \|w\|)(w / \|w\|) = z w$ needs no gradient of them."""
     input_bias: Float[Tensor, " d_in"] | None = None
-    r"""What was subtracted from the inputs, where its gradient is wanted but not theirs: it is $-W_{enc} \partial b$,
-    a vector in place of their matrix."""
+    r"""Bias subtracted from the inputs, if its gradient is needed but not theirs: it is $-W_{enc} \partial b$, a vector
+    instead of their matrix."""
 
     def of(self, latents: Int[Tensor, " some"] | slice) -> "Weights":
-        """Those of some latents, copies or views, with gradient; for dense products, which need no `input_bias`."""
+        """Weights of some latents, copies or views, with gradient; for dense products, which need no `input_bias`."""
         norms = None if self.norms is None else self.norms[latents]
         if isinstance(latents, slice):
             return Weights(self.W_enc[:, latents], self.b_enc[latents], self.W_dec[latents], norms)
@@ -40,7 +40,7 @@ class Weights(NamedTuple):
         return Weights(W_enc, self.b_enc[latents], self.W_dec.index_select(0, latents), norms)
 
     def hidden_pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens latents"]:
-        """Pre-activations, rescaled where decoder norms rescale them."""
+        """Pre-activations, rescaled by the decoder norms if there are any."""
         hidden_pre = x @ self.W_enc + self.b_enc
         return hidden_pre if self.norms is None else hidden_pre * self.norms
 
@@ -53,19 +53,19 @@ class Entries(NamedTuple):
     latents: Int[Tensor, " entries"]
 
     def at(self, places: Tensor | slice) -> "Entries":
-        """Some of them, by index, mask or range."""
+        """Select some entries by index, mask or slice."""
         return Entries(*(column[places] for column in self))
 
 
 class Decoded(NamedTuple):
-    """What codes give, with gradient."""
+    """The codes and the reconstructions from them, with gradient."""
 
     kept: Entries
     """The codes."""
     reconstructions: Float[Tensor, "levels tokens d_out"]
-    """Those of the inner widths and, last, of all latents; without the decoder's bias."""
+    """From the latents of each inner width and, last, from all latents; without the decoder bias."""
     of_dead: Float[Tensor, "tokens d_out"] | None
-    """That of the codes of dead latents."""
+    """Reconstruction from the codes of dead latents."""
 
 
 def encode_and_decode(
@@ -75,22 +75,22 @@ def encode_and_decode(
     inner_widths: Sequence[int] = (),
     dead: Entries | None = None,
 ) -> Decoded:
-    r"""The codes with their gradient, and the reconstructions from them: those of inner widths, and of all latents.
+    r"""The codes with their gradient, and the reconstructions from them: of the inner widths and of all latents.
 
-    For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere it is $\hat X = S W_{dec}$.
-    With $G = \partial L / \partial \hat X$ and $D = G W_{dec}^T$ at the entries: $\partial W_{dec} = S^T G$,
-    $\partial W_{enc} = X^T D$, $\partial b = D^T 1$, $\partial X = D W_{enc}^T$. All in float32 at least, under
-    autocast too: there are no such products in less.
+    For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere, $\hat X = S W_{dec}$ is the
+    reconstruction. With $G = \partial L / \partial \hat X$ and $D = G W_{dec}^T$ at the entries: $\partial W_{dec} =
+    S^T G$, $\partial W_{enc} = X^T D$, $\partial b = D^T 1$, $\partial X = D W_{enc}^T$. All at least in float32, even
+    under autocast: there are no such products in lower precision.
 
-    What is reconstructed besides the whole is a block of rows below it, so that every weight has one gradient.
+    Further reconstructions are blocks of rows in the same products, so that every weight has one gradient.
 
     Args:
         x: inputs.
-        weights: of all latents.
-        codes: the entries as encoding gives them, with decoder norms where these rescale; ascending by token and then
-            by latent.
-        inner_widths: numbers of latents, from the first on, that have a reconstruction of their own; increasing.
-        dead: codes of dead latents, for AuxK, as `codes` are; they count for no other reconstruction.
+        weights: those of all latents.
+        codes: the entries as encoded, scaled by the decoder norms if these rescale; ordered by token and then by
+            latent.
+        inner_widths: increasing; for each width w, the first w latents have their own reconstruction.
+        dead: codes of dead latents, for AuxK, in the form of `codes`; no other reconstruction includes them.
     """
     n_tokens, n_kept, norms = len(x), len(codes.values), weights.norms
     values, rows, latents = codes
@@ -103,12 +103,12 @@ def encode_and_decode(
     x = x if weights.input_bias is None else x.detach()
     pattern = Pattern(rows, latents, ((1 if dead is None else 2) * n_tokens, len(weights.b_enc)))
     values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, pattern)
-    acts = values[:n_kept].to(codes.values.dtype)  # those of the dead may be more precise
+    acts = values[:n_kept].to(codes.values.dtype)  # those of dead latents may have higher precision
     kept = codes._replace(values=acts if norms is None else acts * norms[codes.latents])
     n_levels = len(inner_widths) + 1
     n_blocks = n_levels if dead is None else n_levels + 1
     if inner_widths:
-        # A level is what it adds to every token; the dead come after all levels.
+        # Each level is a block of what it adds to every token; dead latents come after all levels.
         level = level_of(latents, inner_widths)
         rows = torch.where(rows < n_tokens, level * n_tokens, len(inner_widths) * n_tokens) + rows
         by_row = rows.argsort(stable=True)
@@ -121,12 +121,12 @@ def encode_and_decode(
 
 def level_of(latents: Int[Tensor, " some"], inner_widths: Sequence[int]) -> Int[Tensor, " some"]:
     """Level that each latent belongs to: 0 for the first `inner_widths[0]`, and so on."""
-    # Not by `bucketize`: the widths would be copied to the device, which is waited for.
+    # Not by `bucketize`, which would copy the widths to the device and wait for it.
     return sum(((latents >= width).long() for width in inner_widths), torch.zeros_like(latents))
 
 
 def as_coo(entries: Entries, shape: torch.Size) -> Tensor:
-    """Entries, ascending by token and then by latent, as a coalesced COO tensor (..., d_sae) with their gradient."""
+    """Entries, ordered by token and then by latent, as a coalesced COO tensor (..., d_sae) with their gradient."""
     leading, rest = [], entries.tokens  # torch.unravel_index would copy the shape to the device, and wait for it
     for size in reversed(shape[:-1]):
         leading.insert(0, rest % size)
@@ -136,7 +136,7 @@ def as_coo(entries: Entries, shape: torch.Size) -> Tensor:
 
 
 class _Encode(torch.autograd.Function):
-    """The caller knows the values already; only the backward pass has something to compute."""
+    """The caller knows the values already; only the backward pass computes anything."""
 
     @staticmethod
     @override
@@ -151,7 +151,7 @@ class _Encode(torch.autograd.Function):
         (x, W_enc, b_enc), pattern, products = ctx.saved_tensors, ctx.pattern, products_for(gradient)
         dx, dinput_bias = None, None
         with torch.autocast(x.device.type, enabled=False):
-            n_blocks = pattern.shape[0] // max(len(x), 1) or 1  # of as many rows as there are tokens
+            n_blocks = pattern.shape[0] // max(len(x), 1) or 1  # each of len(x) rows
             inputs = x if n_blocks == 1 else x.repeat(n_blocks, 1)
             dW_enc = products.transposed_times(pattern, gradient, inputs).T.to(W_enc.dtype)
             db_enc = products.column_sums(pattern, gradient).to(b_enc.dtype)

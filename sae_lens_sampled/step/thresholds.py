@@ -1,12 +1,12 @@
-"""Rate matching: per-latent thresholds, moved during training until latents fire as often as they are selected.
+"""Rate matching: per-latent thresholds, adjusted during training until latents fire as often as they are selected.
 
 At inference there is no batch and no pool, so a global threshold lets every latent outside the pool fire. Here each
 latent gets the threshold at which the share of tokens above it equals the share on which training selected it.
 
-Where pools change from batch to batch, a latent's largest activations often fall into batches without it: it would fire
-as often as it was selected, but elsewhere, and on activations that its decoder row was never trained for. So a latent's
-share is weighted by its precision, the share of its firings that are selections, and all shares are scaled to the L0 of
-training. Equal precisions change nothing.
+If pools change from batch to batch, a latent's largest activations often fall into batches whose pool lacks it: it
+would fire as often as it was selected, but on other tokens, and on activations that its decoder row was never trained
+for. So a latent's share is weighted by its precision, the share of its firings that are selections, and all shares are
+scaled to the L0 of training. Equal precisions change nothing.
 """
 
 from typing import NamedTuple
@@ -19,48 +19,48 @@ from sae_lens_sampled.step.chunks import chunk_length
 from sae_lens_sampled.step.ranks import Ranks
 
 THRESHOLD_STEP = 0.05
-"""Size of one threshold step in the long run, in units of the latent's own largest activations.
+"""Long-run size of a threshold step, in units of the latent's own largest activations.
 
-It starts at 1 and falls with the square root of the number of steps: activations grow fast at first, and 0.05 would
-trail them for hundreds of steps, exporting several times the L0 of training. Where pools change from batch to batch,
-smaller steps trail the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
+It starts at 1 and falls as 1 / sqrt(number of steps): activations grow fast at first, and 0.05 would lag behind them
+for hundreds of steps, exporting several times the L0 of training. If pools change from batch to batch, smaller steps
+lag behind the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
 """
 EMA_RATE = 0.01
 """Weight of the newest batch in the running means."""
 PRECISION_EMA_RATE = 0.03
-"""Weight of the newest batch in which a latent fired in its running precision: pools change faster than rates."""
+"""Weight, in a latent's running precision, of the newest batch in which it fired: pools change faster than rates."""
 GAIN_STEP = 0.2
-"""How fast `gain` follows the relative error of the whole L0."""
+"""How fast `gain` follows the relative error of the total L0."""
 MAX_ERROR = 20.0
-"""Bound on the relative rate error: a latent that fires seldom must not take huge steps when it does."""
+"""Bound on the relative rate error: a rarely firing latent must not take huge steps when it does fire."""
 MIN_SELECTION_RATE = 1e-8
 """A latent selected on a smaller share of tokens than this gets an infinite threshold at export."""
 SILENT_AFTER_STEPS = 50
-"""A latent that was in no pool for so many steps gets an infinite threshold at export.
+"""A latent that was in no pool for this many steps gets an infinite threshold at export.
 
-It is not trained any more, but its weights stay, and with them large activations. With 100 steps instead FVU is up to
-13 % higher (entropy and perplexity, one pool). Where every latent is a candidate none is forgotten, however rare.
+It is no longer trained, but keeps its weights and thus its large activations. With 100 steps instead, FVU is up to
+13 % higher (entropy and perplexity, one pool). If every latent is a candidate, none is silenced, however rare.
 """
 
 
 class StepCounts(NamedTuple):
-    """What a training step tells of each latent, over the tokens of its batch."""
+    """Counts of each latent in a training step, over the tokens of its batch."""
 
     n_selected: Int[Tensor, " d_sae"]
-    """Tokens on which the latent was kept, with a positive activation."""
+    """Number of tokens on which the latent was kept, with a positive activation."""
     n_fired: Int[Tensor, " d_sae"]
-    """Tokens with a pre-activation above its threshold."""
+    """Number of tokens with a pre-activation above its threshold."""
     n_hits: Int[Tensor, " d_sae"]
-    """Tokens with both."""
+    """Number of tokens with both."""
     peak: Float[Tensor, " d_sae"]
     """Its largest activation, at least 0."""
     smallest: Float[Tensor, ""]
-    """The smallest positive activation that was kept of any; infinite if none was."""
+    """The smallest positive activation kept of any latent; infinite if none was."""
 
 
 @torch.no_grad()
 def reduce_counts(counts: StepCounts, ranks: Ranks, peak_is_of_all: bool = False) -> StepCounts:
-    """Over the tokens of all ranks; the peak may be known already."""
+    """Counts over the tokens of all ranks; `peak_is_of_all` if the peak already is."""
     numbers = torch.stack([n.int() for n in (counts.n_selected, counts.n_fired, counts.n_hits)])
     n_selected, n_fired, n_hits = ranks.sum(numbers).long()
     peak = counts.peak if peak_is_of_all else ranks.max(counts.peak)
@@ -73,7 +73,7 @@ def count_dense(
     hidden_pre: Float[Tensor, "tokens d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> StepCounts:
-    """From whole matrices, a chunk of rows at a time that stays in the cache."""
+    """Counts from dense matrices, in chunks of rows that stay in the cache."""
     sums, peaks, smallest = [], [], []
     n_rows = chunk_length(feature_acts.shape[1], feature_acts.device)
     for acts, pre in zip(feature_acts.split(n_rows), hidden_pre.split(n_rows), strict=True):
@@ -94,7 +94,7 @@ def count_kept(
     peak: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> StepCounts:
-    """From the kept entries, and what was counted over all pre-activations."""
+    """Counts from the kept entries, and from `n_fired` and `peak` over all pre-activations."""
     positive, fired = values > 0, values > threshold[latents]
     n_selected, n_hits = (
         torch.zeros(len(threshold), dtype=torch.int64, device=latents.device).scatter_add_(0, latents, mask.long())
@@ -105,7 +105,7 @@ def count_kept(
 
 
 class RateMatcher(nn.Module):
-    """Per-latent thresholds and the running rates they are steered by.
+    """Per-latent thresholds and the running rates that steer them.
 
     Every buffer is float32 and persistent; all but `gain` have shape (d_sae,). The running means of rates and peak are
     stored without bias correction: divided by `1 - (1 - EMA_RATE)^n` after n steps they are weighted averages.
@@ -120,7 +120,7 @@ class RateMatcher(nn.Module):
     precision: Tensor
     """Running mean, over batches in which the latent fires, of the share of its firings that are selections."""
     gain: Tensor
-    """Common factor of all target rates that holds the L0, shape (); 1 where the weights alone hold it."""
+    """Common factor of all target rates that holds the L0 of training, shape (); 1 if the weights alone hold it."""
     peak: Tensor
     """Running mean of the latent's largest pre-activation in a batch: its own scale."""
 
@@ -144,35 +144,35 @@ class RateMatcher(nn.Module):
 
         The weights are $w_j = g p_j \sum_i \bar r_i / \sum_i \bar p_i \bar r_i$ with the precisions p and the gain g,
         which holds the L0: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. The step follows the latent's own
-        scale $M_j$: with the cutoff as scale it fails where that is near 0. The error is divided by *running* rates:
-        divided by the batch's own, medians would be balanced instead of means.
+        scale $M_j$: with the cutoff as the scale, it fails if that is near 0. The error is divided by *running* rates:
+        dividing by the batch's own would balance medians instead of means.
 
         Args:
-            counts: of this batch; in the first those of thresholds are not used.
-            recently_pooled: whether a latent was in a pool lately (`SILENT_AFTER_STEPS`); others are exported silent.
-            cutoff: smallest activation that this batch kept; where the first batch starts all thresholds.
+            counts: this batch's; in the first batch, those that depend on thresholds are ignored.
+            recently_pooled: whether a latent was in a pool recently (`SILENT_AFTER_STEPS`); others are exported silent.
+            cutoff: smallest activation that this batch kept; the first batch's is the initial value of all thresholds.
             n_tokens: B.
-            n_steps: steps before this one.
+            n_steps: number of steps before this one.
         """
         # This batch's rates. Before the first one there are no thresholds to fire above.
         selection_rate = counts.n_selected / n_tokens
         firing_rate = torch.where(n_steps > 0, counts.n_fired / n_tokens, selection_rate)
         hit_rate = torch.where(n_steps > 0, counts.n_hits / n_tokens, selection_rate)
-        # Running means, from 0 on: divided by `correction` they are weighted averages.
+        # Running means that start at 0: divided by `correction`, they are weighted averages.
         new = (firing_rate, selection_rate, counts.peak)
         for mean, value in zip((self.firing_rate, self.selection_rate, self.peak), new, strict=True):
             mean.lerp_(value.to(mean.dtype), EMA_RATE)
         precision = torch.where(firing_rate > 0, hit_rate / firing_rate, self.precision)
         self.precision.lerp_(precision.to(torch.float32), PRECISION_EMA_RATE)
         correction = 1 - (1 - EMA_RATE) ** (n_steps + 1)
-        # The step itself, in units of the latent's own peak; the first batch starts all at its cutoff.
+        # The step itself, in units of the latent's own peak; the first batch sets all thresholds to its cutoff.
         weight = self._weight()
         rates = (self.firing_rate + weight * self.selection_rate) / correction + 1 / n_tokens
         error = ((firing_rate - weight * selection_rate) / rates).clamp(-MAX_ERROR, MAX_ERROR)
         step = (n_steps + 1).rsqrt().clamp(min=THRESHOLD_STEP)
         moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
         self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
-        # The gain takes up what the export's L0, of latents that are not silent, lacks.
+        # The gain makes up for what the export's L0, without silent latents, lacks.
         missing = selection_rate.sum() - firing_rate.masked_fill(~recently_pooled, 0).sum()
         total = (self.selection_rate.sum() / correction).clamp(min=MIN_SELECTION_RATE)
         self.gain.mul_(1 + GAIN_STEP * missing / total).clamp_(0.5, 100)
@@ -188,10 +188,10 @@ class RateMatcher(nn.Module):
         self.peak *= factor
 
     def export(self, n_steps: Int[Tensor, ""], recently_pooled: Bool[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-        """The thresholds for inference: infinite for a latent that left the pools or was as good as never selected.
+        """The thresholds for inference: infinite for a latent that left the pools or was practically never selected.
 
         Args:
-            n_steps: steps so far.
+            n_steps: number of steps so far.
             recently_pooled: whether a latent was in a pool within the last `SILENT_AFTER_STEPS` steps.
         """
         correction = 1 - (1 - EMA_RATE) ** n_steps.clamp(min=1)

@@ -89,7 +89,7 @@ def test_auto_takes_what_was_measured_to_be_the_fastest():
 
 
 def test_the_page_is_the_one_that_the_results_give():
-    assert (EVAL / "SPEED.md").read_text() == speed.page()
+    assert {page: (EVAL / page).read_text() for page in speed.TEMPLATES} == speed.pages()
 
 
 def test_a_section_is_measured_alone_and_the_others_stay(tmp_path, monkeypatch):
@@ -132,9 +132,9 @@ def test_libraries_are_beside_each_other_and_those_that_are_not_installed_are_na
     steps["sections"]["libraries"], steps["versions"]["dictionary-learning"] = [row], "0.1.0"
     steps["versions"].pop("eai-sparsify", None)
     runs = {"bundled": results("bench_end_to_end"), "smollm2": results("bench_end_to_end_smollm2")}
-    page = speed.render(steps, runs, results("bench_data_parallel"), None)
+    page = speed.render(steps, runs, results("bench_data_parallel"), None)["results/speed.md"]
     assert "dictionary-learning 0.1.0, eai-sparsify was not installed." in page
-    table = page[page.index("## Other libraries") : page.index("## On a GPU")]
+    table = page[page.index("## Other libraries") : page.index("## A whole run")]
     assert "| sparsify TopK |" not in table
     assert table.count("| 20 ms | 1.0x |") == len(cases) == (4 if dead else 5)
     assert ("| dictionary_learning BatchTopK |" in table) == (dead == 0)

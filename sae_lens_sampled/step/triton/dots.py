@@ -20,7 +20,7 @@ def plain_dots(
     matrix: Float[Tensor, "rows width"],
     other: Float[Tensor, "others width"],
 ) -> Float[Tensor, " entries"]:
-    """What `dots` is."""
+    """The definition of `dots`."""
     return (matrix[rows].float() * other[other_rows].float()).sum(dim=1)
 
 
@@ -30,7 +30,7 @@ def dots(
     matrix: Float[Tensor, "rows width"],
     other: Float[Tensor, "others width"],
 ) -> Float[Tensor, " entries"]:
-    """The dot product of a row of `matrix` with one of `other` for each entry, in float32, whatever their types."""
+    """For each entry, the dot product of a row of `matrix` and a row of `other`, in float32 whatever their dtypes."""
     n_entries, width = len(rows), matrix.shape[1]
     products = torch.empty(n_entries, device=matrix.device)
     grid = (n_blocks(n_entries, BLOCK_ENTRIES),)
@@ -46,7 +46,7 @@ def dots(
 @triton.jit
 @no_type_check
 def _dot_kernel(rows, other_rows, matrix, other, products, n_entries, width, BE: tl.constexpr, BD: tl.constexpr):
-    """A program a block of entries."""
+    """One program per block of entries."""
     entries = offset(tl.program_id(0), tl.arange(0, BE), BE)
     inside = entries < n_entries
     row = tl.load(rows + entries, mask=inside, other=0)

@@ -11,8 +11,8 @@ from torch import Tensor
 from sae_lens_sampled.step.triton.launch import block, launch, n_blocks, offset
 
 PART_LENGTH = 256
-"""Entries that one program sums. A latent may fire on every token: longer segments are summed in parts, and these in
-order, so that a repeat gives the same bits."""
+"""Most entries that one program sums. A latent may fire on every token: longer segments are summed in parts, and the
+parts in order, so that repeated runs are bit-identical."""
 BLOCK_ENTRIES = 8
 BLOCK_WIDTH = 256
 
@@ -23,7 +23,7 @@ def plain_row_sums(
     starts: Int[Tensor, " segments_and_1"],
     matrix: Float[Tensor, "rows width"],
 ) -> Float[Tensor, "segments width"]:
-    """What `row_sums` is."""
+    """The definition of `row_sums`."""
     n_segments = len(starts) - 1
     segments = torch.repeat_interleave(torch.arange(n_segments, device=starts.device), starts.diff())
     sums = torch.zeros(n_segments, matrix.shape[1], device=matrix.device)
@@ -36,13 +36,13 @@ def row_sums(
     starts: Int[Tensor, " segments_and_1"],
     matrix: Float[Tensor, "rows width"],
 ) -> Float[Tensor, "segments width"]:
-    """For each segment of entries the sum of `values * matrix[rows]`, in float32; from run to run the same bits.
+    """For each segment of entries, the sum of `values * matrix[rows]`, in float32; bit-identical from run to run.
 
     Args:
         values: weights of the rows.
-        rows: which row of the matrix an entry takes.
-        starts: where a segment starts; its end is the next one's start, the last of all is the number of entries.
-        matrix: of any floating type.
+        rows: the row of the matrix that each entry takes.
+        starts: the start of each segment, where the one before ends, followed by the number of entries.
+        matrix: of any floating-point dtype.
     """
     matrix, (n_segments, width) = matrix.contiguous(), (len(starts) - 1, matrix.shape[1])
     parts = parts_of(starts, len(values))
@@ -62,16 +62,16 @@ def row_sums(
 
 
 class Parts(NamedTuple):
-    """Parts of the long segments. Their number is on the device: the last ones may be empty."""
+    """Parts of the long segments. Their number is known only on the device, so the last ones may be empty."""
 
     starts: Int[Tensor, " parts"]
     ends: Int[Tensor, " parts"]
     numbers: Int[Tensor, " segments_and_1"]
-    """Number of a segment's first part; the next one's, if the segment is summed as a whole."""
+    """Index of each segment's first part; equal to the next segment's if the segment is summed as a whole."""
 
 
 def parts_of(starts: Int[Tensor, " segments_and_1"], n_entries: int) -> Parts:
-    """Parts of at most `PART_LENGTH` entries of those segments that are longer."""
+    """Split segments of more than `PART_LENGTH` entries into parts of at most that many."""
     lengths = starts.diff()
     n_parts = torch.where(lengths > PART_LENGTH, (lengths + PART_LENGTH - 1) // PART_LENGTH, 0)
     numbers = torch.cat([n_parts.new_zeros(1), n_parts.cumsum(dim=0)])
@@ -102,7 +102,7 @@ def _sum_of_rows(values, rows, start, end, matrix, columns, width, BE: tl.conste
 @triton.jit
 @no_type_check
 def _part_kernel(values, rows, starts, ends, matrix, sums, width, BE: tl.constexpr, BD: tl.constexpr):
-    """A program a part and a block of columns."""
+    """One program per part and block of columns."""
     part, columns = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
     total = _sum_of_rows(values, rows, tl.load(starts + part), tl.load(ends + part), matrix, columns, width, BE, BD)
     tl.store(sums + offset(part, columns, width), total, mask=columns < width)
@@ -114,7 +114,7 @@ def _segment_kernel(
     values, rows, starts, part_numbers, matrix, sums_of_parts, sums, width,
     PART_LENGTH: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A program a segment and a block of columns: its entries, or its parts in order."""
+    """One program per segment and block of columns: sums its entries, or its parts in order."""
     segment, columns = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
     end = tl.where(end - start > PART_LENGTH, start, end)

@@ -1,8 +1,8 @@
-"""One pass over a chunk of pre-activations: what tokens tell of latents, and what lies above a bound, in fixed order.
+"""One pass over a chunk of pre-activations: sums over tokens per latent, and entries above a bound in a fixed order.
 
-A program takes a tile of tokens and latents. The tokens of a tile are of one group, so sums over tiles are sums over
-groups. What is to be extracted is counted by tile, added up over tiles, and then written to where its tile begins: no
-atomics, no waiting for the device, and the same order in every run.
+Each program handles a tile of tokens and latents. The tokens of a tile are in one group, so sums over a group's tiles
+are sums over the group. Entries to extract are counted per tile, the counts are summed up over tiles, and the entries
+are written to where their tile begins: no atomics, no waiting for the device, and the same order in every run.
 """
 
 from typing import NamedTuple, no_type_check
@@ -22,33 +22,33 @@ N_SUMS: dict[Sums, int] = {"none": 0, "squares": 1, "shares": 3, "counts": 2, "c
 
 
 class Chunk(NamedTuple):
-    """Some latents' part of x W_enc, and what else is known of these latents."""
+    """The columns of x W_enc for some latents, and the other parameters of these latents."""
 
     products: Float[Tensor, "tokens latents"]
-    """The product of inputs and encoder weights, of any floating type; everything else is added in float32."""
+    """Product of inputs and encoder weights, of any floating-point dtype; everything else is added in float32."""
     first: int
-    """Number of the first latent."""
+    """Index of the first latent."""
     b_enc: Float[Tensor, " latents"]
     norms: Float[Tensor, " latents"] | None
     threshold: Float[Tensor, " latents"]
     last_cutoff: Float[Tensor, ""] | None = None
-    """The smallest activation that the batch before kept; 0 where it is not known. For sums of clipped squares."""
+    """Smallest activation kept in the previous batch; 0 if unknown. For sums of clipped squares."""
 
 
 class TileSums(NamedTuple):
-    """What each tile's tokens tell of each latent."""
+    """Sums of each latent over the tokens of each tile."""
 
     n_fired: Int[Tensor, "tiles latents"]
-    """Tokens with a pre-activation above the latent's threshold."""
+    """Number of tokens with a pre-activation above the latent's threshold."""
     peak: Float[Tensor, "tiles latents"]
-    """Largest activation, at least 0; NaN if one is."""
+    """Largest activation, at least 0; NaN if any is."""
     sums: Float[Tensor, "sums tiles latents"]
-    """Over tokens: of squares, and those of the score; shares are of the tile's own peak."""
+    """Sums over tokens: of squares, then those of the score; shares are of the tile's own peak."""
     which: Sums
 
     @staticmethod
     def empty(tiles: Tiles, n_latents: int, which: Sums, device: torch.device) -> "TileSums":
-        """To be written into."""
+        """Uninitialised sums, to be written into."""
         shape = (tiles.n_tiles, n_latents)
         n_fired = torch.empty(shape, dtype=torch.int32, device=device)
         sums = torch.empty(N_SUMS[which], *shape, device=device)
@@ -60,25 +60,25 @@ class TileSums(NamedTuple):
 
 
 class Above(NamedTuple):
-    """What is extracted: what does not lie at or below a bound, so NaN too."""
+    """Which entries are extracted: those not at or below a bound, so NaN too."""
 
     bound: Float[Tensor, ""]
-    """Not negative."""
+    """Non-negative."""
     member: Bool[Tensor, "groups latents"] | None
     """The latents to extract from in each group of tokens; None for all."""
 
 
 class Dead(NamedTuple):
-    """Where pre-activations of dead latents are wanted."""
+    """Output for the pre-activations of dead latents."""
 
     slots: Int[Tensor, " latents"]
-    """Each latent's column, int32; below 0 for those that live."""
+    """Column of each latent, int32; negative for latents that are not dead."""
     hidden_pre: Float[Tensor, "tokens n_dead"]
     """To be written into."""
 
 
 class Buffers(NamedTuple):
-    """Where extracted entries are written to; what comes after they are full is left out."""
+    """Output for extracted entries; those beyond the capacity are dropped."""
 
     values: Float[Tensor, " capacity"]
     tokens: Int[Tensor, " capacity"]
@@ -86,13 +86,13 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def empty(capacity: int, device: torch.device) -> "Buffers":
-        """Buffers whose places are all 0, which are valid ones."""
+        """Buffers of zeros, so that all indices are valid."""
         tokens, latents = torch.zeros(2, capacity, dtype=torch.int32, device=device)
         return Buffers(torch.zeros(capacity, device=device), tokens, latents)
 
 
 def plain_hidden_pre(chunk: Chunk) -> Float[Tensor, "tokens latents"]:
-    """Pre-activations in float32, rescaled where norms rescale them."""
+    """Pre-activations in float32, rescaled by the norms if there are any."""
     hidden_pre = chunk.products.float() + chunk.b_enc.float()
     return hidden_pre if chunk.norms is None else hidden_pre * chunk.norms.float()
 
@@ -114,7 +114,7 @@ def plain_sums(chunk: Chunk, tiles: Tiles, which: Sums) -> TileSums:
 
 
 def plain_extract(chunk: Chunk, tiles: Tiles, above: Above) -> Buffers:
-    """What `extract` writes for a first chunk, with room for all."""
+    """What `extract` writes for a first chunk, with room for all entries."""
     acts = plain_hidden_pre(chunk).relu()
     is_above = ~(acts <= above.bound)
     if above.member is not None:
@@ -129,9 +129,9 @@ def plain_extract(chunk: Chunk, tiles: Tiles, above: Above) -> Buffers:
 def sum_tiles(
     chunk: Chunk, tiles: Tiles, out: TileSums, above: Above | None = None, dead: Dead | None = None
 ) -> Int[Tensor, " all_tiles"]:
-    """Write what the chunk's tiles tell into `out`, and the dead latents' pre-activations into `dead`.
+    """Write the sums of the chunk's tiles into `out`, and the dead latents' pre-activations into `dead`.
 
-    Returns how many entries of each tile are to be extracted, tiles of the same tokens behind each other.
+    Returns the number of entries to extract from each tile; tiles of the same tokens are adjacent.
     """
     products, n_latents = chunk.products, chunk.products.shape[1]
     n_across = n_blocks(n_latents, tiles.latents)
@@ -148,9 +148,9 @@ def sum_tiles(
 def extract(
     chunk: Chunk, tiles: Tiles, above: Above, counts: Int[Tensor, " all_tiles"], n_before: Int[Tensor, ""], out: Buffers
 ) -> Int[Tensor, ""]:
-    """Write what lies above the bound behind the `n_before` entries that there are; returns how many there are then.
+    """Append the entries above the bound to the `n_before` entries in `out`; returns how many there are then.
 
-    `counts` are those of `sum_tiles`. By tile, then by token, then by latent: so a token's entries ascend by latent.
+    `counts` come from `sum_tiles`. Entries are ordered by tile, token and latent, so a token's ascend by latent.
     """
     ends = counts.cumsum(dim=0) + n_before
     launch(
@@ -161,7 +161,7 @@ def extract(
 
 
 def _common(chunk: Chunk, tiles: Tiles, above: Above | None) -> tuple[Tensor | int | None, ...]:
-    """Arguments of both kernels."""
+    """Arguments shared by both kernels."""
     bound, member = above or (None, None)
     products, stride = chunk.products, 0 if member is None else member.stride(0)
     sizes = (tiles.n_tokens, products.shape[1], tiles.group_size, tiles.per_group)
@@ -171,7 +171,7 @@ def _common(chunk: Chunk, tiles: Tiles, above: Above | None) -> tuple[Tensor | i
 @triton.jit
 @no_type_check
 def _tile(n_tokens, n_latents, group_size, per_group, BT: tl.constexpr, BL: tl.constexpr):
-    """The tile of tokens and the group of a program, its tokens and latents, and which of them there are."""
+    """A program's tile of tokens, its group, its tokens and latents, and a mask of those that exist."""
     across = tl.cdiv(n_latents, BL)
     tile, column = tl.program_id(0) // across, tl.program_id(0) % across
     group = tile // per_group
@@ -184,7 +184,7 @@ def _tile(n_tokens, n_latents, group_size, per_group, BT: tl.constexpr, BL: tl.c
 @triton.jit
 @no_type_check
 def _hidden_pre(products, b_enc, norms, tokens, latents, inside, n_latents):
-    """Pre-activations of a tile, in float32; 0 where there are none."""
+    """Pre-activations of a tile, in float32; 0 outside the mask `inside`."""
     there = latents < n_latents
     pre = tl.load(products + offset(tokens[:, None], latents[None, :], n_latents), mask=inside, other=0.0)
     pre = pre.to(tl.float32) + tl.load(b_enc + latents, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -196,7 +196,7 @@ def _hidden_pre(products, b_enc, norms, tokens, latents, inside, n_latents):
 @triton.jit
 @no_type_check
 def _is_above(pre, bound, member, member_stride, group, latents, inside, n_latents):
-    """Which entries of a tile are extracted; before relu, which changes nothing above a bound of at least 0."""
+    """Mask of a tile's entries to extract; before relu, which changes nothing above a non-negative bound."""
     above = inside & ~(pre <= tl.load(bound).to(tl.float32))
     if member is not None:
         is_member = tl.load(member + offset(group, latents, member_stride), mask=latents < n_latents, other=0)
@@ -211,7 +211,7 @@ def _sum_kernel(
     threshold, last_cutoff, slots, dead_pre, n_dead, n_fired, peak, sums, counts, stride, sums_stride,
     WHICH: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile."""
+    """One program per tile."""
     tile, group, tokens, latents, inside = _tile(n_tokens, n_latents, group_size, per_group, BT, BL)
     there = latents < n_latents
     pre = _hidden_pre(products, b_enc, norms, tokens, latents, inside, n_latents)
@@ -225,14 +225,14 @@ def _sum_kernel(
     if bound is not None:
         above = _is_above(pre, bound, member, member_stride, group, latents, inside, n_latents)
         tl.store(counts + tl.program_id(0), tl.sum(tl.sum(above.to(tl.int32), axis=1), axis=0))
-    acts = tl.where(pre <= 0, 0.0, pre)  # leaves NaN
+    acts = tl.where(pre <= 0, 0.0, pre)  # keeps NaN
     is_nan = tl.max((acts != acts).to(tl.int32), axis=0) > 0
     largest = tl.where(is_nan, float("nan"), tl.max(acts, axis=0))
     tl.store(peak + at, largest, mask=there)
     if WHICH != "none":
         tl.store(sums + at, tl.sum(acts * acts, axis=0), mask=there)
     if WHICH == "shares":
-        # The smallest normal number, below which a peak counts as that: 0 / 0 would be NaN.
+        # Peaks are clamped to the smallest normal number: 0 / 0 would be NaN.
         share = acts / tl.where(largest < 1.1754943508222875e-38, 1.1754943508222875e-38, largest)[None, :]
         logs = share * tl.log(tl.where(share > 0, share, 1.0))
         tl.store(sums + offset(1, at, sums_stride), tl.sum(share, axis=0), mask=there)
@@ -240,7 +240,7 @@ def _sum_kernel(
     if WHICH == "clipped":
         cutoff = tl.load(last_cutoff).to(tl.float32)
         cutoff = tl.where(cutoff > 0, cutoff, float("inf"))
-        clipped = tl.where(acts > cutoff, cutoff, acts)  # leaves NaN
+        clipped = tl.where(acts > cutoff, cutoff, acts)  # keeps NaN
         tl.store(sums + offset(1, at, sums_stride), tl.sum(clipped * clipped, axis=0), mask=there)
     if WHICH == "counts":
         tl.store(sums + offset(1, at, sums_stride), tl.sum((acts > 0).to(tl.float32), axis=0), mask=there)
@@ -252,7 +252,7 @@ def _extract_kernel(
     products, b_enc, norms, bound, member, member_stride, n_tokens, n_latents, group_size, per_group,
     begins, values, places_token, places_latent, capacity, first_latent, BT: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile."""
+    """One program per tile."""
     _, group, tokens, latents, inside = _tile(n_tokens, n_latents, group_size, per_group, BT, BL)
     pre = _hidden_pre(products, b_enc, norms, tokens, latents, inside, n_latents)
     above = _is_above(pre, bound, member, member_stride, group, latents, inside, n_latents)

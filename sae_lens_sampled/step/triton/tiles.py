@@ -1,4 +1,4 @@
-"""How a scan cuts the tokens of a batch."""
+"""How a scan splits the tokens of a batch into tiles."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ TILE_ENTRIES = 4096
 
 
 class Tiles(NamedTuple):
-    """Tokens in groups, and these in tiles."""
+    """Tokens split into groups, and groups into tiles."""
 
     n_tokens: int
     group_size: int
@@ -21,30 +21,30 @@ class Tiles(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Most tokens of a tile, a power of 2."""
+        """Maximum number of tokens in a tile, a power of 2."""
         return block(self.group_size, 4, TILE_TOKENS)
 
     @property
     def latents(self) -> int:
-        """Most latents of a tile, a power of 2."""
+        """Maximum number of latents in a tile, a power of 2."""
         return min(TILE_ENTRIES // self.tokens, 256)
 
     @property
     def per_group(self) -> int:
-        """Tiles of a group."""
+        """Number of tiles in a group."""
         return n_blocks(self.group_size, self.tokens)
 
     @property
     def n_groups(self) -> int:
-        """Groups of the batch."""
+        """Number of groups in the batch."""
         return n_blocks(self.n_tokens, self.group_size)
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of the batch; with a short last group some of them may be empty."""
+        """Number of tiles in the batch; with a short last group, some may be empty."""
         return self.n_groups * self.per_group
 
     def of_tokens(self, device: torch.device) -> Int[Tensor, " tokens"]:
-        """The tile that each token lies in."""
+        """Index of each token's tile."""
         token = torch.arange(self.n_tokens, device=device)
         return token // self.group_size * self.per_group + token % self.group_size // self.tokens

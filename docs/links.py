@@ -1,0 +1,38 @@
+"""A hook of mkdocs: links of pages that live elsewhere in the repository, and of pages to files that are no pages.
+
+A page such as `docs/eval/RESULTS.md` is a symbolic link to `eval/RESULTS.md`, whose own links are relative to its place
+there. Those to other pages are turned into links within the site. Those to other files of the repository lead to
+`repo_url`, where that is set, and are plain text otherwise. Links to nothing are left alone, so that
+`mkdocs build --strict` fails at them.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")
+FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any) -> str:
+    """The page with links that work on the site."""
+    source = Path(page.file.abs_src_path).resolve()
+    pages = {Path(f.abs_src_path).resolve(): f.src_uri for f in files if f.abs_src_path and f.inclusion.is_included()}
+    here = os.path.dirname(page.file.src_uri)
+
+    def replace(match: re.Match[str]) -> str:
+        text, link, anchor = match.group(1), match.group(2), match.group(3) or ""
+        target = (source.parent / link).resolve()
+        if target in pages:
+            return f"[{text}]({os.path.relpath(pages[target], here or '.')}{anchor})"
+        if not target.exists() or not target.is_relative_to(ROOT):
+            return match.group(0)
+        if not config.repo_url:
+            return text
+        kind = "tree" if target.is_dir() else "blob"
+        return f"[{text}]({config.repo_url.rstrip('/')}/{kind}/main/{target.relative_to(ROOT)}{anchor})"
+
+    blocks = FENCED.split(markdown)  # code and text in turns
+    return "".join(block if i % 2 else LINK.sub(replace, block) for i, block in enumerate(blocks))

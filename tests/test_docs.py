@@ -1,0 +1,65 @@
+"""The hook that turns links of pages that live elsewhere in the repository into links of the site."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("docs_links", ROOT / "docs" / "links.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+links = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(links)
+
+PAGES = ("index.md", "training.md", "eval/RESULTS.md", "eval/SPEED.md", "eval/results/known_features.md")
+
+
+def on_site(markdown, page="eval/RESULTS.md", repo_url=None):
+    def file(name, included=True):
+        inclusion = SimpleNamespace(is_included=lambda: included)
+        return SimpleNamespace(src_uri=name, abs_src_path=str(ROOT / "docs" / name), inclusion=inclusion)
+
+    files = [*map(file, PAGES), file("eval/results/check_export.json", included=False)]
+    config = SimpleNamespace(repo_url=repo_url)
+    return links.on_page_markdown(markdown, page=SimpleNamespace(file=file(page)), config=config, files=files)
+
+
+@pytest.mark.parametrize(
+    ("link", "want"),
+    [
+        ("[speed](SPEED.md)", "[speed](SPEED.md)"),
+        ("[tables](results/known_features.md#a)", "[tables](results/known_features.md#a)"),
+        ("[home](../README.md)", "[home](../index.md)"),
+        ("[guide](../docs/training.md)", "[guide](../training.md)"),
+        ("[code](study/configs.py)", "code"),  # no page, and no repository to lead to
+        ("[data](results/check_export.json)", "data"),
+        ("[nothing](study/lost.py)", "[nothing](study/lost.py)"),  # mkdocs then says so
+        ("[out](https://arxiv.org/abs/2508.21324)", "[out](https://arxiv.org/abs/2508.21324)"),
+    ],
+)
+def test_links_lead_to_pages_of_the_site(link, want):
+    assert on_site(f"See {link}.\n") == f"See {want}.\n"
+
+
+def test_code_is_left_alone():
+    code = "Text.\n\n```python\nx = table[0](study/configs.py)\n```\n"
+    assert on_site(code) == code
+
+
+def test_links_to_other_files_lead_into_the_repository():
+    url = "https://example.org/me/sae_lens_sampled/"
+    code = on_site("[code](study/configs.py#L3), [folder](study)", repo_url=url)
+    assert code == f"[code]({url}blob/main/eval/study/configs.py#L3), [folder]({url}tree/main/eval/study)"
+
+
+def test_links_from_the_first_page_are_relative_to_the_site():
+    page = on_site("[results](eval/RESULTS.md) [training](docs/training.md)", page="index.md")
+    assert page == "[results](eval/RESULTS.md) [training](training.md)"
+
+
+def test_every_page_that_is_a_link_leads_to_a_file():
+    links_in_docs = [path for path in (ROOT / "docs").rglob("*") if path.is_symlink()]
+    assert len(links_in_docs) >= 8
+    assert all(path.exists() and path.resolve().is_relative_to(ROOT) for path in links_in_docs)
