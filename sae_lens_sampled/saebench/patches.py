@@ -199,7 +199,7 @@ def short_passes(
 
 @contextmanager
 def ordered_vocabulary() -> Iterator[None]:
-    """Sort the vocabulary: fast tokenizers order it differently in every process, so absorption is not reproducible."""
+    """Sort the vocabulary: fast tokenizers order it differently in each process, which makes absorption irreproducible."""
     original = absorption_common.get_alpha_tokens
 
     def ordered(*args: Any, **kwargs: Any) -> list[str]:

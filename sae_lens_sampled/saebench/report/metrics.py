@@ -22,7 +22,7 @@ class Metric:
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """The better direction; None for a metric that has none, such as L0."""
+    """The better direction; None for a condition under which the others are compared, such as L0."""
     digits: int
     independent: bool = True
     """Whether the values of seeds are independent; if not, their spread gives no error of the mean."""

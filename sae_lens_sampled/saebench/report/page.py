@@ -22,7 +22,7 @@ def write_report(output_dir: str | Path) -> Path:
     """Write `report.html`, a self-contained file, and `report.md` into `output_dir`; return the path of the former.
 
     Args:
-        output_dir: output folder of `run_evals`, or a folder of SAEBench's own results. SAEs may lack any evals.
+        output_dir: output folder of `run_evals`, or a folder of SAEBench's own results. SAEs may lack some evals.
 
     Raises:
         ValueError: if the folder does not exist or holds no result.

@@ -40,7 +40,7 @@ class SAEResults:
 
     @property
     def group(self) -> str:
-        """The label without its seed. SAEs of one release form a group only if their ids differ in nothing else."""
+        """The label without its seed. SAEs of one release form a group only if their ids differ in the seed alone."""
         return " ".join(filter(None, map(seed_group, self.label.split(" ")))) or self.label
 
     @property
