@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links and images of pages that live elsewhere in the repository, and of pages to files that are no pages.
+"""A hook of mkdocs: links and images of pages that live elsewhere, and links to files of the repository.
 
 A page such as `docs/eval/RESULTS.md` is a symbolic link to `eval/RESULTS.md`, whose own links are relative to its place
 there. Those to other pages are turned into links within the site. Those to other files of the repository lead to

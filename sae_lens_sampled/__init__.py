@@ -1,4 +1,4 @@
-"""Sampled-SAE (arXiv 2508.21324) for SAELens: importing this registers `sampled_topk` and its transcoder."""
+"""Sampled-SAE (arXiv 2508.21324) for SAELens: importing it registers `sampled_topk` and its transcoder."""
 
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
@@ -42,7 +42,7 @@ __all__ = [
     "upload_to_hub",
 ]
 
-# SAELens refuses a name twice; reloading this module must be harmless.
+# SAELens rejects duplicate names; reloading this module must be harmless.
 if "sampled_topk" not in SAE_TRAINING_CLASS_REGISTRY:
     register_sae_training_class("sampled_topk", SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig)
 if "sampled_topk_transcoder" not in SAE_TRAINING_CLASS_REGISTRY:

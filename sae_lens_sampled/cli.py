@@ -39,7 +39,7 @@ ModelKwargs = Annotated[
     typer.Option(
         parser=_parse_kwargs,
         metavar="JSON",
-        help="Arguments of from_pretrained, a JSON object; default: those of the training run.",
+        help="Arguments of from_pretrained as a JSON object; default: those of the training run.",
     ),
 ]
 Sources = Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")]
@@ -59,12 +59,12 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What every command has."""
+    """Options of every command."""
 
 
 @contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
-    """Turns errors into their message alone and the exit status 1."""
+    """Exit with status 1 on `errors`, printing only their message."""
     try:
         yield
     except errors as error:
@@ -74,11 +74,11 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    # Everything behind `train` is SAELens', `--help` included.
+    # All arguments after `train` are passed to SAELens, including `--help`.
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train an SAE: the flags of `python -m sae_lens.llm_sae_training_runner`, with `sampled_topk` registered."""
+    """Train an SAE with the flags of `python -m sae_lens.llm_sae_training_runner`; `sampled_topk` is registered."""
     with exit_on(TrainError):
         status = train_command.train(context.args)
     raise typer.Exit(status)
@@ -89,20 +89,20 @@ def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a sampled_topk training checkpoint.")],
     dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the one trained on.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the model trained on.")] = None,
     model_kwargs: ModelKwargs = None,
     mode: Annotated[str, typer.Option(help="per_latent or global.")] = "per_latent",
-    target_l0: Annotated[float | None, typer.Option(help="Wanted L0; default: that of the selection.")] = None,
+    target_l0: Annotated[float | None, typer.Option(help="Target L0; default: that of the selection.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference.
 
-    Model and tokens are those of the training run, by the SAE's metadata.
+    Model and token settings are those of the training run, as recorded in the SAE's metadata.
     """
     if out.exists():
-        raise typer.BadParameter(f"{out} exists already; nothing is overwritten.")
+        raise typer.BadParameter(f"{out} already exists; nothing is overwritten.")
     with exit_on(ValueError, OSError):
         lines = calibrate_command.calibrate(
             checkpoint,
@@ -127,9 +127,9 @@ def upload(
         list[str], typer.Argument(help="Folders of exported SAEs or of training checkpoints, or NAME=FOLDER.")
     ],
     repo_id: Annotated[str, typer.Option(help="Hub repository, user/name.")],
-    dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and send nothing.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what the Hub holds of these SAEs.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and upload nothing.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of these SAEs on the Hub.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
 ) -> None:
     """Upload SAEs to the Hugging Face Hub with a model card; NAME, or the folder's name, becomes the sae_id."""
     named = [_named_folder(argument) for argument in folders]
@@ -144,7 +144,7 @@ def upload(
 
 
 def _named_folder(argument: str) -> tuple[str, Path]:
-    """The sae_id and the folder of an argument, as `eval` takes them."""
+    """The sae_id and the folder of an argument, in the syntax of `eval`."""
     name, equals, folder = argument.partition("=")
     if equals and not Path(argument).exists():
         return name, Path(folder)
@@ -154,25 +154,30 @@ def _named_folder(argument: str) -> tuple[str, Path]:
 @app.command("eval")
 def evaluate(
     saes: Sources,
-    evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
-    model: Annotated[str | None, typer.Option(help="Official name or folder; default: the one trained on.")] = None,
+    evals: Annotated[str, typer.Option(help="Any of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
+    model: Annotated[str | None, typer.Option(help="Official name or folder; default: the model trained on.")] = None,
     model_kwargs: ModelKwargs = None,
-    output_dir: Annotated[Path, typer.Option(help="For results and caches.")] = Path("sae_bench_results"),
-    text: Annotated[str | None, typer.Option(help="Data set of core; default: SAEBench's openwebtext.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for results and caches.")] = Path("sae_bench_results"),
+    text: Annotated[str | None, typer.Option(help="Data set for core; default: SAEBench's openwebtext.")] = None,
     probing_data: Annotated[
-        list[Path] | None, typer.Option(help="Labelled texts to probe instead of SAEBench's eight sets; repeat it.")
+        list[Path] | None, typer.Option(help="Labelled texts for probing instead of SAEBench's eight sets; repeatable.")
     ] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of SAEBench's configuration, core.context_size=64.")
+        list[str] | None,
+        typer.Option("--set", help="Field of SAEBench's configuration, such as core.context_size=64; repeatable."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of model and SAEs; default: the one trained on, or float32.")
+        str | None, typer.Option(help="Type of model and SAEs; default: that of the training run, or float32.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
-    offline: Annotated[bool, typer.Option("--offline", help="No network; the model and data of the examples.")] = False,
-    force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace results that are there.")] = False,
-    part: Annotated[str, typer.Option(help="Such as 2/8: every eighth SAE, for processes on one folder.")] = "1/1",
+    offline: Annotated[
+        bool, typer.Option("--offline", help="No network; default model and data are the examples'.")
+    ] = False,
+    force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace existing results.")] = False,
+    part: Annotated[
+        str, typer.Option(help="Such as 2/8: every eighth SAE, for several processes on one folder.")
+    ] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
     with exit_on(ModuleNotFoundError):
@@ -180,9 +185,9 @@ def evaluate(
     with exit_on(ValueError, OSError, EvalError):
         mine, wanted = parse_part(part).of(saes), [name.strip() for name in evals.split(",") if name.strip()]
         if len(mine) < len(saes) and "mmcs" in wanted:
-            raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have ended.")
+            raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have finished.")
         if not mine:
-            raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs is none.")
+            raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs selects none.")
         run_evals(
             [parse_source(sae) for sae in mine],
             wanted,
@@ -202,7 +207,7 @@ def evaluate(
 
 
 def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; a value is JSON, or else a string."""
+    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; values that are not JSON are strings."""
     overrides: dict[str, dict[str, Any]] = {}
     for setting in settings:
         where, equals, value = setting.partition("=")
@@ -221,9 +226,9 @@ def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
 def report(
     folder: Annotated[Path, typer.Argument(help="output_dir of `eval`, or a folder of SAEBench's own results.")],
 ) -> None:
-    """Make a page of results: tables over seeds, Pareto plots, densities, MMCS, contexts.
+    """Write a page of results: tables over seeds, Pareto plots, densities, MMCS, contexts.
 
-    Writes `report.html`, one file that needs no network, and `report.md` into the folder.
+    The folder gets `report.html`, a self-contained file, and `report.md`.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import write_report
@@ -237,18 +242,18 @@ def mmcs(
     saes: Sources,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Print how alike the dictionaries of several seeds are: mean max cosine similarity, without a language model.
+    """Print how similar the dictionaries of several seeds are: mean max cosine similarity, without a language model.
 
-    For every ordered pair: the mean over the first one's latents of the largest cosine with a latent of the second, for
-    decoder and encoder rows; the share of its latents with a partner above 0.7 and 0.9; the one-to-one matched mean;
-    and what random dictionaries would give.
+    For every ordered pair: the mean over the first SAE's latents of the largest cosine with a latent of the second, for
+    decoder and encoder rows; the share of its latents with a cosine above 0.7 and 0.9; the one-to-one matched mean;
+    and the value that random dictionaries would give.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
         from sae_lens_sampled.saebench.evals.mmcs import check_alike
         from sae_lens_sampled.saebench.models import check_one_model
     if len(saes) < 2:
-        raise typer.BadParameter("comparing needs at least two SAEs.")
+        raise typer.BadParameter("pass at least two SAEs to compare.")
     with exit_on(ValueError, OSError):
         loaded = load_saes([parse_source(sae) for sae in saes], device)
         check_alike(loaded)
@@ -276,12 +281,12 @@ def info() -> None:
 
 
 def _training_step(device: torch.device) -> str:
-    """How a step of usual size is done there, in words."""
+    """How a training step of usual size is computed on `device`, in words."""
     config = sae_lens_sampled.SampledTopKTrainingSAEConfig
     single = config(d_in=768, d_sae=16_384, k=64, pool_factor=10)
     grouped = config(d_in=768, d_sae=16_384, k=64, pool_factor=10, pool_group_size=16)
     if device.type in MEASURED_DEVICES and len(possible_paths(grouped, device)) > 1:
-        return "the fastest way, timed at the first step"
+        return "the fastest path, timed at the first step"
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
     small = "one small pool by its columns, " if choose_path(single, "auto", 4096, device) == "columns" else ""

@@ -1,9 +1,9 @@
-"""Means with confidence intervals, of few values that may depend on each other.
+"""Means with confidence intervals, for a few values that may be dependent.
 
-The values are of SAEs. Two SAEs of different arms that started from the same weights and saw the same samples are a
-pair: what their arms differ by is the mean of the differences within pairs. SAEs that were trained on the same data, a
-dictionary of features or the samples of a seed, are not independent repeats of each other: they form a cluster, and
-only clusters are counted. Intervals have Student's t quantiles, which for three values are more than twice as wide as
+Each value belongs to an SAE. Two SAEs of different arms that started from the same weights and saw the same samples are
+a pair: the difference between their arms is the mean of the differences within pairs. SAEs that were trained on the
+same data (a dictionary of features or the samples of a seed) are not independent repeats: they form a cluster, and
+clusters are what is counted. Intervals use Student's t quantiles, which for three values are more than twice as wide as
 those of a normal distribution.
 """
 
@@ -20,7 +20,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and how sure it is; one value has no error."""
+    """A mean and its uncertainty; a single value has no error."""
 
     mean: float
     error: float | None
@@ -40,7 +40,7 @@ class Interval:
         return None if self.high is None else self.high - self.mean
 
     def p_at_least(self, bound: float) -> float | None:
-        """One-sided p-value of the mean being `bound` or more: small values show that it is less."""
+        """One-sided p-value of the mean being at least `bound`: small values show that it is smaller."""
         if self.error is None:
             return None
         if self.error == 0:
@@ -49,7 +49,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent values, of which there is at least one, with the interval of a t-test."""
+    """Mean of at least one independent value, with the interval of a t-test."""
     n = len(values)
     return _t_interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n, level)
 
@@ -64,12 +64,12 @@ def _t_interval(mean: float, error: float | None, n: int, level: float) -> Inter
 
 
 def paired_differences(a: Mapping[Key, float], b: Mapping[Key, float]) -> dict[Key, float]:
-    """Differences within the pairs, by what both have."""
+    """Differences `a - b` within pairs, for the keys that both have."""
     return {key: a[key] - b[key] for key in a if key in b}
 
 
 def cluster_means(values: Mapping[Key, float], cluster: Callable[[Key], Hashable]) -> dict[Hashable, float]:
-    """Means of the values of each cluster; `cluster` says to which one a key belongs."""
+    """Mean of each cluster's values; `cluster` maps a key to its cluster."""
     members: dict[Hashable, list[float]] = {}
     for key, value in values.items():
         members.setdefault(cluster(key), []).append(value)
@@ -79,9 +79,9 @@ def cluster_means(values: Mapping[Key, float], cluster: Callable[[Key], Hashable
 def clustered_interval(
     values: Mapping[Key, float], cluster: Callable[[Key], Hashable], level: float = 0.95
 ) -> Interval | None:
-    """Mean of the means of clusters, with the interval of a t-test over clusters; None without values.
+    """Mean of the cluster means, with the interval of a t-test over clusters; None without values.
 
-    Every cluster counts alike, whatever its size. Two clusters give an interval that is valid and very wide: the
+    All clusters have the same weight, whatever their size. Two clusters give a valid but very wide interval: the
     quantile is 12.7.
     """
     means = cluster_means(values, cluster)
@@ -101,8 +101,8 @@ def difference_interval(
 def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0.95) -> Interval | None:
     """Mean over pairs of units, such as two seeds of a comparison; None without pairs, no error below three units.
 
-    Pairs share units, so that their spread says too little. The jackknife leaves out a unit with all of its pairs (for
-    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). Units are what is counted.
+    Pairs share units, so their spread understates the error. The jackknife leaves out a unit with all of its pairs (for
+    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). `n` is the number of units.
     """
     if not values:
         return None
@@ -118,8 +118,8 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Adjusted p-values of many comparisons, in the given order (Holm 1979).
 
-    Those that are at most 0.05 are significant together: the chance that any of them is a false alarm is at most 0.05,
-    however the comparisons depend on each other.
+    Comparisons with values of at most 0.05 are jointly significant: the chance that any of them is a false positive is
+    at most 0.05, however the comparisons depend on each other.
     """
     adjusted, largest = {}, 0.0
     for n_smaller, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):

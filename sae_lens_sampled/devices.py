@@ -4,20 +4,20 @@ import torch
 
 
 class NoDeviceError(ValueError):
-    """A device is not on this machine; the message says which are."""
+    """A device is not available; the message lists those that are."""
 
 
 def available_devices() -> list[str]:
-    """Their names, as torch takes them."""
+    """Names of the available devices, as torch takes them."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def check_device(device: str, argument: str = "device") -> None:
-    """Refuse a device that is not here, before anything fails on it in words of its own.
+    """Check that a device is available, before anything fails on it with a less clear message.
 
     Raises:
-        NoDeviceError: with the devices that are.
+        NoDeviceError: if it is not, with the devices that are.
     """
     try:
         torch.empty(0, device=device)

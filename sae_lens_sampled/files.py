@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whoever else writes there; and full disks in a sentence."""
+"""Files and folders that are written atomically, also beside other processes; and clear errors for full disks."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from secrets import token_hex
 from filelock import FileLock
 
 SCRATCH = "unfinished_"
-"""What names of scratch folders begin with."""
+"""Prefix of the names of scratch folders."""
 
 
 class NoSpaceError(OSError):
@@ -21,10 +21,10 @@ class NoSpaceError(OSError):
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: whoever finds the file finds all of it, whenever the process is killed.
+    """Write beside `path`, then rename: the file at `path` is always complete, even if the process is killed.
 
     Raises:
-        NoSpaceError: if it does not fit; nothing is left of it then.
+        NoSpaceError: if the text does not fit; no partial file is left then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{token_hex(8)}.unfinished")
@@ -37,10 +37,10 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path, name: str) -> None:
-    """Refuse an output path at which no folder can be made or written to, before anything is computed for it.
+    """Check that an output folder can be created at `path` and written to, before anything is computed for it.
 
     Raises:
-        ValueError: with the argument's `name`, the path, and what is in the way.
+        ValueError: if not, with the argument's `name`, the path, and what is in the way.
     """
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
@@ -50,34 +50,34 @@ def check_writable(path: Path, name: str) -> None:
 
 
 def check_new(path: Path, name: str) -> None:
-    """As `check_writable`, for a path at which there must be nothing yet.
+    """As `check_writable`, for a path that must not exist yet.
 
     Raises:
-        ValueError: also if something is there.
+        ValueError: also if it exists.
     """
     if path.exists():
-        raise ValueError(f"{name}={str(path)!r} exists already; nothing is overwritten.")
+        raise ValueError(f"{name}={str(path)!r} already exists; nothing is overwritten.")
     check_writable(path, name)
 
 
 @contextmanager
 def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A new path, to write a file or a folder at, that is renamed to `path` at the end.
+    """Yield a temporary path for a file or folder, which is renamed to `path` at the end.
 
-    A folder that is at `path` by then stays, or goes with `replace`.
+    A folder that exists at `path` by then is kept, or replaced with `replace`.
 
     Raises:
-        NoSpaceError: if it does not fit; nothing is left of it then.
+        NoSpaceError: if the file or folder does not fit; nothing of it is left then.
     """
     with scratch_folder(path.parent) as scratch, no_space_told(path.parent):
         yield scratch / path.name
         if replace:
-            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that holds something
+            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that is not empty
         atomic_rename(scratch / path.name, path)
 
 
 def atomic_rename(source: Path, path: Path) -> None:
-    """Rename a complete file or folder to `path`. A folder that somebody else has completed there meanwhile stays."""
+    """Rename a complete file or folder to `path`. A folder that another process has completed there is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(source, path)
@@ -88,9 +88,9 @@ def atomic_rename(source: Path, path: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder in `parent`, deleted at the end. Those that killed processes left are deleted first.
+    """Yield an empty folder in `parent` and delete it at the end. Those left by killed processes are deleted first.
 
-    Others may do the same at the same time, in other containers or on other hosts: names are random, and a folder is
+    Processes in other containers or on other hosts may do the same at the same time: names are random, and a folder is
     deleted only by its owner, or on the same host once the owner's lock is gone.
     """
     parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     lock_file = scratch.with_name(f"{scratch.name}.lock")
     lock = FileLock(lock_file)
     try:
-        with suppress(OSError, NotImplementedError):  # not on every file system: then nobody else deletes the folder
+        with suppress(OSError, NotImplementedError):  # not on every file system: then no one else deletes the folder
             lock.acquire()
         scratch.mkdir()
         yield scratch
@@ -117,18 +117,18 @@ def _delete_abandoned(parent: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Put a file at `target` too, at no cost where the file system has links."""
+    """Hard-link a file to `target`, or copy it where the file system has no links."""
     try:
         os.link(source, target)
-    except OSError:  # another disk, or none of links
+    except OSError:  # another disk, or one without links
         shutil.copy2(source, target)
 
 
 def reserve(file: Path, n_bytes: int, what: str) -> None:
-    """Create a file that has all its bytes, for a memory map: without them a write to it would kill the process.
+    """Create a fully allocated file for a memory map: otherwise a write on a full disk would kill the process.
 
     Raises:
-        NoSpaceError: if they do not fit, naming `what` they are for; there is no file then.
+        NoSpaceError: if the bytes do not fit; the message names `what` they are for, and no file is left.
     """
     with no_space_told(file.parent, f"{what} need {_size(n_bytes)}"):
         try:
@@ -141,7 +141,7 @@ def reserve(file: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def no_space_told(folder: Path, need: str = "there is more to write") -> Iterator[None]:
-    """Turns the error of writing to a full disk, into `folder` or below, into a sentence that begins with `need`."""
+    """Convert an error from a full disk, in `folder` or below, into a `NoSpaceError` that begins with `need`."""
     try:
         yield
     except Exception as error:
@@ -149,7 +149,7 @@ def no_space_told(folder: Path, need: str = "there is more to write") -> Iterato
             raise
         free = _size(shutil.disk_usage(folder).free)
         raise NoSpaceError(
-            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder: what is finished is "
+            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder. Finished work is "
             "kept."
         ) from error
 
@@ -167,13 +167,13 @@ def _allocate(descriptor: int, folder: Path, n_bytes: int) -> None:
 def _is_of_full_disk(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if "inline_container" in str(error):  # torch.save says no more than where in its code it stopped
+    if "inline_container" in str(error):  # torch.save reports only where in its code it stopped
         return shutil.disk_usage(folder).free < 2**20
     return os.strerror(errno.ENOSPC) in str(error)  # safetensors
 
 
 def _lasting(folder: Path) -> Path:
-    """The folder, or the one in which it is scratch."""
+    """`folder`, or the folder that contains it if it is scratch."""
     return next(path for path in (folder, *folder.parents) if not any(SCRATCH in part for part in path.parts))
 
 

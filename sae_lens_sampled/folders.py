@@ -1,4 +1,4 @@
-"""What lies in a folder: the config of an SAE, a checkpoint that a run can be resumed from, and what it needs first."""
+"""Contents of a folder: the config of an SAE, a checkpoint to resume from, and whether it has to be folded first."""
 
 import json
 import zipfile
@@ -19,11 +19,11 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 
 UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-"""Values of SAELens' `normalize_activations`."""
+"""Values of SAELens' `normalize_activations` that have to be folded into the weights."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `cfg.json`.
+    """Read the folder's `cfg.json`.
 
     Raises:
         ValueError: if it is missing or not a JSON object.
@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config has fields that only training knows."""
+    """Whether the folder holds a training checkpoint, by the architecture and fields of its config."""
     cfg = read_config(folder)
     architecture = cfg.get("architecture")
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
@@ -55,10 +55,10 @@ def is_export(folder: Path) -> bool:
 
 
 def check_folded(normalize_activations: str | None, name: str) -> None:
-    """Refuse the SAE called `name` in the message if its normalisation is not folded yet.
+    """Check that the normalisation of an SAE, called `name` in the message, is folded into its weights.
 
     Raises:
-        ValueError: with the way to fold it.
+        ValueError: if it is not, with the way to fold it.
     """
     if normalize_activations in UNFOLDED:
         raise ValueError(
@@ -68,27 +68,27 @@ def check_folded(normalize_activations: str | None, name: str) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The folder, if it holds a whole checkpoint, or else the newest whole one in it.
+    """Return the folder if it holds a complete checkpoint, or else the newest complete one in it.
 
     Raises:
-        ValueError: if there is none; it names the newest one beside the folder.
+        ValueError: if there is none; the message names the newest one beside the folder.
     """
     damage = _first_unreadable(folder)
     checkpoint = folder if damage is None else _newest_whole(folder)
     if checkpoint is not None:
         return checkpoint
-    why = f"holds no whole checkpoint: it has no readable {damage}" if folder.is_dir() else "is not a folder"
+    why = f"holds no complete checkpoint: it has no readable {damage}" if folder.is_dir() else "is not a folder"
     beside = _newest_whole(folder.parent)
     way_out = (
-        f"the newest whole one beside it is {str(beside)!r}."
+        f"the newest complete checkpoint beside it is {str(beside)!r}."
         if beside
-        else "nor is there a whole one beside it. Leave resume_from_checkpoint out to start anew."
+        else "there is no complete checkpoint beside it either. Leave resume_from_checkpoint out to start anew."
     )
     raise ValueError(f"resume_from_checkpoint={str(folder)!r} {why}; {way_out}")
 
 
 def read_runner_config(folder: Path) -> dict[str, Any]:
-    """The config of the run that wrote the checkpoint; empty where it cannot be read."""
+    """The config of the run that wrote the checkpoint; empty if it cannot be read."""
     try:
         config = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -97,13 +97,13 @@ def read_runner_config(folder: Path) -> dict[str, Any]:
 
 
 def _newest_whole(folder: Path) -> Path | None:
-    """The whole checkpoint in `folder` that was finished last."""
+    """The complete checkpoint in `folder` that was finished last; None if there is none."""
     whole = [inside for inside in folder.glob("*/") if _first_unreadable(inside) is None]
     return max(whole, key=lambda checkpoint: (checkpoint / RUNNER_CFG_FILENAME).stat().st_mtime_ns, default=None)
 
 
 def _first_unreadable(folder: Path) -> str | None:
-    """Name of the first file that is needed to resume and is missing or cut short."""
+    """Name of the first file needed to resume that is missing or truncated."""
     return next((name for name, is_readable in _NEEDED.items() if not is_readable(folder / name)), None)
 
 

@@ -1,4 +1,4 @@
-"""Numbers of activations, counts and reconstructions: FVU, L0, density, Gini, at once or over a stream of batches."""
+"""Metrics of activations, counts and reconstructions: FVU, L0, density, Gini; at once or over a stream of batches."""
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ N_DECILES = 10
 def gini(counts: Num[Tensor, " n"]) -> Tensor:
     """Gini coefficient of non-negative `counts`, in [0, 1 - 1/n], float64, shape ().
 
-    0 if all are equal, 1 - 1/n if one has everything; 0 if there is nothing to share. Over selection counts it measures
-    the "activation lottery": how few latents take most of the selections.
+    0 if all are equal, 1 - 1/n if one has everything; 0 if all are 0. Over selection counts it measures the "activation
+    lottery": how few latents take most of the selections.
     """
     ordered = counts.double().sort().values
     n = len(ordered)
@@ -34,12 +34,12 @@ def fraction_of_variance_unexplained(x: Float[Tensor, "tokens d_in"], x_hat: Flo
 
 
 def differs(a: float, b: float) -> bool:
-    """Whether two quantities that are not negative differ by more than a tenth of the larger one."""
+    """Whether two non-negative quantities differ by more than a tenth of the larger one."""
     return abs(a - b) > 0.1 * max(a, b)
 
 
 class ActivationStatistics:
-    """Sums over batches, in float64, from which all numbers of `summary` come; errors are in float64 from the start.
+    """Float64 sums over batches, from which `summary` computes its numbers; errors are computed in float64 as well.
 
     Memory: a few vectors of length d_sae and d_in, and one integer per token.
     """
@@ -80,18 +80,19 @@ class ActivationStatistics:
         self.total += x.sum(dim=0)
         self.token_error += (error / (x - x.mean(dim=0)).square().sum(dim=1)).sum()
         active = acts != 0
-        self.counts += active.sum(dim=0, dtype=torch.int32)  # in int64, the default, four times as slow
-        self.mass += acts.abs().sum(dim=0)  # of one batch in the activations' own type: doubles would cost a copy
+        self.counts += active.sum(dim=0, dtype=torch.int32)  # int64, the default, is four times as slow
+        self.mass += acts.abs().sum(dim=0)  # per batch in the activations' own type: float64 would cost a copy
         self.l0.append(active.sum(dim=1).cpu())
 
     def summary(self) -> dict[str, float | list[float]]:
-        r"""The numbers, by name.
+        r"""The metrics, by name.
 
         `fvu` is $\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2$ with the mean over *all* tokens: 0 is perfect, 1 no
         better than the mean. `fvu_mean_of_tokens` is the mean of per-token ratios, each with its batch's mean: the
-        complement of SAEBench's `explained_variance_legacy`; short vectors dominate it. `dead_share`: latents that were
-        active on no token. `gini`: of the latents' activation counts. `mass_by_density_decile`: shares of the summed
-        |activations|, of the tenth of latents that fire least often first.
+        complement of SAEBench's `explained_variance_legacy`; short vectors dominate it. `dead_share`: share of latents
+        that were active on no token. `gini`: Gini coefficient of the latents' activation counts.
+        `mass_by_density_decile`: shares of the summed |activations| by tenths of the latents, the tenth that fires
+        least often first.
         """
         l0 = torch.cat(self.l0).double()
         by_density = self.mass[self.counts.argsort(stable=True)]
@@ -101,7 +102,7 @@ class ActivationStatistics:
             "fvu": self.fvu,
             "fvu_mean_of_tokens": (self.token_error / self.n_tokens).item(),
             "l0": l0.mean().item(),
-            "l0_quantiles": np.quantile(l0.numpy(), QUANTILES).tolist(),  # torch's takes 16 million values at most
+            "l0_quantiles": np.quantile(l0.numpy(), QUANTILES).tolist(),  # torch's is limited to 16 million values
             "dead_share": (self.counts == 0).double().mean().item(),
             "gini": gini(self.counts).item(),
             "mass_by_density_decile": (deciles / deciles.sum().clamp(min=torch.finfo(torch.double).tiny)).tolist(),

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception, at moments when stopping loses nothing; and as Python has them, after SAELens."""
+"""SIGINT and SIGTERM as exceptions at moments when stopping loses nothing; Python's own handlers after SAELens."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
 
 PYTHONS_OWN = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""What Python does with both signals where nobody has said otherwise."""
+"""Python's default handlers of both signals."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,16 +18,16 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, received: int) -> None:
         super().__init__(received)
-        self.exit_status = 128 + received  # as a shell has it
+        self.exit_status = 128 + received  # as in a shell
         self.signal_name = signal.Signals(received).name
 
 
 class Signals:
-    """Both signals within a `with` block: they raise `Interrupted` there, at once or, while held, when released.
+    """Make both signals raise `Interrupted` within a `with` block: at once or, while held, when released.
 
-    The first one counts: what it has begun, saving a checkpoint, is not disturbed by the next. At the end the handlers
-    are those from before. Outside the main thread, which alone gets signals, nothing happens; nor to a handler that was
-    installed from outside Python, which could not be put back.
+    Only the first signal counts: the next ones do not disturb what it has started, such as saving a checkpoint. At the
+    end the previous handlers are restored. Outside the main thread, which alone receives signals, nothing is changed;
+    nor is a handler that was installed from outside Python, because it could not be restored.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Signals:
                 if _is_ours_to_replace(number):
                     self._previous[number] = signal.getsignal(number)
                     signal.signal(number, self._receive)
-        except Interrupted:  # a signal that came between the two
+        except Interrupted:  # a signal arrived between the two
             self._restore()
             raise
         return self
@@ -51,15 +51,15 @@ class Signals:
 
     @property
     def received(self) -> int:
-        """Number of the signal that has come; 0 if none has."""
+        """Number of the received signal; 0 if there is none."""
         return self._received or 0
 
     def hold(self) -> None:
-        """Let signals wait from here on."""
+        """Hold signals back from now on."""
         self._held = True
 
     def release(self) -> None:
-        """Obey a signal that waits, and later ones at once."""
+        """Raise for a signal that was held back, and for later ones at once."""
         self._held = False
         if self._received is not None:
             raise Interrupted(self._received)
@@ -77,11 +77,11 @@ class Signals:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ends the work within like Ctrl-C does, where a run of SAELens in this process has left its signal handlers.
+    """Let signals end the work within, even if an earlier SAELens run in this process has left its signal handlers.
 
-    They raise an `Exception`, which whoever goes on after the errors of one SAE takes for one of these. Within, SIGINT
-    raises KeyboardInterrupt and SIGTERM ends the process, as in Python; an exception of a run of SAELens within becomes
-    a KeyboardInterrupt too. At the end the handlers are those from before.
+    These raise an `Exception`, which code that continues after errors of single SAEs would mistake for such an error.
+    Within, SIGINT raises KeyboardInterrupt and SIGTERM ends the process, as in Python; an InterruptedException of a
+    SAELens run within becomes a KeyboardInterrupt too. At the end the previous handlers are restored.
     """
     before = {number: signal.getsignal(number) for number in PYTHONS_OWN if _is_ours_to_replace(number)}
     try:

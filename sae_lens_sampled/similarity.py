@@ -1,4 +1,4 @@
-"""How much of one dictionary is found again in another: mean max cosine similarity, and the chance level beside it."""
+"""How much of one dictionary recurs in another: mean max cosine similarity, and its chance level."""
 
 import functools
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from tabulate import tabulate
 from torch import Tensor
 
 TILE = 4096
-"""Rows of either dictionary that are compared at a time: 64 MiB of cosines in float32."""
+"""Rows of each dictionary that are compared at a time: 64 MiB of cosines in float32."""
 MATCH_MAX_LATENTS = 8192
-"""Larger dictionaries are not matched one to one, unless asked for."""
+"""Larger dictionaries are not matched one to one by default."""
 
 
 class MaxCosines(NamedTuple):
-    """Largest cosine of each row of a dictionary with any row of the other one."""
+    """Largest cosine of each row of two dictionaries, `a` and `b`, with any row of the other."""
 
     a: Float[Tensor, " n_a"]
     a_absolute: Float[Tensor, " n_a"]
@@ -53,10 +53,10 @@ class Similarity(NamedTuple):
     backward: OneWay
     """Rows of the second, found in the first."""
     matched: float | None
-    """Mean |cosine| of pairs, matched one to one so that it is largest, in [0, 1]; None if there are too many rows."""
+    """Mean |cosine| of the one-to-one matching that maximises it, in [0, 1]; None if there are too many rows."""
 
     def swapped(self) -> "Similarity":
-        """The same with the dictionaries in the other order."""
+        """The comparison with the dictionaries swapped."""
         return Similarity(self.backward, self.forward, self.matched)
 
 
@@ -64,23 +64,24 @@ class Similarity(NamedTuple):
 def dictionary_similarity(
     a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"], match_max_latents: int = MATCH_MAX_LATENTS
 ) -> Similarity:
-    r"""Mean max cosine similarity (MMCS) of two dictionaries, both ways, with what goes with it.
+    r"""Mean max cosine similarity (MMCS) of two dictionaries, both ways, with related measures.
 
     $\mathrm{MMCS}(A, B) = \frac{1}{|A|} \sum_{a \in A} \max_{b \in B} \cos(a, b)$, in [-1, 1]; 1 if every row of A is,
-    up to a positive factor, a row of B. Of seeds of one configuration it measures how reproducible the latents are.
+    up to a positive factor, a row of B. For seeds of one configuration it measures how reproducible latents are.
 
-    It is not symmetric: a subset of B is found in B entirely, but not B in it. It is not one-to-one: one row may be the
-    partner of many, so an A of copies of one row of B scores 1; `matched`, the Hungarian-matched mean |cosine|,
-    is its one-to-one relative. It does not see which latents ever fire. It is high where it means little: among dense
-    directions that all SAEs share. And it grows with the rows of B, so read it beside `baseline`, not across widths.
+    It is not symmetric: a subset of B is found entirely in B, but not B in the subset. It is not one-to-one: one row
+    may be the partner of many, so an A made of copies of one row of B scores 1; `matched`, the Hungarian-matched mean
+    |cosine|, is its one-to-one counterpart. It ignores whether latents ever fire. It is high where it means little:
+    among dense directions that all SAEs share. It grows with the number of rows of B, so compare it with `baseline`,
+    not across widths.
 
     Args:
-        a: rows to find, such as `W_dec` or `W_enc.T`. Only live latents: `a[live]`.
+        a: rows to find, such as `W_dec` or `W_enc.T`; for live latents only, `a[live]`.
         b: rows to find them in.
-        match_max_latents: `matched` is None if either has more rows, since it takes cubic time and the whole matrix.
+        match_max_latents: `matched` is None if either has more rows: it takes cubic time and the full cosine matrix.
 
     Raises:
-        ValueError: if one is empty or not finite, or their widths differ.
+        ValueError: if one is empty or has non-finite entries, or their widths differ.
 
     Sources: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders" (MMCS);
     arXiv 2505.20254 (matched mean of trained seeds); arXiv 2501.16615 (one-to-one matches of seeds, above 0.7).
@@ -98,7 +99,7 @@ def dictionary_similarity(
 def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> MaxCosines:
     """The largest cosine and |cosine| of every row of `a` with rows of `b` and the reverse, in one pass over tiles.
 
-    A row of zeros has cosine 0 with all. Products are in float32 at least. Memory: a tile, whatever the sizes.
+    A row of zeros has cosine 0 with every row. Products are at least in float32. Memory: one tile, whatever the sizes.
 
     Raises:
         ValueError: as `dictionary_similarity`.
@@ -118,7 +119,7 @@ def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> M
             _raise_to(of_a[:, i : i + TILE], tile, dim=1)
             _raise_to(of_b[:, j : j + TILE], tile, dim=0)
     if not (of_a.isfinite().all() and of_b.isfinite().all()):
-        raise ValueError("a dictionary has entries that are not finite; its SAE is broken, so leave it out.")
+        raise ValueError("a dictionary has non-finite entries: its SAE is broken, so leave it out.")
     return MaxCosines(*of_a.clamp(-1, 1), *of_b.clamp(-1, 1))
 
 
@@ -142,7 +143,7 @@ def random_baseline(n: int, d_in: int, absolute: bool) -> float:
 
 
 def similarity_table(saes: Mapping[str, SAE[Any]]) -> str:
-    """Every ordered pair of SAEs in Markdown: how much of the first one's dictionary is found in the second's."""
+    """Markdown table of all ordered pairs of SAEs: how much of the first one's dictionary is found in the second's."""
     header = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
     rows = []
     for (a, sae_a), (b, sae_b) in combinations(saes.items(), 2):

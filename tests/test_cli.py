@@ -182,7 +182,7 @@ def test_calibrate_saves_an_sae_at_the_wanted_l0(tiny_lm, tmp_path, hook):
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     again = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
     assert again.exit_code == 2
-    assert "exists already; nothing is overwritten" in " ".join(again.output.split())
+    assert "already exists; nothing is overwritten" in " ".join(again.output.split())
 
 
 def test_upload_dry_run_writes_card_and_folders_and_refusals_are_one_line(tmp_path):
@@ -226,7 +226,7 @@ def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
 def test_info_says_where_the_way_is_measured(monkeypatch):
     monkeypatch.setattr("sae_lens_sampled.cli.MEASURED_DEVICES", ("cpu",))  # as a GPU is
     [line] = [line for line in CliRunner().invoke(app, ["info"]).output.splitlines() if "training step, cpu" in line]
-    assert line.endswith("the fastest way, timed at the first step")
+    assert line.endswith("the fastest path, timed at the first step")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ OF_EVAL = {
         'core.context_size="two"': "core.context_size='two' must be",
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
-    "--evals": {"core, mmcz": "'mmcz'", ",": "must be of"},
+    "--evals": {"core, mmcz": "'mmcz'", ",": "must be some of"},
     "--device": {"cuda:99": "there is no device='cuda:99'"},
     "--dtype": {"float7": "dtype='float7'"},
 }
@@ -144,7 +144,7 @@ def test_an_output_path_that_cannot_be_a_folder_is_refused_before_the_work(name,
     assert "cannot be a folder: " in below
     assert "afile' is a file." in below
     itself = refusal(invoke(name, folders, tmp_path / "afile"))
-    assert ("exists already" if name == "calibrate" else "afile' is a file.") in itself
+    assert ("already exists" if name == "calibrate" else "afile' is a file.") in itself
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     assert "' is read-only." in refusal(invoke(name, folders, tmp_path / "new" / "x"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile"]

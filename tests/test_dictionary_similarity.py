@@ -174,7 +174,7 @@ def test_what_cannot_be_compared_is_told_in_one_sentence():
     ):
         dictionary_similarity(a[:0], a)
     for value in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"^a dictionary has entries that are not finite"):
+        with pytest.raises(ValueError, match=r"^a dictionary has non-finite entries"):
             dictionary_similarity(a, torch.full_like(a, value))
     with pytest.raises(ValueError, match=r"^n=0, d_in=3: a baseline needs at least 1 direction in at least 2 dim"):
         random_baseline(0, 3, absolute=True)

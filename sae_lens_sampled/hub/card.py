@@ -1,4 +1,4 @@
-"""The model card of a Hub repository, written from the SAEs' configs and what was measured on them."""
+"""The model card of a Hub repository, generated from the SAEs' configs and measured numbers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ TEMPLATE = """---
 
 # {{ name }}
 
-Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens), stored for inference: plain
+Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens) and stored for inference; plain
 SAELens loads them.{% if sampled %} Those trained as `sampled_topk` are Sampled-SAEs
-([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): each training batch scores all latents, and BatchTopK selects
-among the `k * pool_factor` best-scored ones{% if pools_end %}, after `pool_steps` steps among all{% endif %}.
+([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): in each training batch all latents are scored, and BatchTopK
+selects among the `k * pool_factor` best-scored{% if pools_end %}, or among all after `pool_steps` steps{% endif %}.
 {%- endif %}
 
 ## Use
@@ -42,7 +42,7 @@ sae = SAE.from_pretrained("{{ repo_id }}", "{{ sae_id }}")
 ```
 
 `sae.encode(activations)` takes activations of shape `(..., {{ d_in }})`
-{%- if metadata.hook_name %} of `{{ metadata.hook_name }}`{% endif %}
+{%- if metadata.hook_name %} from `{{ metadata.hook_name }}`{% endif %}
 {%- if metadata.hook_name_out %}; `sae(activations)` reconstructs `{{ metadata.hook_name_out }}`{% endif %}.
 
 ## The SAEs
@@ -68,13 +68,13 @@ def model_card(
     evaluation: Mapping[str, Mapping[str, Number]] | None = None,
     license_id: str = "mit",
 ) -> str:
-    """A README.md with YAML metadata. The same arguments give the same text.
+    """Generate a README.md with YAML metadata. The same arguments give the same text.
 
     Args:
         configs: the `cfg.json` of each SAE, by sae_id.
         repo_id: "user/name" on the Hub.
-        evaluation: measured numbers of each SAE, by sae_id; "l0", "fvu" and "dead" have columns of these names, others
-            keep their own. They also go into the metadata's `model-index`.
+        evaluation: measured numbers of each SAE, by sae_id. Their names become columns, "l0", "fvu" and "dead" as "L0",
+            "FVU" and "dead latents". The numbers are also written to the metadata's `model-index`.
         license_id: the Hub's identifier of a license.
     """
     evaluation = evaluation or {}
@@ -150,7 +150,7 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _fields(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row per config field; where the SAEs differ, all values in their order."""
+    """One row per config field, with all distinct values in order where the SAEs differ."""
     names = _unique(name for cfg in configs for name in cfg if name not in ("metadata", "device"))
     values = {name: _unique(_shown(cfg[name]) for cfg in configs if name in cfg) for name in names}
     return [{"field": f"`{name}`", "value": ", ".join(shown) or "none"} for name, shown in values.items()]
@@ -163,7 +163,7 @@ def _provenance(metadata: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     rows = {
         "model": each("model_name"),
         "hook": each("hook_name"),
-        "hook of the outputs": each("hook_name_out"),
+        "output hook": each("hook_name_out"),
         "dataset": each("dataset_path"),
         "context size": each("context_size"),
         "trained with SAELens": each("sae_lens_training_version"),
@@ -191,7 +191,7 @@ def _results(
 
 
 def _base_model(name: str | None) -> str | None:
-    """The Hub's name of a model: TransformerLens knows "pythia-160m-deduped". None for a local model."""
+    """Hub name of a model, also for TransformerLens' aliases such as "pythia-160m-deduped"; None for a local model."""
     if name is None or Path(name).exists():
         return None
     with suppress(ValueError):
@@ -217,7 +217,7 @@ def _shown(value: Any) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, with a column for every key that has a value in some row."""
+    """Markdown table with a column for every key that has a value in any row."""
     columns = _unique(column for row in rows for column, value in row.items() if value is not None)
     cells = [[_shown(row.get(column)) for column in columns] for row in rows]
     return tabulate(cells, columns, tablefmt="github", stralign=None, disable_numparse=True)

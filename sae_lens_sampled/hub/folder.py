@@ -1,4 +1,4 @@
-"""The folders that go to the Hub: an SAE for inference in each, which plain SAELens loads."""
+"""Folders to upload to the Hub, each with an SAE for inference that plain SAELens loads."""
 
 import json
 import shutil
@@ -19,10 +19,10 @@ SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_C
 
 
 def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path) -> Path:
-    """`target`, with the files of the inference SAE, in which local paths are shortened to their last part.
+    """Write the inference SAE's files to `target` and return it; local paths in them are shortened to their last part.
 
     Raises:
-        ValueError: if there is no SAE in the folder, or it should not be published as it is.
+        ValueError: if the folder holds no SAE, or the SAE should not be published as it is.
     """
     name = f"this {type(sae).__name__}"
     if isinstance(sae, (str, Path)):
@@ -46,13 +46,13 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
         sae.save_inference_model(target)
     else:
         sae.save_model(target)
-    # SAELens writes the fields in the order of a set, which would make every run's file another one.
+    # SAELens writes the fields in set order, so the file would differ from run to run.
     (target / SAE_CFG_FILENAME).write_text(json.dumps(read_config(target), indent=2, sort_keys=True), encoding="utf-8")
     return _without_local_paths(_checked(target, name))
 
 
 def without_folders(value: Any) -> Any:
-    """`value`, of JSON's types, with the last part of every local path: the rest tells of the author's disk."""
+    """`value`, of JSON types, with local paths shortened to their last part: the rest describes the author's disk."""
     if isinstance(value, dict):
         return {name: without_folders(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def without_folders(value: Any) -> Any:
 
 
 def _without_local_paths(folder: Path) -> Path:
-    """`folder`, whose configurations are written anew where there are local paths in them."""
+    """Rewrite the configurations in `folder` that contain local paths; return `folder`."""
     for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
         try:
             cfg = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -82,11 +82,11 @@ def _exported(sae: TrainingSAE[Any], name: str) -> SAE[Any]:
 
 
 def _checked(folder: Path, name: str) -> Path:
-    """`folder`, if plain SAELens loads an SAE from it that works on activations as they are."""
+    """Check that plain SAELens loads an SAE from `folder` that takes raw activations; return `folder`."""
     cfg = read_config(folder)
     if cfg.get("architecture") == "sampled_topk":
         raise ValueError(
-            f"{name} has the weights of training and loads only with sae_lens_sampled; upload the training SAE or its "
+            f"{name} has training weights and loads only with sae_lens_sampled; upload the training SAE or its "
             "checkpoint instead, which are exported as JumpReLU."
         )
     check_folded(cfg.get("normalize_activations"), name)

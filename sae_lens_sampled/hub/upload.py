@@ -1,4 +1,4 @@
-"""Upload to the Hugging Face Hub: always the exported SAE, several in one repository, with one model card."""
+"""Upload of exported SAEs to the Hugging Face Hub, several in one repository, with one model card."""
 
 import math
 import re
@@ -29,7 +29,7 @@ SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 class HubError(RuntimeError):
-    """The Hub refused, failed or could not be reached."""
+    """The Hub rejected a request, failed or could not be reached."""
 
 
 @interruptible()
@@ -43,28 +43,27 @@ def upload_to_hub(
     evaluation: Mapping[str, Mapping[str, float]] | None = None,
     license_id: str = "mit",
 ) -> str:
-    """Upload SAEs with a model card; plain SAELens loads them by `SAE.from_pretrained(repo_id, sae_id)`.
+    """Upload SAEs with a model card; plain SAELens loads them with `SAE.from_pretrained(repo_id, sae_id)`.
 
-    Files that are on the Hub already with the same content are left alone, so an upload that broke off is continued by
-    running it again.
+    Files already on the Hub with the same content are skipped, so an interrupted upload is resumed by running it again.
 
     Args:
-        saes: by sae_id, which becomes the folder in the repository: a training SAE or the folder of a training
+        saes: SAEs by sae_id, which becomes the folder in the repository: a training SAE or the folder of a training
             checkpoint, which are exported first; an inference SAE or the folder of one.
         repo_id: "user/name".
-        dry_run_folder: a new or empty folder to write the repository's files to; nothing is sent then.
+        dry_run_folder: a new or empty folder to write the repository's files to; nothing is uploaded then.
         force: replace files of these SAEs, and a model card, that are on the Hub with other content.
-        private: create the repository as a private one. One that exists keeps its visibility.
+        private: create the repository as private. An existing one keeps its visibility, and must not be public.
         evaluation: measured numbers by sae_id, such as {"l0": 63.8, "fvu": 0.21, "dead": 12}, for the model card.
         license_id: the Hub's identifier of the license.
 
     Returns:
-        The repository's address, or the dry run's folder.
+        The repository's URL, or the dry run's folder.
 
     Raises:
-        ValueError: for an impossible argument, a folder that holds no SAE, an SAE that should not be published as it
-            is, or files on the Hub that would be overwritten. Nothing has been sent then.
-        HubError: if the Hub refuses, fails or cannot be reached.
+        ValueError: for an invalid argument, a folder that holds no SAE, an SAE that should not be published as it is,
+            or files on the Hub that would be overwritten. Nothing has been uploaded then.
+        HubError: if the Hub rejects a request, fails or cannot be reached.
     """
     _check_names(saes, repo_id)
     numbers = _check_evaluation(evaluation or {}, saes)
@@ -101,10 +100,10 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
 def _check_evaluation(
     evaluation: Mapping[str, Mapping[str, float]], saes: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """The numbers as plain Python ones, which YAML can write."""
+    """The numbers as plain Python numbers, which YAML can write."""
     for sae_id, numbers in evaluation.items():
         if sae_id not in saes:
-            raise ValueError(f"evaluation has {sae_id!r}, which is none of the SAEs: {', '.join(saes)}.")
+            raise ValueError(f"evaluation has {sae_id!r}, which is not among the SAEs: {', '.join(saes)}.")
         for name, value in numbers.items():
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"evaluation[{sae_id!r}][{name!r}]={value!r} must be a finite number.")
@@ -147,7 +146,7 @@ def _send(files: Mapping[str, Path], folders: Mapping[str, Path], repo_id: str, 
     other = [path for path in remote if path not in same]
     if other and not force:
         raise ValueError(
-            f"{repo_id!r} holds other content in {', '.join(other)}; nothing was uploaded. Choose another repository "
+            f"{repo_id!r} has different content in {', '.join(other)}; nothing was uploaded. Choose another repository "
             "or sae_id, or overwrite with force (force=True, --force)."
         )
     missing = {i: folder for i, folder in folders.items() if any(f"{i}/{n}" in files.keys() - same for n in SAE_FILES)}
@@ -179,7 +178,7 @@ def _is_same(remote: RepoFile, local: Path) -> bool:
 def _one_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the client's errors, httpx' and those of hf_xet have no common base
+    except Exception as error:  # errors of the client, of httpx and of hf_xet share no base class
         raise HubError(
             f"{_reason(error, repo_id)}; local files are unchanged, and running this again sends only what is missing."
         ) from error
@@ -194,11 +193,13 @@ def _reason(error: BaseException, repo_id: str) -> str:
     if status == 403:
         return f"your token may not write to {repo_id!r} (403): it needs write permission for that user or organisation"
     if status == 409:
-        return f"{repo_id!r} exists unseen or is being changed by someone else (409): wait, or check its name"
+        return (
+            f"{repo_id!r} exists but is not visible, or is being changed by someone else (409): wait, or check its name"
+        )
     if status is not None:
-        return f"the Hub answered {status}" + (", an error of its own: try again later" if status >= 500 else "")
+        return f"the Hub answered {status}" + (", a server error: try again later" if status >= 500 else "")
     message = str(root).partition("\n")[0].rstrip(".")
-    return f"the exchange with the Hub broke off ({type(root).__name__}: {message})"
+    return f"the connection to the Hub failed ({type(root).__name__}: {message})"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

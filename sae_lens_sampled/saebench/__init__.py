@@ -1,4 +1,4 @@
-"""SAEBench on SAEs of any SAELens architecture, online or offline; needs the extra `eval`."""
+"""SAEBench for SAEs of any SAELens architecture, online or offline; requires the `eval` extra."""
 
 try:
     import plotly  # noqa: F401

@@ -1,7 +1,7 @@
-"""Names of TransformerLens' HookedTransformer for places that its bridge and Hugging Face's models call otherwise.
+"""Translate hook names of TransformerLens' bridge and of Hugging Face models to those of HookedTransformer.
 
-A name is translated only where activations are the same, and where putting something in has the same effect; that
-depends on the architecture. `tests/saebench/test_hook_names.py` runs the models both ways.
+A name is translated only if the activations are the same and replacing them has the same effect, which depends on the
+architecture. `tests/saebench/test_hook_names.py` runs the models both ways.
 """
 
 import re
@@ -11,7 +11,7 @@ BLOCK = re.compile(
     r"\.(?P<number>\d+)(?:\.(?P<rest>.+))?"
 )
 
-# Each table gives for a place in a block of HookedTransformer the other names of it.
+# Each table maps a place in a HookedTransformer block to its other names.
 Places = dict[str, str]
 
 BRIDGE_ANYWHERE: Places = {
@@ -55,12 +55,12 @@ HEADS: Places = {
 }
 GATED: Places = {"mlp.hook_pre": "mlp.gate_proj", "mlp.hook_pre_linear": "mlp.up_proj"}
 OUTPUTS: Places = {"hook_attn_out": "self_attn self_attn.o_proj", "hook_mlp_out": "mlp mlp.down_proj"}
-# Normalised before they are added to the residual stream; only after that they are HookedTransformer's outputs.
+# Outputs that are normalised before they are added to the residual stream; HookedTransformer's are the normalised ones.
 NORMALISED_OUTPUTS: Places = {
     "hook_attn_out": "ln1_post.hook_out post_attention_layernorm",
     "hook_mlp_out": "ln2_post.hook_out post_feedforward_layernorm",
 }
-# Names without a place of their own, by the nearest one.
+# Names without a HookedTransformer equivalent, by the nearest place.
 NEAREST: Places = {
     "hook_resid_pre": "ln1.hook_in",
     "ln1.hook_normalized": "ln1.hook_out attn.hook_in attn.q.hook_in attn.k.hook_in attn.v.hook_in attn.qkv.hook_in "
@@ -71,7 +71,7 @@ NEAREST: Places = {
 
 
 def _by_name(*tables: Places) -> dict[str, str]:
-    """Places by their other names."""
+    """Map each other name to its place."""
     return {name: place for table in tables for place, names in table.items() for name in names.split()}
 
 
@@ -88,20 +88,21 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA_2,
     "Gemma3ForCausalLM": GEMMA_2,
 }
-"""Places by their other names, by the architecture of Hugging Face's model."""
+"""For each architecture of Hugging Face models, places by their other names."""
 ANYWHERE = _by_name(BRIDGE_ANYWHERE)
 NEIGHBOURS = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2, NEOX, HEADS, OUTPUTS, NORMALISED_OUTPUTS, NEAREST)
 
 
 def transformer_lens_hook(hook_name: str, architecture: str | None = None) -> str:
-    """The TransformerLens name of the same place, or the name itself.
+    """Return the TransformerLens name of the same place, or `hook_name` itself if it is not translated.
 
-    `gpt_neox.layers.3` is `blocks.3.hook_resid_post`. What comes into a block is what its predecessor put out;
-    SAEBench's absorption knows the latter name only.
+    `gpt_neox.layers.3` becomes `blocks.3.hook_resid_post`. A block's input is named as its predecessor's output, the
+    only one of the two names that SAEBench's absorption knows.
 
     Args:
-        hook_name: name in HookedTransformer, in TransformerLens' bridge or in a model of Hugging Face.
-        architecture: class of the latter, such as "GPTNeoXForCausalLM"; None translates what is the same in all.
+        hook_name: name in HookedTransformer, in TransformerLens' bridge or in a Hugging Face model.
+        architecture: class of the Hugging Face model, such as "GPTNeoXForCausalLM"; None translates only names that
+            mean the same in every architecture.
     """
     match = BLOCK.fullmatch(hook_name)
     if match is None:
@@ -117,12 +118,12 @@ def transformer_lens_hook(hook_name: str, architecture: str | None = None) -> st
 
 
 def is_in_block(hook_name: str) -> bool:
-    """Whether the name is of a place in a block of a model."""
+    """Whether the name denotes a place in a block of a model."""
     return BLOCK.fullmatch(hook_name) is not None
 
 
 def nearest_hook(hook_name: str) -> str | None:
-    """The TransformerLens name of the place that comes nearest to one that HookedTransformer does not have."""
+    """Return the TransformerLens name nearest to a place that HookedTransformer lacks; None if none is known."""
     match = BLOCK.fullmatch(hook_name)
     place = None if match is None else NEIGHBOURS.get(match["rest"] or "")
     return None if match is None or place is None else f"blocks.{match['number']}.{place}"

@@ -22,23 +22,23 @@ from sae_lens_sampled.saebench.hook_names import is_in_block, nearest_hook, tran
 from sae_lens_sampled.saebench.sources import EvalSAE, fingerprint_tensors
 
 NOT_OF_THE_MODEL = ("device", "model_name", "tokenizer_name")
-"""Fields of TransformerLens' configuration that tell where a model lies, not what it does."""
+"""Fields of TransformerLens' configuration that say where a model is, not what it computes."""
 
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A language model as SAEBench wants it."""
+    """A language model in the form that SAEBench needs."""
 
     name: str
-    """The official name, or that of the folder."""
+    """Official name, or name of the folder."""
     hooked: HookedTransformer
-    """The model, without weight processing but for that of `kwargs`, as SAEBench's core loads it."""
+    """The model, without weight processing other than that in `kwargs`, as SAEBench's core loads it."""
     fingerprint: str
     """Hash of weights, configuration and vocabulary: a cache keyed by it is never stale."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `from_pretrained` that make it another model than its name alone does."""
+    """Arguments of `from_pretrained` that change which model the name denotes."""
     passes: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    """Activations of a few tokens, in the order in which hooks run, by the hooks that were asked for."""
+    """Activations of a few tokens, in the order in which hooks run, by the requested hooks."""
 
 
 def load_model(
@@ -47,12 +47,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     kwargs: Mapping[str, Any] | None = None,
 ) -> EvalModel:
-    """Load the model of an official TransformerLens name, or of a folder in Hugging Face format.
+    """Load a model by its official TransformerLens name, or from a folder in Hugging Face format.
 
-    `kwargs` are other arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs.
+    `kwargs` are further arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs.
 
     Raises:
-        ValueError: if it is neither, if the folder has no config or no tokenizer, or the arguments do not fit.
+        ValueError: if `model` is neither, the folder has no config or no tokenizer, or the arguments are invalid.
     """
     kwargs = meaningful_kwargs(kwargs or {})
     hooked = load_hooked_transformer(model, device, dtype, kwargs)
@@ -67,11 +67,11 @@ def common_model(saes: Sequence[EvalSAE]) -> str:
     """Name of the model that all of `saes` were trained on.
 
     Raises:
-        ValueError: if they name several, or one of them none.
+        ValueError: if they name several models, or one of them names none.
     """
     names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
     if len(set(names.values())) > 1 or None in names.values():
-        raise ValueError(f"the metadata of the SAEs do not name one model, {names}; pass model=...")
+        raise ValueError(f"the metadata of the SAEs do not name one common model: {names}; pass model=...")
     return str(next(iter(names.values())))
 
 
@@ -79,7 +79,7 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that all of `saes` were trained with.
 
     Raises:
-        ValueError: if they differ: then the SAEs are of different models.
+        ValueError: if they differ, because the SAEs are then of different models.
     """
     first = saes[0]
     wanted = model_kwargs_of(first.sae.cfg.metadata)
@@ -94,10 +94,10 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
 
 
 def check_one_model(saes: Sequence[EvalSAE]) -> None:
-    """Refuse SAEs that were trained on different models, as far as their metadata say.
+    """Reject SAEs that were trained on different models, as far as their metadata say.
 
     Raises:
-        ValueError: with two of the models.
+        ValueError: if they were, with two of the models.
     """
     names = {Path(name).name: sae.name for sae in saes if (name := sae.sae.cfg.metadata.model_name) is not None}
     if len(names) > 1:
@@ -110,26 +110,26 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
 
 
 def attach(sae: EvalSAE, model: EvalModel) -> None:
-    """Write into the SAE's metadata what SAEBench reads there, in the terms of `model`.
+    """Write the metadata that SAEBench reads into the SAE, with the names that `model` uses.
 
     Raises:
-        ValueError: if a hook of the SAE is not in the model or cannot be switched on there, is of another width or does
+        ValueError: if a hook of the SAE is not in the model or cannot be switched on there, has another width or does
             not have a row for each token, or if a transcoder's outputs come before its inputs.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
-        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so nothing tells where it belongs.")
+        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so its place in the model is unknown.")
     metadata.hook_name = _hook_in(model, sae, metadata.hook_name)
     widths = {metadata.hook_name: ("d_in", sae.sae.cfg.d_in)}
     if isinstance(sae.sae, Transcoder):
         if metadata.hook_name_out is None:
             raise ValueError(
-                f"transcoder {sae.name!r} has no hook_name_out in its metadata: where it writes is unknown."
+                f"transcoder {sae.name!r} has no hook_name_out in its metadata, so its output hook is unknown."
             )
         metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out)
         widths[metadata.hook_name_out] = ("d_out", sae.sae.cfg.d_out)
     _check_pass(model, sae, widths)
-    # Core passes the type too, and Python refuses an argument that comes twice.
+    # Core passes the dtype too, and Python rejects duplicate arguments.
     kwargs = {name: value for name, value in model.kwargs.items() if name != "dtype"}
     metadata.model_name, metadata.model_from_pretrained_kwargs = model.name, kwargs
     metadata.hook_layer = int(metadata.hook_name.split(".")[1])
@@ -138,22 +138,22 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
 
 
 def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
-    """The name of one of the SAE's hooks in `model`."""
+    """Name in `model` of one of the SAE's hooks."""
     known = transformer_lens_hook(hook_name, model.hooked.cfg.original_architecture)
     if known in model.hooked.hook_dict and re.match(r"blocks\.\d+\.", known):
         return known
-    of_hook = f"SAE {sae.name!r} is of hook {hook_name!r}"
+    of_hook = f"SAE {sae.name!r} uses hook {hook_name!r}"
     if not is_in_block(hook_name):
-        raise ValueError(f"{of_hook}; SAEBench takes hooks inside a block, blocks.N....")
+        raise ValueError(f"{of_hook}; SAEBench supports only hooks inside a block, blocks.N....")
     nearest = nearest_hook(hook_name)
     way_out = f"; the nearest is {nearest}: train an SAE on that" if nearest in model.hooked.hook_dict else ""
     raise ValueError(f"{of_hook}, which model {model.name!r} of TransformerLens does not have{way_out}.")
 
 
 def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, int]]) -> None:
-    """Refuse what a pass of the model shows to be wrong; `widths` has name and value of a field for each hook."""
+    """Reject an SAE that a pass of the model shows not to fit; `widths` maps hooks to config fields and values."""
     hooked, metadata = model.hooked, sae.sae.cfg.metadata
-    n_tokens = hooked.cfg.n_heads + 1  # another number than that of the heads, which come first in attention patterns
+    n_tokens = hooked.cfg.n_heads + 1  # differs from the number of heads, which come first in attention patterns
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=hooked.cfg.device)
     try:
         if tuple(widths) not in model.passes:
@@ -164,18 +164,18 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
     activations = model.passes[tuple(widths)]
     for hook_name, (name, width) in widths.items():
         if hook_name not in activations:
-            raise ValueError(f"SAE {sae.name!r} is of hook {hook_name!r}, which does not run in model {model.name!r}.")
+            raise ValueError(f"SAE {sae.name!r} uses hook {hook_name!r}, which does not run in model {model.name!r}.")
         of_token = _of_one_token(activations[hook_name], n_tokens, metadata.hook_head_index)
         if of_token is None:
             raise ValueError(
-                f"SAE {sae.name!r} is of hook {hook_name!r}, where model {model.name!r} has activations of shape "
-                f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, with no row of each token's own"
+                f"SAE {sae.name!r} uses hook {hook_name!r}, where model {model.name!r} has activations of shape "
+                f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, with no row for each token"
                 + ("." if metadata.hook_head_index is None else f" and hook_head_index={metadata.hook_head_index}.")
             )
         if of_token.numel() != width:
             raise ValueError(
                 f"SAE {sae.name!r} has {name}={width}, but {hook_name} of model {model.name!r} is {of_token.numel()} "
-                f"wide: it was trained on another one ({metadata.model_name})."
+                f"wide: the SAE was trained on another model ({metadata.model_name})."
             )
     if next(iter(activations)) != metadata.hook_name:
         raise ValueError(
@@ -185,7 +185,7 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
 
 
 def _of_one_token(activations: Tensor, n_tokens: int, head: int | None) -> Tensor | None:
-    """What a hook has for the first token, or for its head; None if the activations are not of that form."""
+    """Activations of the first token, or of one of its heads; None if they do not have that form."""
     if activations.shape[1] != n_tokens:
         return None
     of_token = activations[0, 0]

@@ -1,4 +1,4 @@
-"""What an evaluation takes from the Hugging Face Hub, and what to do without it."""
+"""What an evaluation needs from the Hugging Face Hub, and whether it can run without it."""
 
 import socket
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 TIMEOUT = 3.0
-"""Seconds to wait for the Hub before telling the user: the libraries' own retries take minutes."""
+"""Seconds to wait for the Hub before reporting that it is unreachable: the libraries' own retries take minutes."""
 
 
 def check_network(
@@ -23,18 +23,18 @@ def check_network(
     offline: bool,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether the Hub can be asked; False if there is only what was downloaded earlier, and that is enough.
+    """Whether the Hub can be used; False if it cannot, but everything needed was downloaded earlier.
 
     Args:
         model: name or folder.
         text: name or folder of core's data set; None if core is not run.
-        default_probing_datasets: whether SAEBench's own eight are used.
-        offline: whether the user wants no network.
-        model_kwargs: arguments of `from_pretrained`, of which a revision and a subfolder choose other files.
+        default_probing_datasets: whether SAEBench's own eight data sets are used.
+        offline: whether the user forbids the network.
+        model_kwargs: arguments of `from_pretrained`, of which `revision` and `subfolder` select other files.
 
     Raises:
         ValueError: if `model` is neither a folder nor an official name.
-        ConnectionError: if something is missing here, and the Hub cannot or must not be asked.
+        ConnectionError: if something is not on this machine, and the Hub cannot or must not be used.
     """
     from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model, model_kwargs or {})}
     if text is not None and not Path(text).is_dir():
@@ -48,8 +48,8 @@ def check_network(
     if missing and not reachable:
         why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
         raise ConnectionError(
-            f"{', '.join(missing)} must be downloaded, but {why}; give a local model folder, text=FOLDER and "
-            "probing_datasets=[...], or offline=True for what the repository brings along."
+            f"{', '.join(missing)} must be downloaded, but {why}; pass a local model folder, text=FOLDER and "
+            "probing_datasets=[...], or offline=True for what is bundled with the repository."
         )
     return reachable
 
@@ -60,7 +60,7 @@ def _is_cached_model(name: str, kwargs: Mapping[str, Any]) -> bool:
     except ValueError:
         raise ValueError(
             f"model={name!r} is neither a folder nor one of TransformerLens' official model names "
-            "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES); for another model of the Hub pass the folder "
+            "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES); for another model on the Hub pass the folder "
             f"that `hf download {name} --local-dir FOLDER` writes."
         ) from None
     config = str(PurePosixPath(kwargs.get("subfolder") or "", "config.json"))
@@ -73,7 +73,7 @@ def _is_cached_dataset(name: str) -> bool:
 
 def _is_reachable() -> bool:
     if getproxies():
-        return True  # a direct connection says nothing; the libraries will
+        return True  # a direct connection proves nothing behind a proxy; the libraries report failures
     url = urlsplit(huggingface_hub.constants.ENDPOINT)
     try:
         port = url.port or (443 if url.scheme == "https" else 80)

@@ -1,6 +1,6 @@
-"""What SAEBench 0.6 and its libraries would do wrong, each prevented by a context manager that says why.
+"""Workarounds for defects of SAEBench 0.6 and its libraries: context managers, each of which names its defect.
 
-None of them is modified.
+The installed packages are not modified.
 """
 
 import functools
@@ -49,10 +49,10 @@ def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) ->
             model_in_memory(model.hooked),
             no_shape_checks(),
             restored_random_state(seed),
-            # Probes are so small that BLAS threads cost more than they save: seven times slower on a busy machine.
+            # Probes are so small that BLAS threads slow them down: sevenfold on a busy machine.
             threadpool_limits(1, user_api="blas"),
             working_directory(work_folder),
-            # Several evals leave gradients switched on or off for good.
+            # Several evals enable or disable gradients and do not restore the setting.
             torch.set_grad_enabled(torch.is_grad_enabled()),
         ):
             stack.enter_context(patch)
@@ -61,7 +61,7 @@ def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) ->
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """Take from the Hub's cache without asking the Hub first: each question would be retried for half a minute."""
+    """Read from the Hub's cache without contacting the Hub first: each request would be retried for half a minute."""
     with (
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
@@ -70,7 +70,7 @@ def cache_only() -> Iterator[None]:
 
 
 def model_in_memory(hooked: Any) -> AbstractContextManager[Any]:
-    """Every eval loads the model again, by official names only; here it gets the one that is loaded already."""
+    """Give every eval the loaded model: SAEBench would load it again each time, by official name only."""
 
     def ready(*_args: Any, dtype: torch.dtype | None = None, **_kwargs: Any) -> Any:
         return hooked if dtype is None else hooked.to(dtype)
@@ -79,8 +79,8 @@ def model_in_memory(hooked: Any) -> AbstractContextManager[Any]:
 
 
 def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> AbstractContextManager[Any]:
-    """Calls `on_tokens` with the number of tokens of every pass of the model, of part of its blocks too."""
-    forward = model.forward  # not a hook of the module: `run_with_hooks` calls this
+    """Call `on_tokens` with the number of tokens in every forward pass, also if only some blocks are run."""
+    forward = model.forward  # a module's forward hook would miss `run_with_hooks`, which calls this directly
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         result = forward(*args, **kwargs)
@@ -94,7 +94,7 @@ def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> AbstractCont
 
 @contextmanager
 def no_shape_checks() -> Iterator[None]:
-    """Beartype 0.18 and later takes two uses of one dimension name in sparse probing for a contradiction."""
+    """Disable jaxtyping: beartype 0.18 and later rejects two uses of one dimension name in sparse probing."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
@@ -105,7 +105,7 @@ def no_shape_checks() -> Iterator[None]:
 
 @contextmanager
 def restored_random_state(seed: int) -> Iterator[None]:
-    """Absorption ignores its `random_seed` and core has none; the caller's own random state stays as it was."""
+    """Seed all generators and restore them afterwards: absorption ignores its `random_seed`, and core has none."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         random.seed(seed)
@@ -120,7 +120,7 @@ def restored_random_state(seed: int) -> Iterator[None]:
 
 @contextmanager
 def working_directory(folder: Path) -> Iterator[None]:
-    """Absorption writes `./artifacts/absorption`, wherever that is."""
+    """Change to `folder`: absorption writes `./artifacts/absorption` into the current directory."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -131,13 +131,16 @@ def working_directory(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """What SAEBench prints, and its many bars, go into a log file."""
+    """Redirect SAEBench's output and its many progress bars to a log file."""
     with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         yield
 
 
 def absorption_folders(probes: Path, work: Path) -> AbstractContextManager[Any]:
-    """Absorption keeps probes in site-packages, by the model's last name and layer, and never drops them."""
+    """Keep absorption's files in `probes` and `work`.
+
+    Absorption stores probes in site-packages, by the last part of the model's name and the layer; they stay there.
+    """
     k_sparse, features = work / "k_sparse_probing", work / "feature_absorption"
     return mock.patch.multiple(
         absorption,
@@ -154,7 +157,7 @@ def absorption_folders(probes: Path, work: Path) -> AbstractContextManager[Any]:
 
 
 def reserved_memory_maps() -> AbstractContextManager[Any]:
-    """Absorption maps files without their bytes: on a full disk the process would die without a word."""
+    """Allocate memory-mapped files in full: absorption's are sparse, so a full disk would kill the process silently."""
 
     def memmap(filename: str, dtype: str, mode: str, shape: tuple[int, ...]) -> np.memmap:  # noqa: ARG001
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -167,13 +170,15 @@ def reserved_memory_maps() -> AbstractContextManager[Any]:
 def short_passes(
     model: Any, position: int, memory: dict[tuple[str, ...], torch.Tensor] | None = None
 ) -> AbstractContextManager[Any]:
-    """Absorption runs every block and the unembedding to read one block's output at one token of each prompt, and it
-    runs the same prompts again for every SAE. The numbers are the same to the last bit.
+    """Run only the blocks that are needed, and each batch of prompts once; results are bit-identical.
+
+    Absorption runs every block and the unembedding to read one block's output at one token of each prompt, and it runs
+    the same prompts again for every SAE.
 
     Args:
         model: a HookedTransformer.
-        position: of the token.
-        memory: what is there already and comes to be, by hook and prompts of a batch; None to remember nothing.
+        position: index of the token in each prompt.
+        memory: cache of activations by hook and prompts of a batch, filled here; None disables it.
     """
     run_with_cache = model.run_with_cache
 
@@ -182,7 +187,7 @@ def short_passes(
         key = (hook_name, *prompts)
         if memory is not None and key in memory:
             n_tokens = position + 1 if position >= 0 else -position
-            return None, {hook_name: memory[key][:, None].expand(-1, n_tokens, -1)}  # this token is all that is read
+            return None, {hook_name: memory[key][:, None].expand(-1, n_tokens, -1)}  # only this token is read
         layer = int(hook_name.split(".")[1])
         _, cache = run_with_cache(prompts, names_filter=names_filter, stop_at_layer=layer + 1)
         if memory is not None:
@@ -194,7 +199,7 @@ def short_passes(
 
 @contextmanager
 def ordered_vocabulary() -> Iterator[None]:
-    """Fast tokenizers list their vocabulary in another order in every process: absorption would not repeat itself."""
+    """Sort the vocabulary: fast tokenizers order it differently in each process, which makes absorption irreproducible."""
     original = absorption_common.get_alpha_tokens
 
     def ordered(*args: Any, **kwargs: Any) -> list[str]:
@@ -209,10 +214,11 @@ def ordered_vocabulary() -> Iterator[None]:
 
 @contextmanager
 def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iterator[None]:
-    """Sparse probing seeds once per SAE, and the first SAE also draws for the probes on the language model, which the
-    others find in a cache: accuracies would depend on which other SAEs are evaluated, and in which order.
+    """Make sparse probing's random draws for an SAE independent of the other SAEs and of their order.
 
-    Here every data set starts from the seed, and its SAE part from where the model's part left off, kept in `states`.
+    SAEBench seeds once per SAE, and the first SAE also draws for the probes on the language model, which the others
+    read from a cache. Here every data set starts from the seed, and its SAE part from the random state after the
+    model's part, kept in `states`.
     """
     run_dataset, encode = sparse_probing.run_eval_single_dataset, activation_collection.get_sae_meaned_activations
     place, is_first = ("", ""), True
@@ -226,7 +232,7 @@ def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iter
 
     def meaned(*args: Any) -> Any:
         nonlocal is_first
-        if is_first:  # of two calls, for training and for test texts, right after the model's part
+        if is_first:  # the first of two calls (training texts, test texts), right after the model's part
             set_random_state(states.setdefault(place, random_state()))
             is_first = False
         return encode(*args)
@@ -244,7 +250,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Set the three generators to what `random_state` gave."""
+    """Set the three generators to a state from `random_state`."""
     python_state, numpy_state, torch_state = state
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002
@@ -253,7 +259,7 @@ def set_random_state(state: RandomState) -> None:
 
 @contextmanager
 def core_errors_raised() -> Iterator[None]:
-    """Core logs every exception and goes on with a result less."""
+    """Raise the first error that core logs: core itself would continue without that result."""
     errors: list[BaseException] = []
 
     class Collect(logging.Handler):
@@ -267,7 +273,7 @@ def core_errors_raised() -> Iterator[None]:
         yield
     finally:
         core.logger.removeHandler(handler)
-    if errors and isinstance(errors[0], StopIteration):  # SAELens' store, of a text without a single prompt
+    if errors and isinstance(errors[0], StopIteration):  # from SAELens' store, for a text without a single prompt
         raise ValueError(
             "the text has no rows, or gives no prompt of context_size tokens; take more text or a smaller context_size."
         ) from errors[0]
@@ -277,29 +283,29 @@ def core_errors_raised() -> Iterator[None]:
 
 @contextmanager
 def core_inputs(model: Any, from_sae: Callable[..., Any], losses: Sequence[Any]) -> Iterator[None]:
-    """Core runs the model over its own text again for every SAE; here it gets another model and another store.
+    """Replace core's model, store and losses: core would run the model over its text again for every SAE.
 
     Args:
-        model: what core takes for the model.
-        from_sae: what makes its store.
-        losses: of every reconstruction batch, as `get_recons_loss` gives them.
+        model: stand-in for the model.
+        from_sae: stand-in for `ActivationsStore.from_sae`.
+        losses: losses of every reconstruction batch, as `get_recons_loss` returns them.
     """
     replaced = {
         "ActivationsStore": SimpleNamespace(from_sae=from_sae),
         "get_recons_loss": mock.Mock(side_effect=losses),
-        "gc": mock.Mock(),  # core collects garbage after every SAE: a quarter of a second each, and the model stays
+        "gc": mock.Mock(),  # core collects garbage after every SAE: a quarter of a second each, but the model stays
     }
     with model_in_memory(model), mock.patch.multiple(core, **replaced), core_errors_raised():
         yield
 
 
 def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Core encodes the outputs of a hook, where a transcoder reads inputs; here its caller says what is encoded."""
+    """Replace `encode` and `decode`: core encodes a hook's outputs, but a transcoder has to encode its inputs."""
     return mock.patch.multiple(sae, encode=encode, decode=decode)
 
 
 def two_widths() -> AbstractContextManager[Any]:
-    """Core takes the cosine of each encoder and decoder row, which are of two widths in some transcoders: 0 there."""
+    """Set core's encoder-decoder cosines to 0 where a transcoder's input and output widths differ."""
     original = core.get_featurewise_weight_based_metrics
 
     def metrics(sae: Any) -> dict[str, Any]:
@@ -317,7 +323,7 @@ def two_widths() -> AbstractContextManager[Any]:
 
 @contextmanager
 def own_probing_datasets(own: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
-    """SAEBench knows its own eight data sets only, and chooses how to read one by its name."""
+    """Add the `own` data sets: SAEBench knows only its own eight, and selects how to read one by its name."""
     by_name = {dataset.name: dataset for dataset in own}
     original = dataset_utils.get_multi_label_train_test_data
 

@@ -1,4 +1,4 @@
-"""Labelled texts of the user's own for sparse probing."""
+"""The user's own labelled texts for sparse probing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,37 +9,37 @@ import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
 MIN_ROWS = 20
-"""Rows per class and split below which a probe's accuracy says nothing."""
+"""Fewest rows per class and split; with fewer, a probe's accuracy says nothing."""
 
 Texts = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class ProbingDataset:
-    """A text classification data set: texts by class, for training and for testing a probe."""
+    """A text classification data set: texts by class, to train and test a probe."""
 
     name: str
     train: Texts
     test: Texts | None
-    """Texts for testing; None where the data has one split: then `split` draws both from `train`, without overlap."""
+    """Texts for testing; None if the data has one split: `split` then draws both from `train`, without overlap."""
 
     @property
     def classes(self) -> list[str]:
-        """Its labels, sorted."""
+        """The labels, sorted."""
         return sorted(self.train)
 
     def largest_sizes(self) -> tuple[int, int]:
-        """Largest train and test sizes, in SAEBench's count (two classes at a time), that all classes can fill."""
+        """Largest train and test sizes that every class can fill, as SAEBench counts (two classes at a time)."""
         smallest = min(map(len, self.train.values()))
         if self.test is None:
             return 2 * (smallest * 4 // 5), 2 * (smallest - smallest * 4 // 5)
         return 2 * smallest, 2 * min(map(len, self.test.values()))
 
     def split(self, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
-        """`train_size // 2` and `test_size // 2` random texts of every class, as SAEBench's own data sets give them.
+        """Draw `train_size // 2` and `test_size // 2` texts of every class, in the form of SAEBench's own data sets.
 
         Raises:
-            ValueError: if a class has too few.
+            ValueError: if a class has too few texts.
         """
         n_train, n_test = train_size // 2, test_size // 2
         train, test = {}, {}
@@ -70,10 +70,10 @@ def load_probing_dataset(
     text_column: str = "text",
     label_column: str = "label",
 ) -> ProbingDataset:
-    """Read labelled texts from a parquet, csv or jsonl file, a folder with `train` and `test` ones, or a `Dataset`.
+    """Load labelled texts from a parquet, csv or jsonl file, a folder with `train` and `test` files, or a `Dataset`.
 
     Raises:
-        ValueError: if there is no such file, a column is missing, there is one class only, or a class has too few rows.
+        ValueError: if there is no such file, a column is missing, there is only one class, or a class has too few rows.
     """
     if isinstance(source, (str, Path)):
         splits = _read(Path(source))
@@ -90,9 +90,9 @@ def load_probing_dataset(
         if by_class is not None and not by_class:
             raise ValueError(f"probing data set {name!r} has no rows in its split {split!r}.")
     if len(train) < 2:
-        raise ValueError(f"column {label_column!r} of probing data set {name!r} has one class only, {min(train)!r}.")
+        raise ValueError(f"column {label_column!r} of probing data set {name!r} has only one class, {min(train)!r}.")
     if test is not None and set(test) != set(train):
-        raise ValueError(f"probing data set {name!r} has other classes in test, {sorted(test)}, than in train.")
+        raise ValueError(f"probing data set {name!r} has test classes {sorted(test)}, which are not those of train.")
     dataset = ProbingDataset(name, train, test)
     if min(dataset.largest_sizes()) < 2 * MIN_ROWS:
         rarest = min(train, key=lambda label: len(train[label]))
@@ -104,7 +104,7 @@ def load_probing_dataset(
 
 
 def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> list[ProbingDataset]:
-    """The data sets of all `sources`, each either loaded or the path of one.
+    """Load the data sets of all `sources`, each a path or loaded already.
 
     Raises:
         ValueError: if two have the same name, or as `load_probing_dataset`.
@@ -113,13 +113,13 @@ def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> lis
     names = [dataset.name for dataset in loaded]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"two of probing_datasets have the same name, {names}; load_probing_dataset(path, name) names one."
+            f"two of probing_datasets have the same name: {names}; rename one with load_probing_dataset(path, name)."
         )
     return loaded
 
 
 def common_sizes(probing_datasets: Sequence[ProbingDataset], train_size: int, test_size: int) -> tuple[int, int]:
-    """The wanted sizes, or as much of them as the smallest data set has."""
+    """The requested sizes, limited to what the smallest data set can fill."""
     largest = [dataset.largest_sizes() for dataset in probing_datasets]
     return min(train_size, *(n for n, _ in largest)), min(test_size, *(n for _, n in largest))
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
     chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
     if not path.exists() or "train" not in chosen:
         raise ValueError(
-            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train and test ones."
+            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train and test files."
         )
     return {split: _read_file(kinds[file.suffix], file) for split, file in chosen.items()}
 
@@ -138,8 +138,8 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
 def _read_file(kind: str, file: Path) -> datasets.Dataset:
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train")  # type: ignore[return-value]
-    except (DatasetGenerationError, StopIteration) as error:  # the second by datasets 5, for an empty jsonl file
-        raise ValueError(f"probing data {str(file)!r} has no rows, or is not a whole {kind} file.") from error
+    except (DatasetGenerationError, StopIteration) as error:  # datasets 5 raises the latter for an empty jsonl file
+        raise ValueError(f"probing data {str(file)!r} has no rows or is not a complete {kind} file.") from error
 
 
 def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:

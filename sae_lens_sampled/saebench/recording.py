@@ -1,9 +1,9 @@
 """SAEBench's core eval for many SAEs with one pass of the language model.
 
-Most of core's time goes into running the model: three times over every batch of the reconstruction part, once over
-every batch of the sparsity part, again for every SAE. Here the model runs once (`record`); then core itself runs,
-unmodified, on each SAE with the recording in place of model and data (`replay`). What it computes, averages and writes
-is its own, from the same numbers.
+Most of core's time is spent running the model: for every SAE, three times over each batch of the reconstruction part
+and once over each batch of the sparsity part. Here the model is run once (`record`); core itself then runs, unmodified,
+on each SAE, with the recording in place of model and data (`replay`). It computes, averages and writes its own results
+from the same numbers.
 """
 
 import itertools
@@ -34,37 +34,37 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 
 class Site(NamedTuple):
-    """Where SAEs are in the model: the hook that they read, and the one that they reconstruct; for a transcoder two."""
+    """Hooks that SAEs read and reconstruct: the same hook, except for a transcoder."""
 
     inputs: str
     outputs: str
 
     @property
     def hooks(self) -> list[str]:
-        """Each once."""
+        """The hooks, without duplicates."""
         return list(dict.fromkeys(self))
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Tokens, losses and activations of the model on the evaluation text; the same for all SAEs of one site."""
+    """Tokens, losses and activations of the model on the evaluation text, shared by all SAEs of one site."""
 
     tokens: list[Tensor]
-    """Every batch, first those of the reconstruction part, then those of the sparsity part."""
+    """All batches: first those of the reconstruction part, then those of the sparsity part."""
     losses: list[list[Losses]]
     """Cross-entropy and KL divergence of every token, by reconstruction batch and SAE."""
     activations: Tensor
-    """Activations of the sparsity part, shape (batches, prompts, context, d_in), on disk; where outputs are others than
-    inputs they are behind them."""
+    """Activations of the sparsity part, shape (batches, prompts, context, d_in), on disk; outputs that differ from the
+    inputs are appended to them in the last dimension."""
     d_in: int
     """Width of the inputs."""
     ignored: set[int | None]
-    """Special tokens, which count nowhere."""
+    """Special tokens, excluded from all metrics."""
     failures: dict[int, Exception]
-    """Why an SAE cannot reconstruct, by its place. The others have their losses."""
+    """Errors of SAEs that failed to reconstruct, by index; the other SAEs have their losses."""
 
     def parts(self, activations: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs."""
+        """Split activations into inputs and outputs."""
         is_one = activations.shape[-1] == self.d_in
         return activations[..., : self.d_in], activations if is_one else activations[..., self.d_in :]
 
@@ -84,13 +84,13 @@ def record(
         ValueError: if the text gives no prompt.
         NoSpaceError: if the activations do not fit into `file`.
     """
-    # Tokens of both parts; the sparsity part starts at the beginning of the text again.
+    # Tokens of both parts; the sparsity part starts again from the beginning of the text.
     n_prompts, n_batches = config.batch_size_prompts, config.n_eval_sparsity_variance_batches
     with short_text_told(f"text={config.dataset!r}", store):
         reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
         store.reset_input_dataset()
         encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
-    # The sparsity part: activations. It comes first, for these are what a disk may have no room for.
+    # The sparsity part: activations. It comes first because they may not fit on the disk.
     activations, d_in = torch.empty(0), 0
     for i, tokens in enumerate(encoded):
         inputs, *outputs = _activations(model, tokens, site)
@@ -120,12 +120,12 @@ def reconstruction_losses(
     excluded: set[int | None],
     failures: dict[int, Exception],
 ) -> list[Losses]:
-    """Losses as core's `get_recons_loss` gives them, once per SAE, with what does not depend on the SAE computed once.
+    """Losses of each SAE as core's `get_recons_loss` returns them; what does not depend on the SAE is computed once.
 
-    Every operation is core's, in core's order, so the numbers are the same to the last bit. An SAE that raises is added
-    to `failures`, has no losses, and is not asked again.
+    Operations and their order are core's, so results are bit-identical. An SAE that raises is added to `failures`, has
+    no losses and is skipped from then on.
     """
-    # The model as it is, and with zeros at the hook.
+    # The unmodified model, and the model with zeros at the hook.
     kept: dict[str, Tensor] = {}
     logits, ce = _run_with_hooks(
         model,
@@ -135,18 +135,18 @@ def reconstruction_losses(
     )
     ablation = (site.outputs, lambda activations, hook: torch.zeros_like(activations))  # noqa: ARG005
     ablated_logits, ablated_ce = _run_with_hooks(model, tokens, ablation)
-    # How far other logits are from the model's own.
+    # Divergence of other logits from the model's own.
     mask = ~_is_any(tokens, excluded)
     probabilities = logits.softmax(dim=-1)
     log_probabilities = probabilities.log()
 
     def kl_divergence(other: Tensor) -> Tensor:
-        # A prompt at a time stays in the CPU's cache: a third of the time, and no bit of it changes.
+        # One prompt at a time fits in the CPU's cache: a third of the time, with bit-identical results.
         prompts = zip(probabilities, log_probabilities, other, strict=True)
         return torch.stack([(p * (log_p - q.softmax(dim=-1).log())).sum(dim=-1) for p, log_p, q in prompts])
 
     ablated_kl = kl_divergence(ablated_logits)
-    # The model with each SAE's reconstruction at the hook, but for the tokens that are left out.
+    # The model with each SAE's reconstruction at the hook, except at excluded tokens.
     losses = []
     for number, reconstruct in enumerate(reconstructions):
         try:
@@ -172,7 +172,7 @@ def reconstruction_losses(
 
 @contextmanager
 def replay(recording: Recording, number: int) -> Iterator[None]:
-    """Gives core the recording for its model and its data; `number` is the SAE's place in `record`."""
+    """Replace core's model and data by the recording; `number` is the SAE's index in `reconstructions` of `record`."""
     tokens = iter(recording.tokens)
     batches = iter(recording.activations)
 
@@ -200,10 +200,10 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
 def observed(
     recording: Recording, sae: SAE[Any], on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Makes `sae` encode the inputs of each batch that core replays, whose outputs core knows, and watches it.
+    """Make `sae` encode the inputs of each batch that core replays (core passes the outputs), and observe it.
 
-    `on_batch` is called with tokens, outputs, activations and reconstructions; so nothing is encoded twice. Special
-    tokens are left out.
+    `on_batch` is called with tokens, outputs, latent activations and reconstructions, without special tokens, so that
+    nothing is encoded twice.
     """
     encode, decode, batches = sae.encode, sae.decode, _sparsity_batches(recording)
     batch = next(batches)
@@ -225,7 +225,7 @@ def observed(
 
 @torch.no_grad()
 def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationStatistics:
-    """FVU, L0 and the like with the selection of training: over each batch, without its special tokens."""
+    """FVU, L0 and related metrics with the training-time selection, over each batch without its special tokens."""
     result = ActivationStatistics(sae.W_dec.shape[1], sae.cfg.d_sae, sae.device)
     for batch in _sparsity_batches(recording):
         acts, reconstruction = encode_and_reconstruct(sae, batch.x[batch.keep].to(sae.device, sae.dtype))
@@ -252,13 +252,13 @@ def mean_losses(recording: Recording, number: int) -> dict[str, float]:
 
 
 def site_of(sae: SAE[Any]) -> Site:
-    """Where it is; an SAE reconstructs what it reads."""
+    """Site of an SAE, which reconstructs what it reads, or of a transcoder."""
     metadata = sae.cfg.metadata
     return Site(metadata.hook_name, metadata.hook_name_out if isinstance(sae, Transcoder) else metadata.hook_name)
 
 
 def is_shareable(sae: SAE[Any]) -> bool:
-    """Whether `record` can serve this SAE: not those on the split heads of attention, which core reshapes itself."""
+    """Whether `record` supports this SAE: not if it is on split attention heads, which core reshapes itself."""
     return sae.cfg.metadata.hook_head_index is None and not any(map(is_split, site_of(sae)))
 
 
@@ -267,7 +267,7 @@ class _Batch(NamedTuple):
     x: Tensor
     y: Tensor
     keep: Tensor
-    """Where the tokens are no special ones."""
+    """Mask of the tokens that are not special."""
 
 
 def _sparsity_batches(recording: Recording) -> Iterator[_Batch]:
@@ -283,8 +283,8 @@ def _activations(model: HookedTransformer, tokens: Tensor, site: Site) -> list[T
 
 
 def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and losses with `x` at the hook: from the next block on where the hook is a block's output."""
-    # With left padding the model makes its attention mask from the tokens, in a whole pass only.
+    """Logits and losses with `x` at the hook; if that is a block's output, only the later blocks are run."""
+    # With left padding the model builds its attention mask from the tokens, in full passes only.
     if hook_name.endswith(".hook_resid_post") and model.tokenizer.padding_side != "left":  # type: ignore[union-attr]
         layer = int(hook_name.split(".")[1]) + 1
         return model(x, start_at_layer=layer, tokens=tokens, return_type="both", loss_per_token=True)
@@ -292,7 +292,7 @@ def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: 
 
 
 def _run_with_hooks(model: HookedTransformer, tokens: Tensor, *hooks: Any) -> tuple[Tensor, Tensor]:
-    """Logits, and the loss of every token."""
+    """Logits and per-token losses."""
     return model.run_with_hooks(tokens, return_type="both", loss_per_token=True, fwd_hooks=[*hooks])
 
 

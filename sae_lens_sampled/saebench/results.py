@@ -1,4 +1,4 @@
-"""Result files: where they lie, whose they are, and how they get there whole."""
+"""Result files: their paths, the fingerprints of what they were computed from, and atomic writing."""
 
 import json
 import math
@@ -10,18 +10,18 @@ from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.sources import EvalSAE
 
 STAMP = "sae_lens_sampled"
-"""Key in `sae_cfg_dict` of a result under which its fingerprints are: the one part of the format that is free."""
+"""Key of a result's fingerprints in its `sae_cfg_dict`, the only free-form part of SAEBench's format."""
 NOT_COMPUTED = -1
-"""What SAEBench's core and sparse probing write for a number that they did not, or could not, compute."""
+"""Value that SAEBench's core and sparse probing write for a number they did not, or could not, compute."""
 
 
 def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:
-    """SAEBench's place and name for a result."""
+    """Path of a result, with SAEBench's folder and file names."""
     return output_dir / "eval_results" / eval_name / f"{sae.name}_eval_results.json"
 
 
 def load_result(path: Path) -> dict[str, Any] | None:
-    """The result in a file; None if there is no file, or one that is cut short or of another form."""
+    """Load a result; None if the file is missing, truncated or of another form."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
@@ -30,27 +30,27 @@ def load_result(path: Path) -> dict[str, Any] | None:
 
 
 def is_result_of(result: dict[str, Any], sae: EvalSAE, model: EvalModel) -> bool:
-    """Whether a result is of these very weights on this very model."""
+    """Whether a result is for exactly these weights on this model."""
     stamp = _stamp(result)
     return stamp.get("sae") == sae.fingerprint and stamp.get("model") == model.fingerprint
 
 
 def is_same(result: dict[str, Any], stamp: dict[str, str]) -> bool:
-    """Whether a result has all these fingerprints."""
+    """Whether a result has exactly these fingerprints."""
     return _stamp(result) == stamp
 
 
 def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
-    """Which of SAE, model and configuration are others, in words."""
+    """Which of SAE, model and configuration differ, in words."""
     present = _stamp(result)
     return " and ".join(what for what, fingerprint in stamp.items() if present.get(what) != fingerprint)
 
 
 def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str]) -> dict[str, Any]:
-    """Put a `result` in its place, under the SAE's own names, in one step that cannot be interrupted.
+    """Write a `result` atomically, under the SAE's own names, and return what was written.
 
-    Returns what was written. Plots show the architecture that the SAE was trained as: exported, a BatchTopK or Sampled
-    SAE is a "jumprelu".
+    Its architecture, which plots show, is the one the SAE was trained as, not "jumprelu" for each exported BatchTopK or
+    Sampled SAE.
     """
     names = {"sae_lens_release_id": sae.release, "sae_lens_id": sae.sae_id}
     cfg = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}
@@ -60,7 +60,7 @@ def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[s
 
 
 def _has_form(result: Any) -> bool:
-    """Whether it is of SAEBench's form, as far as anything here relies on that."""
+    """Whether `result` has SAEBench's form, as far as this package relies on it."""
     if not isinstance(result, dict) or not isinstance(result.get("eval_type_id"), str):
         return False
     details, cfg = result.get("eval_result_details") or [], result.get("sae_cfg_dict") or {}
@@ -75,7 +75,7 @@ def _has_form(result: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for what JSON has no number for."""
+    """`value` with non-finite numbers replaced by None."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

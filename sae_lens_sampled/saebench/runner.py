@@ -1,4 +1,4 @@
-"""`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder."""
+"""`run_evals`: SAEBench on any SAE; resumable, and writes nothing outside the output folder."""
 
 import logging
 import math
@@ -36,11 +36,11 @@ DEFAULT_TEXT = "Skylion007/openwebtext"
 
 Result = dict[str, Any]
 Stamps = dict[str, dict[str, str]]
-"""Fingerprints of all that a result depends on, by name of the SAE."""
+"""Fingerprints of everything that a result depends on, by SAE name."""
 
 
 class EvalError(RuntimeError):
-    """Some SAEs have no result of some evals; the message says which and why. The other results are there."""
+    """Some results are missing; the message says which and why. The other results are kept."""
 
 
 @interruptible()
@@ -62,49 +62,49 @@ def run_evals(
     show_progress: bool = True,
     prepare_only: bool = False,
 ) -> dict[str, dict[str, Result]]:
-    """Run SAEBench's evals, and MMCS, on SAEs of any architecture; the results by eval and name of the SAE.
+    """Run SAEBench's evals and MMCS on SAEs of any architecture; return the results by eval and SAE name.
 
-    Results are in `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json`, in SAEBench's format. Those
-    that are there already, of the same SAE, model and configuration, are kept; a run that was killed can be repeated.
+    Results are written to `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json` in SAEBench's format.
+    Existing results of the same SAE, model and configuration are kept, so an interrupted run can be repeated.
 
     Args:
-        saes: what `load_saes` takes: SAEs, training SAEs, folders of either, `(name, SAE)`, `(release, sae_id)`.
-        evals: of "core", "sparse_probing", "absorption" and "mmcs".
-        model: an official TransformerLens name or a folder in Hugging Face format; None for the one that the first SAE
-            was trained on.
-        output_dir: for results and caches; nothing is written elsewhere but in the Hub's own cache.
-        probing_datasets: for sparse probing instead of SAEBench's eight: files, folders or what `load_probing_dataset`
-            gives.
-        text: data set of core, a Hub name or a folder; None for SAEBench's openwebtext.
+        saes: sources as in `load_saes`: SAEs, training SAEs, folders of either, `(name, SAE)`, `(release, sae_id)`.
+        evals: any of "core", "sparse_probing", "absorption" and "mmcs".
+        model: an official TransformerLens name or a folder in Hugging Face format; None for the one that all SAEs were
+            trained on.
+        output_dir: folder for results and caches; only the Hub's own cache is written elsewhere.
+        probing_datasets: data sets for sparse probing in place of SAEBench's eight: files, folders or results of
+            `load_probing_dataset`.
+        text: data set for core, a Hub name or a folder; None for SAEBench's openwebtext.
         overrides: fields of SAEBench's configurations, by eval, such as `{"core": {"context_size": 64}}`.
         model_kwargs: arguments of `from_pretrained`, such as `{"revision": "step1000"}`; None for those that the SAEs
-            were trained with, by `model_from_pretrained_kwargs` of their metadata.
-        device: None for a GPU if there is one.
-        dtype: type of model and SAEs, as SAEBench's `llm_dtype`; None for that of `model_kwargs`, or float32.
-        seed: of whatever is random.
-        offline: use nothing from the network, and where nothing else is given the model, text and data sets that are
-            bundled with the repository.
-        force_rerun: compute and replace results that are there.
-        show_progress: whether to show a bar over (SAE, eval).
-        prepare_only: make what later runs use again, absorption's probes, and evaluate nothing.
+            were trained with, `model_from_pretrained_kwargs` in their metadata.
+        device: device to run on; None for a GPU if there is one.
+        dtype: type of model and SAEs, like SAEBench's `llm_dtype`; None for that in `model_kwargs`, or float32.
+        seed: seed for random draws.
+        offline: do not use the network; model, text and data sets that are not given are those bundled with the
+            repository.
+        force_rerun: recompute and replace existing results.
+        show_progress: show a progress bar over pairs of SAE and eval.
+        prepare_only: only prepare what later runs reuse (absorption's probes), and evaluate nothing.
 
     Raises:
-        ValueError: if an argument is wrong, or a result is there of another SAE, model or configuration.
+        ValueError: if an argument is invalid, or a result of another SAE, model or configuration is in the way.
         ConnectionError: if something must be downloaded and the Hub cannot be reached.
-        NoSpaceError: if the disk is full; results that are finished are kept.
+        NoSpaceError: if the disk is full; finished results are kept.
         EvalError: at the end, if SAEs could not be evaluated.
     """
     overrides = overrides or {}
     _check_evals(evals, overrides)
     check_writable(Path(output_dir), "output_dir")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1, as numpy's generator takes it.")
+        raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1, the range of numpy's generator.")
     eval_classes = [eval_class for name, eval_class in EVALS.items() if name in evals]
     # The SAEs, and the model and data to evaluate them on.
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with patches.cache_only() if offline else nullcontext():
         loaded, broken = load_intact_saes(saes, device)
-    # What is left out from the beginning, by eval and SAE in words: broken SAEs, and comparisons with them alone.
+    # Failures known from the start, by eval and SAE: broken SAEs, and comparisons that have only broken partners.
     n_wanted = len(eval_classes) * len(saes)
     failures: dict[str, Exception] = {f"{e.name} of {sae.name}": sae.reason for sae in broken for e in eval_classes}
     if broken and len(loaded) == 1:
@@ -121,11 +121,11 @@ def run_evals(
     model_kwargs = meaningful_kwargs(common_model_kwargs(loaded) if model_kwargs is None else model_kwargs)
     dtype = dtype or dtype_of(model_kwargs) or "float32"
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be of {list(DTYPES)}.")
+        raise ValueError(f"dtype={dtype!r} must be one of {list(DTYPES)}.")
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
     labelled = load_probing_datasets(probing_datasets)
     artifacts = Path(output_dir).resolve() / "artifacts"
-    # What is not there is told before any work.
+    # Report anything missing before doing any work.
     network = _network(eval_classes, model, model_kwargs, text, labelled, offline)
     with network, scratch_folder(artifacts) as scratch:
         setup = EvalSetup(
@@ -140,7 +140,7 @@ def run_evals(
             probing_datasets=labelled,
         )
         _attach(loaded, setup)
-        # Refusals of SAEs, and of results that would have to be replaced; comparisons are made again for other SAEs.
+        # Reject unsuitable SAEs and results that would have to be replaced; comparisons are redone for other SAEs.
         planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in eval_classes]
         for evaluation in planned:
             evaluation.check(loaded)
@@ -162,7 +162,7 @@ def run_evals(
 
 
 def _missing(failures: Mapping[str, Exception], n_wanted: int) -> EvalError:
-    """The error that says what is missing and why, each reason once."""
+    """The error that lists the missing results by reason."""
     names: dict[Exception, list[str]] = {}
     for name, error in failures.items():
         names.setdefault(error, []).append(name)
@@ -180,7 +180,7 @@ def _network(
     probing_datasets: Sequence[ProbingDataset],
     offline: bool,
 ) -> AbstractContextManager[None]:
-    """Use of the Hub, or of what was downloaded earlier where that is enough; an error where neither does."""
+    """Context that uses the Hub, or only its cache if the Hub is unavailable; raises if the cache lacks something."""
     needed_text = text if any(eval_class.reads_text for eval_class in eval_classes) else None
     reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
     default_datasets = reads_labelled_texts and not probing_datasets
@@ -195,9 +195,9 @@ def _evaluate_in_turn(
     force_rerun: bool,
     show_progress: bool,
 ) -> tuple[dict[str, dict[str, Result]], dict[str, Exception]]:
-    """Results by eval and name of the SAE, and what went wrong, by eval and SAE in words.
+    """Run the evals in turn; return results by eval and SAE name, and errors by "<eval> of <SAE>".
 
-    The stamps of comparisons are taken when it is their turn: they depend on the results of other evals.
+    Comparisons are stamped only when they run, because their stamps depend on the results of other evals.
     """
     results: dict[str, dict[str, Result]] = {}
     failures: dict[str, Exception] = {}
@@ -213,11 +213,11 @@ def _evaluate_in_turn(
 def _evaluate_all(
     evaluation: Eval, saes: Sequence[EvalSAE], stamps: Stamps, force_rerun: bool, progress: tqdm
 ) -> tuple[dict[str, Result], dict[str, Exception]]:
-    """Results of one eval, and what went wrong, by name of the SAE. The others go on."""
+    """Run one eval; return results and errors by SAE name. If one SAE fails, the others are still evaluated."""
     setup, name = evaluation.setup, evaluation.name
     results: dict[str, Result] = {}
     failures: dict[str, Exception] = {}
-    # Results that are there.
+    # Existing results.
     for sae in saes:
         result = load_result(result_path(setup.output_dir, name, sae))
         if result is not None and not force_rerun and is_same(result, stamps[sae.name]):
@@ -226,17 +226,17 @@ def _evaluate_all(
     pending = [sae for sae in saes if sae.name not in results]
     if not pending:
         return results, failures
-    # Work for all SAEs.
+    # Work shared by all SAEs.
     try:
         with _working_on(evaluation, "language model", progress):
             evaluation.prepare(saes if evaluation.compares else pending)
-    except NoSpaceError:  # whatever comes next would not fit either
+    except NoSpaceError:  # later results would not fit either
         raise
     except Exception as error:
         logger.exception("%s failed", name)
         progress.update(len(pending))
         return results, {sae.name: error for sae in pending}
-    # Each SAE for itself.
+    # Each SAE by itself.
     for sae in pending:
         try:
             with _working_on(evaluation, sae.name, progress):
@@ -254,7 +254,7 @@ def _evaluate_all(
 
 @contextmanager
 def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
-    """What every piece of work needs around it."""
+    """Context that every unit of work needs."""
     setup = evaluation.setup
     log = setup.output_dir / "artifacts" / "sae_bench.log"
     with (
@@ -267,7 +267,7 @@ def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
 
 @contextmanager
 def _tokens_shown(model: EvalModel, progress: tqdm, doing: str) -> Iterator[None]:
-    """Shows beside the bar what is being done, and how many tokens the language model has read for it."""
+    """Show next to the progress bar what is being done and how many tokens the language model has read for it."""
     n_tokens, shown_at = 0, time.monotonic()
 
     def count(n: int) -> None:
@@ -283,7 +283,7 @@ def _tokens_shown(model: EvalModel, progress: tqdm, doing: str) -> Iterator[None
 
 
 def _stamps(evaluation: Eval, saes: Sequence[EvalSAE]) -> Stamps:
-    """Fingerprints for the results of one eval. All but the SAE's own is taken once, however many SAEs there are."""
+    """Fingerprints for the results of one eval, by SAE name; those that all SAEs share are computed once."""
     inputs = {"config": asdict(evaluation.config), "sae_bench": version("sae-bench")} | evaluation.inputs(saes)
     shared = {"model": evaluation.setup.model.fingerprint, "config": fingerprint_tensors({}, inputs)}
     return {sae.name: {"sae": sae.fingerprint, **shared} for sae in saes}
@@ -303,7 +303,7 @@ def _check_results(stamps: Mapping[str, Stamps], saes: Sequence[EvalSAE], setup:
 
 def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> None:
     if not evals or not {*evals, *overrides} <= EVALS.keys():
-        raise ValueError(f"evals={list(evals)} and the keys of overrides must be of {list(EVALS)}.")
+        raise ValueError(f"evals={list(evals)} and the keys of overrides must be some of {list(EVALS)}.")
     arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
     for name, settings in overrides.items():
         known = sorted(field.name for field in fields(EVALS[name].config_class))
@@ -312,7 +312,8 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
                 raise ValueError(f"overrides[{name!r}] sets {field!r}; pass {arguments[field]}=... instead.")
             if field not in known:
                 raise ValueError(
-                    f"overrides[{name!r}] sets {field!r}, which its configuration has not: {sorted(known)}."
+                    f"overrides[{name!r}] sets {field!r}, which is not among the fields of its configuration: "
+                    f"{sorted(known)}."
                 )
         _check_numbers(name, settings)
         if name not in evals:
@@ -320,19 +321,19 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
 
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse sizes and counts that are none; a seed and a position of a token may be 0 or negative."""
+    """Reject sizes and counts that are not positive integers; seeds and token positions may be 0 or negative."""
     defaults = asdict(EVALS[eval_name].config_class(model_name=""))
     for field, value in settings.items():
         usual = defaults[field]
         is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
         if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-            raise ValueError(f"{eval_name}.{field}={value!r} must be a whole number above 0.")
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a positive integer.")
         if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
             raise ValueError(f"{eval_name}.{field}={value!r} must be a finite number.")
 
 
 def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
-    """Make the SAEs ones of the setup's model, and of its type as SAEBench does, but before the recording."""
+    """Attach the SAEs to the setup's model and cast them to its type, as SAEBench does, but before the recording."""
     for sae in saes:
         attach(sae, setup.model)
         sae.sae.to(dtype=str_to_dtype(setup.dtype))

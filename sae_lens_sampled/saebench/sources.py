@@ -1,4 +1,4 @@
-"""The SAEs to evaluate: objects, exported folders, training checkpoints and Hub pairs, all in one form."""
+"""Loading of SAEs to evaluate, from objects, exported folders, training checkpoints and Hub pairs, into one form."""
 
 import copy
 import hashlib
@@ -30,24 +30,24 @@ CUSTOM_SAE_ID = "custom_sae"
 
 @dataclass(frozen=True)
 class EvalSAE:
-    """One SAE to evaluate. Its objects are copies: what an evaluation does to them does not reach the caller's."""
+    """One SAE to evaluate. It holds copies, so an evaluation does not change the caller's objects."""
 
     release: str
     """Name of the SAE, or the Hub repository or SAELens release that it is from."""
     sae_id: str
-    """Its id in that release; "custom_sae" where there is none, as in SAEBench."""
+    """Id of the SAE in that release; "custom_sae" if there is none, as in SAEBench."""
     sae: SAE[Any]
     """The SAE for inference, with unit-norm decoder rows where its architecture allows that without changing it."""
     training_sae: TrainingSAE[Any] | None
-    """The SAE that it was exported from, where that was given."""
+    """The training SAE that it was exported from, if given."""
     sae_class: str
-    """The architecture it was trained as, as far as that is known: shown in plots."""
+    """The architecture it was trained as, as far as known; shown in plots."""
     fingerprint: str
-    """Hash of weights and configurations, of the training SAE too."""
+    """Hash of weights and configurations, including those of the training SAE."""
 
     @property
     def name(self) -> str:
-        """The stem of its result files."""
+        """Name of the SAE in its result files."""
         return _full_name(self.release, self.sae_id)
 
 
@@ -55,7 +55,7 @@ SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str
 
 
 class BrokenSAEError(ValueError):
-    """An SAE whose weights or thresholds are no numbers. The others can be evaluated."""
+    """An SAE's weights are not finite or its thresholds are NaN; other SAEs can still be evaluated."""
 
     def __init__(self, name: str, reason: ValueError) -> None:
         super().__init__(f"SAE {name!r}: {reason}")
@@ -63,13 +63,15 @@ class BrokenSAEError(ValueError):
 
 
 def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE]:
-    """The SAEs of all `sources`, on `device`.
+    """Load the SAEs of all `sources` onto `device`.
 
-    A source is an SAE or a training SAE; a folder of either, named by its last part; `(name, SAE)` as in SAEBench, or
-    `(name, Path)`; or two strings `(release, sae_id)`, a Hub repository or a SAELens release and the SAE's id in it.
+    A source is an SAE or a training SAE; a folder of either, whose name becomes the SAE's; `(name, SAE)` as in
+    SAEBench, or `(name, Path)`; or two strings `(release, sae_id)`: a Hub repository or SAELens release, and the SAE's
+    id in it.
 
     Raises:
-        ValueError: if there is none, two have the same name, one cannot be evaluated as it is, or `device` is not here.
+        ValueError: if `sources` is empty, two SAEs have the same name, one cannot be evaluated as it is, or `device` is
+            not available.
     """
     saes, broken = load_intact_saes(sources, device)
     if broken:
@@ -79,7 +81,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
 @interruptible()
 def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
-    """As `load_saes`, but for those whose weights or thresholds are no numbers: their errors are returned."""
+    """As `load_saes`, but errors of SAEs with non-finite weights or NaN thresholds are returned, not raised."""
     check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
@@ -88,20 +90,20 @@ def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple
     for source in sources:
         try:
             saes.append(_load(source, device))
-        except BrokenSAEError as error:  # noqa: PERF203  of one SAE among many
+        except BrokenSAEError as error:  # noqa: PERF203  one SAE among many
             broken.append(error)
     names = [sae.name for sae in saes] + [error.name for error in broken]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ValueError(
                 f"two of saes are called {name!r}, so the results of one would replace the other's; "
-                "pass (name, SAE or Path) pairs with different names, on the command line NAME=FOLDER."
+                "pass (name, SAE or Path) pairs with different names (NAME=FOLDER on the command line)."
             )
     return saes, broken
 
 
 def parse_source(argument: str) -> Path | tuple[str, str | Path]:
-    """A source as given on a command line: an existing folder, NAME=FOLDER, or RELEASE:SAE_ID."""
+    """Parse a source from the command line: an existing folder, NAME=FOLDER, or RELEASE:SAE_ID."""
     if Path(argument).exists():
         return Path(argument)
     name, _, folder = argument.partition("=")
@@ -145,7 +147,7 @@ def _load(source: SAESource, device: str) -> EvalSAE:
             return _describe(name, where, SAE.from_pretrained(name, where, device=device), None)
         except LocalEntryNotFoundError as error:
             raise ConnectionError(
-                f"SAE {where!r} of {name!r} must be downloaded, but the Hub cannot be asked."
+                f"SAE {where!r} of {name!r} must be downloaded, but the Hub is not accessible."
             ) from error
     return _from_object(name, where, device)
 
@@ -153,7 +155,7 @@ def _load(source: SAESource, device: str) -> EvalSAE:
 def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
     if not folder.is_dir():
         raise ValueError(
-            f"{str(folder)!r} in saes is not a folder; for an SAE of the Hub pass the pair (repository, sae_id)."
+            f"{str(folder)!r} in saes is not a folder; for an SAE on the Hub pass the pair (repository, sae_id)."
         )
     if is_checkpoint(folder):
         return _from_object(name, load_checkpoint(folder, device=device), device)
@@ -176,7 +178,7 @@ def _from_object(name: str | None, sae: SAE[Any], device: str) -> EvalSAE:
 
 @contextmanager
 def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
-    """Turns a refusal of weights or thresholds into the error of that SAE."""
+    """Convert an error about weights or thresholds into that SAE's `BrokenSAEError`."""
     try:
         yield
     except ValueError as error:
@@ -185,7 +187,7 @@ def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
 
 
 def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
-    """The SAE that users of `sae` will get."""
+    """Export `sae` to the SAE that its users load."""
     if isinstance(sae, SampledTopKTrainingSAE):
         return to_jumprelu(sae)
     with TemporaryDirectory() as folder:
@@ -200,7 +202,7 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
     tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}
-    # Where it lies does not change what it does; SAEs trained alike differ in nothing else.
+    # Without the device, which changes no result and may be the only difference between SAEs that were trained alike.
     configs = [{key: value for key, value in each.cfg.to_dict().items() if key != "device"} for each in both]
     fingerprint = fingerprint_tensors(tensors, *configs)
     trained_as = training_sae.cfg.architecture() if training_sae is not None else None
@@ -210,11 +212,11 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
 
 @torch.no_grad()
 def _fold_decoder_norm(sae: SAE[Any]) -> None:
-    """Make decoder rows unit-norm, as SAEBench does to an SAE from the Hub and expects of an object."""
+    """Scale decoder rows to unit norm, as SAEBench does for SAEs from the Hub and expects of SAE objects."""
     norms = sae.W_dec.norm(dim=-1)
     if torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         return
     try:
         sae.fold_W_dec_norm()
     except NotImplementedError:
-        return  # TopK and matching pursuit select by unscaled activations: folding would select others
+        return  # TopK and matching pursuit select by unscaled activations: folding would change the selection

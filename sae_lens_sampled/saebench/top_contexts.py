@@ -1,4 +1,4 @@
-"""Where an SAE's leading latents are most active, as text to read."""
+"""Readable text around the largest activations of an SAE's leading latents."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from sae_lens_sampled.metrics import ActivationStatistics
 N_LATENTS = 8
 N_CONTEXTS = 3
 REACH = 10
-"""Tokens shown before and after."""
+"""Tokens shown before and after the largest activation."""
 MAX_DENSITY = 0.1
-"""A latent that is active more often than this is rarely about one thing."""
+"""Largest density of a leading latent: a latent that is active more often is rarely about one thing."""
 
 
 class TopActivations:
-    """Largest activation of every latent in each of the `N_CONTEXTS` batches where it is largest."""
+    """Each latent's largest activation in each of the `N_CONTEXTS` batches where that is largest."""
 
     def __init__(self, d_sae: int, device: torch.device | str) -> None:
         self.values = torch.zeros(N_CONTEXTS, d_sae, device=device)
@@ -27,7 +27,7 @@ class TopActivations:
     def update(self, tokens: Tensor, acts: Tensor) -> None:
         """Add one batch of running text: `tokens`, shape (n,), and `acts`, shape (n, d_sae)."""
         best = acts.amax(dim=0).to(self.values)
-        rising = (best > self.values[-1]).nonzero()[:, 0]  # few, after some batches: where the maximum is costs more
+        rising = (best > self.values[-1]).nonzero()[:, 0]  # few, after some batches: locating the maximum costs more
         place = acts[:, rising].argmax(dim=0) + sum(map(len, self.tokens))
         values = torch.cat([self.values[:, rising], best[None, rising]])
         places = torch.cat([self.places[:, rising], place[None]])
@@ -37,7 +37,7 @@ class TopActivations:
 
 
 def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenizer: Any) -> list[dict[str, Any]]:
-    """The latents that carry the largest activation mass without being dense, with the text where they are largest."""
+    """Latents that carry the largest activation mass without being dense, with the text where they are largest."""
     mass = statistics.mass.masked_fill(statistics.density > MAX_DENSITY, 0)
     latents = mass.topk(min(N_LATENTS, len(mass))).indices
     return contexts_of(latents[mass[latents] > 0], top, statistics, tokenizer)
@@ -46,7 +46,7 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
 def contexts_of(
     latents: Int[Tensor, " n"], top: TopActivations, statistics: ActivationStatistics, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Density of each of `latents`, its share of the activation mass, and the text where it is largest."""
+    """Density, share of the activation mass and text of the largest activations of each of `latents`."""
     tokens = torch.cat(top.tokens).tolist()
     return [
         {

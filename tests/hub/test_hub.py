@@ -88,7 +88,7 @@ def test_a_dry_run_writes_what_an_upload_would_send_and_asks_nothing(server, tmp
 def test_nothing_on_the_hub_is_overwritten_without_force(held, server):
     server.repos[REPO] = Repo(private=False, files={held: b"of somebody", "notes.txt": b"kept"})
     sae = trained()
-    with pytest.raises(ValueError, match=f"'{REPO}' holds other content in {held}; nothing was uploaded"):
+    with pytest.raises(ValueError, match=f"'{REPO}' has different content in {held}; nothing was uploaded"):
         upload_to_hub({"a": sae}, REPO)
     assert server.repos[REPO].files == {held: b"of somebody", "notes.txt": b"kept"}
     assert server.count("PUT") == server.count("POST", "/commit/") == 0
@@ -103,7 +103,7 @@ def test_other_content_of_the_same_size_is_noticed(held, server):
     upload_to_hub({"a": sae}, REPO)
     files = server.repos[REPO].files
     files[held] = files[held][:-3] + bytes([files[held][-3] ^ 1]) + files[held][-2:]
-    with pytest.raises(ValueError, match=f"holds other content in {held}; nothing was uploaded"):
+    with pytest.raises(ValueError, match=f"has different content in {held}; nothing was uploaded"):
         upload_to_hub({"a": sae}, REPO)
 
 

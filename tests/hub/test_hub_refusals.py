@@ -24,13 +24,16 @@ FAULTS = {
     ),
     "may not create": (Fault("POST", "/repos/create", 403), rf"may not write to '{REPO}' \(403\): it needs write perm"),
     "may not write": (Fault("POST", "/preupload/", 403), rf"may not write to '{REPO}' \(403\)"),
-    "exists unseen": (Fault("POST", "/repos/create", 409), rf"'{REPO}' exists unseen or is being changed .* \(409\)"),
-    "changed meanwhile": (Fault("POST", "/commit/", 409), rf"'{REPO}' exists unseen or is being changed .* \(409\)"),
-    "storage fails": (Fault("PUT", "/lfs/", 500), "the Hub answered 500, an error of its own: try again later"),
-    "second SAE fails": (Fault("POST", "/commit/", 503, after=1), "the Hub answered 503, an error of its own"),
-    "dropped in the weights": (Fault("PUT", "/lfs/", None), r"exchange with the Hub broke off \(\w+: "),
-    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"broke off \(\w+: "),
-    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"broke off \(\w+: "),
+    "exists unseen": (
+        Fault("POST", "/repos/create", 409),
+        rf"'{REPO}' exists but is not visible, or is being .* \(409\)",
+    ),
+    "changed meanwhile": (Fault("POST", "/commit/", 409), rf"'{REPO}' exists but .*, or is being changed .* \(409\)"),
+    "storage fails": (Fault("PUT", "/lfs/", 500), "the Hub answered 500, a server error: try again later"),
+    "second SAE fails": (Fault("POST", "/commit/", 503, after=1), "the Hub answered 503, a server error"),
+    "dropped in the weights": (Fault("PUT", "/lfs/", None), r"connection to the Hub failed \(\w+: "),
+    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"to the Hub failed \(\w+: "),
+    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"to the Hub failed \(\w+: "),
 }
 
 
@@ -161,7 +164,7 @@ def test_a_folder_that_is_no_sae_is_refused(kind, sentence, server, tmp_path):
         (
             lambda: {"a": sampled_sae()},
             {"evaluation": {"b": {"l0": 1}}},
-            "evaluation has 'b', which is none of the SAEs: a",
+            "evaluation has 'b', which is not among the SAEs: a",
         ),
         (
             lambda: {"a": sampled_sae()},
@@ -183,7 +186,7 @@ def test_weights_of_training_are_not_published_as_an_inference_sae(server, tmp_p
     assert isinstance(sae, SampledTopKSAE)
     sae.save_model(tmp_path / "saved")
     for refused in (sae, tmp_path / "saved"):
-        with pytest.raises(ValueError, match="has the weights of training and loads only with sae_lens_sampled"):
+        with pytest.raises(ValueError, match="has training weights and loads only with sae_lens_sampled"):
             upload_to_hub({"a": refused}, REPO)
     assert server.requests == []
 

@@ -130,7 +130,7 @@ def test_probing_reads_heads_side_by_side_and_hooks_that_must_be_switched_on(tra
     one_head.cfg.metadata.hook_head_index = 1
     one_head.cfg.metadata.hook_name = "blocks.2.attn.hook_result"
     with pytest.raises(
-        ValueError, match=r"^SAE 'one_custom_sae' has hook_head_index=1; sparse probing reads whole hooks"
+        ValueError, match=r"^SAE 'one_custom_sae' has hook_head_index=1, but sparse probing reads whole"
     ):
         run_small([("one", one_head)], ["sparse_probing"], tmp_path)
 

@@ -211,14 +211,16 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_newest_that_is_named(
         (broken / name).unlink()
         if damage == "is cut short":
             (broken / name).write_bytes(whole[:-1])
-        with pytest.raises(ValueError, match=f"no readable {name}; the newest whole one beside it is .*final_1024"):
+        with pytest.raises(
+            ValueError, match=f"no readable {name}; the newest complete checkpoint beside it .*final_1024"
+        ):
             find_checkpoint(broken)
         shutil.rmtree(broken)
 
 
 def test_where_there_is_no_whole_checkpoint_the_way_out_is_to_start_anew(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match=r"run' holds no whole checkpoint.* Leave resume_from_checkpoint out"):
+    with pytest.raises(ValueError, match=r"run' holds no complete checkpoint.* Leave resume_from_checkpoint out"):
         find_checkpoint(tmp_path / "run")
 
 

@@ -205,5 +205,5 @@ def test_of_a_model_that_the_user_gives_the_config_says_nothing(tmp_path):
 def test_a_checkpoint_that_is_not_there_is_told_before_the_model_loads(tmp_path):
     said = refused(ResumableRunner, resuming(sae_config(), tmp_path))
     assert said.startswith(
-        f"resume_from_checkpoint='{tmp_path / 'checkpoint'}' is not a folder; nor is there a whole one"
+        f"resume_from_checkpoint='{tmp_path / 'checkpoint'}' is not a folder; there is no complete checkpoint"
     )

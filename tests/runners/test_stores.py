@@ -105,7 +105,9 @@ def test_probing_data_without_rows_is_told(tmp_path):
         for name in ("train", "test"):
             rows = [f'{{"text": "{i}", "label": {i % 2}}}\n' for i in range(0 if name == empty else 99)]
             (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-        with pytest.raises(ValueError, match=rf"^probing data '.*{empty}\.jsonl' has no rows, or is not a whole json"):
+        with pytest.raises(
+            ValueError, match=rf"^probing data '.*{empty}\.jsonl' has no rows or is not a complete json"
+        ):
             load_probing_dataset(tmp_path)
         splits = {
             "train": Dataset.from_list([{"text": "a", "label": 0}]),

@@ -262,5 +262,5 @@ def test_probing_takes_inputs_and_absorption_is_refused(trained, tmp_path):
         run_small([source], ["absorption"], tmp_path)
     broken = SAE.load_from_disk(trained.folder / "all")
     broken.cfg.metadata.hook_name_out = None
-    with pytest.raises(ValueError, match="has no hook_name_out in its metadata: where it writes is unknown"):
+    with pytest.raises(ValueError, match="has no hook_name_out in its metadata, so its output hook is unknown"):
         run_small([("broken", broken)], ["core"], tmp_path)

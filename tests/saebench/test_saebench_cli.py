@@ -133,7 +133,7 @@ def test_a_part_evaluates_its_share_of_the_saes(monkeypatch):
     assert given == [["sae_0", "sae_2", "sae_4"], ["sae_1", "sae_3"]]
     for options, reason in {
         ("--evals", "core,mmcs", "--part", "1/2"): "mmcs compares all SAEs",
-        ("--evals", "core", "--part", "6/6"): "--part 6/6 of 5 SAEs is none",
+        ("--evals", "core", "--part", "6/6"): "--part 6/6 of 5 SAEs selects none",
         ("--evals", "core", "--part", "3/2"): "--part 3/2: must be of the form 2/8",
     }.items():
         result = CliRunner().invoke(app, ["eval", *saes, *options])
@@ -173,4 +173,4 @@ def test_mmcs_refuses_an_sae_with_nan_in_one_line(folders, tmp_path):
 def test_mmcs_of_one_sae_is_refused(folders):
     result = CliRunner().invoke(app, ["mmcs", folders[0]])
     assert result.exit_code == 2
-    assert "comparing needs at least two SAEs" in result.output
+    assert "pass at least two SAEs to compare" in result.output

@@ -54,7 +54,9 @@ def test_another_eval_is_one_file_and_one_line_in_the_table(bias, tmp_path):
 
 
 def test_settings_of_another_eval_are_checked_as_those_of_any(bias, tmp_path):
-    with pytest.raises(ValueError, match=r"sets 'fcator', which its configuration has not: \['factor', 'model_name'\]"):
+    with pytest.raises(
+        ValueError, match=r"sets 'fcator', .* the fields of its configuration: \['factor', 'model_name'\]"
+    ):
         run_evals([("a", sae_of_bias(1.0))], ["bias"], output_dir=tmp_path, overrides={"bias": {"fcator": 1}}, **GIVEN)
 
 

@@ -95,7 +95,7 @@ def test_the_sae_gets_what_sae_bench_reads(model):
     [
         (
             {"hook_name": "blocks.9.hook_resid_post"},
-            r"SAE 'one_custom_sae' is of hook 'blocks\.9\.hook_resid_post', which model 'tiny_lm' of TransformerLens "
+            r"SAE 'one_custom_sae' uses hook 'blocks\.9\.hook_resid_post', which model 'tiny_lm' of TransformerLens "
             r"does not have\.$",
         ),
         ({"hook_name": None}, r"has no hook_name in its metadata"),
@@ -110,15 +110,13 @@ def test_an_sae_of_another_place_is_told_before_any_work(fields, message, tmp_pa
 def test_an_sae_of_another_width_is_told(tmp_path):
     sae = StandardSAE(StandardSAEConfig(d_in=96, d_sae=64, metadata=SAEMetadata(model_name="x", hook_name=HOOK)))
     with pytest.raises(
-        ValueError, match=r"has d_in=96, but blocks\.2\.hook_resid_post of model 'tiny_lm' is 128 wide: it was trained"
+        ValueError, match=r"has d_in=96, but blocks\.2\.hook_resid_post of model 'tiny_lm' is 128 wide: the SAE was "
     ):
         run([("one", sae)], tmp_path)
 
 
 def test_absorption_refuses_hooks_that_it_would_not_read(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"is of hook 'blocks\.2\.hook_mlp_out', but absorption always reads blocks\.N"
-    ):
+    with pytest.raises(ValueError, match=r"uses hook 'blocks\.2\.hook_mlp_out', but absorption always reads blocks\.N"):
         run([("one", an_sae(hook_name="blocks.2.hook_mlp_out"))], tmp_path, ["absorption"])
 
 
@@ -138,16 +136,19 @@ def test_mmcs_refuses_one_sae_and_saes_of_different_hooks(tmp_path):
 
 
 def test_unknown_evals_are_told(tmp_path):
-    with pytest.raises(ValueError, match=r"^evals=\['cor'\] and the keys of overrides must be of \['core', "):
+    with pytest.raises(ValueError, match=r"^evals=\['cor'\] and the keys of overrides must be some of \['core', "):
         run([("one", an_sae())], tmp_path, ["cor"])
-    with pytest.raises(ValueError, match=r"must be of \['core', 'sparse_probing', 'absorption', 'mmcs'\]\.$"):
+    with pytest.raises(ValueError, match=r"must be some of \['core', 'sparse_probing', 'absorption', 'mmcs'\]\.$"):
         run([("one", an_sae())], tmp_path, overrides={"scr": {}})
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"core": {"contextsize": 16}}, r"^overrides\['core'\] sets 'contextsize', which its configuration has not: "),
+        (
+            {"core": {"contextsize": 16}},
+            r"^overrides\['core'\] sets 'contextsize', which is not among the fields of its configuration: ",
+        ),
         ({"core": {"llm_dtype": "bfloat16"}}, r"sets 'llm_dtype'; pass dtype=\.\.\. instead\.$"),
         ({"core": {"dataset": "x"}}, r"sets 'dataset'; pass text=\.\.\. instead\.$"),
         ({"mmcs": {"live_density": 0.1}}, r"^overrides has 'mmcs', which is not among evals=\['core'\]\.$"),
@@ -160,7 +161,7 @@ def test_overrides_that_would_do_nothing_or_harm_are_told(overrides, message, tm
 
 def test_saes_of_different_models_need_the_model_named(tmp_path):
     saes = [("one", an_sae()), ("two", an_sae(model_name="gpt2"))]
-    with pytest.raises(ValueError, match=r"do not name one model, .*'gpt2'.*; pass model=\.\.\.$"):
+    with pytest.raises(ValueError, match=r"do not name one common model: .*'gpt2'.*; pass model=\.\.\.$"):
         run(saes, tmp_path, model=None)
 
 
@@ -179,12 +180,12 @@ def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
 
 
 def test_hooks_outside_the_blocks_are_told(tmp_path):
-    with pytest.raises(ValueError, match="is of hook 'hook_embed'; SAEBench takes hooks inside a block"):
+    with pytest.raises(ValueError, match="uses hook 'hook_embed'; SAEBench supports only hooks inside a block"):
         run([("one", an_sae(hook_name="hook_embed"))], tmp_path)
 
 
 def test_two_data_sets_of_one_name_are_told(tmp_path):
-    with pytest.raises(ValueError, match=r"two of probing_datasets have the same name, \['sentence_polarity', "):
+    with pytest.raises(ValueError, match=r"two of probing_datasets have the same name: \['sentence_polarity', "):
         run([("one", an_sae())], tmp_path, ["sparse_probing"], probing_datasets=[PROBING, PROBING])
 
 

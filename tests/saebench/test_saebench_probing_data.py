@@ -55,7 +55,7 @@ def test_splits_are_balanced_random_and_disjoint(rows):
     [
         (
             lambda rows: [row | {"label": "a"} for row in rows],
-            r"^column 'label' of probing data set 'mine' has one class only, 'a'\.$",
+            r"^column 'label' of probing data set 'mine' has only one class, 'a'\.$",
         ),
         (
             lambda rows: rows[:60],
@@ -78,7 +78,7 @@ def test_splits_that_do_not_fit_are_told(rows):
             datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()}), "mine"
         )
 
-    with pytest.raises(ValueError, match=r"has other classes in test, \['a'\], than in train\.$"):
+    with pytest.raises(ValueError, match=r"has test classes \['a'\], which are not those of train\.$"):
         load(train=rows[:100], test=[row for row in rows[100:] if row["label"] == "a"])
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]\.$"):
         load(test=rows)

@@ -223,8 +223,11 @@ def stamped(**stamp):
 @pytest.mark.parametrize(
     ("fields", "note"),
     [
-        ({"sae_cfg_dict": stamped(sae="b", model="x")}, "The evals are of different weights for one."),
-        ({"sae_cfg_dict": stamped(sae="a", model="y")}, "By their fingerprints the results are of 2 different models"),
+        ({"sae_cfg_dict": stamped(sae="b", model="x")}, "The evals of one were run on different weights."),
+        (
+            {"sae_cfg_dict": stamped(sae="a", model="y")},
+            "By their fingerprints the results are from 2 different models",
+        ),
         ({"eval_config": {"model_name": "small_lm", "k_values": [9]}}, "run with 2 different configurations"),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_result_that_cannot_be_read_is_named_on_the_page_and_in_markdown(tmp_p
     file = tmp_path / "eval_results/core/topk_seed1_custom_sae_eval_results.json"
     file.write_text(DAMAGES[damage](file.read_text()))
     note = (
-        "core/topk_seed1_custom_sae_eval_results.json is cut short or not a result, so nothing of it is here: run that "
+        "core/topk_seed1_custom_sae_eval_results.json is truncated or not a result, so it is left out: run that "
         "eval again, which replaces the file, or delete it."
     )
     assert note in html.unescape(report_of(tmp_path))
@@ -55,7 +55,7 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
     write_all(tmp_path)
     file = tmp_path / "eval_results/mmcs/topk_seed1_custom_sae_eval_results.json"
     file.write_bytes(b"\xff\xfe\x00")
-    assert "mmcs/topk_seed1_custom_sae_eval_results.json is cut short" in report_of(tmp_path)
+    assert "mmcs/topk_seed1_custom_sae_eval_results.json is truncated" in report_of(tmp_path)
 
 
 def test_where_there_is_no_result_one_sentence_says_so(tmp_path):
@@ -64,7 +64,7 @@ def test_where_there_is_no_result_one_sentence_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     broken = write_core(tmp_path / "broken", "topk")
     broken.write_text("[]")
-    cases["broken"] = f"holds no *_eval_results.json that can be read, but core/{broken.name}; {way_out}"
+    cases["broken"] = f"holds no readable *_eval_results.json, but core/{broken.name}; {way_out}"
     for name, said in cases.items():
         result = CliRunner().invoke(app, ["report", str(tmp_path / name)])
         assert result.exit_code == 1

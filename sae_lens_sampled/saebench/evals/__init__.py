@@ -1,4 +1,4 @@
-"""The evals that `run_evals` knows. Another one is a file here and a line in the table."""
+"""The evals that `run_evals` knows. To add one, add a file here and a line to the table."""
 
 from sae_lens_sampled.saebench.evals.absorption import Absorption
 from sae_lens_sampled.saebench.evals.base import Eval
@@ -12,6 +12,6 @@ EVALS: dict[str, type[Eval]] = {
     "absorption": Absorption,
     "mmcs": Mmcs,
 }
-"""Eval classes by name, in the order in which they run: MMCS takes the densities of the latents from core."""
+"""Eval classes by name, in the order in which they run: MMCS reads latent densities from core's results."""
 
 __all__ = ["EVALS", "Eval"]

@@ -1,4 +1,4 @@
-"""SAEBench's absorption, with probes of the model that later runs use again."""
+"""SAEBench's absorption eval, with probes of the model that later runs reuse."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,37 +29,37 @@ class Absorption(Eval):
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
         self.activations: dict[tuple[str, ...], Tensor] = {}
-        """The model's activations on the prompts of every SAE, by hook and prompts of a batch."""
+        """The model's activations on the prompts, which are the same for every SAE, by hook and prompts of a batch."""
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's, but fast on a small model."""
+        """SAEBench's settings, but fast on a small model."""
         return super().defaults() | {
             "random_seed": self.setup.seed,
             "llm_batch_size": self.setup.llm_batch_size,
             "llm_dtype": self.setup.dtype,
-            # With SAEBench's 24 a small model takes hours; no number depends on it.
+            # With SAEBench's 24 a small model takes hours; results do not depend on it.
             "eval_k_sparse_probe_batch_size": 512,
-            # Several times faster; takes words x d_sae numbers of memory.
+            # Several times faster; needs memory for words x d_sae numbers.
             "precalc_k_sparse_probe_sae_acts": self.setup.d_sae <= 16384,
         }
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Refuse transcoders, and hooks that absorption would not read."""
+        """Reject transcoders, and hooks that absorption would not read."""
         for sae in saes:
             if isinstance(sae.sae, Transcoder):
                 raise ValueError(  # noqa: TRY004  like every other refusal
-                    f"{sae.name!r} is a transcoder; absorption compares decoders with directions of what is encoded. "
-                    "Leave absorption out for it."
+                    f"{sae.name!r} is a transcoder; absorption compares decoders with directions of the encoded "
+                    "activations. Leave absorption out for it."
                 )
             hook_name = str(sae.sae.cfg.metadata.hook_name)
             if not hook_name.endswith(".hook_resid_post"):
                 raise ValueError(
-                    f"SAE {sae.name!r} is of hook {hook_name!r}, but absorption always reads blocks.N.hook_resid_post, "
-                    "so its scores would mean nothing; leave absorption out for it."
+                    f"SAE {sae.name!r} uses hook {hook_name!r}, but absorption always reads blocks.N.hook_resid_post, "
+                    "so its scores would be meaningless; leave absorption out for it."
                 )
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Train the probes that are missing; one process does, and others wait."""
+        """Train missing probes; one process trains them while the others wait."""
         for layer in {int(str(sae.sae.cfg.metadata.hook_name).split(".")[1]) for sae in saes}:
             folder = self._probes / self.setup.model.hooked.cfg.model_name / f"layer_{layer}"
             with FileLock(self.setup.output_dir / "artifacts" / LOCK):
@@ -67,7 +67,7 @@ class Absorption(Eval):
                     self._train_probes(layer, folder)
 
     def _train_probes(self, layer: int, folder: Path) -> None:
-        """Train the probes of a layer; their folder gets its name when all of it is there."""
+        """Train the probes of a layer; `folder` appears only when it is complete."""
         hooked, unfinished = self.setup.model.hooked, self.setup.scratch / "probes"
         with (
             patches.restored_random_state(self.config.random_seed),
@@ -86,9 +86,9 @@ class Absorption(Eval):
         atomic_rename(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """SAEBench's result, with the recall of every letter; an error where it has too few letters to give one."""
+        """SAEBench's result, with the recall of every letter; raises `ValueError` if too few letters have one."""
         work = self.setup.scratch / "absorption" / sae.name
-        self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and fails when all work is done
+        self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and would fail after all its work
         hooked, position = self.setup.model.hooked, self.config.prompt_token_pos
         with (
             patches.absorption_folders(self._probes, work),
@@ -100,7 +100,7 @@ class Absorption(Eval):
             )
         if not results:
             raise ValueError(
-                f"absorption found the first letter of a word in too few directions of model "
+                f"absorption's probes find too few first letters of words in the activations of model "
                 f"{self.setup.model.name!r}: fewer than min_feats_for_eval={self.config.min_feats_for_eval} letters "
                 f"have a probe with F1 above min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a "
                 "deeper layer, or lower these two."
@@ -110,10 +110,11 @@ class Absorption(Eval):
         return result | {"eval_result_unstructured": {"letters": self._recall(sae, letters)}}
 
     def _recall(self, sae: EvalSAE, letters: set[str]) -> dict[str, dict[str, float]]:
-        """By letter, on the words that SAEBench tests with: the share of those beginning with it that its probe finds,
-        and the share on which the latent fires that predicts the letter best.
+        """Recall by letter, on SAEBench's test words that begin with it.
+
+        The shares of these words that the letter's probe finds, and on which the latent that predicts it best fires.
         """
-        # SAEBench writes it into its working folder.
+        # SAEBench writes this file into its working directory.
         file = self.setup.scratch / "artifacts" / "absorption" / f"{sae.name}_{CUSTOM_SAE_ID}_k_sparse_probing.json"
         return {
             row["letter"]: {"recall_probe": row["recall_probe"], "recall_best_latent": row["recall_sum_sparse_sae_1"]}
@@ -123,7 +124,7 @@ class Absorption(Eval):
 
     @property
     def _probes(self) -> Path:
-        """Folder of the model's probes, which depend on the prompt and the seed too."""
+        """Folder of the model's probes, which also depend on the prompt and the seed."""
         config = self.config
         key = fingerprint_tensors({}, {"fields": [config.prompt_template, config.prompt_token_pos, config.random_seed]})
         return self.setup.artifacts / "absorption" / f"probes_{key}"

@@ -1,4 +1,4 @@
-"""The form of an eval: what it is configured with, what it reads, and how it evaluates an SAE."""
+"""Base class of evals: configuration, inputs, and how an SAE is evaluated."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetup:
-    """Model, data and folders: what the evals of one `run_evals` share."""
+    """Model, data and folders that the evals of one `run_evals` call share."""
 
     model: EvalModel
     output_dir: Path
@@ -33,17 +33,17 @@ class EvalSetup:
 
     @property
     def llm_batch_size(self) -> int:
-        """Prompts per pass of the model, as SAEBench has it, or few enough for an unknown one."""
+        """Prompts per pass of the model: SAEBench's number, or a small one for an unknown model."""
         return LLM_NAME_TO_BATCH_SIZE.get(self.model.name, 32)
 
     @property
     def artifacts(self) -> Path:
-        """Folder of what later runs may use again; the fingerprint keeps another model's apart."""
+        """Folder for files that later runs may reuse; the fingerprint keeps different models apart."""
         return self.output_dir / "artifacts" / f"{self.model.name}_{self.model.fingerprint}".replace("/", "_")
 
 
 class Eval:
-    """One eval in one run of `run_evals`. A subclass fills in the class variables and `run`, and what else it needs."""
+    """One eval in one `run_evals` call. Subclasses set the class variables, and override `run` and more if needed."""
 
     name: ClassVar[str]
     """Key in `EVALS`, and the folder of its results."""
@@ -61,31 +61,31 @@ class Eval:
         self.config = self.config_class(**(self.defaults() | dict(overrides)))
 
     def defaults(self) -> dict[str, Any]:
-        """Fields of the configuration that depend on the setup; the user's own come after them."""
+        """Configuration fields that depend on the setup; the user's overrides take precedence."""
         return {"model_name": self.setup.model.name}
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Refuse SAEs that cannot be evaluated, before any work."""
+        """Reject SAEs that cannot be evaluated, before any work."""
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """Data that a result depends on besides its SAE, the model and the configuration; asked for once.
+        """Data that a result depends on besides its SAE, the model and the configuration; called once.
 
-        An entry "config" stands in for the configuration.
+        An entry "config" replaces the configuration.
         """
         return {}
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Work that is done once for all of `saes`: those without a result, or every one if the eval compares."""
+        """Do the work that all of `saes` share: those without a result, or all SAEs if the eval compares."""
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """The result of one SAE, in SAEBench's format."""
+        """Evaluate one SAE; return its result in SAEBench's format."""
         raise NotImplementedError
 
     @property
     def folder(self) -> Path:
-        """Where SAEBench is to write its own result files."""
+        """Folder into which SAEBench writes its own result files."""
         return self.setup.scratch / "results" / self.name
 
     def written(self, sae: EvalSAE) -> dict[str, Any]:
-        """Result that SAEBench wrote into `folder` for an SAE that it got as `(sae.name, sae.sae)`."""
+        """Read the result that SAEBench wrote into `folder` for an SAE passed to it as `(sae.name, sae.sae)`."""
         return json.loads((self.folder / f"{sae.name}_{CUSTOM_SAE_ID}_eval_results.json").read_text())

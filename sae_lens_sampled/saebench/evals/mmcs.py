@@ -1,4 +1,4 @@
-"""Cross-seed mean max cosine similarity (MMCS), which SAEBench lacks, in SAEBench's form."""
+"""Cross-seed mean max cosine similarity (MMCS), which SAEBench lacks, in SAEBench's format."""
 
 import statistics
 import time
@@ -30,7 +30,7 @@ from sae_lens_sampled.similarity import MATCH_MAX_LATENTS, Similarity, dictionar
 
 @dataclass
 class MmcsEvalConfig(BaseEvalConfig):
-    """Settings; nothing is random here and no model is run, so there is no seed, data set or batch size."""
+    """Settings. Nothing is random and no model is run, so there is no seed, data set or batch size."""
 
     model_name: str = Field(default="", title="Model Name", description="Model of the SAEs; recorded, not loaded.")
     live_density: float = Field(
@@ -39,7 +39,7 @@ class MmcsEvalConfig(BaseEvalConfig):
     match_max_latents: int = Field(
         default=MATCH_MAX_LATENTS,
         title="Match Max Latents",
-        description="Dictionaries of more latents are not matched one to one: that takes cubic time.",
+        description="Dictionaries with more latents are not matched one to one, which takes cubic time.",
     )
 
 
@@ -51,22 +51,23 @@ def _number(title: str, description: str, shown: bool = False) -> Any:
 
 @dataclass
 class MmcsMetrics(BaseMetrics):
-    """Similarity of one dictionary's rows to another, as `dictionary_similarity.OneWay`; None where none was asked."""
+    """Similarity of one dictionary's rows to another, as in `similarity.OneWay`; None where it was not computed."""
 
     mmcs: float | None = _number("MMCS", "Mean over rows of the largest cosine with a row of the other", shown=True)
-    mmcs_absolute: float | None = _number("Absolute MMCS", "As MMCS, of the largest absolute cosine")
+    mmcs_absolute: float | None = _number("Absolute MMCS", "As MMCS, with the largest absolute cosine")
     share_above_0_7: float | None = _number("Share Above 0.7", "Share of rows with a cosine above 0.7", shown=True)
     share_above_0_9: float | None = _number("Share Above 0.9", "Share of rows with a cosine above 0.9")
     baseline: float | None = _number("Baseline", "Expected MMCS with as many random directions", shown=True)
     baseline_absolute: float | None = _number("Absolute Baseline", "Expected absolute MMCS with random directions")
-    matched: float | None = _number("Matched", "Mean absolute cosine one to one; None above match_max_latents")
+    matched: float | None = _number("Matched", "Mean absolute cosine of one-to-one pairs; None above match_max_latents")
 
 
 @dataclass(kw_only=True)
 class Similarities:
     """Similarities of two SAEs by what is compared; "reverse" is the partner's latents, found in this SAE.
 
-    Live categories are over the live latents of both; their fields are None without densities, or if an SAE has none.
+    Live categories cover the live latents of both SAEs; their fields are None without densities, or if an SAE has no
+    live latents.
     """
 
     decoder: MmcsMetrics = Field(title="Decoder", description="Decoder rows", json_schema_extra=DEFAULT_DISPLAY)
@@ -74,9 +75,9 @@ class Similarities:
     encoder: MmcsMetrics = Field(title="Encoder", description="Encoder directions")
     encoder_reverse: MmcsMetrics = Field(title="Reverse Encoder", description="Encoder directions of the partner")
     live_decoder: MmcsMetrics = Field(title="Live Decoder", description="Decoder rows of live latents")
-    live_decoder_reverse: MmcsMetrics = Field(title="Reverse Live Decoder", description="The same of the partner")
+    live_decoder_reverse: MmcsMetrics = Field(title="Reverse Live Decoder", description="The same for the partner")
     live_encoder: MmcsMetrics = Field(title="Live Encoder", description="Encoder directions of live latents")
-    live_encoder_reverse: MmcsMetrics = Field(title="Reverse Live Encoder", description="The same of the partner")
+    live_encoder_reverse: MmcsMetrics = Field(title="Reverse Live Encoder", description="The same for the partner")
 
 
 CATEGORIES = tuple(field.name for field in fields(Similarities))
@@ -84,12 +85,12 @@ CATEGORIES = tuple(field.name for field in fields(Similarities))
 
 @dataclass
 class MmcsPartnerMetrics(BaseMetrics):
-    """Partners that the means are over."""
+    """Partners over which the means are taken."""
 
-    n_partners: int = Field(title="Number of Partners", description="SAEs that the means are over")
+    n_partners: int = Field(title="Number of Partners", description="Number of SAEs over which the means are taken")
     partners_of_same_group: bool = Field(
         title="Partners of Same Group",
-        description="Whether these are the others of the SAE's group; if it is alone there, they are all other SAEs",
+        description="Whether these are the other SAEs of the group; if there are none, they are all other SAEs",
     )
     n_live: int | None = _number("Live Latents", "Live latents of this SAE; None without densities")
 
@@ -98,7 +99,7 @@ class MmcsPartnerMetrics(BaseMetrics):
 class MmcsMetricCategories(Similarities, BaseMetricCategories):
     """Means over the partners."""
 
-    partners: MmcsPartnerMetrics = Field(title="Partners", description="What the means are over")
+    partners: MmcsPartnerMetrics = Field(title="Partners", description="SAEs over which the means are taken")
 
 
 @dataclass(kw_only=True)
@@ -106,12 +107,12 @@ class MmcsResultDetail(Similarities, BaseResultDetail):
     """The comparison with one other SAE."""
 
     partner: str = Field(title="Partner", description="Name of the other SAE, <release>_<sae_id>")
-    same_group: bool = Field(title="Same Group", description="Whether both SAEs are of one group")
+    same_group: bool = Field(title="Same Group", description="Whether both SAEs are in the same group")
 
 
 @dataclass(config=ConfigDict(title="MMCS"))
 class MmcsEvalOutput(BaseEvalOutput[MmcsEvalConfig, MmcsMetricCategories, MmcsResultDetail]):
-    """How much of an SAE's dictionary is found again in other SAEs, such as seeds of the same configuration."""
+    """How much of an SAE's dictionary recurs in other SAEs, such as seeds of the same configuration."""
 
     eval_config: MmcsEvalConfig
     eval_id: str
@@ -120,31 +121,31 @@ class MmcsEvalOutput(BaseEvalOutput[MmcsEvalConfig, MmcsMetricCategories, MmcsRe
     eval_result_details: list[MmcsResultDetail] = Field(
         default_factory=list,
         title="Per-Partner MMCS Results",
-        description="Each object compares this SAE with one of the others, of its group or not.",
+        description="Each object compares this SAE with one other SAE, in its group or not.",
     )
     eval_type_id: str = Field(default="mmcs", title="Eval Type ID", description="The type of the evaluation")
 
 
 class Mmcs(Eval):
-    """Similarity to the other SAEs of the run; means are over the seeds of the same configuration, if there are any."""
+    """Similarity to the other SAEs of the run, averaged over the seeds of the same configuration, if there are any."""
 
     name = "mmcs"
     config_class = MmcsEvalConfig
     compares = True
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Refuse a single SAE, and SAEs that differ in width or hook."""
+        """Reject a single SAE, and SAEs that differ in width or hook."""
         if len(saes) < 2:
             raise ValueError("mmcs compares SAEs, so it needs at least two; leave it out for one.")
         check_alike(saes)
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:
-        """The other SAEs, and which of their latents are live."""
+        """All SAEs of the run, and the densities of their latents."""
         self.densities = {sae.name: self._density(sae) for sae in saes}
         return {
             "saes": {sae.name: sae.fingerprint for sae in saes},
             "densities": self.densities,
-            "categories": CATEGORIES,  # a result of another form is computed again
+            "categories": CATEGORIES,  # results of another form are recomputed
         }
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
@@ -158,7 +159,7 @@ class Mmcs(Eval):
         return asdict(self.outputs[sae.name])
 
     def _density(self, sae: EvalSAE) -> list[float] | None:
-        """Share of tokens that each latent is active on, if core was run on this SAE and counted them."""
+        """Share of tokens on which each latent is active; None unless core was run on this SAE and counted them."""
         result = load_result(result_path(self.setup.output_dir, Core.name, sae))
         if result is None or not is_result_of(result, sae, self.setup.model):
             return None
@@ -169,16 +170,16 @@ class Mmcs(Eval):
 def compare_all(
     saes: Sequence[EvalSAE], config: MmcsEvalConfig, device: str, densities: Mapping[str, Sequence[float]]
 ) -> dict[str, MmcsEvalOutput]:
-    """Results by name of the SAE: each compared with every other one; each pair is computed once.
+    """Compare each SAE with every other one; return results by SAE name. Each pair is computed once.
 
     The metrics of an SAE are means over the other SAEs of its group, or over all others if it is alone in its group;
-    live metrics are over the partners that have live latents. Only two SAEs need to be on `device` at a time.
+    live metrics are means over the partners that have live latents. Only two SAEs need to be on `device` at a time.
 
     Args:
-        saes: at least two.
-        config: what to count as live, and what to match.
-        device: where to compute.
-        densities: share of tokens that each latent is active on, by name of the SAE; empty if unknown.
+        saes: at least two SAEs.
+        config: which latents count as live, and which dictionaries are matched.
+        device: device to compute on.
+        densities: share of tokens on which each latent is active, by SAE name; empty if unknown.
     """
     live = {name: torch.tensor(values, dtype=torch.double) > config.live_density for name, values in densities.items()}
     details: dict[str, list[MmcsResultDetail]] = {sae.name: [] for sae in saes}
@@ -206,7 +207,7 @@ def compare_all(
 
 
 def check_alike(saes: Sequence[EvalSAE]) -> None:
-    """Refuse SAEs that differ in widths or hooks."""
+    """Reject SAEs that differ in widths or hooks."""
     for field in ("d_sae", "d_in", "d_out", "hook_name", "hook_name_out"):
         of_metadata = field.startswith("hook")
         values = [getattr(sae.sae.cfg.metadata if of_metadata else sae.sae.cfg, field, None) for sae in saes]
@@ -257,7 +258,7 @@ def _metrics(similarity: Similarity | None) -> MmcsMetrics:
 
 
 def _means(details: Sequence[MmcsResultDetail], live: Tensor | None) -> MmcsMetricCategories:
-    """Means over the partners of the same group, or over all."""
+    """Means over the partners of the same group, or over all partners if there are none."""
     same_group = [detail for detail in details if detail.same_group]
     partners = same_group or details
     return MmcsMetricCategories(
@@ -271,7 +272,7 @@ def _means(details: Sequence[MmcsResultDetail], live: Tensor | None) -> MmcsMetr
 
 
 def _mean(metrics: Sequence[MmcsMetrics]) -> MmcsMetrics:
-    """Mean of each field over the partners for which there is a number."""
+    """Mean of each field over the partners that have a number for it."""
     means = {}
     for field in fields(MmcsMetrics):
         values = [value for partner in metrics if (value := getattr(partner, field.name)) is not None]

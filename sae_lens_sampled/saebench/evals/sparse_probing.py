@@ -15,7 +15,7 @@ from sae_lens_sampled.saebench.sources import EvalSAE
 
 
 class SparseProbing(Eval):
-    """Accuracy of probes on few latents."""
+    """Accuracy of probes on a few latents."""
 
     name = "sparse_probing"
     config_class = SparseProbingEvalConfig
@@ -24,10 +24,10 @@ class SparseProbing(Eval):
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
         self.random_states: dict[tuple[str, str], patches.RandomState] = {}
-        """State of the generators after the probes on the model, by data set and hook."""
+        """States of the random generators after probing the model, by data set and hook."""
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's, with the user's data sets and as much of them as the smallest has."""
+        """SAEBench's settings; with the user's data sets, if given, and sizes that the smallest of them can fill."""
         fields = super().defaults() | {
             "random_seed": self.setup.seed,
             "llm_batch_size": self.setup.llm_batch_size,
@@ -41,24 +41,25 @@ class SparseProbing(Eval):
         return fields
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """The user's labelled texts, every one."""
+        """All of the user's labelled texts."""
         return {"probing_datasets": [asdict(dataset) for dataset in self.setup.probing_datasets]}
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Refuse SAEs of a single head, which SAEBench does not read."""
+        """Reject SAEs on a single attention head, which SAEBench does not read."""
         for sae in saes:
             head = sae.sae.cfg.metadata.hook_head_index
             if head is not None:
                 raise ValueError(
-                    f"SAE {sae.name!r} has hook_head_index={head}; sparse probing reads whole hooks, so leave it out."
+                    f"SAE {sae.name!r} has hook_head_index={head}, but sparse probing reads whole hooks; leave "
+                    "sparse_probing out for it."
                 )
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """SAEBench's result, the same whichever SAEs are evaluated beside this one."""
+        """SAEBench's result, which does not depend on the other SAEs that are evaluated."""
         sizes = (self.config.probe_train_set_size, self.config.probe_test_set_size)
         hooked, hooks = self.setup.model.hooked, [str(sae.sae.cfg.metadata.hook_name)]
         if sae.sae.hook_z_reshaping_mode:
-            sae.sae.turn_off_forward_pass_hook_z_reshaping()  # its heads are side by side already
+            sae.sae.turn_off_forward_pass_hook_z_reshaping()  # the heads are side by side already
         with (
             switched_on(hooked, hooks),
             heads_side_by_side(hooked, hooks),
@@ -71,8 +72,8 @@ class SparseProbing(Eval):
                 self.setup.device,
                 str(self.folder),
                 force_rerun=True,
-                # Shared by the SAEs of this run and then dropped: SAEBench would use them for any later model of this
-                # name.
+                # Shared by the SAEs of this run and then deleted: SAEBench would reuse them for any later model of
+                # this name.
                 artifacts_path=str(self.setup.scratch / "sparse_probing"),
             )
         return self.written(sae)

@@ -1,4 +1,4 @@
-"""The results of an output folder as a page to look at and as Markdown."""
+"""The results of an output folder as an HTML page and as Markdown."""
 
 from sae_lens_sampled.saebench.report.page import write_report
 

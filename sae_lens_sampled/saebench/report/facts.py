@@ -1,4 +1,4 @@
-"""Facts about the evaluation, and what readers must know before they compare the numbers."""
+"""Facts about the evaluation, and what readers must know before comparing the numbers."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from sae_lens_sampled.saebench.results import STAMP
 
 
 def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
-    """Model, hook, data and dates by name; only what the results say."""
+    """Model, hook, data and dates by name, as far as the results contain them."""
     evals = evals_of(saes)
     counts = {name: sum(name in sae.results for sae in saes) for name in evals}
     models = {_model(result) for sae in saes for result in sae.results.values()}
@@ -28,9 +28,9 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
         "Hook": ", ".join(sorted(hooks)),
         "SAEs": f"{len(saes)} in {len(groups_of(saes))} groups",
         "Evals": ", ".join(f"{name} ({n} SAEs)" for name, n in counts.items()),
-        "Text of core": ", ".join(_short(text) for text in _distinct(saes, "core", "eval_config", "dataset")),
-        "Tokens of core": ", ".join(f"{int(n):,}" for n in n_tokens) + (", " + _core_tokens(saes) if n_tokens else ""),
-        "Tokens of training": _tokens_of_training(saes),
+        "Core text": ", ".join(_short(text) for text in _distinct(saes, "core", "eval_config", "dataset")),
+        "Core tokens": ", ".join(f"{int(n):,}" for n in n_tokens) + (", " + _core_tokens(saes) if n_tokens else ""),
+        "Training tokens": _tokens_of_training(saes),
         "Probing data": ", ".join(dict.fromkeys(map(_short, labelled))),
         "Date": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "",
     }
@@ -38,10 +38,10 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
 
 
 def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[str]:
-    """Reasons why numbers are missing or may not compare, a sentence each; `unreadable` are names of result files."""
+    """Reasons why numbers are missing or not comparable, one sentence each; `unreadable` are names of result files."""
     remarks = [
-        f"{name} is cut short or not a result, so nothing of it is here: run that eval again, which replaces the file, "
-        "or delete it."
+        f"{name} is truncated or not a result, so it is left out: run that eval again, which replaces the file, or "
+        "delete it."
         for name in unreadable
     ]
     for name in evals_of(saes):
@@ -50,22 +50,28 @@ def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[st
             remarks.append(f"{name} is missing for {_listed(missing)}.")
         settings = {json.dumps(sae.get(name, "eval_config"), sort_keys=True) for sae in saes if name in sae.results}
         if len(settings) > 1:
-            remarks.append(f"{name} was run with {len(settings)} different configurations, so SAEs may not compare.")
+            remarks.append(
+                f"{name} was run with {len(settings)} different configurations, so SAEs may not be comparable."
+            )
     models = {model for sae in saes for model in _stamps(sae, "model")}
     if len(models) > 1:
-        remarks.append(f"By their fingerprints the results are of {len(models)} different models, or versions of one.")
+        remarks.append(
+            f"By their fingerprints the results are from {len(models)} different models, or versions of one."
+        )
     mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
     if mixed:
-        remarks.append(f"The evals are of different weights for {_listed(mixed)}.")
+        remarks.append(f"The evals of {_listed(mixed)} were run on different weights.")
     path = ("mmcs", "eval_result_metrics", "partners", "partners_of_same_group")
     alone = [sae.label for sae in saes if sae.get(*path) is False]
     if alone:
-        remarks.append(f"MMCS is with SAEs of other configurations, for want of another seed, for {_listed(alone)}.")
+        remarks.append(
+            f"MMCS of {_listed(alone)} is with SAEs of other configurations, because there is no second seed."
+        )
     return remarks
 
 
 def _model(result: dict[str, Any]) -> str | None:
-    """The model's name, with the arguments of `from_pretrained` that make it another one."""
+    """The model's name, with the arguments of `from_pretrained` that change which model it denotes."""
     name = (result.get("eval_config") or {}).get("model_name")
     metadata = (result.get("sae_cfg_dict") or {}).get("metadata") or {}
     kwargs = defining_kwargs(metadata.get("model_from_pretrained_kwargs") or {})
@@ -74,20 +80,20 @@ def _model(result: dict[str, Any]) -> str | None:
 
 
 def _core_tokens(saes: Sequence[SAEResults]) -> str:
-    """What core reads and leaves out, whatever training read."""
+    """Which tokens core reads and leaves out, independently of training."""
     contexts = _distinct(saes, "core", "eval_config", "context_size")
     excluded = _distinct(saes, "core", "eval_config", "exclude_special_tokens_from_reconstruction")
-    of_losses = "" if excluded == [True] else "; losses with them"
+    of_losses = "" if excluded == [True] else "; they are reconstructed for the losses"
     return f"in contexts of {', '.join(map(str, contexts))}, without pad, bos and eos tokens{of_losses}"
 
 
 def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
-    """What the SAEs were trained on, as far as their metadata say: FVU and L0 of core are on other tokens."""
+    """Which tokens the SAEs were trained on, as far as their metadata say: core's FVU and L0 are on other tokens."""
     described = []
     for sae in saes:
         metadata = sae.get("core", "sae_cfg_dict", "metadata") or {}
         excluded = metadata.get("exclude_special_tokens")
-        special = {None: "special tokens not known", False: "all tokens", True: "without special tokens"}
+        special = {None: "special tokens unknown", False: "all tokens", True: "without special tokens"}
         text = f"without tokens {excluded}" if isinstance(excluded, list) else special[excluded]
         context, positions = metadata.get("context_size"), metadata.get("seqpos_slice") or [None]
         text += f", contexts of {context}" if context else ""
@@ -96,7 +102,7 @@ def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
 
 
 def _distinct(saes: Sequence[SAEResults], *path: str) -> list[Any]:
-    """The different values at `path`, as they come."""
+    """The distinct values at `path`, in order of appearance."""
     values: list[Any] = []
     for sae in saes:
         value = sae.get(*path)
@@ -106,7 +112,7 @@ def _distinct(saes: Sequence[SAEResults], *path: str) -> list[Any]:
 
 
 def _short(name: str) -> str:
-    """The last parts of a path on somebody's machine; a Hub name as it is."""
+    """The last two parts of an absolute path; a Hub name unchanged."""
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 

@@ -1,4 +1,4 @@
-"""Figures of the report, with their words. One is left out where no SAE has what it shows."""
+"""Figures of the report, with titles and captions. A figure is left out if no SAE has the numbers for it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ PER_SAE = ("densities", "deciles", "mmcs")
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with its words."""
+    """A plot with its title and caption."""
 
     key: str
     title: str
@@ -27,7 +27,7 @@ class Figure:
     """Whether it needs the whole width of the page."""
 
     def html(self, with_plotly: bool) -> Markup:
-        """The plot as an element of a page, where plotly.js must be once, before the first plot."""
+        """The plot as an HTML element; a page needs plotly.js once, with its first plot."""
         config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
         return Markup(
             self.plot.to_html(
@@ -41,7 +41,7 @@ class Figure:
 
 
 def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]:
-    """Figures that `saes` have the numbers for, in order. `groups` are theirs."""
+    """Figures that `saes` have the numbers for, in order. `groups` are the groups of `saes`."""
     seeds = "Small marks are seeds, large ones their means, with 95 % intervals from three seeds on."
     kinds: list[tuple[str, str, str, Callable[[], go.Figure | None]]] = [
         (
@@ -65,15 +65,15 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
         (
             "densities",
             "How often latents fire",
-            "Look for latents at the far right, which fire almost everywhere; a rare latent is not a bad one, and the "
-            "legend alone counts the dead (never active on the evaluation text).",
+            "Look for latents at the far right, which fire almost everywhere; a rare latent is not a bad one. Dead "
+            "latents (never active on the evaluation text) are counted only in the legend.",
             lambda: density_plot(saes, groups),
         ),
         (
             "deciles",
             "Which latents carry the activation",
-            "Look for how steep the curves are: latents that fire often carry more in any SAE, so only differences "
-            "between curves at the same L0 say something.",
+            "Look at how steep the curves are: latents that fire often carry more in any SAE, so only differences "
+            "between curves at the same L0 are informative.",
             lambda: decile_plot(saes, groups),
         ),
         (
@@ -94,7 +94,7 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
 
 
 def _chance(key: str, saes: Sequence[SAEResults]) -> str:
-    """The baseline of the heat map, in words."""
+    """A sentence with the baseline of the heat map."""
     if key != "mmcs":
         return ""
     baselines = [value for sae in saes if (value := sae.number("mmcs", "eval_result_metrics", "decoder", "baseline"))]

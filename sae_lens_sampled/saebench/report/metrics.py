@@ -1,4 +1,4 @@
-"""The numbers of the report: where each is in the results, which direction is better, and means over seeds."""
+"""Metrics of the report: where each is in the results, which direction is better, and means over seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ MMCS = ("mmcs", "eval_result_metrics")
 
 @dataclass(frozen=True)
 class Metric:
-    """One column."""
+    """A metric, which is one column of a table."""
 
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """The better direction; None for a condition under which the others hold."""
+    """The better direction; None for a condition under which the others are compared, such as L0."""
     digits: int
     independent: bool = True
-    """Whether seeds have values of their own; else their spread is not an error of their mean."""
+    """Whether the values of seeds are independent; if not, their spread gives no error of the mean."""
     complement: tuple[str, ...] = ()
-    """Place of one minus the value, if nothing is at `path`."""
+    """Path of one minus the value, for results that have nothing at `path`."""
 
     @property
     def axis_title(self) -> str:
-        """The name with its direction."""
+        """The name with the better direction."""
         return f"{self.name} ({self.better} is better)" if self.better else self.name
 
     def of(self, sae: SAEResults) -> float | None:
@@ -99,14 +99,14 @@ class Group:
 
 
 def estimate(values: Sequence[float], independent: bool = True) -> Interval:
-    """Mean of at least one value with its 95 % interval; without one if the values are not independent."""
+    """Mean of at least one value, with its 95 % interval if the values are independent."""
     if independent:
         return mean_interval(values)
     return replace(mean_interval([statistics.fmean(values)]), n=len(values))
 
 
 def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
-    """The groups of seeds; equal names of different classes are different groups."""
+    """SAEs grouped by seeds; equal names in different classes are different groups."""
     members: dict[tuple[str, str], list[SAEResults]] = {}
     for sae in saes:
         members.setdefault((sae.sae_class, sae.group), []).append(sae)
@@ -114,7 +114,7 @@ def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
 
 
 def best_mean(metric: Metric, groups: Sequence[Group]) -> float | None:
-    """The best mean, rounded as it is shown; None if there is nothing to choose from."""
+    """The best mean, rounded as displayed; None if no direction is better or there are not two means."""
     estimates = [known for group in groups if (known := group.estimate(metric)) is not None]
     if metric.better is None or len(estimates) < 2:
         return None

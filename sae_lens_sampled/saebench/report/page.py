@@ -1,4 +1,4 @@
-"""`write_report`: the page, from `page.html`, and the Markdown."""
+"""`write_report`: the HTML page, from the template `page.html`, and the Markdown."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from sae_lens_sampled.saebench.report.tables import Table, group_tables, markdow
 
 TITLE = "SAEBench report"
 MARK_HINT = (
-    "± is half of the 95 % interval, by Student's t over seeds. {} is the best mean of its column as shown, not a "
+    "± is half of the 95 % interval (Student's t over seeds). {} is the best mean of its column as shown, not a "
     "significant difference."
 )
 
 
 def write_report(output_dir: str | Path) -> Path:
-    """Write `report.html`, one file that needs no network, and `report.md` into `output_dir`; the path of the former.
+    """Write `report.html`, a self-contained file, and `report.md` into `output_dir`; return the path of the former.
 
     Args:
-        output_dir: that of `run_evals`, or a folder of SAEBench's own results. Any eval may be missing for any SAE.
+        output_dir: output folder of `run_evals`, or a folder of SAEBench's own results. SAEs may lack some evals.
 
     Raises:
-        ValueError: if there is no such folder, or no result in it.
+        ValueError: if the folder does not exist or holds no result.
     """
     saes = read_results(output_dir)
     groups = groups_of(saes)
@@ -48,14 +48,14 @@ def write_report(output_dir: str | Path) -> Path:
 
 
 def one_line(text: str) -> str:
-    """Text with its line breaks and tabs as signs."""
+    """Text with line breaks and tabs replaced by visible symbols."""
     for space, sign in (("\r\n", "⏎"), ("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
         text = text.replace(space, sign)
     return text
 
 
 def visible(token: str) -> str:
-    """The token, or signs for one of nothing but spaces."""
+    """The token, or visible symbols for one that is only spaces."""
     return token if token.strip(" ") else "␣" * len(token)
 
 

@@ -1,4 +1,4 @@
-"""Plots: SAEs by two metrics, what the latents of each SAE do, and how alike the SAEs' latents are."""
+"""Plots: SAEs by two metrics, statistics of each SAE's latents, and how similar the SAEs' latents are."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from sae_lens_sampled.saebench.report.style import DASHES, finish, shown, styles
 
 BINS_PER_DECADE = 5
 LEAST_SEEDS = 3
-"""Seeds from which on means have error bars: the interval of two is a dozen times as wide as their distance."""
+"""Fewest seeds for error bars: with two, the interval is a dozen times as wide as the distance between them."""
 MAX_NUMBERED = 16
-"""SAEs up to which the cells of the heat map have their numbers written in."""
+"""Most SAEs for which the cells of the heat map show their numbers."""
 
 
 def pareto_plot(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
-    """Marks of the SAEs, and of each group the mean with error bars."""
+    """Marks of the SAEs, and the mean of each group with error bars."""
     plot, look = go.Figure(), styles(groups)
     for group in groups:
         every = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
@@ -52,7 +52,7 @@ def _add_mean(
     ys: Sequence[float],
     mark: dict[str, Any],
 ) -> None:
-    """Add the mean of the marks that are shown: a seed that lacks one of the numbers has none."""
+    """Add the mean of the plotted marks; a seed that lacks one of the two numbers has no mark."""
     mean_x, mean_y = estimate(xs, x.independent), estimate(ys, y.independent)
     halves = [(mean.half or 0) if mean.n >= LEAST_SEEDS else 0 for mean in (mean_x, mean_y)]
     bars = [{"array": [half], "thickness": 1.5, "width": 4} for half in halves]
@@ -70,7 +70,7 @@ def _add_mean(
 
 
 def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Figure | None:
-    """The plot with a line at what probing the model's own coordinates gives, where that is one number for all."""
+    """Add a line at the accuracy of probing the model's own coordinates, if it is the same for all SAEs."""
     accuracies = {sae.number(*PROBING[:2], "llm", "llm_top_1_test_accuracy") for sae in saes} - {None}
     if plot is not None and len(accuracies) == 1:
         plot.add_hline(
@@ -83,7 +83,7 @@ def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Fi
 
 
 def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
-    """Histograms of log10 density, as outlines; shares of all latents, so with the dead ones each adds up to 1."""
+    """Outlined histograms of log10 density, in shares of all latents: with its dead latents, each sums to 1."""
     densities = {sae: np.array(known) for sae in saes if (known := _densities(sae))}
     live = {sae: np.log10(density[density > 0]) for sae, density in densities.items()}
     if not any(map(len, live.values())):
@@ -94,7 +94,7 @@ def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figu
     for sae, values in live.items():
         n_latents = len(densities[sae])
         shares = np.histogram(np.clip(values, edges[0], 0), edges)[0] / n_latents
-        # A step holds from its point to the next one: the outline starts and ends at zero.
+        # A step extends from its point to the next one; the outline starts and ends at zero.
         plot.add_scatter(
             x=[edges[0], *edges],
             y=[0, *shares, 0],
@@ -104,11 +104,11 @@ def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figu
             hovertemplate="%{y:.1%} of latents from 10^%{x:.1f} on<extra></extra>",
         )
     plot.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish(plot, "log10 of the share of tokens that a latent is active on", "share of latents", len(saes))
+    return finish(plot, "log10 of the share of tokens on which a latent is active", "share of latents", len(saes))
 
 
 def decile_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
-    """Shares of the summed activations, by tenths of the latents from rare to frequent."""
+    """Shares of the summed activations, by tenths of the latents, from rare to frequent."""
     plot, lines = go.Figure(), _lines(groups)
     for sae in saes:
         shares = sae.get(*OURS, "exported", "mass_by_density_decile")
@@ -126,7 +126,7 @@ def decile_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figur
         return None
     plot.update_xaxes(dtick=1)
     plot.update_yaxes(tickformat=".0%", rangemode="tozero")
-    title = "tenth of the latents, from those that fire least often"
+    title = "tenth of the latents, starting with those that fire least often"
     return finish(plot, title, "share of the summed activation", len(saes))
 
 
@@ -162,7 +162,7 @@ def mmcs_plot(saes: Sequence[SAEResults]) -> go.Figure | None:
         )
     )
     finish(plot, "found in the latents of", "latents of")
-    plot.update_layout(height=max(430, 26 * len(compared) + 8 * max(map(len, labels))))  # with labels on end
+    plot.update_layout(height=max(430, 26 * len(compared) + 8 * max(map(len, labels))))  # with room for vertical labels
     plot.update_xaxes(showgrid=False, type="category", constrain="domain")
     plot.update_yaxes(showgrid=False, type="category", autorange="reversed")
     return plot
@@ -175,13 +175,13 @@ def _pair_text(pair: dict) -> str:
 
 
 def _densities(sae: SAEResults) -> list[float]:
-    """Densities by latent; SAEBench writes them only if it is asked to."""
+    """Densities by latent; SAEBench writes them only on request."""
     details = sae.get("core", "eval_result_details") or []
     return [latent["feature_density"] for latent in details if latent.get("feature_density") is not None]
 
 
 def _lines(groups: Sequence[Group]) -> dict[SAEResults, dict]:
-    """Line styles: a group's SAEs have its colour, and dashes of their own."""
+    """Line styles: SAEs of a group share its colour and differ in their dashes."""
     look = styles(groups)
     return {
         sae: {"color": look[group].colour, "dash": DASHES[i % len(DASHES)], "width": 2}

@@ -1,6 +1,6 @@
 """Result files of an output folder, read into one `SAEResults` per SAE, whichever evals it has.
 
-Reads SAEBench's own results as well; they lack what `run_evals` adds, which is then None.
+SAEBench's own results can be read too; what `run_evals` adds is None for them.
 """
 
 import math
@@ -14,9 +14,9 @@ from sae_lens_sampled.saebench.results import NOT_COMPUTED, load_result
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, seed_group
 
 EVAL_NAMES = {"absorption_first_letter": "absorption"}
-"""Names of evals by the `eval_type_id` of their results, where these differ."""
+"""Names of evals by the `eval_type_id` of their results, where the two differ."""
 MARKING = ("core", "sparse_probing")
-"""Evals whose results have markers in place of numbers. In MMCS -1 is a cosine."""
+"""Evals whose results have `NOT_COMPUTED` in place of missing numbers. In MMCS, -1 is a cosine."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SAEResults:
     release: str
     sae_id: str
     results: dict[str, dict[str, Any]] = field(repr=False, compare=False)
-    """Result files by eval, with None for what was not computed."""
+    """Results by eval, with None for what was not computed."""
 
     @property
     def name(self) -> str:
@@ -35,17 +35,17 @@ class SAEResults:
 
     @property
     def label(self) -> str:
-        """The name to show."""
+        """The displayed name."""
         return self.release if self.sae_id == CUSTOM_SAE_ID else f"{self.release} {self.sae_id}"
 
     @property
     def group(self) -> str:
-        """The label without its seed. SAEs of one release are several configurations, unless their ids are seeds."""
+        """The label without its seed. SAEs of one release form a group only if their ids differ in the seed alone."""
         return " ".join(filter(None, map(seed_group, self.label.split(" ")))) or self.label
 
     @property
     def sae_class(self) -> str:
-        """The architecture it was trained as, as far as the results know it."""
+        """The architecture it was trained as; "unknown" if the results do not say."""
         configs = (result.get("sae_cfg_dict") or {} for result in self.results.values())
         return next((str(cfg["architecture"]) for cfg in configs if cfg.get("architecture")), "unknown")
 
@@ -64,10 +64,10 @@ class SAEResults:
 
 
 def read_results(output_dir: str | Path) -> list[SAEResults]:
-    """The SAEs of `<output_dir>/eval_results`, or of `output_dir` itself, in alphabetical order.
+    """Read the SAEs of `<output_dir>/eval_results`, or of `output_dir` itself, in alphabetical order.
 
     Raises:
-        ValueError: if there is no such folder, or no result in it.
+        ValueError: if the folder does not exist or holds no result.
     """
     way_out = "pass the output_dir of a finished run_evals."
     if not Path(output_dir).is_dir():
@@ -80,15 +80,13 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
         by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = _without_markers(result) if name in MARKING else result
     if not by_sae:
         broken = unreadable(output_dir)
-        what = (
-            f"no *_eval_results.json that can be read, but {', '.join(broken)}" if broken else "no *_eval_results.json"
-        )
+        what = f"no readable *_eval_results.json, but {', '.join(broken)}" if broken else "no *_eval_results.json"
         raise ValueError(f"output_dir={str(output_dir)!r} holds {what}; {way_out}")
     return [SAEResults(release, sae_id, results) for (release, sae_id), results in sorted(by_sae.items())]
 
 
 def unreadable(output_dir: str | Path) -> list[str]:
-    """Names of result files, with their folder, that are cut short or of another form: nothing in them is shown."""
+    """Names, with their folder, of result files that are truncated or of another form, and therefore left out."""
     return [f"{file.parent.name}/{file.name}" for file in _files(output_dir) if load_result(file) is None]
 
 
@@ -105,9 +103,9 @@ def evals_of(saes: Sequence[SAEResults]) -> list[str]:
 
 
 def _without_markers(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` with None for what SAEBench did not compute: its metrics, and the densities of core's latents.
+    """`result` with None for what SAEBench did not compute, in its metrics and the densities of core's latents.
 
-    Other details of a latent may well be -1, a bias or a cosine.
+    Other details of a latent, such as a bias or a cosine, may really be -1.
     """
     metrics = _unmarked(result.get("eval_result_metrics"))
     details = [
@@ -115,7 +113,7 @@ def _without_markers(result: dict[str, Any]) -> dict[str, Any]:
         for latent in result.get("eval_result_details") or []
     ]
     densities = [latent["feature_density"] for latent in details if "feature_density" in latent]
-    if densities and set(densities) == {None}:  # core then counts every latent as dead
+    if densities and set(densities) == {None}:  # core counts every latent as dead then
         metrics = (metrics or {}) | {"misc_metrics": None}
     return result | {"eval_result_metrics": metrics, "eval_result_details": details}
 

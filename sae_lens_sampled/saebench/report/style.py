@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 from sae_lens_sampled.saebench.report.metrics import Group
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#444444")
-"""Okabe and Ito's, which the colour-blind can tell apart, with two more for its yellow and black."""
+"""Okabe and Ito's colours, which the colour-blind can tell apart, with two others for yellow and black."""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 PLAIN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-"""Signs that plotly would read as tags and entities, and the entities that it shows as these signs."""
+"""Characters that plotly would read as tags or entities, and the entities that it displays as these characters."""
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 """The page's font, as in `page.css`."""
 GRID = "#e6e6e6"
@@ -28,7 +28,7 @@ class Style:
 
 
 def styles(groups: Sequence[Group]) -> dict[Group, Style]:
-    """Styles by group; colours and symbols start again when they run out."""
+    """Styles by group; colours and symbols repeat when they run out."""
     classes = sorted({group.sae_class for group in groups})
     return {
         group: Style(COLOURS[i % len(COLOURS)], SYMBOLS[classes.index(group.sae_class) % len(SYMBOLS)])
@@ -37,7 +37,7 @@ def styles(groups: Sequence[Group]) -> dict[Group, Style]:
 
 
 def shown(name: str) -> str:
-    """A name that plotly shows as it is."""
+    """Escape a name so that plotly displays it literally."""
     return name.translate(PLAIN)
 
 
@@ -47,7 +47,7 @@ def is_wide(n_entries: int) -> bool:
 
 
 def finish(plot: go.Figure, x_title: str, y_title: str, n_entries: int = 0) -> go.Figure:
-    """The plot with axis titles, grid, fonts and a legend above it, or beside a wide one; its width is the page's."""
+    """Add axis titles, grid, fonts and a legend, above the plot or beside a wide one; the width is the page's."""
     height = max(430, 110 + 21 * n_entries)
     legend = {"x": 1.01, "y": 1} if is_wide(n_entries) else {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     axis = {

@@ -11,13 +11,13 @@ from sae_lens_sampled.saebench.report.results import SAEResults
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓", None: ""}
 MISSING = "-"
 MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "\n": " "})
-"""Signs with a meaning in Markdown's tables, and what they become."""
+"""Characters with a meaning in Markdown tables, and their replacements."""
 CAPTIONS = {
     "Sparsity": "L0 and Gini have no better direction; compare the other metrics only at about the same L0.",
-    "Reconstruction": "Of the exported SAE, and with the selection of training where the training SAE was given.",
-    "Sparse probing": "Test accuracy of probes on the 1, 2 or 5 best latents or on all of them, mean over data sets.",
-    "Absorption": "How much of a first letter other latents than its own carry, and how often its own are silent.",
-    "Similarity of seeds": "The seeds of a pair share its MMCS, so their spread gives no interval.",
+    "Reconstruction": "Of the exported SAE, and with the training-time selection if the training SAE was given.",
+    "Sparse probing": "Test accuracy of probes on the 1, 2 or 5 best latents or on all, averaged over data sets.",
+    "Absorption": "How much of a first letter is carried by latents not its own, and how often its own are silent.",
+    "Similarity of seeds": "Both seeds of a pair share its MMCS, so their spread gives no interval.",
 }
 
 
@@ -41,7 +41,7 @@ class Table:
 
 
 def group_tables(groups: Sequence[Group]) -> list[Table]:
-    """Means over seeds ± half of their 95 % intervals, the best of each metric marked; one table per kind of metric."""
+    """Means over seeds ± half of their 95 % intervals, with the best of each metric marked; one table per section."""
 
     def cells(group: Group, metrics: Sequence[Metric]) -> list[Cell]:
         return [_estimate_cell(group, metric, groups) for metric in metrics]
@@ -54,7 +54,7 @@ def group_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def sae_tables(saes: Sequence[SAEResults]) -> list[Table]:
-    """The values of every single SAE."""
+    """The values of each SAE."""
 
     def cells(sae: SAEResults, metrics: Sequence[Metric]) -> list[Cell]:
         return [Cell(_number(metric.of(sae), metric)) for metric in metrics]
@@ -85,7 +85,7 @@ def _tables(
     names: Callable[..., list[Cell]],
     cells: Callable[..., list[Cell]],
 ) -> list[Table]:
-    """One table per section, of the metrics that any SAE has."""
+    """One table per section, with the metrics that any SAE has."""
     tables = []
     for title, metrics in SECTIONS.items():
         shown = [metric for metric in metrics if any(metric.of(sae) is not None for sae in saes)]
