@@ -8,5 +8,3 @@ TINY_LM = EXAMPLES / "tiny_lm"
 HELD_OUT_TEXT = TINY_LM / "text" / "validation.jsonl"
 """Passages of another novel than the SAEs are trained on."""
 PROBING_DATASETS = tuple(EXAMPLES / "tiny_probing" / name for name in ("authors", "sentence_polarity", "subjectivity"))
-MORE_PROBING_DATASETS = tuple(EXAMPLES / "tiny_probing" / name for name in ("late_authors", "periods", "speech"))
-"""Too hard for the bundled language model; for larger ones."""

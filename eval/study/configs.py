@@ -11,7 +11,7 @@ from sae_lens.synthetic import (
     ZipfianFiringProbabilityConfig,
 )
 
-from bundled import EXAMPLES, HELD_OUT_TEXT, MORE_PROBING_DATASETS, PROBING_DATASETS, TINY_LM
+from bundled import EXAMPLES, HELD_OUT_TEXT, PROBING_DATASETS, TINY_LM
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Study:
     """SAEBench's evals to run, with the fields of their configurations that are set."""
     probing_datasets: tuple[str, ...] = ()
     """Labelled sets for sparse probing, as files or folders; none for SAEBench's eight."""
+    probing_splits: int = 0
+    """Splits of each task in `probing_tasks.py`, which are built from a folder that the user names as the text and are
+    probed instead of `probing_datasets`; 0 for none."""
+    probing_tasks: str = ""
+    """Fingerprint of the built tasks, which stands for `probing_datasets` in the settings."""
     synthetic: Synthetic = field(default_factory=Synthetic)
     """The part of the study on data with known features."""
     aux_loss_coefficient: float = 1 / 32
@@ -156,8 +161,10 @@ class Study:
         bundled["probing_datasets"] = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
         if self.text:
             del bundled["dataset"], bundled["held_out"], fields["dataset"], fields["held_out"]
+        if self.probing_tasks:
+            del bundled["probing_datasets"], fields["probing_datasets"]
         # Fields that came later: results without them are those of their defaults.
-        later = {"dtype": "float32", "cached": False, "own_steps": False, "text": ""}
+        later = {"dtype": "float32", "cached": False, "own_steps": False, "text": "", "probing_tasks": ""}
         for name, default in later.items():
             if fields[name] == default:
                 del fields[name]
@@ -178,7 +185,7 @@ NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
     *("n_seeds", "n_stability_seeds", "first_seed", "controls", "variant_of"),
     *("pool_factors", "group_sizes", "scores", "arms"),
-    *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds"),
+    *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds", "probing_splits"),
 )
 """Fields of `Study` that add or leave out results, but change none."""
 
@@ -249,13 +256,13 @@ SMOLLM2 = Study(
     context_size=128,
     evals={
         "core": {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 20},
-        "sparse_probing": {},
+        "sparse_probing": {"k_values": [1, 2, 5, 20], "context_length": 64},
     },
     # 4 million tokens for the probes before the first SAE, and minutes for each.
     absorption={"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
     absorption_arms=("batchtopk", "topk", "pool_5", "pool_10_groups_16"),
     absorption_seeds=1,
-    probing_datasets=tuple(map(str, (*PROBING_DATASETS, *MORE_PROBING_DATASETS))),
+    probing_splits=5,
     arms=(
         *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
         *("pool_20_groups_16", "nested_10", "nested_20", "nested_10_then_plain"),
@@ -310,6 +317,7 @@ CURVE = tuple(
         n_seeds=2,
         n_stability_seeds=2,
         evals=SHORT_EVALS,
+        probing_splits=0,
         arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
         absorption=SMOLLM2.absorption if k == 128 else {},
         absorption_arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
@@ -328,6 +336,7 @@ LONG = replace(
     n_seeds=2,
     n_stability_seeds=2,
     evals=SHORT_EVALS,
+    probing_splits=0,
     arms=FOUR_ARMS,
     absorption_arms=FOUR_ARMS,
     absorption_seeds=2,
@@ -343,6 +352,7 @@ OTHER_BLOCKS = tuple(
         n_seeds=3,
         n_stability_seeds=3,
         evals=SHORT_EVALS,
+        probing_splits=0,
         arms=FOUR_ARMS,
         absorption={},
         pictures=(),

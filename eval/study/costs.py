@@ -9,6 +9,7 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.step.kept_entries import choose_path
 from study.configs import Study
 from study.plan import Unit, arms, compared, runs, synthetic_units, trained_config, units
+from study.probing_tasks import N_ROWS, TASKS
 
 FLOPS = 1.2e13
 """Floating point operations per second of one GPU: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
@@ -76,7 +77,11 @@ def memory(study: Study, run: Sequence[Unit]) -> int:
 
 
 def probing_scratch(study: Study) -> int:
-    """Bytes on disk while SAEBench's own labelled sets are probed; small ones of one's own do not count."""
+    """Bytes on disk while built labelled sets or SAEBench's own are probed; small ones of one's own do not count."""
+    if study.probing_splits:
+        n_prompts = study.probing_splits * len(TASKS) * 2 * sum(N_ROWS.values())
+        n_tokens = study.evals["sparse_probing"].get("context_length", 128)
+        return n_prompts * n_tokens * str_to_dtype(study.dtype).itemsize * study.d_in
     return 0 if study.probing_datasets else PROBING_PROMPTS * 128 * 4 * study.d_in
 
 

@@ -120,11 +120,12 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "gini": ours["exported"]["gini"],
         }
     if "sparse_probing" in results:
-        probing = results["sparse_probing"]["eval_result_metrics"]["sae"]
-        by_name |= {f"probing_{k}": probing[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)}
-        by_name["probing_sets"] = {
-            details["dataset_name"]: [details[f"sae_top_{k}_test_accuracy"] for k in (1, 2, 5)]
-            for details in results["sparse_probing"]["eval_result_details"]
+        probing = results["sparse_probing"]
+        names = {k: f"sae_top_{k}_test_accuracy" for k in sorted(probing["eval_config"]["k_values"])}
+        by_name |= {f"probing_{k}": probing["eval_result_metrics"]["sae"][name] for k, name in names.items()}
+        by_name["probing_sets"] = {  # in the order of k
+            of_set["dataset_name"]: [of_set[name] for name in names.values()]
+            for of_set in probing["eval_result_details"]
         }
     if "absorption" in results:
         absorption = results["absorption"]["eval_result_metrics"]["mean"]

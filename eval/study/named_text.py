@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sae_lens_sampled.files import atomic_path, atomic_write
 from study.configs import Study
+from study.probing_tasks import NOVELS, with_probing_tasks
 from study.storage import SETTINGS
 
 EVERY = 20
@@ -23,7 +24,7 @@ def with_text(study: Study, text: str, work: Path) -> Study:
     """The study on a text: a folder with .txt files, of which some are held out, or a data set of the Hub.
 
     Raises:
-        ValueError: if the folder has fewer than two text files.
+        ValueError: if the folder has fewer than two text files, or lacks novels of the study's probing tasks.
     """
     if not Path(text).is_dir():
         return replace(study, dataset=text)
@@ -37,22 +38,37 @@ def with_text(study: Study, text: str, work: Path) -> Study:
     if not folder.is_dir():
         with atomic_path(folder) as unfinished:
             split(files, unfinished)
-    return replace(study, dataset=str(folder / "train"), held_out=str(folder / "held_out"), text=fingerprint)
+    study = replace(study, dataset=str(folder / "train"), held_out=str(folder / "held_out"), text=fingerprint)
+    return with_probing_tasks(study, Path(text), work)
 
 
 def with_text_of_results(study: Study, results: Path) -> Study:
-    """The study on the text that its results are of, where there are any; the text itself is not needed."""
-    settings = results / SETTINGS
-    if not settings.exists():
+    """The study on the text and the labelled sets of its results, if they are of a named text.
+
+    Neither is needed to show the results, nor are today's evals: nothing can be computed without the text.
+    """
+    file = results / SETTINGS
+    settings = json.loads(file.read_text())["language_model"] if file.exists() else {}
+    if "text" not in settings:
         return study
-    return replace(study, text=json.loads(settings.read_text())["language_model"].get("text", ""))
+    return replace(
+        study,
+        text=settings["text"],
+        evals=settings["evals"],
+        probing_datasets=tuple(settings.get("probing_datasets", ())),
+        probing_tasks=settings.get("probing_tasks", ""),
+    )
 
 
 def keep_titles(study: Study, results: Path) -> None:
-    """Put the titles of both parts of the study's text beside its results; nothing for a data set of the Hub."""
-    titles = Path(study.dataset).parent / TITLES
-    if study.text and titles.is_file():
-        atomic_write(results / TITLES, titles.read_text())
+    """Put the titles of both parts of the study's text, and of its probing tasks, beside its results.
+
+    There are none of a data set of the Hub.
+    """
+    files = [Path(study.dataset).parent / TITLES] if study.text else []
+    files += [Path(study.probing_datasets[0]).parent / NOVELS] if study.probing_tasks and study.probing_datasets else []
+    for file in filter(Path.is_file, files):
+        atomic_write(results / file.name, file.read_text())
 
 
 def split(files: list[Path], folder: Path) -> None:

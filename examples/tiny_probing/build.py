@@ -16,9 +16,11 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+Label = TypeVar("Label", bound=Hashable)
 Rows = list[tuple[str, str]]  # (text, label)
 
 # Three novels of each author; the last is for the test rows and was held out from the bundled language model.
@@ -96,12 +98,12 @@ def sentences(block: str) -> Iterator[str]:
             start = end.end()
 
 
-def passages(novel: str) -> Iterator[str]:
-    """Consecutive whole sentences of narration, `PASSAGE_WORDS` words together, that do not overlap.
+def passages(novel: str, n_words: tuple[int, int] = PASSAGE_WORDS) -> Iterator[str]:
+    """Consecutive whole sentences of narration, `n_words` words together, that do not overlap.
 
     Speech is left out: its quotation marks differ from file to file.
     """
-    shortest, longest = PASSAGE_WORDS
+    shortest, longest = n_words
     for block in blocks(novel):
         words: list[str] = []
         # Round brackets are blanked out in these files, some of them before a comma.
@@ -137,7 +139,7 @@ def second_half(novel: str) -> str:
     return novel[len(novel) // 2 :]
 
 
-def distinct(texts_by_label: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+def distinct(texts_by_label: Mapping[Label, Iterable[str]]) -> dict[Label, list[str]]:
     """Plain texts only, one of each `key`, and none whose key has two labels."""
     keyed = {
         label: {key(text): text for text in map(one_line, texts) if key(text) and is_plain(text)}

@@ -130,7 +130,8 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
         novel = tmp_path / "novels" / f"Author{i:02}_Some_Title_{1850 + i}.txt"
         novel.parent.mkdir(exist_ok=True)
         novel.write_text("\ufeff" + f"Line of novel {i:02}, which is not long.\n" * 200, encoding="utf-8")
-    study = with_text(SMOLLM2, str(tmp_path / "novels"), tmp_path / "work")
+    config = replace(SMOLLM2, probing_splits=0)  # these are not the novels of the probing tasks
+    study = with_text(config, str(tmp_path / "novels"), tmp_path / "work")
     titles = json.loads((Path(study.dataset).parent / TITLES).read_text())
     assert titles["held_out"] == ["Author19, Some Title (1869)", "Author39, Some Title (1889)"]
     assert len(titles["train"]) == 38
@@ -143,20 +144,20 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
     first = [row[14:16] for row in rows["train"][:10]]
     assert first != sorted(first)  # passages of all novels are mixed
     (tmp_path / "novels").rename(tmp_path / "elsewhere")
-    again = with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path / "other_work")
+    again = with_text(config, str(tmp_path / "elsewhere"), tmp_path / "other_work")
     assert again.settings() == study.settings()
     assert not any(str(tmp_path) in str(value) for value in study.settings().values())
     # Titles and fingerprint stay with the results, which can be shown without the text.
     study_of_text = Storage(study, tmp_path / "results", tmp_path / "work")
-    assert with_text_of_results(SMOLLM2, study_of_text.results) == SMOLLM2
+    assert with_text_of_results(config, study_of_text.results) == config
     keep_titles(study, study_of_text.results)
     study_of_text.evaluations.append({"arm": "topk", "seed": 0, "metrics": {}})
-    shown_later = with_text_of_results(SMOLLM2, study_of_text.results)
+    shown_later = with_text_of_results(config, study_of_text.results)
     assert shown_later.settings() == study.settings()
     assert json.loads((study_of_text.results / TITLES).read_text()) == titles
     assert list(Storage(shown_later, study_of_text.results, tmp_path).evaluations.load()) == [("topk", 0)]
     (tmp_path / "elsewhere" / "Author00_Some_Title_1850.txt").write_text("changed")
-    assert with_text(SMOLLM2, str(tmp_path / "elsewhere"), tmp_path).settings() != study.settings()
+    assert with_text(config, str(tmp_path / "elsewhere"), tmp_path).settings() != study.settings()
 
 
 def test_a_text_of_one_file_is_refused(tmp_path):

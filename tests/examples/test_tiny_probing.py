@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import json
-import math
 import random
 import re
 import sys
@@ -11,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from probing_helpers import bare, naive_bayes_accuracy
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_probing"
 LABELS = {
@@ -46,28 +46,6 @@ build = load_build()
 def read(folder: Path, name: str) -> tuple[list[dict], list[dict]]:
     train, test = ((folder / name / f"{split}.jsonl").read_text(encoding="utf-8") for split in ("train", "test"))
     return [json.loads(line) for line in train.splitlines()], [json.loads(line) for line in test.splitlines()]
-
-
-def bare(text: str) -> str:
-    return "".join(letter for letter in text.lower() if letter.isalnum())
-
-
-def naive_bayes_accuracy(train: list[dict], test: list[dict]) -> float:
-    """Of a multinomial naive Bayes classifier over lower-cased words, add-one smoothing, balanced classes."""
-    counts = {row["label"]: Counter() for row in train}
-    for row in train:
-        counts[row["label"]].update(re.findall(r"[a-z]+", row["text"].lower()))
-    vocabulary = set().union(*counts.values())
-
-    def log_likelihood(words: list[str], label: str) -> float:
-        total = counts[label].total() + len(vocabulary)
-        return sum(math.log((counts[label][word] + 1) / total) for word in words if word in vocabulary)
-
-    def guess(text: str) -> str:
-        words = re.findall(r"[a-z]+", text.lower())
-        return max(sorted(counts), key=lambda label: log_likelihood(words, label))
-
-    return sum(guess(row["text"]) == row["label"] for row in test) / len(test)
 
 
 def assert_well_formed(folder: Path, name: str) -> None:

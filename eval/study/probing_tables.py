@@ -1,0 +1,160 @@
+"""Tables of sparse probing: how far arms are from BatchTopK, and how sure that is.
+
+Every SAE of an arm is probed on every split of every task. SAEs of one seed are a pair, and seeds are crossed with
+tasks: whatever an arm gains by chance at one seed or on one task shows in many cells. A difference therefore gets two
+intervals. That over seeds, of means over all tasks, is about new SAEs on these tasks. That over tasks, of means over
+all splits and seeds, is about other tasks with these SAEs. Splits share texts and are never counted as repeats.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from confidence import Interval, cluster_means, clustered_interval, difference_interval, holm
+
+from pages import interval_text, markdown_table
+from study.summary import Summary
+
+BASELINE = "batchtopk"
+SET_NAME = re.compile(r"(?P<task>.+?)(?:_split(?P<split>\d+))?(?:_results)?")
+SIGNIFICANT = 0.05
+"""Adjusted p-value up to which a difference stands out."""
+
+
+class Cell(NamedTuple):
+    """Where one accuracy is from."""
+
+    seed: int
+    task: str
+    split: int
+
+
+def seed_of(cell: Cell) -> int:
+    return cell.seed
+
+
+def task_of(cell: Cell) -> str:
+    return cell.task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm's accuracy at one k, and its difference from BatchTopK."""
+
+    accuracy: Interval
+    """Mean over tasks, with an interval over seeds."""
+    over_seeds: Interval | None
+    """Difference, with an interval for other seeds of these tasks; None of BatchTopK itself."""
+    over_tasks: Interval | None
+    """The same difference, with an interval for other tasks of these seeds."""
+
+    @property
+    def p(self) -> float | None:
+        """The larger of both p-values; None without repeats."""
+        p_values = [interval.p for interval in (self.over_seeds, self.over_tasks) if interval is not None]
+        return None if not p_values or None in p_values else max(p for p in p_values if p is not None)
+
+
+def probed_ks(results: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Numbers of latents that the probes of all these results had."""
+    of_results = [
+        {int(name.removeprefix("probing_")) for name in result["metrics"] if re.fullmatch(r"probing_\d+", name)}
+        for result in results
+    ]
+    return sorted(set.intersection(*of_results)) if of_results else []
+
+
+def accuracies(results: Mapping[int, Mapping[str, Any]], k: int) -> dict[Cell, float]:
+    """Accuracies of one arm's probes on `k` latents, from its results by seed."""
+    cells = {}
+    for seed, result in results.items():
+        place = probed_ks([result]).index(k)
+        for name, by_k in result["metrics"]["probing_sets"].items():
+            match = SET_NAME.fullmatch(name)
+            assert match is not None
+            cells[Cell(seed, match["task"], int(match["split"] or 0))] = by_k[place]
+    return cells
+
+
+def compare(accuracy: Mapping[Cell, float], baseline: Mapping[Cell, float] | None) -> Comparison:
+    """An arm beside BatchTopK, by the cells that both have; with None it is BatchTopK."""
+    mean = clustered_interval(accuracy, seed_of)
+    assert mean is not None
+    if baseline is None:
+        return Comparison(mean, None, None)
+    return Comparison(
+        mean, difference_interval(accuracy, baseline, seed_of), difference_interval(accuracy, baseline, task_of)
+    )
+
+
+def comparisons(summary: Summary) -> dict[tuple[str, int], Comparison]:
+    """All arms that were probed, by arm and k."""
+    probed = {arm: by_seed for arm, by_seed in summary.on_model.items() if probed_ks(by_seed.values())}
+    found = {}
+    for k in probed_ks(result for by_seed in probed.values() for result in by_seed.values()):
+        cells = {arm: accuracies(by_seed, k) for arm, by_seed in probed.items()}
+        for arm in cells:
+            found[arm, k] = compare(cells[arm], None if arm == BASELINE else cells.get(BASELINE))
+    return found
+
+
+def adjusted_p_values(found: Mapping[tuple[str, int], Comparison]) -> dict[tuple[str, int], float]:
+    """Holm's over all arms and k together."""
+    return holm({key: of_key.p for key, of_key in found.items() if of_key.p is not None})
+
+
+def difference_table(summary: Summary, k: int) -> str:
+    """Accuracy of probes on `k` latents with its interval over seeds, and both intervals of its difference.
+
+    A row for each arm. The p-value is for a difference that holds for other seeds and for other tasks, the larger of
+    both, adjusted over all arms and k.
+    """
+    found = comparisons(summary)
+    adjusted = adjusted_p_values(found)
+    rows = [
+        [
+            summary.label(arm),
+            interval_text(compared.accuracy),
+            interval_text(compared.over_seeds, signed=True),
+            interval_text(compared.over_tasks, signed=True),
+            f"{adjusted[arm, k]:.2g}" if (arm, k) in adjusted else "-",
+        ]
+        for (arm, of_k), compared in found.items()
+        if of_k == k
+    ]
+    return markdown_table(["", "accuracy", "difference, over seeds", "over tasks", "p, adjusted"], rows)
+
+
+def task_table(summary: Summary, k: int, arms: Iterable[str]) -> str:
+    """Accuracy of probes on `k` latents, mean over splits and seeds, a row for each task and a column for each arm."""
+    means = {
+        arm: cluster_means(accuracies(by_seed, k), task_of)
+        for arm in arms
+        if (by_seed := summary.on_model.get(arm)) and k in probed_ks(by_seed.values())
+    }
+    tasks = dict.fromkeys(str(task) for of_arm in means.values() for task in of_arm)
+    rows = [
+        [task.replace("_", " "), *(f"{of_arm[task]:.3f}" if task in of_arm else "-" for of_arm in means.values())]
+        for task in tasks
+    ]
+    return markdown_table(["", *(summary.label(arm) for arm in means)], rows)
+
+
+def verdict(summary: Summary) -> str:
+    """What the differences say: how wide their intervals are, and which of them stand out."""
+    found = comparisons(summary)
+    adjusted = adjusted_p_values(found)
+    half_widths = [
+        interval.high - interval.mean
+        for key in adjusted
+        for interval in (found[key].over_seeds, found[key].over_tasks)
+        if interval is not None and interval.high is not None
+    ]
+    if not half_widths:
+        return "One SAE for each arm says nothing about others."
+    standing = [f"{summary.label(arm)} with {k}" for (arm, k), p in adjusted.items() if p <= SIGNIFICANT]
+    return (
+        f"The intervals reach {min(half_widths):.3f} to {max(half_widths):.3f} to either side; of {len(adjusted)} "
+        f"differences from BatchTopK {len(standing)} stand out" + (f": {'; '.join(standing)}." if standing else ".")
+    )
