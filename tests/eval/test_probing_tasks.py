@@ -25,7 +25,6 @@ WORDS = ["amber", "basket", "candle", "door", "engine", "feather", "garden", "ho
 N_ROWS, N_SPLITS = {"train": 24, "test": 12}, 3
 TITLES = sorted({title for task in TASKS.values() for of_label in task.novels.values() for title in of_label})
 STUDY = replace(SMOLLM2, probing_splits=N_SPLITS)
-OF_NARRATION = [name for name in TASKS if name not in ("dialogue", "tense")]
 BY_WORDS = {"person": PERSON, "gender": GENDER, "tense": TENSE}
 
 
