@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from confidence import Interval, cluster_means, clustered_interval, difference_interval, holm
-
 from pages import interval_text, markdown_table
+from sae_lens_sampled.confidence import Interval, cluster_means, clustered_interval, difference_interval, holm
 from study.summary import Summary
 
 BASELINE = "batchtopk"

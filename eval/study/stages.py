@@ -18,8 +18,9 @@ from study.synthetic import run_synthetic
 from study.text import held_out
 from study.training import cached_activations, language_model, train
 
-EXPORTS_TOGETHER = 12
-"""Number of exports in one run of SAEBench. More are faster; `run_evals` keeps what it has finished if it is killed."""
+EXPORTS_TOGETHER = 30
+"""Number of exports in one run of SAEBench, which runs the model once for all of them. Finished results outlive a kill,
+but come into the study's table when the portion ends."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,8 @@ def _train(storage: Storage, some_runs: list[list[Unit]]) -> None:
 
 
 def _evaluate(storage: Storage, some_units: list[Unit]) -> None:
-    """Exports of a seed share passes of the language model."""
-    of_seeds: dict[int, list[Unit]] = {}
-    for unit in some_units:
-        of_seeds.setdefault(unit.seed, []).append(unit)
-    n = EXPORTS_TOGETHER
-    portions = [of_seed[start : start + n] for of_seed in of_seeds.values() for start in range(0, len(of_seed), n)]
+    """Exports of a portion share passes of the language model."""
+    portions = [some_units[i : i + EXPORTS_TOGETHER] for i in range(0, len(some_units), EXPORTS_TOGETHER)]
     faults = [fault for portion in tqdm(portions, desc="Evaluating") for fault in evaluate(storage, portion)]
     if faults:
         sys.exit("\n".join(dict.fromkeys(faults)))  # nor can they be compared

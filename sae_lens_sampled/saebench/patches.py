@@ -199,7 +199,7 @@ def short_passes(
 
 @contextmanager
 def ordered_vocabulary() -> Iterator[None]:
-    """Sort the vocabulary: fast tokenizers order it differently in each process, which makes absorption irreproducible."""
+    """Sort the vocabulary: fast tokenizers order it differently in each process, so absorption would not repeat."""
     original = absorption_common.get_alpha_tokens
 
     def ordered(*args: Any, **kwargs: Any) -> list[str]:
