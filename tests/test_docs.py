@@ -1,10 +1,15 @@
-"""The hook that turns links of pages that live elsewhere in the repository into links of the site."""
+"""The docs: links of pages that live elsewhere in the repository, and the examples of the API reference."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import sae_lens_sampled
+from bundled import TINY_LM
+from sae_lens_sampled import SCORES
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("docs_links", ROOT / "docs" / "links.py")
@@ -71,3 +76,33 @@ def test_every_page_that_is_a_link_leads_to_a_file():
     links_in_docs = [path for path in (ROOT / "docs").rglob("*") if path.is_symlink()]
     assert len(links_in_docs) >= 8
     assert all(path.exists() and path.resolve().is_relative_to(ROOT) for path in links_in_docs)
+
+
+@pytest.fixture
+def scores_restored():
+    known = dict(SCORES)
+    yield
+    SCORES.clear()
+    SCORES.update(known)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_the_examples_of_the_api_reference_run(page, tmp_path, monkeypatch, scores_restored):
+    """One page after the other, as a reader would; the names of the model and its text are ours."""
+    if page.stem == "evaluation":
+        pytest.importorskip("sae_bench", reason="needs the extra `eval`")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert blocks
+    names = {"MODEL": str(TINY_LM), "TEXT": str(TINY_LM / "text")}
+    for block in blocks:
+        exec(block, names)
+
+
+def test_every_public_name_is_on_a_page_and_in_an_example():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    described = re.findall(r"^::: [\w.]+\.(\w+)$", text, flags=re.MULTILINE)
+    used = "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    for name in sae_lens_sampled.__all__:
+        assert name in described, name
+        assert re.search(rf"\b{name}\b", used), name
