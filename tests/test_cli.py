@@ -57,7 +57,7 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
         ({"d_in": 64}, "d_in=64, but gpt_neox.layers.2 of "),
         ({"hook_head_index": 3}, "hook_head_index=3 is out of range: gpt_neox.layers.2 has activations of shape "),
         ({"lr_scheduler_name": "nonsense"}, "Unsupported scheduler: nonsense"),
-        ({"seed": 1, "resume_from_checkpoint": "/no/such"}, "resume_from_checkpoint='/no/such' is not a folder; nor"),
+        ({"seed": 1, "resume_from_checkpoint": "/no/such"}, "resume_from_checkpoint='/no/such' is not a folder; there"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

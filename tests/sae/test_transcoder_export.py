@@ -88,7 +88,7 @@ def test_the_hub_gets_a_card_that_says_what_it_reads_and_writes(tmp_path):
     made.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
     upload_to_hub({"one": made}, "user/name", dry_run_folder=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "of `blocks.1.ln2.hook_normalized`; `sae(activations)` reconstructs `blocks.1.hook_mlp_out`." in card
+    assert "from `blocks.1.ln2.hook_normalized`; `sae(activations)` reconstructs `blocks.1.hook_mlp_out`." in card
     assert "sampled-sae" in card
     assert "| `one` | sampled_topk_transcoder | 40 | 3 |" in card
     loaded = SAE.load_from_disk(tmp_path / "out" / "one")
