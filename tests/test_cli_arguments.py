@@ -128,10 +128,8 @@ def test_a_buffer_smaller_than_a_batch_is_refused_with_one_that_is_not(tiny_lm, 
     with pytest.raises(SystemExit):
         app(["train", *train_arguments(tiny_lm, tmp_path, n_batches_in_buffer=8, train_batch_size_tokens=512)])
     err = capfd.readouterr().err
-    assert (
-        "n_batches_in_buffer=8 prompts are 256 tokens, fewer than the train_batch_size_tokens=512 of a batch; to mix two "
-        "batches set it to 32." in err
-    )
+    assert "n_batches_in_buffer=8 prompts are 256 tokens, fewer than the train_batch_size_tokens=512 of a batch" in err
+    assert "to mix two batches set it to 32." in err
 
 
 @pytest.mark.parametrize("name", RUN)
