@@ -67,8 +67,8 @@ COMMANDS: dict[str, Run | str] = {
     "pip install .": WHEEL,
     'pip install ".[eval]"': WHEEL,
     "python -m sae_lens.llm_sae_training_runner": MENTIONED,
-    "sae-lens-sampled train --architecture sampled_topk --d_in 768 --d_sae 16384 --k 64 --n_batches_in_buffer 64 "
-    "...": Run(instead={"...": TRAIN + LAYER}),
+    "sae-lens-sampled train --architecture sampled_topk --d_in 768 --d_sae 16384 --k 64 --pool_factor 10 "
+    "--pool_group_size 16 --n_batches_in_buffer 64 --n_checkpoints 10 ...": Run(instead={"...": TRAIN + LAYER}),
     "train --architecture sampled_topk_transcoder": Run(f"{TRAIN} {TRANSCODER} --output_path transcoder"),
     "torchrun --nproc-per-node 8 -m sae_lens_sampled train ...": Run(
         instead={"8": "2", "...": f"--architecture sampled_topk {TRAIN} {LAYER} --output_path by_two"}
@@ -85,6 +85,10 @@ COMMANDS: dict[str, Run | str] = {
     "sae-lens-sampled train": MENTIONED,
     "make lint": "a job of its own",
     "make docs": "part of make lint",
+    "hf auth login": HUB,
+    "sae-lens-sampled mmcs runs/seed0 runs/seed1 runs/seed2": Run(
+        instead={"runs/seed0 runs/seed1 runs/seed2": "output by_two"}, needs="sae_bench"
+    ),
     # examples/README.md
     "pip install -c constraints.txt torch": WHEEL,
     'pip install -c constraints.txt ".[dashboard]"': "needs an environment of its own",
@@ -129,7 +133,6 @@ COMMANDS: dict[str, Run | str] = {
     'pip install ".[eval,dev]"': WHEEL,
     "sae-lens-sampled eval": MENTIONED,
     "sae-lens-sampled calibrate": MENTIONED,
-    "sae-lens-sampled mmcs": Run("output by_two", needs="sae_bench"),
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),
     "benchmark/run.py --config dictionaries --report": Run(),

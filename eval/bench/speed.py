@@ -164,6 +164,12 @@ def runs_table(results: dict[str, Any]) -> str:
     return markdown_table(header, lines)
 
 
+def run_gain(results: dict[str, Any], source: str) -> str:
+    """How many times as fast a whole run is with a pool of all latents as with SAELens' BatchTopK."""
+    speed = {run["side"]: run["tokens_per_second"] for run in results["runs"] if run["source"] == source}
+    return f"{speed['all latents'] / speed[BASE]:.1f}"
+
+
 def ranks_table(results: dict[str, Any]) -> str:
     """Markdown: what several processes exchange, and how far they are from one."""
     lines = [
@@ -268,6 +274,7 @@ def render(
         "summary_table": summary_table,
         "crossing_table": crossing_table,
         "runs_table": runs_table,
+        "run_gain": run_gain,
         "limits": kept_entries,
     }
     folder = Path(__file__).parent / "templates"

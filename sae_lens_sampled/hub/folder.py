@@ -93,6 +93,6 @@ def _checked(folder: Path, name: str) -> Path:
     try:
         sae = SAE.load_from_disk(folder)
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{name} is not an SAE that SAELens can load ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is not an SAE that SAELens can load: {type(error).__name__}: {error}.") from error
     check_weights(sae, name)
     return folder

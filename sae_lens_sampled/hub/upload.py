@@ -51,7 +51,7 @@ def upload_to_hub(
         saes: SAEs by sae_id, which becomes the folder in the repository: a training SAE or the folder of a training
             checkpoint, which are exported first; an inference SAE or the folder of one.
         repo_id: "user/name".
-        dry_run_folder: a new or empty folder to write the repository's files to; nothing is uploaded then.
+        dry_run_folder: a new or empty folder to write the repository's files to; in that case nothing is uploaded.
         force: replace files of these SAEs, and a model card, that are on the Hub with other content.
         private: create the repository as private. An existing one keeps its visibility, and must not be public.
         evaluation: measured numbers by sae_id, such as {"l0": 63.8, "fvu": 0.21, "dead": 12}, for the model card.
@@ -62,7 +62,7 @@ def upload_to_hub(
 
     Raises:
         ValueError: for an invalid argument, a folder that holds no SAE, an SAE that should not be published as it is,
-            or files on the Hub that would be overwritten. Nothing has been uploaded then.
+            or files on the Hub that would be overwritten. In that case nothing has been uploaded.
         HubError: if the Hub rejects a request, fails or cannot be reached.
     """
     _check_names(saes, repo_id)
@@ -89,7 +89,7 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise ValueError(f"repo_id={repo_id!r} must have the form 'user/name', of letters, digits, '-', '_' and '.'.")
+        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', using only letters, digits, '-', '_' and '.'.")
     if not saes:
         raise ValueError("there is no SAE to upload; saes maps each sae_id to an SAE or a folder.")
     for sae_id in saes:

@@ -48,7 +48,7 @@ DEFAULTS = {
 
 
 def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
-    """The run's arguments of `from_pretrained` that make its model differ from the one its name alone gives."""
+    """The `from_pretrained` arguments of the run that change which model the name loads."""
     return meaningful_kwargs(metadata.model_from_pretrained_kwargs or {})
 
 

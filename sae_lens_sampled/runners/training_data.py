@@ -127,7 +127,7 @@ def store_of_run(
 
 
 def buffer_prompts(batch_size: int, settings: TokenSettings) -> int:
-    """Prompts that SAELens' buffer must hold (its `n_batches_in_buffer`) to mix batches of `batch_size` tokens."""
+    """Number of prompts that SAELens' buffer (`n_batches_in_buffer`) needs to mix batches of `batch_size` tokens."""
     n_positions = len(range(settings.context_size)[slice(*settings.seqpos_slice)])
     return max(MIN_BUFFERED_PROMPTS, math.ceil(BUFFERED_BATCHES * batch_size / n_positions))
 

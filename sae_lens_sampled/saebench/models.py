@@ -118,7 +118,7 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
-        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata, so its place in the model is unknown.")
+        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata; set sae.cfg.metadata.hook_name.")
     metadata.hook_name = _hook_in(model, sae, metadata.hook_name)
     widths = {metadata.hook_name: ("d_in", sae.sae.cfg.d_in)}
     if isinstance(sae.sae, Transcoder):

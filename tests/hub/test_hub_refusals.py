@@ -92,7 +92,7 @@ def test_a_token_in_a_config_stops_the_upload(server):
     "repo_id", ["sweep", "a/b/c", "alice/", "/sweep", "alice/swe ep", "alice/-sweep", "alice/x.git", ""]
 )
 def test_a_repo_id_of_another_form_is_refused(repo_id, server):
-    with pytest.raises(ValueError, match=f"repo_id='{repo_id}' must have the form 'user/name'"):
+    with pytest.raises(ValueError, match=f"repo_id='{repo_id}' must be 'user/name'"):
         upload_to_hub({"a": sampled_sae()}, repo_id)
     assert server.requests == []
 

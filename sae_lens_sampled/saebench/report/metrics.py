@@ -35,7 +35,7 @@ class Metric:
         return f"{self.name} ({self.better} is better)" if self.better else self.name
 
     def of(self, sae: SAEResults) -> float | None:
-        """The value of one SAE; None if it has none."""
+        """This metric's value for one SAE, or None if it was not measured."""
         value = sae.number(*self.path)
         rest = sae.number(*self.complement)
         return 1 - rest if value is None and rest is not None else value

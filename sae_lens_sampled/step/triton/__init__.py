@@ -31,7 +31,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA GPU, if triton is installed."""
+    """Whether the kernels can run on `device`: it is an NVIDIA GPU and triton is installed."""
     if device.type == "cuda":
         return torch.version.hip is None and _imports() and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     return interpreted and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _imports()
