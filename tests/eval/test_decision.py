@@ -58,7 +58,7 @@ def test_a_setting_that_is_no_worse_and_better_in_one_thing_is_recommended(tmp_p
         ({"absorption_full": -0.1}, {*decision.MARGINS}, {"absorption_full"}),
         ({"probing_1": -0.1, "mmcs": -0.1}, {*decision.MARGINS}, set()),  # the other way is no gain
     ],
-    ids=str,
+    ids=["as good", "FVU", "not excluded", "absorption", "absorbs less", "the other way"],
 )
 def test_each_condition_counts(change, no_worse, better, tmp_path):
     [verdict] = decision.verdicts(summary_of(tmp_path, pool_10_groups_16=change))
