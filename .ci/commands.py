@@ -236,7 +236,7 @@ def clone(target: Path) -> None:
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
+            shutil.copy(ROOT / name, target / name, follow_symlinks=False)  # docs has links
     (target / "novels").mkdir()
     write_sources(target / "novels")
 

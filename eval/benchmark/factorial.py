@@ -16,7 +16,7 @@ from pages import markdown_table
 from sae_lens_sampled.confidence import Interval, difference_interval
 
 MAX_FVU = 0.005
-"""By how much the FVU of a pool that wins may exceed BatchTopK's."""
+"""Largest excess of FVU over BatchTopK's with which a pool still wins."""
 METRICS = ("f1", "mcc", "fvu")
 
 

@@ -7,14 +7,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from pages import interval_text, markdown_table
+from study.figures import COLOURS, MARKS
+from study.plan import GROUPED, RECOMMENDED
 from study.summary import Summary, shown
+from study.tables import baselines
 
-ARMS = {
-    "batchtopk": ("k", "s"),
-    "topk": ("0.55", "v"),
-    "matryoshka": ("#e69f00", "D"),
-    "pool_10_groups_16": ("#d55e00", "o"),
-}
+ARMS = {name: MARKS[name] for name in baselines()} | {RECOMMENDED: (COLOURS[GROUPED], "o")}
 """Colour and mark of each arm that has a curve."""
 PANELS = {
     "fvu": "FVU (lower is better)",
@@ -68,11 +66,7 @@ def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: st
 
 
 def _cell(summary: Summary, arm: str, metric: str, base: str) -> str:
-    if metric == "mmcs":
-        mean = summary.similarity(arm, arm, "forward", metric)
-        difference = summary.similarity_difference(arm, base, "forward", metric)
-    else:
-        mean, difference = summary.mean(arm, metric), summary.difference(arm, base, metric)
+    mean, difference = summary.mean(arm, metric), summary.difference(arm, base, metric)
     if mean is None:
         return "-"
     if arm == base or difference is None or difference.half is None or difference.n < 3:

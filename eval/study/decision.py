@@ -76,8 +76,7 @@ def recommended(summary: Summary) -> Verdict | None:
 
 def differences(summary: Summary, arm: str) -> dict[str, Interval]:
     """From BatchTopK over pairs of SAEs, of FVU as a share of BatchTopK's; of MMCS over pairs of seeds."""
-    found = {name: summary.difference(arm, BASE, name) for name in ("absorption_full", "dead", "probing_1")}
-    found["mmcs"] = summary.similarity_difference(arm, BASE, "forward", "mmcs")
+    found = {name: summary.difference(arm, BASE, name) for name in NAMES if name != "fvu"}
     fvu, base = summary.values(arm, "fvu"), summary.values(BASE, "fvu")
     ratios = [fvu[seed] / base[seed] - 1 for seed in fvu if seed in base]
     found["fvu"] = mean_interval(ratios) if ratios else None

@@ -107,7 +107,7 @@ def titles(results: Path) -> dict[str, list[str]]:
 
 
 def probing_excluded(summary: Summary) -> int:
-    """In how many of six comparisons of the paper's pools with BatchTopK the interval of probing excludes 0."""
+    """Number of the six probing comparisons, of the paper's pools with BatchTopK, whose interval excludes 0."""
     found = [summary.difference(f"pool_{n}", "batchtopk", f"probing_{k}") for n in (3, 5) for k in (1, 2, 5)]
     return sum(difference is not None and (difference.p or 1) <= tables.ALPHA for difference in found)
 

@@ -24,6 +24,10 @@ FORMATS = {
 """Decimals of the metrics that are not shown with three."""
 
 
+MMCS = "mmcs"
+"""The metric that belongs to pairs of SAEs."""
+
+
 class Summary:
     """Everything that tables and pictures are made of; a missing result is left out."""
 
@@ -47,12 +51,20 @@ class Summary:
         return {seed: value for seed, value in values.items() if value is not None}
 
     def mean(self, arm: str, metric: str, synthetic: bool = False) -> Interval | None:
-        """Mean over seeds."""
+        """Mean over seeds; of "mmcs" over pairs of seeds of the arm, for live latents."""
+        if metric == MMCS:
+            return self.similarity(arm, arm, "forward", MMCS)
         values = self.values(arm, metric, synthetic)
         return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Interval | None:
-        """Mean of the differences seed by seed: two arms of one seed share weights at the start and all data."""
+        """Mean of the differences seed by seed: two arms of one seed share weights at the start and all data.
+
+        Of "mmcs" over pairs of seeds of each arm.
+        """
+        if metric == MMCS:
+            of_arm, of_other = (self.similarities(name, name, "forward", MMCS) for name in (arm, other))
+            return jackknife_interval(paired_differences(of_arm, of_other))
         return difference_interval(self.values(arm, metric, synthetic), self.values(other, metric, synthetic))
 
     def similarities(self, arm: str, other: str, *path: str) -> dict[tuple[int, int], float]:
@@ -67,11 +79,6 @@ class Summary:
     def similarity(self, arm: str, other: str, *path: str) -> Interval | None:
         """Mean over pairs of seeds of two arms, of the value at `path` in the comparison of a pair."""
         return jackknife_interval(self.similarities(arm, other, *path))
-
-    def similarity_difference(self, arm: str, other: str, *path: str) -> Interval | None:
-        """How much better the seeds of an arm agree with each other than those of another: over pairs of seeds."""
-        a, b = (self.similarities(name, name, *path) for name in (arm, other))
-        return jackknife_interval(paired_differences(a, b))
 
     def number(self, arm: str, metric: str, synthetic: bool = False) -> str:
         """A mean, as text."""

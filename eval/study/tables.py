@@ -144,7 +144,7 @@ def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
     rows = []
     for arm in summary.arms:
         seconds = step_seconds.get(arm)
-        means = {name: decision_mean(summary, arm, name) for name in DECISION}
+        means = {name: summary.mean(arm, metric) for name, metric in DECISION.items()}
         cells = [
             "-" if mean is None else f"{mean.mean:.3f}{marks.get((arm, name), '')}" for name, mean in means.items()
         ]
@@ -164,20 +164,11 @@ def difference_table(summary: Summary) -> str:
     return markdown_table(["", *DECISION], rows)
 
 
-def decision_mean(summary: Summary, arm: str, column: str) -> Interval | None:
-    """An arm's mean in a column of the decision table."""
-    metric = DECISION[column]
-    return summary.similarity(arm, arm, "forward", "mmcs") if metric == "mmcs" else summary.mean(arm, metric)
-
-
 def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
     """Every arm less `base`, by arm and column of the decision table; over pairs of SAEs, for MMCS of pairs."""
     found = {}
     for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
-        if metric == "mmcs":
-            difference = summary.similarity_difference(arm, base, "forward", metric)
-        else:
-            difference = summary.difference(arm, base, metric)
+        difference = summary.difference(arm, base, metric)
         if arm != base and difference is not None:
             found[arm, name] = difference
     return found

@@ -88,7 +88,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA_2,
     "Gemma3ForCausalLM": GEMMA_2,
 }
-"""For each architecture of Hugging Face models, places by their other names."""
+"""Hook names of Hugging Face architectures and their TransformerLens equivalents, by architecture."""
 ANYWHERE = _by_name(BRIDGE_ANYWHERE)
 NEIGHBOURS = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2, NEOX, HEADS, OUTPUTS, NORMALISED_OUTPUTS, NEAREST)
 

@@ -1,5 +1,6 @@
 """The rule of recommendation, on results whose verdict is known."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,11 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 from scipy import stats
 from study_helpers import SMOKE, storage
 
+from sae_lens_sampled.confidence import Interval
 from study import decision
+from study.curves import order_table
 from study.summary import Summary
+from study.tables import firing_table
 
 N = 5
 NOISE = (0.0, 0.001, -0.001, 0.002, -0.002)
@@ -89,3 +93,45 @@ def test_nothing_is_recommended_of_two_seeds_or_without_absorption(tmp_path):
     for result in whole.on_model["pool_10_groups_16"].values():
         del result["metrics"]["absorption_full"]
     assert decision.verdicts(whole) == []
+
+
+def test_orders_elsewhere_have_intervals_from_three_seeds_on(tmp_path):
+    summary = summary_of(tmp_path, pool_5={"fvu": 0.1, "mmcs": -0.2})
+    table = order_table({"elsewhere": summary}, {"FVU": "fvu", "MMCS": "mmcs"})
+    [base, pool] = table.splitlines()[2:]
+    assert base.startswith("| elsewhere | BatchTopK | 0.200 ± 0.002 | 0.500 ")
+    assert re.fullmatch(r"\|  \| pool 5, one pool \| 0.300 \(\+0.100 \[.*\]\) \| 0.300 \(-0.200 \[.*\]\) \|", pool)
+    for arm in ("batchtopk", "pool_5"):
+        for seed in (2, 3, 4):
+            del summary.on_model[arm][seed]
+    assert "| pool 5, one pool | 0.300 |" in order_table({"two seeds": summary}, {"FVU": "fvu"})
+
+
+def test_latents_are_counted_by_how_often_they_fire(tmp_path):
+    study = storage(tmp_path, SMOKE)
+    for seed, counts in enumerate([[1, 2, 4, 8], [3, 2, 4, 10]]):
+        edges = {"density_edges": [-4.5, -3.0, -1.0, -0.25, 0.0], "density_counts": counts}
+        result = {"arm": "topk", "seed": seed, "metrics": {"gini": 0.5}, "pools": {}}
+        study.evaluations.append(result | edges)
+    # Below a thousandth 1 and 3, from a tenth on 12 and 14, live 15 and 19.
+    assert "| TopK | 0.500 ± 0.000 | 17 | 13 | 2 |" in firing_table(Summary(study))
+
+
+@pytest.mark.parametrize(
+    ("p_values", "shown"),
+    [((0.004, 0.006, 0.02), 3), ((0.004, 0.006, 0.03), 2), ((0.02, 0.02, 0.02), 0)],
+    ids=["all", "one-sided 2.5 %", "corrected"],
+)
+def test_margins_are_kept_at_a_level_of_two_and_a_half_percent_after_correction(p_values, shown, monkeypatch):
+    def interval(mean):
+        return Interval(mean, 1.0, mean - 3, mean + 3, 1.0, N)
+
+    below = {
+        name: interval(bound + stats.t.ppf(p, N - 1))
+        for (name, bound), p in zip(decision.MARGINS.items(), p_values, strict=True)
+    }
+    found = {name: interval(0.0) for name in decision.NAMES} | below
+    monkeypatch.setattr(decision, "CANDIDATES", ("pool_5",))
+    monkeypatch.setattr(decision, "differences", lambda _summary, _arm: found)
+    [verdict] = decision.verdicts(None)
+    assert len(verdict.no_worse) == shown

@@ -30,7 +30,7 @@ def dots(
     matrix: Float[Tensor, "rows width"],
     other: Float[Tensor, "others width"],
 ) -> Float[Tensor, " entries"]:
-    """For each entry, the dot product of a row of `matrix` and a row of `other`, in float32 whatever their dtypes."""
+    """Dot products of a row of `matrix` and a row of `other` for each entry, in float32 whatever their dtypes."""
     n_entries, width = len(rows), matrix.shape[1]
     products = torch.empty(n_entries, device=matrix.device)
     grid = (n_blocks(n_entries, BLOCK_ENTRIES),)
