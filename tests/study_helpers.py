@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from study.configs import TINY, smoke
 from study.plan import Unit, arms
 from study.storage import Storage
+from study.studies import TINY, smoke
 
 EVAL = Path(__file__).parent.parent / "eval"
 SMOKE = smoke(TINY)

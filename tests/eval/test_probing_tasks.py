@@ -15,11 +15,11 @@ from probing_helpers import bare, naive_bayes_accuracy
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from study import probing_tasks
-from study.configs import SMOLLM2, TINY
 from study.named_text import keep_titles, with_text, with_text_of_results
 from study.probing_tasks import NOVELS, TASKS, draw, held_out, with_probing_tasks
 from study.probing_texts import GENDER, PERSON, TENSE, decided
 from study.storage import Storage
+from study.studies import SMOLLM2, TINY
 
 WORDS = ["amber", "basket", "candle", "door", "engine", "feather", "garden", "hollow", "island", "jacket", "kettle"]
 N_ROWS, N_SPLITS = {"train": 24, "test": 12}, 3

@@ -17,7 +17,7 @@ from study_helpers import EVAL, SMOKE, storage, unit_of
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.runners.parts import Part
 from study import evaluation, training
-from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
+from study.beside_batchtopk import decision_table, difference_table, differences, marks_of
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
@@ -35,8 +35,8 @@ from study.plan import (
 from study.report import committed, render_page, render_tables, write_report
 from study.stages import STAGES, to_do
 from study.storage import Storage
+from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.summary import Summary, shown
-from study.tables import decision_table, difference_table, differences, marks_of
 from study.training import new_sae, train
 
 

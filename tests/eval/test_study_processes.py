@@ -20,9 +20,9 @@ from study_helpers import EVAL, SMOKE, storage
 from study_worker import work
 
 from sae_lens_sampled.runners.parts import Part, parse_part
-from study.configs import TINY
 from study.plan import compared, units
 from study.stages import STAGES, status, to_do
+from study.studies import TINY
 
 ARMS = ["pool_5", "pool_5_global"]
 STUDY = ["--config", "tiny", "--smoke", "--arms"]

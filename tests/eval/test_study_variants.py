@@ -11,8 +11,8 @@ from study_helpers import storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
 from study import training
-from study.configs import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
 from study.plan import absorption_units, runs, units
+from study.studies import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
 from study.training import new_sae, train
 
 
