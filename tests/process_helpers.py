@@ -35,7 +35,7 @@ def _run_script(script: Path | str, arguments: tuple[str, ...], folder: Path, lo
 
 
 def run_script(script: Path | str, *arguments: str, folder: Path, log: Path) -> str:
-    """Output of a script, given by path, or a package, given by name, that is run in `folder` and must succeed."""
+    """Run a script by its path, or a package by its name, in `folder`; returns its output, fails if the script does."""
     process = FORKS.Process(target=_run_script, args=(script, arguments, folder, log))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""The life cycle of SAEs of every configuration (train, save, resume, export, calibrate), and damaged files.
+"""The life cycle of SAEs of random configurations (train, save, resume, export, calibrate), and damaged files.
 
 `LIVES=2000 pytest tests/test_whole_life.py -k live` tests more configurations and takes some minutes.
 """
