@@ -49,7 +49,7 @@ def read(folder: Path, name: str) -> tuple[list[dict], list[dict]]:
 
 
 def assert_well_formed(folder: Path, name: str) -> None:
-    """Check columns, balanced labels in mixed order, plain single-line texts, and that no text repeats in any split."""
+    """Check columns, balanced labels in mixed order, plain single-line texts, and no duplicates, across splits too."""
     splits = read(folder, name)
     for rows, n in zip(splits, ROWS[name], strict=True):
         assert all(list(row) == ["text", "label"] for row in rows)
