@@ -170,7 +170,7 @@ def test_the_same_novels_are_the_same_study_wherever_they_are(built, novels, tmp
     assert len(built.probing_datasets) == N_SPLITS * len(TASKS)
     file = Path(again.probing_datasets[0]) / "test.jsonl"
     file.write_text(file.read_text().replace(WORDS[0], WORDS[1]))
-    assert with_text(STUDY, str(novels), tmp_path / "work").settings() != built.settings()  # the texts count
+    assert with_text(STUDY, str(novels), tmp_path / "work").settings() != built.settings()  # the sets count
     # What the results refer to is kept beside them, so they can be shown without the novels.
     storage = Storage(built, tmp_path / "results", tmp_path / "work")
     keep_titles(built, storage.results)

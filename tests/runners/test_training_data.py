@@ -111,7 +111,7 @@ def test_the_share_of_first_tokens_is_that_of_the_options(options, tiny_lm):
 
 @pytest.mark.parametrize("options", TOKEN_OPTIONS.values(), ids=TOKEN_OPTIONS)
 def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_token, tiny_lm, tmp_path):
-    """Calibrating on all tokens after training without first tokens raised the FVU on the latter from .34 to .39."""
+    """After training without first tokens, calibrating on all tokens raised FVU on the others from .34 to .39."""
     text = tiny_lm / "text"
     fields = {"hook_name": "gpt_neox.layers.0", "training_tokens": 150 * 256, "save_final_checkpoint": True}
     cfg = run_config(loud_first_token, text, checkpoint_path=str(tmp_path / "checkpoints"), **fields, **options)

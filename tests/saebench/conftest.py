@@ -15,7 +15,7 @@ def output_dir(tmp_path_factory):
 
 @pytest.fixture
 def copy_probes(results, output_dir):
-    """Function that copies absorption's probes of the bundled model, slow to train, to another output folder."""
+    """Function that copies absorption's probes of the bundled model, which are slow to train, to another folder."""
     return lambda folder: shutil.copytree(output_dir / "artifacts", folder / "artifacts", dirs_exist_ok=True)
 
 

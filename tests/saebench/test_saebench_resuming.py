@@ -231,7 +231,7 @@ def full(*_args):
     ],
 )
 def test_a_file_that_does_not_fit_is_told_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
-    """Writing it through a memory map would kill the process. Core's 0.3 MB are 3 x 4 prompts x 48 tokens x 128."""
+    """Writing it through a memory map would kill the process. Core has 3 batches of 4 prompts of 48 tokens of 128."""
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NoSpaceError, match=rf"^{need}.*, but {tmp_path}/artifacts\S* has [\d,.]+ MB left; make room"):
         run_small(saes[2:3], [eval_name], tmp_path)

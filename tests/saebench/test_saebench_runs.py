@@ -189,7 +189,7 @@ def test_the_model_runs_once_however_many_saes_there_are(saes, tmp_path, monkeyp
         run_small([(f"{n_saes}_{i}", saes[i][1]) for i in range(n_saes)], ["core"], tmp_path)
         whole_passes.append(calls.count(None))
     small = SMALL["core"]
-    # The first reads a few tokens, to check that the hook exists.
+    # The 1 is a pass over a few tokens, to check that the hook exists.
     want = 1 + 2 * small["n_eval_reconstruction_batches"] + small["n_eval_sparsity_variance_batches"]
     assert whole_passes == [want, want]
 
