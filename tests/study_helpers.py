@@ -1,4 +1,4 @@
-"""The study at the size of the tests."""
+"""The study at test size."""
 
 from pathlib import Path
 

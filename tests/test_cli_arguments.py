@@ -1,4 +1,4 @@
-"""Numbers and paths that no command can work with: each is refused before the work, in a sentence."""
+"""Invalid numbers and paths: commands reject each in one sentence, before any work."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folders(tiny_lm, tmp_path_factory):
-    """What the words in capitals stand for."""
+    """Paths that the words in capitals stand for."""
     folder = tmp_path_factory.mktemp("saes")
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=128, d_sae=192, k=8, pool_factor=4))
     metadata = sae.cfg.metadata
@@ -108,7 +108,7 @@ COUNTS = (
 )
 FLAGS_OF_TRAIN = [*COUNTS, "n_batches_in_buffer", "pool_factor", "pool_group_size", "lr", "n_checkpoints"]
 TAKEN = {("n_checkpoints", "0"), ("lr", "0")}
-"""No checkpoints but the last, and a rate that trains nothing."""
+"""Values that are accepted: no checkpoint but the last, and a learning rate that trains nothing."""
 
 
 @pytest.mark.parametrize("flag", FLAGS_OF_TRAIN)

@@ -1,4 +1,4 @@
-"""`eval/mutation.py`: what counts as a mutant, and how its result is known."""
+"""`eval/mutation.py`: what counts as a mutant, and how its result is identified."""
 
 import json
 from dataclasses import replace

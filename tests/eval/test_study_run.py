@@ -1,4 +1,4 @@
-"""The study's command in this process: devices that are not here, and signals after a stage that trains."""
+"""The study's command in this process: unavailable devices, and signals after a stage that trains."""
 
 import signal
 import sys
@@ -17,8 +17,8 @@ from study.stages import STAGES, Stage
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """The command on the smoke run of one stage."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
+    """The command, for the training stage of the smoke run."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script modifies it
     from study import run
 
     monkeypatch.setattr(run.warnings, "filterwarnings", lambda *_: None)

@@ -1,4 +1,4 @@
-"""What the environment says of several processes: sentences where it is wrong, and while others are waited for."""
+"""Several processes as set by the environment: errors for wrong variables, and messages while waiting for others."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ from sae_lens_sampled.step.ranks import LostRankError
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets exactly these of torchrun's variables."""
+    """Function that sets torchrun's variables; those not passed stay unset."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,4 +1,4 @@
-"""Places in a model between which a transcoder is trained and evaluated, and those that are refused."""
+"""Pairs of hooks between which a transcoder can be trained and evaluated, and pairs that are rejected."""
 
 import pytest
 from sae_lens import LanguageModelSAETrainingRunner
@@ -40,7 +40,7 @@ def test_hooks_of_transformer_lens_are_checked_too(tiny_lm, bridge):
         TranscoderRunner(
             runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.9.hook_mlp_out"), override_model=bridge
         )
-    # Attention patterns have a row for each head, where tokens are elsewhere.
+    # In attention patterns the second dimension is the heads; elsewhere it is the tokens.
     cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.2.attn.hook_pattern")
     with pytest.raises(ValueError, match=r"shapes \(1, 1, 128\) and \(1, 4, 1, 1\) for one token: a transcoder needs"):
         TranscoderRunner(cfg, override_model=bridge)
@@ -95,7 +95,7 @@ def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm)
 
 
 def test_core_takes_transcoders_between_widths(tiny_lm, bridge, tmp_path):
-    """From the MLP's input to its neurons, which are more."""
+    """From the MLP's input to its neurons, which are more numerous."""
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from eval_helpers import run_small
 

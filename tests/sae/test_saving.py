@@ -11,7 +11,7 @@ from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
 def trained(**fields):
     sae = sampled_sae(**fields)
     train(sae, 4)
-    # Values that only survive at full width: beyond float32's whole numbers, and not a bfloat16.
+    # Values that only survive at full precision: integers that float32 cannot hold, and a number not in bfloat16.
     sae.pool_record.selection_counts[3] = 2**24 + 1
     sae.pool_record.selection_counts[4] = 2**53 + 1
     sae.pool_record.n_steps.fill_(16_777_217)
@@ -58,7 +58,7 @@ def test_a_kept_step_lays_the_encoder_out_by_latent_and_files_do_not_show_it(tmp
     assert torch.equal(sae.W_enc, before)
     assert sae.W_enc.is_contiguous() == (step == "dense")
     output.loss.backward()
-    assert sae.W_enc.grad.stride() == sae.W_enc.stride()  # or every step copies it
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()  # otherwise every step copies it
     sae.save_model(tmp_path / "checkpoint")
     sae.save_inference_model(tmp_path / "export")  # whose decoder rows have norm 1
     for folder, factor in (("checkpoint", 1), ("export", sae.W_dec.norm(dim=1))):

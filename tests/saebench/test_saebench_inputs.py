@@ -1,4 +1,4 @@
-"""What `run_evals` is given: models, hooks, the network."""
+"""What `run_evals` depends on: models, hooks, settings, the network."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def run(saes, output_dir, evals=("core",), **fields):
 
 
 def test_a_model_has_the_same_fingerprint_wherever_it_lies_and_another_with_another_weight(model, tmp_path):
-    folder = tmp_path / "t5-llama-gemma" / "bert"  # names that TransformerLens takes for architectures
+    folder = tmp_path / "t5-llama-gemma" / "bert"  # names that TransformerLens mistakes for architectures
     shutil.copytree(TINY_LM, folder, ignore=shutil.ignore_patterns("text"))
     copy = load_model(folder)
     assert copy.name == "bert"

@@ -1,4 +1,4 @@
-"""Labelled texts for sparse probing: what is read, how it is split, and what cannot be probed."""
+"""Labelled texts for sparse probing: accepted formats, splits, and data that cannot be probed."""
 
 import datasets
 import pytest

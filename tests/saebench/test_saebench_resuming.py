@@ -1,4 +1,4 @@
-"""`run_evals` when results exist, when it is killed, and when an SAE fails: nothing is lost or touched."""
+"""`run_evals` with existing results, after a kill, and with failing SAEs: nothing is lost or modified."""
 
 import copy
 import errno
@@ -44,7 +44,7 @@ from sae_lens_sampled.saebench.evals.absorption import Absorption
 
 
 def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, tmp_path, monkeypatch):
-    output_dir = shutil.copytree(output_dir, tmp_path / "out")  # other tests read the original as it is
+    output_dir = shutil.copytree(output_dir, tmp_path / "out")  # other tests read the original
     ran = []
     for name in ALL:
 
@@ -231,7 +231,7 @@ def full(*_args):
     ],
 )
 def test_a_file_that_does_not_fit_is_told_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
-    """Written through a map, it would kill the process: 3 batches of 4 prompts of 48 tokens of 128 numbers."""
+    """Writing it through a memory map would kill the process. Core has 3 batches of 4 prompts of 48 tokens of 128."""
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NoSpaceError, match=rf"^{need}.*, but {tmp_path}/artifacts\S* has [\d,.]+ MB left; make room"):
         run_small(saes[2:3], [eval_name], tmp_path)
@@ -277,7 +277,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, monkey
 
 
 def test_runs_of_other_hosts_into_one_folder_leave_each_other_alone(results, saes, tmp_path, monkeypatch):
-    """A whole run of another host, with the same process id, while the first one is in the middle of core."""
+    """Another host with the same process ID completes a whole run during core of the first run."""
     core_eval, name = EVALS["core"], "batchtopk_custom_sae"
     prepare, metrics = core_eval.prepare, []
 
