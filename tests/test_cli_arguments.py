@@ -80,7 +80,7 @@ def refusal(result):
 
 
 @pytest.mark.parametrize(("name", "option", "value", "message"), CASES)
-def test_a_value_that_cannot_be_is_refused(name, option, value, message, folders, tmp_path, monkeypatch):
+def test_invalid_values_are_refused(name, option, value, message, folders, tmp_path, monkeypatch):
     if name == "eval":
         pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     else:
@@ -93,7 +93,7 @@ def test_a_value_that_cannot_be_is_refused(name, option, value, message, folders
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-tokens"])
 @pytest.mark.parametrize("value", ["1e400", "nan", "two"])
-def test_a_number_of_calibrate_is_a_number(option, value, folders, tmp_path):
+def test_calibrate_refuses_what_is_not_a_number(option, value, folders, tmp_path):
     assert option in refusal(invoke("calibrate", folders, tmp_path / "out", f"{option}={value}"))
 
 
@@ -148,7 +148,7 @@ def test_an_output_path_that_cannot_be_a_folder_is_refused_before_the_work(name,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile"]
 
 
-def test_the_same_of_an_upload_that_is_only_written(folders, tmp_path):
+def test_a_dry_run_folder_below_a_file_is_refused(folders, tmp_path):
     (tmp_path / "afile").write_text("")
     arguments = ["upload", str(folders["SAE"]), "--repo-id", "me/saes", "--dry-run", str(tmp_path / "afile" / "x")]
     assert "dry_run_folder=" in refusal(CliRunner().invoke(app, arguments))

@@ -38,7 +38,7 @@ def test_a_checkpoint_of_before_exports_the_same_sae_and_trains_on():
     assert sae.pool_record.input_norm.item() == pytest.approx(x.norm(dim=-1).mean().item())
 
 
-def test_pools_of_a_checkpoint_of_before_go_on_or_end_as_the_run_says_that_resumes():
+def test_pool_steps_of_the_resuming_run_apply_to_checkpoints_of_earlier_versions():
     assert "pool_steps" not in json.loads((BEFORE / "checkpoint" / "cfg.json").read_text())
     x = activations(64, seed=8)
     assert load_checkpoint(BEFORE / "checkpoint").cfg.pool_steps is None
@@ -48,7 +48,7 @@ def test_pools_of_a_checkpoint_of_before_go_on_or_end_as_the_run_says_that_resum
         assert (sae.training_forward_pass(step_input(x)).pool is not None) == has_pool
 
 
-def test_pools_with_a_quota_which_there_are_no_more_are_refused(tmp_path):
+def test_checkpoints_with_the_removed_pool_quota_are_refused(tmp_path):
     checkpoint = shutil.copytree(BEFORE / "checkpoint", tmp_path / "checkpoint")
     config = json.loads((checkpoint / "cfg.json").read_text())
     assert config["pool_quota"] is None  # as in such checkpoints without a quota, which load

@@ -156,7 +156,7 @@ def test_our_batchtopk_is_the_hosts(tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_the_plan_says_what_each_arm_takes(capsys, monkeypatch):
+def test_the_plan_lists_the_cost_of_each_arm(capsys, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "small", replace(TOY, n_seeds=2))
     script.main(["--config", "small", "--time", "64", "--arms", "m*"])
     lines = capsys.readouterr().out.splitlines()

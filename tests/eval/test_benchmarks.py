@@ -46,7 +46,7 @@ def test_a_training_step_is_measured_in_every_case(dead, trained, monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [3, 30], ids=["small", "large"])
-def test_one_pool_goes_the_way_that_it_is_told(factor):
+def test_one_pool_takes_the_forced_path(factor):
     row = training_step.measure(SETTING, [forced(one_pool(factor), way) for way in WAYS_OF_ONE_POOL], repeats=1)
     columns, entries = row["scans"].values()
     assert (columns["path"], entries["path"]) == ("columns", "kept")
@@ -64,7 +64,7 @@ def test_the_plan_is_that_of_the_committed_results():
             assert row["case"].items() >= setting.items()
 
 
-def test_the_dead_are_as_many_as_asked_for():
+def test_as_many_latents_are_dead_as_asked_for():
     assert training_step.dead_latents(SETTING | {"dead": 0.25}).sum() == 64
 
 

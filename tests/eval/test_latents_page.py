@@ -48,7 +48,7 @@ def test_bands_are_fifths_of_the_active_places_by_rank():
     assert bands_of(torch.zeros(3, 4)).sum() == 0
 
 
-def test_passages_are_all_tokens_in_sixteens_that_as_many_come_before():
+def test_passages_have_sixteen_tokens_and_sixteen_before_them():
     values = torch.arange(3 * 54).reshape(3, 54)
     want = [[values[prompt, start : start + 16].tolist() for start in (17, 33)] for prompt in range(3)]
     assert windows(values).tolist() == want

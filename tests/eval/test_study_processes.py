@@ -39,7 +39,7 @@ def test_the_parts_of_a_study_are_all_of_it(count):
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "8", "-1/8", "1/x", "1/8/2", ""])
-def test_what_is_no_part_is_refused(text):
+def test_invalid_parts_are_refused(text):
     with pytest.raises(ValueError, match=f"^--part {text}: must be of the form 2/8"):
         parse_part(text)
     assert parse_part("8/8") == Part(8, 8)

@@ -51,7 +51,7 @@ def test_a_stage_ends_with_the_handlers_from_before_and_by_ctrl_c_as_in_python(m
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_evals_have_the_model_in_the_type_of_training(monkeypatch, tmp_path):
+def test_evals_load_the_model_in_the_dtype_of_training(monkeypatch, tmp_path):
     study, seen = replace(SMOKE, dtype="bfloat16"), {}
     unit = unit_of("batchtopk", study=study)
     assert training.runner_config(study, [unit], 0, True).model_from_pretrained_kwargs == {"dtype": "bfloat16"}

@@ -58,7 +58,7 @@ def test_what_is_there_is_not_computed_again(store, tmp_path, monkeypatch):
     assert torch.equal(cache_activations(other, 100, tmp_path, SETTINGS), cached)
 
 
-def test_of_several_that_ask_at_once_one_runs_the_model(store, tmp_path, monkeypatch):
+def test_only_one_of_several_concurrent_calls_runs_the_model(store, tmp_path, monkeypatch):
     """Threads stand in for processes: each call opens the lock file anew, as a separate process would."""
     n_passes, get = itertools.count(), ActivationsStore.get_activations
 
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
     assert next(n_passes) == 3  # five in all; the two finished ones are not repeated
 
 
-def test_text_that_ends_before_is_refused(store, tmp_path):
+def test_text_that_is_too_short_is_refused(store, tmp_path):
     with pytest.raises(ValueError, match=r"the text has about [\d,]+ tokens, but 100,000 are needed; it ends before"):
         cache_activations(store(n_texts=10), 100_000, tmp_path, SETTINGS)
     known = json.loads((tmp_path / PROGRESS).read_text())["tokens"]
@@ -209,7 +209,7 @@ def test_a_wrong_argument_is_told_and_the_corrected_call_works(store, tmp_path, 
 
 
 @pytest.mark.parametrize("killed_at", ["reserve", "atomic_write"])
-def test_whatever_ends_the_first_try_leaves_nothing_that_stands_in_the_way(store, tmp_path, monkeypatch, killed_at):
+def test_an_aborted_pass_does_not_block_the_next(store, tmp_path, monkeypatch, killed_at):
     with monkeypatch.context() as patched:
         patched.setattr(activation_cache, killed_at, mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -150,7 +150,7 @@ def test_the_sae_that_is_given_is_the_one_that_is_compared(tmp_path):
     ],
     ids=str,
 )
-def test_what_leaves_the_weights_their_meaning_may_change(tmp_path, changes):
+def test_fields_that_do_not_affect_the_activations_may_change(tmp_path, changes):
     """If nothing is rejected, the next step is to load the model, which fails here."""
     save_checkpoint(sae_config(), tmp_path)
     cfg = resuming(**{"sae": sae_config(), "folder": tmp_path, "model_name": "moved/away", **changes})
@@ -194,7 +194,7 @@ def test_a_transcoder_of_given_batches_can_go_on_with_a_named_hook(tmp_path):
     assert refused(TranscoderRunner, cfg).startswith("model_name=")
 
 
-def test_of_a_model_that_the_user_gives_the_config_says_nothing(tmp_path):
+def test_config_fields_of_the_model_are_ignored_for_a_model_passed_in(tmp_path):
     save_checkpoint(sae_config(), tmp_path)
     cfg = resuming(sae_config(), tmp_path, model_class_name="HookedTransformer")
     check_same_activations(tmp_path / "checkpoint", cfg, own_model=True)

@@ -144,7 +144,7 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
 
 
-def test_what_nothing_says_is_assumed_aloud(tmp_path):
+def test_unknown_token_settings_are_assumed_and_named(tmp_path):
     settings = token_settings(SAEMetadata(context_size=16, prepend_bos=True, exclude_special_tokens=None), tmp_path)
     assert settings == TokenSettings(16, True, unknown=settings.unknown)
     assert settings.described().startswith("context_size=16, prepend_bos=True; unknown, so assumed: seqpos_slice=")

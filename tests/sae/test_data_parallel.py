@@ -102,7 +102,7 @@ def test_pools_end_on_all_ranks_at_the_same_step(trained):
 
 
 @pytest.mark.parametrize("index", range(len(ON_FOUR)), ids=lambda index: str(ON_FOUR[index]))
-def test_four_ranks_have_them_too(trained, index):
+def test_four_ranks_train_like_one_process(trained, index):
     results, of_four = trained
     assert_same_training(results[1][0][index], [rank[index] for rank in of_four[4]])
 

@@ -162,7 +162,7 @@ def test_it_is_measured_anew_when_pools_end_and_once_in_a_resumed_run_too(measur
     assert len(measured_here) == 3
 
 
-def test_a_way_that_there_is_no_more_is_measured_anew(measured_here, monkeypatch):
+def test_a_path_that_is_no_longer_available_is_timed_again(measured_here, monkeypatch):
     """A run with one small pool is resumed with a value of `pool_steps` that it has already passed."""
     monkeypatch.setattr(training, "fastest_path", lambda loss_by, paths, *_: measured_here.append(paths) or paths[0])
     sae, resumed = sampled_sae(pool_factor=1), sampled_sae(pool_factor=1, pool_steps=1)
@@ -174,7 +174,7 @@ def test_a_way_that_there_is_no_more_is_measured_anew(measured_here, monkeypatch
 
 
 @pytest.mark.parametrize("step", ["kept", "dense"])
-def test_a_step_that_is_said_is_not_measured(measured_here, monkeypatch, step):
+def test_a_given_step_is_not_timed(measured_here, monkeypatch, step):
     assert sampled_sae(step=step).training_forward_pass(step_input(activations(48))).path == step
     monkeypatch.setenv(VARIABLE, step)
     assert sampled_sae().training_forward_pass(step_input(activations(48))).path == step

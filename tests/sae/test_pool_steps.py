@@ -68,7 +68,7 @@ def assert_same_moments(a, b):
 
 @steps
 @pools
-def test_up_to_that_step_a_run_is_the_same_to_the_last_bit_and_then_no_more(pool, step):
+def test_up_to_pool_steps_a_run_is_bit_identical_and_afterwards_not(pool, step):
     ending, endless = made(step=step, pool_steps=N, **pool), made(step=step, **pool)
     optimizers = [adam(ending), adam(endless)]
     mine, theirs = (run(sae, each, range(N)) for sae, each in zip((ending, endless), optimizers, strict=True))

@@ -206,7 +206,7 @@ def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tm
             run_small(saes[2:3], [eval_name], tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
 
 
-def test_what_core_swallows_is_raised(saes, tmp_path, monkeypatch):
+def test_errors_that_core_swallows_are_raised(saes, tmp_path, monkeypatch):
     monkeypatch.setattr(core, "calculate_misc_metrics", lambda _metrics: 1 / 0)
     with pytest.raises(EvalError, match="core of one_custom_sae: ZeroDivisionError: division by zero"):
         run_small([("one", saes[2][1])], ["core"], tmp_path)

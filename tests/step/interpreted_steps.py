@@ -294,7 +294,7 @@ def test_nan_reaches_the_kept_entries_and_ties_are_kept_alike(by_kernels, monkey
         assert all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(*kept, strict=True))
 
 
-def test_every_product_is_torchs():
+def test_every_product_equals_that_of_torch():
     rows, columns = torch.tensor([0, 0, 1, 3, 3, 3, 5]), torch.tensor([1, 4, 0, 4, 2, 0, 1])
     pattern = Pattern(rows, columns, (6, 5))
     values, W, X = torch.randn(7), torch.randn(5, 3), torch.randn(6, 3)

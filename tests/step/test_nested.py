@@ -71,7 +71,7 @@ def test_on_the_kept_entries_under_autocast_the_losses_are_saelens_matryoshka_lo
 
 @pytest.mark.parametrize("step_name", ["kept", "dense"])
 @pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
-def test_one_level_is_none_to_the_last_bit(step_name, pool):
+def test_one_level_equals_no_levels_to_the_last_bit(step_name, pool):
     plain = an_sae(step=step_name, **pool)
     nested = an_sae(step=step_name, matryoshka_widths=[200], **pool)
     for number in range(3):

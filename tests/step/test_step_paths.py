@@ -126,7 +126,7 @@ def test_hooks_and_methods_of_ones_own_take_the_dense_path():
     assert step(sae, activations(70)).losses["mine"] == 7
 
 
-def test_a_way_of_ones_own_to_encode_says_the_pool_or_is_refused():
+def test_an_overridden_encoder_must_return_the_pool():
     class Half(SampledTopKTrainingSAE):
         def encode_with_pool(self, x, ranks=ALONE, fields=None):
             acts, hidden_pre, pool = super().encode_with_pool(x, ranks, fields)
