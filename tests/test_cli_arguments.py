@@ -154,7 +154,7 @@ def test_a_dry_run_folder_below_a_file_is_refused(folders, tmp_path):
     assert "dry_run_folder=" in refusal(CliRunner().invoke(app, arguments))
 
 
-def test_a_full_disk_is_told_before_calibrating(folders, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_calibrating(folders, tmp_path, monkeypatch):
     def full(descriptor, offset, length):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_told_before_calibrating(folders, tmp_path, monkeypatch):
     [("", "train.jsonl"), ('{"text": "Too few words."}\n', "gives no prompt of context_size=64 tokens: it has")],
     ids=["no rows", "no prompt"],
 )
-def test_a_text_too_short_to_calibrate_on_is_told(rows, message, folders, tmp_path):
+def test_a_text_too_short_to_calibrate_on_is_reported(rows, message, folders, tmp_path):
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "train.jsonl").write_text(rows)
     result = invoke("calibrate", {**folders, "TEXT": tmp_path / "short"}, tmp_path / "out")

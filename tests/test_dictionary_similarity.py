@@ -163,7 +163,7 @@ def test_baseline_of_a_large_dictionary_is_what_random_rows_reach():
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_what_cannot_be_compared_is_told_in_one_sentence():
+def test_incomparable_saes_are_reported_in_one_sentence():
     a = dictionary(5)
     with pytest.raises(
         ValueError, match=r"^dictionaries of shapes \(5, 7\) and \(5, 6\) cannot be compared; both need"

@@ -94,7 +94,7 @@ def test_wheels_are_installed_first(script, tmp_path):
     assert install[-1] == str(tmp_path / "one.whl")
 
 
-def test_what_is_unknown_is_refused(script):
+def test_unknown_arguments_are_refused(script):
     assert script("everything")[0] == script()[0] == 2
     assert not script.out.exists()
 
@@ -135,7 +135,7 @@ def test_every_part_writes_what_it_measured(measured):
         assert 0 < profile["kernels"][0]["ms"] <= profile["kernels_ms"]
 
 
-def test_what_is_measured_is_not_measured_again(measured, monkeypatch):
+def test_measured_rows_are_not_measured_again(measured, monkeypatch):
     before = measured.read_text()
     monkeypatch.setattr(training_step, "own_memory", None)
     monkeypatch.setattr(training_step, "measure", None)
@@ -187,7 +187,7 @@ def test_a_case_at_which_the_time_was_up_is_tried_again():
     assert saved[-1]["failed"] == {}
 
 
-def test_what_fails_in_turns_is_said_and_the_next_row_measured(measured, tmp_path, monkeypatch):
+def test_a_failing_row_is_reported_and_the_next_one_measured(measured, tmp_path, monkeypatch):
     file = tmp_path / "gpu.json"
     rows = gpu_plan("cpu", tiny=True)["16k"]
     monkeypatch.setattr(training_step, "own_memory", lambda case, setting: 2.0)

@@ -280,7 +280,7 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         assert render_tables(study) == (study.results / "RESULTS.md").read_text()
 
 
-def test_what_differs_from_batchtopk_is_marked_after_correction(tmp_path):
+def test_differences_from_batchtopk_are_marked_after_correction(tmp_path):
     study = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
     values = {
         "batchtopk": {"fvu": [0.10, 0.20, 0.30], "dead": [0.5, 0.5, 0.6]},

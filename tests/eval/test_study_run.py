@@ -27,7 +27,7 @@ def main(monkeypatch, tmp_path):
     return lambda *flags: run.main(["--config", "tiny", "--smoke", "--stages", "train", *folders, *flags])
 
 
-def test_a_device_that_is_not_here_is_told_in_a_sentence(main, capsys):
+def test_a_device_that_is_not_here_is_reported_in_a_sentence(main, capsys):
     with pytest.raises(SystemExit, match=r"^there is no device='cuda:99' on this machine; it has cpu"):
         main("--device", "cuda:99")
     main("--device", "cuda:99", "--dry-run")

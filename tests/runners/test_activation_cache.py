@@ -51,7 +51,7 @@ def test_rows_are_those_of_the_store(store, tmp_path):
     assert (tmp_path / DATA).stat().st_size == 2 * 100 * 128
 
 
-def test_what_is_there_is_not_computed_again(store, tmp_path, monkeypatch):
+def test_existing_activations_are_not_computed_again(store, tmp_path, monkeypatch):
     cached = cache_activations(store(), 100, tmp_path, SETTINGS)
     other = store()
     monkeypatch.setattr(other, "get_batch_tokens", lambda *_, **__: pytest.fail("the text was read again"))
@@ -200,7 +200,7 @@ def test_a_model_is_known_by_a_sample_of_its_weights():
     ],
     ids=str,
 )
-def test_a_wrong_argument_is_told_and_the_corrected_call_works(store, tmp_path, n_tokens, fields, message):
+def test_a_wrong_argument_is_reported_and_the_corrected_call_works(store, tmp_path, n_tokens, fields, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         cache_activations(store(**fields), n_tokens, tmp_path, SETTINGS)
     assert str(error.value).startswith(message)
@@ -238,7 +238,7 @@ def test_the_train_split_of_several_is_read(language_model, tmp_path):
         text_store(language_model, Dataset.from_dict({"text": []}), hook, **sizes)
 
 
-def test_a_disk_that_is_too_small_is_told_after_one_pass_of_the_model(store, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_after_one_pass_of_the_model(store, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -205,7 +205,7 @@ def two_processes(monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.usefixtures("two_processes")
-def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tiny_lm, tmp_path, fields, message):
+def test_settings_that_cannot_be_shared_are_refused_before_anything_is_loaded(tiny_lm, tmp_path, fields, message):
     cfg = runner_config(tiny_lm, tmp_path, "none", **{"model_name": "not there", **fields})
     with pytest.raises(ValueError, match=re.escape(message)):
         DataParallelRunner(cfg)

@@ -119,7 +119,7 @@ def test_canonical_names_and_aliases_of_the_bridge_may_be_mixed(models, tiny_lm)
 
 
 @pytest.mark.parametrize("hook_out", ["blocks.2.hook_mlp_out", "blocks.2.mlp.hook_out"])
-def test_one_place_under_two_names_or_one_is_told_with_the_way_out(models, tiny_lm, hook_out):
+def test_one_place_under_two_names_or_one_is_reported_with_the_way_out(models, tiny_lm, hook_out):
     cfg = config(tiny_lm, "blocks.2.mlp.hook_out", hook_out)
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         TranscoderRunner(cfg, override_model=models["bridge"])
@@ -151,7 +151,7 @@ def test_an_evaluation_refuses_outputs_before_inputs_in_the_first_pass(models, t
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize("end", FLAGS)
-def test_what_must_be_switched_on_is_on_for_as_long_as_it_is_needed(models, kind, end):
+def test_flags_are_on_for_as_long_as_hooks_need_them(models, kind, end):
     model, flag = models[kind], FLAGS[end]
     name = next(name for name in model.hook_dict if name.startswith("blocks.1.") and name.endswith(end))
     assert not getattr(model.cfg, flag)
@@ -165,7 +165,7 @@ def test_what_must_be_switched_on_is_on_for_as_long_as_it_is_needed(models, kind
     getattr(model, f"set_{flag}")(False)
 
 
-def test_what_cannot_be_switched_on_is_told_with_the_flag(models):
+def test_a_flag_that_cannot_be_switched_on_is_named(models):
     with pytest.raises(
         ValueError, match=r"^blocks\.1\.hook_attn_in needs use_attn_in, which this model does not have: "
     ):
@@ -179,7 +179,7 @@ def test_what_cannot_be_switched_on_is_told_with_the_flag(models):
     assert switch_on(models["auto"], ["some.hook_mlp_in"]) == []
 
 
-def test_a_hook_that_never_runs_is_told(models, tiny_lm):
+def test_a_hook_that_never_runs_is_reported(models, tiny_lm):
     told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not run or yields no tensor\.$"
     with pytest.raises(ValueError, match=told):
         check_hook(models["bridge"], config(tiny_lm, "blocks.2.attn.hook_rot_k", "blocks.2.hook_mlp_out"))

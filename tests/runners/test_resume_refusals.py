@@ -202,7 +202,7 @@ def test_config_fields_of_the_model_are_ignored_for_a_model_passed_in(tmp_path):
         check_same_activations(tmp_path / "checkpoint", cfg, own_model=False)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_before_the_model_loads(tmp_path):
+def test_a_checkpoint_that_is_not_there_is_reported_before_the_model_loads(tmp_path):
     said = refused(ResumableRunner, resuming(sae_config(), tmp_path))
     assert said.startswith(
         f"resume_from_checkpoint='{tmp_path / 'checkpoint'}' is not a folder; there is no complete checkpoint"

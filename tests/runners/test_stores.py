@@ -82,7 +82,7 @@ def test_a_runner_tells_of_a_text_without_rows(tiny_lm, tmp_path, text):
         DataParallelRunner(cfg, override_dataset=Dataset.from_dict({"text": []}))
 
 
-def test_rows_that_are_not_joined_are_told_by_the_longest(tiny_lm, tmp_path):
+def test_rows_that_are_not_joined_are_reported_by_the_longest(tiny_lm, tmp_path):
     """Joined, the rows would fill a prompt."""
     rows = Dataset.from_dict({"text": ["she " * 9, "she " * 12, "she " * 15]})
     cfg = runner_config(tiny_lm, tmp_path, "none", disable_concat_sequences=True)
@@ -97,7 +97,7 @@ def test_rows_that_are_not_joined_are_told_by_the_longest(tiny_lm, tmp_path):
         store.get_batch_tokens()
 
 
-def test_probing_data_without_rows_is_told(tmp_path):
+def test_probing_data_without_rows_is_reported(tmp_path):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from sae_lens_sampled.saebench import load_probing_dataset
 

@@ -29,7 +29,7 @@ from sae_lens_sampled.cli import app
     ],
     ids=str,
 )
-def test_what_a_transcoder_cannot_read_is_told_at_the_start(tiny_lm, fields, message):
+def test_what_a_transcoder_cannot_read_is_reported_at_the_start(tiny_lm, fields, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         TranscoderRunner(runner_config(tiny_lm, **fields))
     assert str(error.value).startswith(message)
@@ -70,7 +70,7 @@ def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
             TranscoderRunner(cfg, override_sae=given)
 
 
-def test_hooks_that_are_not_named_are_told(tiny_lm, bridge, tmp_path):
+def test_hooks_that_are_not_named_are_reported(tiny_lm, bridge, tmp_path):
     nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
     nameless.cfg.metadata.hook_name = BRIDGED_IN
     told = "the metadata of this SampledTopKTranscoder has no hook_name_out: set it first."

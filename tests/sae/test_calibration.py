@@ -150,7 +150,7 @@ def test_scaled_counts_keep_their_proportions_and_stop_at_what_there_is():
     assert scale_counts(counts, positive, 215).tolist() == [100, 25, 0, 90]
 
 
-def test_bad_input_is_told_in_one_sentence():
+def test_bad_input_is_reported_in_one_sentence():
     sae = trained()
     for batches, message in (
         ([], r"^calibration got 0 tokens; it needs at least 256"),

@@ -166,7 +166,7 @@ def test_ranks_with_different_numbers_of_tokens_all_stop():
     }
 
 
-def test_what_cannot_be_exact_is_refused():
+def test_settings_that_cannot_be_exact_are_refused():
     register_score("of_ones_own", lambda acts, _: acts.sum(dim=-2), by_columns=True)
     try:
         sae = sampled_sae(score="of_ones_own")

@@ -235,7 +235,7 @@ def test_unfolded_checkpoint_is_folded_or_refused(tmp_path):
         folder.rmdir()
 
 
-def test_folder_without_a_checkpoint_is_told_in_one_sentence(tmp_path):
+def test_folder_without_a_checkpoint_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
         load_checkpoint(tmp_path)
     sampled_sae().save_model(tmp_path)

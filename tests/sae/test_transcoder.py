@@ -208,7 +208,7 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
     ],
     ids=str,
 )
-def test_what_has_no_meaning_is_refused(fields, message):
+def test_meaningless_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         transcoder(**fields)
 

@@ -177,7 +177,7 @@ def test_names_of_other_architectures_are_of_the_same_places(kind, tiny_lm, tmp_
     assert ARCHITECTURES[architecture].keys() - translated <= {"attn.hook_hidden_states"}
 
 
-def test_what_a_pass_of_the_model_shows_to_be_wrong_is_told(bundled):
+def test_what_a_pass_of_the_model_shows_to_be_wrong_is_reported(bundled):
     heads = "blocks.1.attn.hook_result"
     assert attached(heads, 128, bundled.eval, hook_head_index=3) == (heads, None)
     _, why = attached(heads, 128, bundled.eval, hook_head_index=4)
@@ -192,7 +192,7 @@ def test_what_a_pass_of_the_model_shows_to_be_wrong_is_told(bundled):
     assert not bundled.eval.hooked.cfg.use_attn_result
 
 
-def test_a_flag_that_the_evaluated_model_cannot_have_is_told():
+def test_a_flag_that_the_evaluated_model_cannot_have_is_reported():
     """Separate inputs of heads with shared keys and values, which the bridge has but HookedTransformer lacks."""
     config = {"n_layers": 2, "d_model": 12, "n_ctx": 16, "d_head": 3, "n_heads": 4, "d_vocab": 20, "act_fn": "relu"}
     hooked = HookedTransformer(HookedTransformerConfig(**config, n_key_value_heads=2))

@@ -75,7 +75,7 @@ def test_settings_are_fields_of_configurations():
 
 
 @pytest.mark.parametrize("setting", ["core.context_size", "context_size=64"])
-def test_a_setting_of_another_form_is_told(setting):
+def test_a_setting_of_another_form_is_reported(setting):
     result = CliRunner().invoke(app, ["eval", "folder", "--set", setting])
     assert result.exit_code == 2
     assert "is not of the form EVAL.FIELD=VALUE" in result.output
@@ -114,7 +114,7 @@ def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     assert str(tmp_path / "report.html") in CliRunner().invoke(app, ["report", str(tmp_path)]).output
 
 
-def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
+def test_errors_are_reported_in_one_line(folders, tmp_path):
     arguments = ["eval", folders[0], "--offline", "--evals", "mmcs", "--output-dir", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1

@@ -198,7 +198,7 @@ def test_saes_above_match_max_latents_are_not_matched():
         ),
     ],
 )
-def test_what_cannot_be_compared_is_told_in_one_sentence(fields, message):
+def test_incomparable_saes_are_reported_in_one_sentence(fields, message):
     check_alike(load_saes([("a", seed_of(1)), ("b", seed_of(2))]))
     with pytest.raises(ValueError, match=message):
         check_alike(load_saes([("a", seed_of(1)), ("b", seed_of(2, **fields))]))

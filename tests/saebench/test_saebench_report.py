@@ -158,14 +158,14 @@ def test_results_of_plain_saebench_are_read_from_a_folder_of_any_layout(tmp_path
 
 
 @pytest.mark.parametrize("fvu", [None, float("nan"), "much"])
-def test_what_is_no_number_counts_as_missing(tmp_path, fvu):
+def test_non_finite_values_count_as_missing(tmp_path, fvu):
     write_core(tmp_path, "a", fvu)
     write_core(tmp_path, "b", 0.25)
     assert [FVU.of(sae) for sae in read_results(tmp_path)] == [None, 0.25]
     assert "0.2500" in report_of(tmp_path)
 
 
-def test_what_saebench_did_not_compute_is_a_dash_and_never_the_best(tmp_path):
+def test_missing_results_are_dashes_and_never_the_best(tmp_path):
     for name, all_latents in (("a", -1.0), ("b", 0.8), ("c", 0.9)):  # -1 with `lower_vram_usage`
         write_probing(tmp_path, name, all_latents=all_latents)
     saes = read_results(tmp_path)

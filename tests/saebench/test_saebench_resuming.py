@@ -212,7 +212,7 @@ def test_errors_that_core_swallows_are_raised(saes, tmp_path, monkeypatch):
         run_small([("one", saes[2][1])], ["core"], tmp_path)
 
 
-def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path, copy_probes):
+def test_a_model_with_too_few_first_letters_is_reported(saes, tmp_path, copy_probes):
     copy_probes(tmp_path)
     overrides = {"absorption": SMALL["absorption"] | {"min_GT_probe_f1": 0.999, "min_feats_for_eval": 26}}
     with pytest.raises(EvalError, match=r"fewer than min_feats_for_eval=26 letters have a probe with F1 above"):
@@ -230,7 +230,7 @@ def full(*_args):
         ("absorption", "the activations for absorption's probes"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
+def test_a_file_that_does_not_fit_is_reported_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
     """Writing it through a memory map would kill the process. Core has 3 batches of 4 prompts of 48 tokens of 128."""
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NoSpaceError, match=rf"^{need}.*, but {tmp_path}/artifacts\S* has [\d,.]+ MB left; make room"):

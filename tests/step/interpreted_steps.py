@@ -158,7 +158,7 @@ def test_float64_is_left_to_torch(by_kernels):
 
 
 @some(GROUPS, ALL)
-def test_what_does_not_fit_is_for_the_dense_path(fields, monkeypatch):
+def test_batches_that_do_not_fit_take_the_dense_path(fields, monkeypatch):
     monkeypatch.setattr(sae_lens_sampled.step.kernel_scan, "MAX_EXTRACTED_PER_KEPT", 0)
     monkeypatch.setattr(sae_lens_sampled.step.kernel_scan, "MIN_ROOM", N_DEAD)
     got, want = (step(sampled_sae(step=path, **fields), activations(N_TOKENS)) for path in ("kept", "dense"))

@@ -43,7 +43,7 @@ def test_the_columns_of_a_pool_are_not_extracted():
     assert sae.pool_statistics()["extracted_per_kept"] == 0
 
 
-def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
+def test_batches_too_large_for_a_sparse_matrix_run_dense(monkeypatch):
     sae, x = an_sae(**ALL), activations(70)
     want = step(copy.deepcopy(sae), x).feature_acts
     monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 0.001)
