@@ -1,6 +1,6 @@
 """Curves instead of points: what arms reach at several k, and whether their order holds with more tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,11 +8,15 @@ from matplotlib.axes import Axes
 
 from pages import interval_text, markdown_table
 from study.figures import COLOURS, MARKS
-from study.plan import GROUPED, RECOMMENDED
-from study.summary import Summary, shown
+from study.plan import GROUPED, RECOMMENDED, pool_name
+from study.studies import BLOCK_10, CURVE
+from study.summary import Summary, committed_summary, shown
 from study.tables import baselines
 
-ARMS = {name: MARKS[name] for name in baselines()} | {RECOMMENDED: (COLOURS[GROUPED], "o")}
+ARMS = {name: MARKS[name] for name in baselines()} | {
+    RECOMMENDED: (COLOURS[GROUPED], "o"),
+    pool_name(5, None): (COLOURS[None], "o"),
+}
 """Colour and mark of each arm that has a curve."""
 PANELS = {
     "fvu": "FVU (lower is better)",
@@ -21,19 +25,29 @@ PANELS = {
 }
 
 
+def summaries_of_curve(eval_folder: Path) -> list[Summary]:
+    """The committed results of the studies that differ in k alone."""
+    return [committed_summary(study, eval_folder) for study in (BLOCK_10, *CURVE)]
+
+
 def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
-    """Metrics against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
+    """Metrics against the L0 of the exports, a panel for each."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
-    for axes, (metric, title) in zip(panels, PANELS.items(), strict=True):
-        for arm in ARMS:
-            _draw_arm(axes, summaries, arm, metric)
-        axes.set(xlabel="L0 at inference", ylabel=title, xscale="log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (20, 30, 60) else "")
+    for axes, metric in zip(panels, PANELS, strict=True):
+        draw_metric(axes, summaries, ARMS, metric)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=9, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def draw_metric(axes: Axes, summaries: Sequence[Summary], arms: Iterable[str], metric: str) -> None:
+    """One metric against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
+    for arm in arms:
+        _draw_arm(axes, summaries, arm, metric)
+    axes.set(xlabel="L0 at inference", ylabel=PANELS[metric], xscale="log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (20, 30, 60) else "")
 
 
 def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -> None:

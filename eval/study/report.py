@@ -11,10 +11,10 @@ from latents.rating import read_answers
 from pages import render
 from study import beside_batchtopk, decision, tables
 from study.figures import FIGURES
-from study.named_text import TITLES, with_text_of_results
+from study.named_text import TITLES
 from study.storage import Storage
 from study.studies import BLOCK_10, SMOLLM2, TINY
-from study.summary import Summary
+from study.summary import Summary, committed, committed_summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "RESULTS.md"
@@ -40,11 +40,6 @@ def write_report(storage: Storage, eval_folder: Path) -> Path:
     return eval_folder / PAGE
 
 
-def committed(name: str, eval_folder: Path) -> Path:
-    """Folder of a study's results in the repository."""
-    return eval_folder / "results" / f"study_{name}"
-
-
 def render_tables(storage: Storage) -> str:
     """Everything that one study measured."""
     summary = Summary(storage)
@@ -60,11 +55,7 @@ def render_tables(storage: Storage) -> str:
 
 def render_page(eval_folder: Path) -> str:
     """What the studies say, in words."""
-    summaries = {}
-    for study in (TINY, SMOLLM2, BLOCK_10):
-        results = committed(study.name, eval_folder)
-        study = with_text_of_results(study, results)
-        summaries[study.name] = Summary(Storage(study, results, Path("study_output")))
+    summaries = {study.name: committed_summary(study, eval_folder) for study in (TINY, SMOLLM2, BLOCK_10)}
     decided = summaries[BLOCK_10.name]
     real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"

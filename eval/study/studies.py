@@ -135,7 +135,7 @@ CURVE = tuple(
         n_stability_seeds=2,
         evals=SHORT_EVALS,
         probing_splits=0,
-        arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
+        arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_5"),
         absorption=SMOLLM2.absorption if k == 128 else {},
         absorption_arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
         absorption_seeds=2,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 from pages import interval_text
@@ -13,6 +14,8 @@ from sae_lens_sampled.confidence import (
     mean_interval,
     paired_differences,
 )
+from study.configs import Study
+from study.named_text import with_text_of_results
 from study.plan import Unit, absorption_units, arms, compared, synthetic_units, units
 from study.storage import ResultTable, Storage
 
@@ -95,6 +98,17 @@ class Summary:
     def label(self, arm: str) -> str:
         """The arm's name on the page."""
         return self.arms[arm].label
+
+
+def committed(name: str, eval_folder: Path) -> Path:
+    """Folder of a study's results in the repository."""
+    return eval_folder / "results" / f"study_{name}"
+
+
+def committed_summary(study: Study, eval_folder: Path) -> Summary:
+    """The results in the repository, whatever text they were made with."""
+    results = committed(study.name, eval_folder)
+    return Summary(Storage(with_text_of_results(study, results), results, Path("study_output")))
 
 
 def shown(interval: Interval | None, metric: str = "", signed: bool = False) -> str:

@@ -32,11 +32,11 @@ from study.plan import (
     synthetic_units,
     units,
 )
-from study.report import committed, render_page, render_tables, write_report
+from study.report import render_page, render_tables, write_report
 from study.stages import STAGES, to_do
 from study.storage import Storage
 from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
-from study.summary import Summary, shown
+from study.summary import Summary, committed, shown
 from study.training import new_sae, train
 
 
