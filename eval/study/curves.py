@@ -22,7 +22,7 @@ PANELS = {
 
 
 def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
-    """Metrics against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
+    """Plot metrics against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
     for axes, (metric, title) in zip(panels, PANELS.items(), strict=True):
         for arm in ARMS:
@@ -53,8 +53,8 @@ def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -
 
 
 def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = "batchtopk") -> str:
-    """Means of a study's arms, a row for each study and arm; differences from `base` with intervals where there are
-    three seeds and more.
+    """Means of the studies' arms, a row for each study and arm; differences from `base` with intervals if there are at
+    least three seeds.
     """
     rows = []
     for name, summary in summaries.items():
