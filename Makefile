@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need, once; a second call installs nothing.
+# `make demo` and `make test` install everything they need on the first call only.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
-# Processes of one thread each, as many as there are cores.
+# One process of one thread per core.
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
@@ -25,18 +25,18 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 	$(MAKE) docs
 
-# The pages of docs/, into site/; fails at a link that leads nowhere.
+# Builds docs/ into site/; broken links are errors.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 check: lint test
 
-# Runs all of it and writes its outputs into it; the test then fails where the text says something else than the numbers.
+# Runs the tutorial and stores its outputs in it; a test then fails if the text does not match the numbers.
 notebook: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace --timeout=600 examples/tutorial.ipynb
 
-# torch first: what is installed after it then keeps to it, and does not choose another build.
+# torch first, so that later installs keep it and do not choose another build.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch

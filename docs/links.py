@@ -1,9 +1,8 @@
-"""A hook of mkdocs: links and images of pages that live elsewhere, and links to files of the repository.
+"""mkdocs hook that fixes links and images of symlinked pages, and links to files of the repository.
 
 A page such as `docs/eval/RESULTS.md` is a symbolic link to `eval/RESULTS.md`, whose own links are relative to its place
-there. Those to other pages are turned into links within the site. Those to other files of the repository lead to
-`repo_url`, where that is set, and are plain text otherwise. Links to nothing are left alone, so that
-`mkdocs build --strict` fails at them.
+there. Links to other pages become links within the site. Links to other files of the repository lead to `repo_url` if
+it is set, and become plain text otherwise. Broken links are left unchanged, so `mkdocs build --strict` fails on them.
 """
 
 import os
@@ -34,5 +33,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any
         kind = "tree" if target.is_dir() else "blob"
         return f"[{text}]({config.repo_url.rstrip('/')}/{kind}/main/{target.relative_to(ROOT)}{anchor})"
 
-    blocks = FENCED.split(markdown)  # code and text in turns
+    blocks = FENCED.split(markdown)  # text and code alternate
     return "".join(block if i % 2 else LINK.sub(replace, block) for i, block in enumerate(blocks))

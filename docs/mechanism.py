@@ -1,4 +1,4 @@
-"""Draws docs/mechanism.svg: what BatchTopK and Sampled-SAE keep of the same small batch.
+"""Draw docs/mechanism.svg: the entries that BatchTopK and Sampled-SAE keep of the same small batch.
 
 python docs/mechanism.py
 """
@@ -48,14 +48,14 @@ def activations() -> Tensor:
 
 
 def select(acts: Tensor, pool_factor: float | None) -> tuple[Tensor, list[int]]:
-    """The kept activations, 0 elsewhere, and the pool."""
+    """Activations with 0 where they are not kept, and the pool."""
     cfg = SampledTopKTrainingSAEConfig(d_in=2, d_sae=LATENTS, k=K, pool_factor=pool_factor)
     kept, [pool] = sampled_topk(acts, cfg, draw=torch.tensor(0))
     return kept, pool.tolist()
 
 
 def draw(axes: Axes, acts: Tensor, kept: Tensor, title: str, pool: list[int] | None = None) -> None:
-    """The batch as a grid: the darker, the larger; kept entries in colour; pooled columns framed."""
+    """Draw the batch as a grid: darker is larger, kept entries are coloured, pooled columns are framed."""
     axes.imshow(acts, cmap="Greys", vmin=0, vmax=2.2, aspect="auto")
     for token, latent in kept.nonzero().tolist():
         axes.add_patch(Rectangle((latent - 0.5, token - 0.5), 1, 1, color=KEPT, alpha=0.75, lw=0))

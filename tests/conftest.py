@@ -11,10 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, which are no packages
+sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]  # scripts, not packages
 
-# Shapes and types are checked at run time in the modules of pure functions; int passes for float, as in Python. Not by
-# jaxtyping's pytest option, which takes a single module if the checker has arguments.
+# Shapes and types are checked at run time in the modules of pure functions; an int passes as a float, as in Python.
+# jaxtyping's pytest option is not used, because it takes only one module if the type checker has arguments.
 PURE = ("step", "metrics", "similarity", "sae.calibration")
 jaxtyping.install_import_hook(
     [f"sae_lens_sampled.{module}" for module in PURE],
@@ -40,7 +40,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest come first, so that no process of several is left with one of them at the end."""
+    """Run the slowest files first, so that no worker process is left with one of them at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
 
 
@@ -53,7 +53,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was():
-    """Scripts silence logging for their whole process."""
+    """Restore logging, which scripts disable for their whole process."""
     before = logging.root.manager.disable
     yield
     logging.disable(before)
@@ -61,7 +61,7 @@ def _logging_as_it_was():
 
 @pytest.fixture
 def unchecked_types():
-    """Without run-time type checks: `torch.compile` cannot trace them, and they would answer before our errors."""
+    """Disable run-time type checks: `torch.compile` cannot trace them, and they would raise before our own checks."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -69,7 +69,7 @@ def unchecked_types():
 
 @pytest.fixture(scope="session")
 def tiny_lm() -> Path:
-    """The bundled language model, in Hugging Face format, with `text/` beside it."""
+    """Folder of the bundled language model, in Hugging Face format, with its text in `text/`."""
     from bundled import TINY_LM
 
     return TINY_LM
@@ -77,7 +77,7 @@ def tiny_lm() -> Path:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub that the installed client takes for the real one."""
+    """A local Hub that the installed client treats as the real one."""
     from hub_server import TOKEN, HubServer
     from huggingface_hub import constants, hf_api
     from huggingface_hub.utils import _http
@@ -116,7 +116,7 @@ def activations(tiny_lm):
 
 @pytest.fixture(scope="session")
 def saes(activations):
-    """Two seeds of ours as training SAEs, and one of each standard architecture as SAELens exports them."""
+    """Training SAEs: two seeds of sampled_topk, and one SAE of each other architecture in `KINDS`."""
     from eval_helpers import KINDS, trained_sae
 
     ours = [(f"sampled_seed{seed}", trained_sae("sampled_topk", seed, activations)) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""SAEs on the bundled language model, small runs of SAEBench, and SAEBench called by hand."""
+"""SAEs trained on the bundled language model, small evaluation runs, and direct calls of SAEBench."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ except ModuleNotFoundError:  # the extra `eval` is not installed
 else:
 
     def fewer_words(tokenizer: Any, **kwargs: Any) -> list[str]:
-        """Every third word for absorption, in which words are most of the time."""
+        """Every third word, because absorption spends most of its time on words."""
         return sorted(vocab.get_alpha_tokens(tokenizer, **kwargs))[::3]
 
     common.get_alpha_tokens = feature_absorption.get_alpha_tokens = fewer_words
@@ -60,7 +60,7 @@ GIVEN = {"model": TINY_LM, "text": TINY_LM / "text", "probing_datasets": [PROBIN
 
 
 def files_in(folder: Path) -> set[tuple[str, int]]:
-    """Files with the times of their last change; Python's own caches are left out."""
+    """Files under `folder` with their modification times, without Python's caches."""
     files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {(str(path), path.stat().st_mtime_ns) for path in files}
 
@@ -85,7 +85,7 @@ def trained_sae(kind: str, seed: int, x: Tensor, n_steps: int = 60) -> TrainingS
 
 @contextmanager
 def official(path: Path):
-    """What a user has to do for SAEBench to take a folder: nothing of ours."""
+    """Make SAEBench accept a model folder as a user would have to, without this package."""
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
     OFFICIAL_MODEL_NAMES.append(str(path))
@@ -96,7 +96,7 @@ def official(path: Path):
 
 
 def core_by_hand(name: str, sae: Any, folder: Path, text: Path = TINY_LM / "text", dtype: str = "float32") -> Any:
-    """The result that SAEBench's core writes for an SAE whose metadata has the model's path for its name."""
+    """Result that SAEBench's core eval writes for an SAE whose metadata has the model's path as its name."""
     import sae_bench.evals.core.main as core
 
     small = SMALL["core"]
@@ -126,7 +126,7 @@ def run_small(saes, evals, output_dir, **fields):
 
 
 def exported(saes, name):
-    """A fresh copy of the SAE that SAEBench gets, with the model's path for its name, as by hand it would need."""
+    """A fresh copy of the SAE passed to SAEBench, with the model's path as its name, as `core_by_hand` requires."""
     from sae_lens_sampled.saebench import load_saes
 
     [sae] = load_saes([pair for pair in saes if pair[0] == name])

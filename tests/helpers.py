@@ -1,4 +1,4 @@
-"""Small SAEs and what a trainer would feed them."""
+"""Small SAEs, and inputs such as a trainer passes to them."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ D_IN, D_SAE, K = 12, 40, 3
 
 
 def config_of(fields: dict[str, Any]) -> SampledTopKTrainingSAEConfig:
-    """That of a transcoder if they have `d_out`."""
+    """Config with the given fields: a transcoder's if they include `d_out`."""
     return (SampledTopKTranscoderConfig if "d_out" in fields else SampledTopKTrainingSAEConfig)(**fields)
 
 
@@ -93,7 +93,7 @@ def step_input(sae_in: Tensor, n_dead: int = 0, step: int = 0) -> TrainStepInput
 
 
 def train(sae: TrainingSAE[Any], n_steps: int, batch_size: int = 64, lr: float = 3e-3, first: int = 0) -> list[Tensor]:
-    """Plain Adam steps on replayable batches; returns the losses."""
+    """Take plain Adam steps on reproducible batches; returns the losses."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
     losses = []
     for step in range(first, first + n_steps):
@@ -112,7 +112,7 @@ def gradients(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, Tenso
 
 
 def assert_equal_training(ours: TrainingSAE[Any], theirs: TrainingSAE[Any], bfloat16: bool) -> None:
-    """Activations, losses, every gradient and weight, the threshold: equal to the last bit over 20 Adam steps."""
+    """Activations, losses, all gradients and weights, and the threshold are bit-identical over 20 Adam steps."""
     optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (ours, theirs)]
     for step in range(20):
         given = step_input(activations(31, seed=step), n_dead=step % 9)

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: what `huggingface_hub` asks for to upload and download models, and faults."""
+"""A local Hugging Face Hub: what `huggingface_hub` requests to upload and download models, with injected faults."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ ROUTES = Map(
         Rule("/api/models/<user>/<name>/commit/main", endpoint="commit"),
     ]
 )
-"""Addresses, and the methods of `HubServer` that answer there."""
+"""URL patterns, and the methods of `HubServer` that handle them."""
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Requests of `method` with `part` in their path go wrong: with a status, or None for a dropped connection."""
+    """Requests of `method` with `part` in their path fail: with `status`, or a dropped connection if it is None."""
 
     method: str
     part: str
     status: int | None
-    after: int = 0  # this many such requests go well first
+    after: int = 0  # number of such requests that succeed first
 
 
 class HubServer(HTTPServer):
@@ -170,7 +170,7 @@ def answer(content: object, status: int = 200, headers: dict[str, str] | None = 
 
 
 def drop(request: Request) -> None:
-    """Hang up after the first bytes of the body, without an answer."""
+    """Drop the connection after the first bytes of the body, without a response."""
     request.stream.read(100)
     request.environ["werkzeug.socket"].shutdown(SHUT_RDWR)
     raise ConnectionAbortedError
@@ -181,7 +181,7 @@ def is_lfs(path: str) -> bool:
 
 
 def blob_id(content: bytes) -> str:
-    """The name that git gives a file."""
+    """Git's hash of a file with this content."""
     return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

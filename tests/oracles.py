@@ -1,4 +1,4 @@
-"""What the paper says, in plain loops over Python numbers. Imports nothing from the package."""
+"""The paper's definitions and our own rules in plain loops over Python numbers; imports nothing from the package."""
 
 import math
 
@@ -46,7 +46,7 @@ def pool(
     draw: tuple[int, int, int] | None = None,
     last_cutoff: float = math.inf,
 ) -> set[int]:
-    """The `size` best latents of one group of tokens; `draw` is (seed, draw, group) if they are sampled."""
+    """The `size` best latents in one group of tokens; `draw` is (seed, draw, group) if the pool is sampled."""
     ranked = []
     for latent in range(len(acts[0])):
         column = [row[latent] for row in acts]
@@ -68,20 +68,20 @@ def pools(
 
 
 def kept_values(acts: Matrix, pools: list[set[int]], n_keep: int, group_size: int | None) -> list[float]:
-    """The positive ones among the `n_keep` largest pooled entries of the batch, in ascending order."""
+    """Positive values among the `n_keep` largest pooled entries of the batch, ascending."""
     step = group_size or len(acts)
     entries = [row[latent] for token, row in enumerate(acts) for latent in pools[token // step]]
     return sorted(value for value in sorted(entries, reverse=True)[:n_keep] if value > 0)
 
 
 def gini(counts: list[float]) -> float:
-    """Mean absolute difference of all pairs, over twice the mean."""
+    """Mean absolute difference over all pairs, divided by twice the mean."""
     n, mean = len(counts), sum(counts) / len(counts)
     return sum(abs(a - b) for a in counts for b in counts) / (2 * n * n * mean)
 
 
 def quantile_threshold(column: list[float], count: int) -> float:
-    """Halfway between the `count`-th largest entry and the next, nothing below 0 counting as less than 0."""
+    """Halfway between the `count`-th largest entry and the next, with negative entries counted as 0."""
     if count == 0:
         return math.inf
     ordered = sorted((max(value, 0.0) for value in column), reverse=True)
@@ -89,9 +89,9 @@ def quantile_threshold(column: list[float], count: int) -> float:
 
 
 def precision_weighted_counts(columns: Matrix, kept: Matrix) -> list[int]:
-    """Per latent how many entries may fire: its selections times its precision, all scaled to the same sum.
+    """Number of entries that may fire per latent: its selections times its precision, scaled to the same total.
 
-    `columns` and `kept` have one list per latent. By the largest remainder; no latent beyond its positive entries.
+    `columns` and `kept` have one list per latent. Rounded by largest remainder; at most a latent's positive entries.
     """
     counts = [sum(value > 0 for value in column) for column in kept]
     hits = []
@@ -99,7 +99,7 @@ def precision_weighted_counts(columns: Matrix, kept: Matrix) -> list[int]:
         above = quantile_threshold(column, count)
         hits.append(max(1, sum(value > above for value in chosen)) if count else 0)
     room = [sum(value > 0 for value in column) if hit else 0 for column, hit in zip(columns, hits, strict=True)]
-    # Fill those that reach their limit, and share what is left among the others.
+    # Cap the latents that reach their limit, and share the rest among the others.
     full: set[int] = set()
     while True:
         left = sum(counts) - sum(room[i] for i in full)
@@ -117,7 +117,7 @@ def precision_weighted_counts(columns: Matrix, kept: Matrix) -> list[int]:
 
 
 def kept_places(acts: Matrix, pools: list[set[int]], n_keep: int, group_size: int | None) -> list[tuple[int, int]]:
-    """(token, latent) of the positive ones among the `n_keep` largest pooled entries; of equals the lowest first."""
+    """(token, latent) of the positive entries among the `n_keep` largest pooled ones; ties go to the lowest pair."""
     step = group_size or len(acts)
     ranked = [(-row[latent], token, latent) for token, row in enumerate(acts) for latent in pools[token // step]]
     return sorted((token, latent) for value, token, latent in sorted(ranked)[:n_keep] if value < 0)

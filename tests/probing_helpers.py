@@ -1,4 +1,4 @@
-"""What a labelled text set is judged by."""
+"""Checks of labelled text data sets: duplicates, and the accuracy of a simple classifier."""
 
 import math
 import re
@@ -6,12 +6,12 @@ from collections import Counter
 
 
 def bare(text: str) -> str:
-    """Letters and digits alone: the same for texts that differ in case, spacing or punctuation."""
+    """Lower-cased letters and digits only: equal for texts that differ only in case, spacing or punctuation."""
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def naive_bayes_accuracy(train: list[dict], test: list[dict]) -> float:
-    """Of a multinomial naive Bayes classifier over lower-cased words, add-one smoothing, balanced classes."""
+    """Accuracy of multinomial naive Bayes over lower-cased words, with add-one smoothing and balanced classes."""
     counts = {row["label"]: Counter() for row in train}
     for row in train:
         counts[row["label"]].update(re.findall(r"[a-z]+", row["text"].lower()))

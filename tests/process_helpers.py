@@ -1,4 +1,4 @@
-"""Starting processes that need not import everything anew."""
+"""Processes forked from a server that has done the slow imports."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-# What takes long; Python 3.11 does not find the tests' own modules, and what is not installed is left out.
+# The slow imports; Python 3.11 does not find the tests' own modules, and modules not installed are skipped.
 FORKS.set_forkserver_preload(["sae_lens_sampled", "sae_lens_sampled.saebench"])
 
 
@@ -35,7 +35,7 @@ def _run_script(script: Path | str, arguments: tuple[str, ...], folder: Path, lo
 
 
 def run_script(script: Path | str, *arguments: str, folder: Path, log: Path) -> str:
-    """What a script prints that is run by its path, or a package by its name, from `folder`; it must end well."""
+    """Run a script by its path, or a package by its name, in `folder`; returns its output, fails if the script does."""
     process = FORKS.Process(target=_run_script, args=(script, arguments, folder, log))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""One process of several that runs `DataParallelRunner`, on every case in turn; imported before it is forked."""
+"""Worker process that runs `DataParallelRunner` on every case in turn; imported before the process is forked."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ def transcoder_config(model: Path, folder: Path) -> LanguageModelSAERunnerConfig
 
 
 def runner_config(model: Path, folder: Path, normalize: str, **fields: Any) -> LanguageModelSAERunnerConfig[Any]:
-    """Activations come in the order of the text, so that those of two stores can be put side by side."""
+    """Config whose activations come in the order of the text, so that batches of two stores can be put together."""
     data: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
         "model_name": str(model),
@@ -82,13 +82,13 @@ def runner_config(model: Path, folder: Path, normalize: str, **fields: Any) -> L
 
 
 def runner(rank: int, cfg: LanguageModelSAERunnerConfig[Any], timeout: float = 60) -> DataParallelRunner:
-    """With other weights on every rank, of which those of rank 0 count."""
+    """Runner with different weights on every rank, of which those of rank 0 are used."""
     own = sae(rank, cfg.sae.normalize_activations)
     return DataParallelRunner(cfg, override_sae=own, timeout=timedelta(seconds=timeout))
 
 
 def result_of(run: DataParallelRunner) -> dict[str, Any]:
-    """What the trainer, its SAE and the scaler are at the end of a run, and where this process is in its text."""
+    """State of the trainer, its SAE and the scaler after a run, and the position of this process in its text."""
     made: list[SAETrainer] = []
     fit, estimates = SAETrainer.fit, []
 
@@ -124,12 +124,12 @@ def result_of(run: DataParallelRunner) -> dict[str, Any]:
 
 
 OWN = {"logger": LoggingConfig(log_to_wandb=False, run_name="mine"), "output_path": "elsewhere", "verbose": True}
-"""Fields in which processes may differ."""
+"""Config fields that may differ between processes."""
 SCALERS = ("estimate_scaling_factor", "estimate_whitening")
 
 
 def _resumed_run(rank: int, model: Path, folder: Path) -> dict[str, Any]:
-    """With wandb on and an evaluation, of which the first process alone knows."""
+    """Resumed with wandb and an evaluation, which only the first process performs."""
     logged: list[dict[str, Any]] = []
     wandb.log = lambda values, step=None: logged.append(values)
     wandb.init = wandb.finish = lambda **_: None
@@ -151,7 +151,7 @@ def _resumed_run(rank: int, model: Path, folder: Path) -> dict[str, Any]:
         places.append((Path(path).name, load(run.activations_store, path), run.activations_store.n_dataset_processed))
     )
     result = result_of(run)
-    assert cfg.logger.log_to_wandb  # the user's own config is as it was
+    assert cfg.logger.log_to_wandb  # the user's own config is unchanged
     return result | {"resumed_at": places, "logged": [name for values in logged for name in values]}
 
 
@@ -164,7 +164,7 @@ def _told(function: Callable[[], Any]) -> tuple[str, str]:
 
 
 def _in_step(n: int, what: Callable[[], None]) -> Callable[..., Any]:
-    """`training_forward_pass` that does something before the n-th."""
+    """`training_forward_pass` that calls `what` before its n-th call, counted from 0."""
     original, steps = SampledTopKTrainingSAE.training_forward_pass, iter(range(1000))
 
     def forward(self, step_input):
@@ -176,7 +176,7 @@ def _in_step(n: int, what: Callable[[], None]) -> Callable[..., Any]:
 
 
 def _stopped_run(rank: int, model: Path, folder: Path) -> dict[str, Any]:
-    """Only rank 1 gets a signal."""
+    """Only rank 1 receives a signal."""
     run = runner(rank, runner_config(model, folder / "stopped", "none"))
     if rank == 1:
         run.sae.training_forward_pass = _in_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)).__get__(run.sae)
@@ -189,7 +189,7 @@ def _batches(store: ActivationsStore, change: Callable[[int, Tensor], Tensor]) -
 
 
 def _not_finite(rank: int, model: Path, folder: Path) -> dict[str, Any]:
-    """Only rank 1 has a row that is not finite."""
+    """Only rank 1 has non-finite rows."""
     run = runner(rank, runner_config(model, folder / "not_finite", "none"))
     if rank == 1:
         run.activations_store._dataloader = _batches(
@@ -199,7 +199,7 @@ def _not_finite(rank: int, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def _hanging(rank: int, model: Path, folder: Path) -> dict[str, Any]:
-    """Rank 1 waits for its text, first within the time-out and then longer than that."""
+    """Rank 1 waits for its text: first for less than the timeout, then for longer."""
     run = runner(rank, runner_config(model, folder / "hanging", "none"), timeout=TIMEOUT.total_seconds())
 
     def dawdle(step: int, batch: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _hanging(rank: int, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def _different(rank: int, model: Path, folder: Path) -> list[tuple[str, str]]:
-    """Rank 1 has another config, of the runner, of the SAE, of the SAE given, and of its own alone."""
+    """Rank 1 differs in turn in a runner field, an SAE field, the SAE passed in, and fields that may differ."""
     plain = runner_config(model, folder / "different", "none")
     wider = SampledTopKTrainingSAE(dataclasses.replace(plain.sae, d_sae=256))
     changes: list[dict[str, Any]] = [{"lr": 2e-3}, {"sae": dataclasses.replace(plain.sae, k=5)}, {}, OWN]
@@ -230,7 +230,7 @@ def _different(rank: int, model: Path, folder: Path) -> list[tuple[str, str]]:
 
 
 def work(rank: int, count: int, ports: list[int], model: Path, folder: Path) -> None:
-    """Run every case, and write what came of them to `folder/rank_RANK.pt`."""
+    """Run every case and write the results to `folder/rank_RANK.pt`."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),

@@ -32,7 +32,7 @@ class Simulated(SeveralRanks):
 
 
 def on_ranks(function, arguments):
-    """`function(argument, ranks)` on a rank for each argument, and what they returned or raised."""
+    """Call `function(argument, ranks)` on one rank per argument; returns their results or errors."""
     count = len(arguments)
     barrier, box = threading.Barrier(count), [None] * count
 

@@ -1,10 +1,10 @@
-"""The study at the size of the tests."""
+"""The study at test size."""
 
 from pathlib import Path
 
-from study.configs import TINY, smoke
 from study.plan import Unit, arms
 from study.storage import Storage
+from study.studies import TINY, smoke
 
 EVAL = Path(__file__).parent.parent / "eval"
 SMOKE = smoke(TINY)

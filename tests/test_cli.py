@@ -74,7 +74,7 @@ def test_the_reason_of_an_error_in_the_middle_stands_below_the_progress_bar(tiny
     (tmp_path / "short.jsonl").write_text('{"text": "Too few words."}')
     with pytest.raises(SystemExit):
         app(["train", *train_arguments(tiny_lm, tmp_path, dataset_path=tmp_path)])
-    gc.collect()  # what is left of the bar would write now
+    gc.collect()  # anything left of the progress bar would write now
     err = capfd.readouterr().err
     assert "Training SAE" in err
     assert err.endswith("\nUnable to fill buffer after starting new epoch. Dataset may be too small.\n")
@@ -132,7 +132,7 @@ def test_command_is_installed():
 
 
 def test_a_reader_of_the_entry_point_finds_the_class_and_importing_prints_nothing_and_leaves_sae_bench_alone():
-    """What a SAELens that looks for plugins would do; nothing else imports ours."""
+    """Do what a SAELens that looks for plugins would do; nothing else imports ours."""
     script = """
 import sys
 from importlib.metadata import entry_points
@@ -177,7 +177,7 @@ def test_calibrate_saves_an_sae_at_the_wanted_l0(tiny_lm, tmp_path, hook):
     assert result.exit_code == 0, result.output
     report = dict(line.split() for line in result.stdout.splitlines() if line.startswith(("l0_after", "n_tokens")))
     assert report["n_tokens"] == "3,000"
-    # Contexts begin with the same token, so a few activations are equal and a threshold may leave out all of these.
+    # All contexts begin with the same token, so a few activations are equal and one threshold may exclude them all.
     assert float(report["l0_after"]) == pytest.approx(5, abs=0.05)
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     again = CliRunner().invoke(app, ["calibrate", str(tmp_path / "checkpoint"), *arguments])
@@ -209,7 +209,7 @@ def test_version_is_that_of_the_package():
 
 def test_command_line_starts_with_transformer_lens_2_which_has_no_bridge(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
-    fresh = runpy.run_module("sae_lens_sampled.cli")["app"]  # as it is imported anew; the module of the others stays
+    fresh = runpy.run_module("sae_lens_sampled.cli")["app"]  # a fresh import; other tests keep their module
     assert "training step, cpu" in CliRunner().invoke(fresh, ["info"]).output
 
 
@@ -223,8 +223,8 @@ def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
     assert words in line
 
 
-def test_info_says_where_the_way_is_measured(monkeypatch):
-    monkeypatch.setattr("sae_lens_sampled.cli.MEASURED_DEVICES", ("cpu",))  # as a GPU is
+def test_info_says_on_which_devices_the_path_is_timed(monkeypatch):
+    monkeypatch.setattr("sae_lens_sampled.cli.MEASURED_DEVICES", ("cpu",))  # as if it were a GPU
     [line] = [line for line in CliRunner().invoke(app, ["info"]).output.splitlines() if "training step, cpu" in line]
     assert line.endswith("the fastest path, timed at the first step")
 

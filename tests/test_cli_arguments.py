@@ -1,4 +1,4 @@
-"""Numbers and paths that no command can work with: each is refused before the work, in a sentence."""
+"""Invalid numbers and paths: commands reject each in one sentence, before any work."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folders(tiny_lm, tmp_path_factory):
-    """What the words in capitals stand for."""
+    """Paths that the words in capitals stand for."""
     folder = tmp_path_factory.mktemp("saes")
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=128, d_sae=192, k=8, pool_factor=4))
     metadata = sae.cfg.metadata
@@ -80,7 +80,7 @@ def refusal(result):
 
 
 @pytest.mark.parametrize(("name", "option", "value", "message"), CASES)
-def test_a_value_that_cannot_be_is_refused(name, option, value, message, folders, tmp_path, monkeypatch):
+def test_invalid_values_are_refused(name, option, value, message, folders, tmp_path, monkeypatch):
     if name == "eval":
         pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     else:
@@ -93,7 +93,7 @@ def test_a_value_that_cannot_be_is_refused(name, option, value, message, folders
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-tokens"])
 @pytest.mark.parametrize("value", ["1e400", "nan", "two"])
-def test_a_number_of_calibrate_is_a_number(option, value, folders, tmp_path):
+def test_calibrate_refuses_what_is_not_a_number(option, value, folders, tmp_path):
     assert option in refusal(invoke("calibrate", folders, tmp_path / "out", f"{option}={value}"))
 
 
@@ -108,7 +108,7 @@ COUNTS = (
 )
 FLAGS_OF_TRAIN = [*COUNTS, "n_batches_in_buffer", "pool_factor", "pool_group_size", "lr", "n_checkpoints"]
 TAKEN = {("n_checkpoints", "0"), ("lr", "0")}
-"""No checkpoints but the last, and a rate that trains nothing."""
+"""Values that are accepted: no checkpoint but the last, and a learning rate that trains nothing."""
 
 
 @pytest.mark.parametrize("flag", FLAGS_OF_TRAIN)
@@ -148,13 +148,13 @@ def test_an_output_path_that_cannot_be_a_folder_is_refused_before_the_work(name,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile"]
 
 
-def test_the_same_of_an_upload_that_is_only_written(folders, tmp_path):
+def test_a_dry_run_folder_below_a_file_is_refused(folders, tmp_path):
     (tmp_path / "afile").write_text("")
     arguments = ["upload", str(folders["SAE"]), "--repo-id", "me/saes", "--dry-run", str(tmp_path / "afile" / "x")]
     assert "dry_run_folder=" in refusal(CliRunner().invoke(app, arguments))
 
 
-def test_a_full_disk_is_told_before_calibrating(folders, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_calibrating(folders, tmp_path, monkeypatch):
     def full(descriptor, offset, length):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_told_before_calibrating(folders, tmp_path, monkeypatch):
     [("", "train.jsonl"), ('{"text": "Too few words."}\n', "gives no prompt of context_size=64 tokens: it has")],
     ids=["no rows", "no prompt"],
 )
-def test_a_text_too_short_to_calibrate_on_is_told(rows, message, folders, tmp_path):
+def test_a_text_too_short_to_calibrate_on_is_reported(rows, message, folders, tmp_path):
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "train.jsonl").write_text(rows)
     result = invoke("calibrate", {**folders, "TEXT": tmp_path / "short"}, tmp_path / "out")

@@ -46,7 +46,7 @@ def test_commands_are_found_in_blocks_in_indented_lines_and_in_text():
     ]
 
 
-def test_a_command_that_is_new_and_one_that_is_gone_are_told(monkeypatch):
+def test_a_command_that_is_new_and_one_that_is_gone_are_reported(monkeypatch):
     monkeypatch.setattr(commands, "documented", lambda: {ROOT / "README.md": ["make tea"]})
     monkeypatch.setattr(commands, "COMMANDS", {"make coffee": "nobody drinks it"})
     assert commands.differences() == [
@@ -55,7 +55,7 @@ def test_a_command_that_is_new_and_one_that_is_gone_are_told(monkeypatch):
     ]
 
 
-def test_what_is_run_has_its_placeholders_filled_and_its_program(monkeypatch):
+def test_commands_are_run_with_placeholders_filled_and_their_program(monkeypatch):
     known = {
         "train --k 8 ...": commands.Run("--steps 2", {"...": "--d_in 4"}),
         "study/run.py --config tiny": commands.Run(),

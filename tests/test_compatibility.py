@@ -1,4 +1,4 @@
-"""What earlier versions wrote loads: a checkpoint and an export of `sampled_sae(pool_group_size=16)` after 30 steps."""
+"""Files of earlier versions load: a checkpoint and an export of `sampled_sae(pool_group_size=16)` after 30 steps."""
 
 import json
 import shutil
@@ -31,14 +31,14 @@ def test_a_checkpoint_of_before_exports_the_same_sae_and_trains_on():
     learnt = sae.rate_matcher.threshold
     fires = want.threshold.isfinite()
     torch.testing.assert_close((learnt * 1.0)[fires], (want.threshold * 1.0)[fires])
-    # What such a checkpoint does not know is known after a step.
+    # A value missing from such a checkpoint is set by the next step.
     assert sae.pool_record.input_norm == 0
     x = activations(64, seed=8)
     sae.training_forward_pass(step_input(x, step=30))
     assert sae.pool_record.input_norm.item() == pytest.approx(x.norm(dim=-1).mean().item())
 
 
-def test_pools_of_a_checkpoint_of_before_go_on_or_end_as_the_run_says_that_resumes():
+def test_pool_steps_of_the_resuming_run_apply_to_checkpoints_of_earlier_versions():
     assert "pool_steps" not in json.loads((BEFORE / "checkpoint" / "cfg.json").read_text())
     x = activations(64, seed=8)
     assert load_checkpoint(BEFORE / "checkpoint").cfg.pool_steps is None
@@ -48,10 +48,10 @@ def test_pools_of_a_checkpoint_of_before_go_on_or_end_as_the_run_says_that_resum
         assert (sae.training_forward_pass(step_input(x)).pool is not None) == has_pool
 
 
-def test_pools_with_a_quota_which_there_are_no_more_are_refused(tmp_path):
+def test_checkpoints_with_the_removed_pool_quota_are_refused(tmp_path):
     checkpoint = shutil.copytree(BEFORE / "checkpoint", tmp_path / "checkpoint")
     config = json.loads((checkpoint / "cfg.json").read_text())
-    assert config["pool_quota"] is None  # as such checkpoints without one have it, which load
+    assert config["pool_quota"] is None  # as in such checkpoints without a quota, which load
     (checkpoint / "cfg.json").write_text(json.dumps(config | {"pool_quota": [0.5, 0.5]}))
     message = r"pool_quota=\[0.5, 0.5\] was an option of earlier versions.*Its JumpReLU export still works\.$"
     for load in (load_checkpoint, SAE.load_from_disk, sampled_sae(pool_group_size=16).load_weights_from_checkpoint):

@@ -1,4 +1,4 @@
-"""Intervals against scipy's tests, and Holm's rule against plain loops."""
+"""Intervals compared with scipy's tests, and Holm's rule with plain loops."""
 
 import itertools
 
@@ -81,13 +81,13 @@ def test_seeds_of_two_dictionaries_are_two_values():
     pooled = mean_interval(list(values.values()))
     assert clustered.mean == pytest.approx(pooled.mean)
     assert clustered.n == 2
-    # Means 0.02 and 1.02: a standard error of 0.5, times the quantile of one degree of freedom.
+    # Means 0.02 and 1.02: a standard error of 0.5, times the t quantile with one degree of freedom.
     assert clustered.high == pytest.approx(0.52 + 12.706 * 0.5, rel=1e-3)
     assert clustered_interval({}, lambda key: key) is None
 
 
 def holm_by_steps(p_values: list[float], alpha: float) -> set[int]:
-    """Which hypotheses are rejected: in the order of their p-values, until one is not."""
+    """Indices of the rejected hypotheses: in the order of their p-values, until one is not rejected."""
     rejected, left = set(), list(range(len(p_values)))
     while left:
         best = min(left, key=lambda index: p_values[index])
@@ -109,13 +109,13 @@ def test_adjusted_p_values_reject_what_holms_steps_reject():
             assert rejected == holm_by_steps(p_values, alpha)
             n_rejected.append(len(rejected))
     assert len(set(n_rejected)) > 4
-    # 3 x 0.01, 2 x 0.02, and the last is not below the one before: 0.04, not 0.03.
+    # 3 x 0.01 and 2 x 0.02; the last is at least the one before it: 0.04, not 0.03.
     assert holm({"b": 0.02, "a": 0.01, "c": 0.03}) == pytest.approx({"b": 0.04, "a": 0.03, "c": 0.04})
     assert holm({}) == {}
 
 
 def test_the_error_over_pairs_leaves_out_a_unit_with_all_its_pairs():
-    # Without seed 0, 1 and 2 the means are 0.6, 0.2 and 0.1: squares 0.09 + 0.01 + 0.04, times 2/3, the root is 0.3055.
+    # Means without seed 0, 1 and 2: 0.6, 0.2 and 0.1. Error: sqrt((0.09 + 0.01 + 0.04) * 2/3) = 0.3055.
     interval = jackknife_interval({(0, 1): 0.1, (0, 2): 0.2, (1, 2): 0.6})
     assert interval is not None
     assert (interval.mean, interval.error, interval.n) == (pytest.approx(0.3), pytest.approx(0.30551, abs=1e-5), 3)

@@ -1,24 +1,24 @@
-"""What SAELens asks of a training architecture, distilled from the tests of its own.
+"""What SAELens requires of a training architecture, distilled from its own tests.
 
- 1 activation: exactly int(k * tokens) entries, any shape, uneven rows, float k, never a negative one
- 2 config: round trips, provenance metadata, inference config, refusals
+ 1 activation: exactly int(k * tokens) entries, none negative; any input shape, uneven rows, float k
+ 2 config: round trips, provenance metadata, inference config, errors
  3 initialisation: shapes, non-zero weights, zero biases and threshold
  4 threshold: moves in training, is logged, is exported as one vector
- 5 export: a JumpReLU with unit decoder rows, equal to the training SAE on a batch it was calibrated on
- 6 folding decoder norms: same outputs, refused where unsafe, no NaN from zero rows
+ 5 export: a JumpReLU with unit decoder rows, equal to the training SAE on the batch it was calibrated on
+ 6 folding decoder norms: same outputs, an error where unsafe, no NaN from zero rows
  7 folding normalisation: same outputs, thresholds follow
  8 limit: equal to the simpler architecture (BatchTopK)
  9 auxiliary loss: zero without dead latents, by definition otherwise, gradient to dead latents only
 10 hooks: the cache holds the step's tensors
 11 three-dimensional input is its flattened rows
-12 checkpoints: everything is restored; counters and scaler go on; final metadata
+12 checkpoints: everything is restored; counters and scaler continue; final metadata
 13 runner: end to end, prefetch, override_sae, no output path
-14 command line: parsed for the architecture; loading goes through the meta device
+14 command line: arguments parsed for the architecture; loading via the meta device
 15 trainer: callable metrics, autocast, L0 metadata, the loss falls
-16 several SAEs at once equal as many single runs
+16 several SAEs trained at once equal separate runs
 
-Points 1, 4 and 5 are stated for a pool of all latents; `test_training.py` has point 1 for real pools. Other tests that
-show a point carry its number as a marker.
+Points 1, 4 and 5 are tested here with a pool of all latents; `test_training.py` tests point 1 with smaller pools. Tests
+of a point in other files carry its number as a marker.
 """
 
 import re
@@ -78,7 +78,7 @@ def test_initial_weights_and_buffers():
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
     assert sae.topk_threshold.shape == ()
-    ones = {"rate_matcher.precision", "rate_matcher.gain"}  # nothing is known yet against any latent
+    ones = {"rate_matcher.precision", "rate_matcher.gain"}  # no evidence against any latent yet
     for name, buffer in sae.named_buffers():
         assert torch.equal(buffer, torch.full_like(buffer, name in ones)), name
 
@@ -93,7 +93,7 @@ def test_threshold_moves_is_logged_and_becomes_a_constant_vector():
     state_dict = sae.state_dict()
     sae.process_state_dict_for_saving_inference(state_dict)
     assert "topk_threshold" not in state_dict
-    # Exported without the bias of a running mean that starts at 0.
+    # The export corrects the bias of a running mean that starts at 0.
     torch.testing.assert_close(state_dict["threshold"], torch.full((D_SAE,), smallest.item()))
 
 
@@ -148,7 +148,7 @@ def test_folding_a_scaling_factor_changes_no_output(rescale, fields):
     acts, out = sae.encode(batch * 2), sae(batch * 2)
     exported = to_jumprelu(sae)
     sae.fold_activation_norm_scaling_factor(2.0)
-    # Rescaled activations are in units of the input, which has just become twice as small.
+    # Rescaled activations are in units of the input, which is now half as large.
     torch.testing.assert_close(sae.encode(batch), acts / 2 if rescale else acts)
     torch.testing.assert_close(sae(batch), out / 2)
     folded = to_jumprelu(sae)
@@ -306,7 +306,7 @@ def test_several_saes_at_once_equal_single_runs():
 
 
 def test_randomised_weights_have_uneven_decoder_norms():
-    """What the tests above lean on."""
+    """The tests above rely on this."""
     sae = SampledTopKTrainingSAE(config())
     randomise(sae)
     assert sae.W_dec.norm(dim=1).std() > 0.1

@@ -13,7 +13,7 @@ ENOUGH_MEMORY = 4 * 2**30
 
 
 def dictionary(n_rows, d_in=7, seed=0, dtype=torch.float32):
-    """Rows of uneven length."""
+    """Rows of uneven norm."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.2, 3, n_rows)[:, None]
     return (torch.randn(n_rows, d_in, generator=generator) * scale).to(dtype)
@@ -74,7 +74,7 @@ def test_summary_is_the_mean_and_the_shares_of_the_max_cosines():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_dictionary_permuted_and_rescaled_is_found_entirely(dtype):
     a = dictionary(30, dtype=dtype)
-    # Powers of two, which leave bfloat16 directions as they are.
+    # Powers of two, which leave directions unchanged in bfloat16.
     b = a[torch.randperm(30)] * 2.0 ** torch.randint(-3, 4, (30, 1))
     for other in (a, b.to(dtype)):
         similarity = dictionary_similarity(a, other)
@@ -137,7 +137,7 @@ def test_baseline_is_that_of_simulated_directions(n, d_in, absolute):
     largest = []
     for _ in range(400):
         others = torch.nn.functional.normalize(torch.randn(n, d_in, generator=generator, dtype=torch.double), dim=1)
-        cosines = others[:, 0]  # with the first axis: all directions are alike
+        cosines = others[:, 0]  # with the first axis: all directions are equivalent
         largest.append((cosines.abs() if absolute else cosines).max())
     largest = torch.stack(largest)
     standard_error = largest.std().item() / math.sqrt(len(largest))
@@ -145,7 +145,7 @@ def test_baseline_is_that_of_simulated_directions(n, d_in, absolute):
 
 
 def test_baseline_is_exact_where_the_integral_is_known():
-    # In three dimensions one cosine is uniform; in two it is the cosine of a uniform angle.
+    # In three dimensions a cosine is uniform; in two it is the cosine of a uniform angle.
     for n in (1, 2, 9, 1000):
         assert random_baseline(n, 3, absolute=False) == pytest.approx((n - 1) / (n + 1), abs=1e-7)
         assert random_baseline(n, 3, absolute=True) == pytest.approx(n / (n + 1), abs=1e-7)
@@ -157,13 +157,13 @@ def test_baseline_of_a_large_dictionary_is_what_random_rows_reach():
     a, b = torch.randn(200, 768, generator=generator), torch.randn(65_536, 768, generator=generator)
     cosines = max_cosines(a, b)
     for got, absolute in ((cosines.a, False), (cosines.a_absolute, True)):
-        # The rows of b are the same for all of a, which adds little: they are nearly orthogonal.
+        # All rows of a share the rows of b, which adds little error: they are nearly orthogonal.
         standard_error = got.std().item() / math.sqrt(len(got))
         assert random_baseline(65_536, 768, absolute) == pytest.approx(got.mean().item(), abs=4 * standard_error)
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_what_cannot_be_compared_is_told_in_one_sentence():
+def test_incomparable_saes_are_reported_in_one_sentence():
     a = dictionary(5)
     with pytest.raises(
         ValueError, match=r"^dictionaries of shapes \(5, 7\) and \(5, 6\) cannot be compared; both need"
@@ -182,7 +182,7 @@ def test_what_cannot_be_compared_is_told_in_one_sentence():
         random_baseline(9, 1, absolute=False)
 
 
-# The whole pass takes minutes on a CPU. Its memory is that of one row of tiles, whatever the number of such rows.
+# The full comparison takes minutes on a CPU. Its memory is that of one row of tiles, however many rows there are.
 FIRST_TILES = """
 import re, torch
 from pathlib import Path
@@ -199,6 +199,6 @@ print((peak() - before) * 1024)
 
 @pytest.mark.skipif(free_memory() < ENOUGH_MEMORY, reason="needs Linux and 4 GiB of free memory")
 def test_tiles_of_65536_latents_and_both_dictionaries_fit_in_2_gb():
-    """The first four, each in the place of the one before."""
+    """The first four tiles, each stored in place of the previous one."""
     result = subprocess.run([sys.executable, "-c", FIRST_TILES], capture_output=True, text=True, check=True)
     assert 2 * 65_536 * 768 * 4 < int(result.stdout) < 2e9

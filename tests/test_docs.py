@@ -1,4 +1,4 @@
-"""The docs: links of pages that live elsewhere in the repository, and the examples of the API reference."""
+"""The docs: links in pages kept elsewhere in the repository, and the examples of the API reference."""
 
 import importlib.util
 import re
@@ -45,10 +45,10 @@ def on_site(markdown, page="eval/RESULTS.md", repo_url=None):
         ("[tables](results/known_features.md#a)", "[tables](results/known_features.md#a)"),
         ("[home](../README.md)", "[home](../index.md)"),
         ("[guide](../docs/training.md)", "[guide](../training.md)"),
-        ("[code](study/configs.py)", "code"),  # no page, and no repository to lead to
+        ("[code](study/configs.py)", "code"),  # not a page, and no repository to link to
         ("[data](results/check_export.json)", "data"),
         ("![plot](results/known_features.png)", "![plot](results/known_features.png)"),
-        ("[nothing](study/lost.py)", "[nothing](study/lost.py)"),  # mkdocs then says so
+        ("[nothing](study/lost.py)", "[nothing](study/lost.py)"),  # mkdocs reports it
         ("[out](https://arxiv.org/abs/2508.21324)", "[out](https://arxiv.org/abs/2508.21324)"),
     ],
 )
@@ -88,7 +88,7 @@ def scores_restored():
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
 def test_the_examples_of_the_api_reference_run(page, tmp_path, monkeypatch, scores_restored):
-    """One page after the other, as a reader would; the names of the model and its text are ours."""
+    """Run the examples of a page in order, as a reader would, with the bundled model as MODEL and TEXT."""
     if page.stem == "evaluation":
         pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""On a GPU: what a step, a run, an export and the evals do on the CPU. Skipped where there is none."""
+"""On a GPU, steps, runs, exports and evals do what they do on the CPU. Skipped without a GPU."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ def step_on(device, sae, x, n_dead, number=0):
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch alone"])
 def with_kernels(request, monkeypatch):
-    """With kernels and without, as where there is no triton."""
+    """With kernels, and without them, as if triton were missing."""
     if not request.param:
         monkeypatch.setattr(sae_lens_sampled.step.triton, "_imports", lambda: False)
     elif not available(torch.device(DEVICE)):
@@ -91,7 +91,7 @@ KERNEL_STEPS = [
 
 
 def large_sae(**fields):
-    """Of sizes at which programs of a kernel run side by side, and a latent may fire on every token."""
+    """SAE of a size at which a kernel's programs run in parallel and a latent may fire on every token."""
     torch.manual_seed(0)
     given = {"d_in": 100, "d_sae": 4096, "k": 16, "step": "kept", "device": DEVICE, **fields}
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(**given))
@@ -100,7 +100,7 @@ def large_sae(**fields):
 
 
 def large_step(sae, number, n_dead=400):
-    """Of some 5,000 tokens, no multiple of any block."""
+    """A step of some 5,000 tokens, not a multiple of any block size."""
     x = torch.randn(5003, 100, generator=torch.Generator().manual_seed(number)).to(DEVICE)
     given = step_input(x, step=number)
     given.dead_neuron_mask = torch.arange(4096, device=DEVICE) < n_dead
@@ -138,7 +138,7 @@ def test_a_step_by_kernels_waits_for_the_device_twice(fields, monkeypatch):
     if not available(torch.device(DEVICE)):
         pytest.skip("no kernels for this GPU")
     sae = large_sae(**fields)
-    for number in range(2):  # compiles, and finds the cutoff
+    for number in range(2):  # compiles the kernels and finds the cutoff
         large_step(sae, number).loss.backward()
     tolist, n_reads = torch.Tensor.tolist, 0
 
@@ -164,7 +164,7 @@ def test_a_step_by_kernels_waits_for_the_device_twice(fields, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_are_their_definitions(dtype):
-    """At sizes that the interpreter is too slow for."""
+    """At sizes for which the interpreter is too slow."""
     if not available(torch.device(DEVICE)):
         pytest.skip("no kernels for this GPU")
     from sae_lens_sampled.step.triton.dots import dots, plain_dots

@@ -1,4 +1,4 @@
-"""What the distribution says of itself."""
+"""What the distribution declares: licences of its dependencies, and its version."""
 
 import re
 from importlib.metadata import requires
@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_dependency_is_listed_with_its_licence():
-    """What is missing from the metadata, or in it for nothing, `make lint` tells (deptry)."""
+    """`make lint` (deptry) reports dependencies that are missing from the metadata or unused."""
     parsed = list(map(Requirement, requires("sae-lens-sampled")))
     wanted = {r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": "eval"})}
     rows = re.findall(r"^\| (\S+) \| .* \| (.+) \|$", (ROOT / "THIRD_PARTY.md").read_text(), flags=re.MULTILINE)
     listed = dict(rows[1:])  # after the header
-    assert wanted - {"sae-bench"} <= listed.keys() <= wanted | {"sae-bench"}  # which is not for every Python
+    assert wanted - {"sae-bench"} <= listed.keys() <= wanted | {"sae-bench"}  # not available for every Python version
     assert all(listed.values())
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends whatever is at work, after a run of SAELens in the same process too; handlers end as they were."""
+"""Ctrl-C ends any work, also after a SAELens run in the same process, and handlers are restored."""
 
 import os
 import signal
@@ -32,14 +32,14 @@ def _restored():
 
 @pytest.fixture
 def after_a_run_of_saelens():
-    """Its handlers, which a run leaves behind."""
+    """Install SAELens' handlers, which its runs leave behind."""
     for number in BOTH:
         signal.signal(number, interrupt_callback)
 
 
 def press_ctrl_c(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGINT)
-    torch.zeros(1).sum()  # Python looks at signals between two instructions
+    torch.zeros(1).sum()  # Python handles signals between two instructions
 
 
 def at_call(n, original):
@@ -141,7 +141,7 @@ def test_handlers_of_the_users_own_are_left_alone():
 
 
 def in_a_thread(function):
-    """What a function gives or raises in another thread."""
+    """What `function` returns or raises in another thread."""
     outcome = []
 
     def call():
@@ -189,7 +189,7 @@ def test_signals_give_back_what_was_there(error, before):
 
 
 def test_a_handler_from_outside_python_stays(monkeypatch):
-    """Python calls it None and cannot put it back."""
+    """Python returns None for such a handler and cannot restore it."""
     installed = mock.Mock()
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", installed)

@@ -1,6 +1,6 @@
-"""The whole life of SAEs of every configuration: trained, saved, resumed, exported, calibrated; and damaged files.
+"""The life cycle of SAEs of random configurations (train, save, resume, export, calibrate), and damaged files.
 
-`LIVES=2000 pytest tests/test_whole_life.py -k live` takes some minutes.
+`LIVES=2000 pytest tests/test_whole_life.py -k live` tests more configurations and takes some minutes.
 """
 
 import os
@@ -66,7 +66,7 @@ def step_of(sae, shape, seed, dead, autocast):
 
 
 def trained(sae, shape, dead, autocast, steps):
-    """Some steps of training; the last inputs."""
+    """Take training steps and check their outputs; returns the last inputs."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for seed in steps:
         x, output = step_of(sae, shape, seed, dead, autocast)
@@ -102,7 +102,7 @@ def test_every_configuration_lives(fields, shape, autocast, dead):
     cfg, is_dead = sae.cfg, torch.rand(sae.cfg.d_sae) < dead
     x = trained(sae, shape, is_dead, autocast, range(3))
     with TemporaryDirectory() as folder, torch.no_grad():
-        # The checkpoint: what is loaded is what was saved, and goes on as it would have.
+        # The checkpoint: loading restores what was saved, and training continues as it would have.
         sae.save_model(f"{folder}/checkpoint")
         assert_same_state(sae, TrainingSAE.load_from_disk(f"{folder}/checkpoint"))
         resumed = sae_of(config_of(fields))
@@ -113,12 +113,12 @@ def test_every_configuration_lives(fields, shape, autocast, dead):
         assert_same_state(sae, resumed)
         sae.save_model(f"{folder}/checkpoint")
         assert_same_state(sae, load_checkpoint(f"{folder}/checkpoint"))
-        # The export: plain SAELens has what `to_jumprelu` gives.
+        # The export: plain SAELens loads what `to_jumprelu` returns.
         sae.save_inference_model(f"{folder}/export")
         exported = SAE.load_from_disk(f"{folder}/export")
         assert_same_state(exported, to_jumprelu(sae))
         assert exported(x).isfinite().all()
-        # Calibration needs some selections of a latent.
+        # Calibration needs latents that are selected often enough.
         try:
             rows = torch.randn(400, sum(cfg.batch_parts.values()), generator=torch.Generator().manual_seed(9)).to(
                 x.dtype
@@ -133,7 +133,7 @@ def test_every_configuration_lives(fields, shape, autocast, dead):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint and an export."""
+    """Folder with a checkpoint and an export."""
     folder = tmp_path_factory.mktemp("saved")
     sae = sampled_sae()
     train(sae, 2)
@@ -158,7 +158,7 @@ DAMAGES = {
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_in_words_of_ours(saved, tmp_path, damage, file):
-    """Never with a traceback of json, safetensors or the file system."""
+    """Never with an error of json, safetensors or the file system."""
     folder = shutil.copytree(saved / "checkpoint", tmp_path / "checkpoint")
     DAMAGES[damage](folder / file)
     with pytest.raises(ValueError, match=r"checkpoint"):
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_in_words_of_ours(saved, tmp_path, damag
 
 @pytest.mark.parametrize("fields", [{"d_sae": 50}, {"d_in": 8}, {"dtype": "float64"}], ids=str)
 def test_weights_of_another_checkpoint_are_refused_or_cast(saved, tmp_path, fields):
-    """Another size is refused; another type becomes that of the config, as SAELens has it."""
+    """A different size is an error; a different dtype is cast to the config's, as in SAELens."""
     folder, other = shutil.copytree(saved / "checkpoint", tmp_path / "checkpoint"), sampled_sae(**fields)
     other.save_model(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "sae_weights.safetensors", folder)

@@ -9,9 +9,9 @@ from benchmark.figures import draw_f1_against_fvu
 from benchmark.report import BenchmarkSummary, result_table
 from pages import interval_text, render
 from study import tables
-from study.configs import STUDIES
 from study.plan import GROUPED, pool_name
 from study.storage import Storage
+from study.studies import STUDIES
 from study.summary import Summary, shown
 
 TEMPLATES = {"KNOWN_FEATURES.md": "known_features.md", "results/known_features.md": "known_features_tables.md"}

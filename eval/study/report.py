@@ -9,11 +9,11 @@ from scipy import stats
 from latents import tables as latents
 from latents.rating import read_answers
 from pages import render
-from study import decision, tables
-from study.configs import BLOCK_10, SMOLLM2, TINY
+from study import beside_batchtopk, decision, tables
 from study.figures import FIGURES
 from study.named_text import TITLES, with_text_of_results
 from study.storage import Storage
+from study.studies import BLOCK_10, SMOLLM2, TINY
 from study.summary import Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,7 +49,12 @@ def render_tables(storage: Storage) -> str:
     """Page with everything that one study measured."""
     summary = Summary(storage)
     return render(
-        TEMPLATES / "tables.md", study=storage.study, summary=summary, tables=tables, titles=titles(storage.results)
+        TEMPLATES / "tables.md",
+        study=storage.study,
+        summary=summary,
+        tables=tables,
+        beside=beside_batchtopk,
+        titles=titles(storage.results),
     )
 
 
@@ -63,12 +68,13 @@ def render_page(eval_folder: Path) -> str:
     decided = summaries[BLOCK_10.name]
     real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
-    seconds = tables.step_seconds(eval_folder / "results" / "bench_training_step.json")
+    seconds = beside_batchtopk.step_seconds(eval_folder / "results" / "bench_training_step.json")
     return render(
         TEMPLATES / "results.md",
         tiny=summaries[TINY.name],
         real=real,
         tables=tables,
+        beside=beside_batchtopk,
         step_seconds=seconds,
         time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         export=export_gaps(real),
@@ -109,7 +115,7 @@ def titles(results: Path) -> dict[str, list[str]]:
 def probing_excluded(summary: Summary) -> int:
     """Number of the six probing comparisons, of the paper's pools with BatchTopK, whose interval excludes 0."""
     found = [summary.difference(f"pool_{n}", "batchtopk", f"probing_{k}") for n in (3, 5) for k in (1, 2, 5)]
-    return sum(difference is not None and (difference.p or 1) <= tables.ALPHA for difference in found)
+    return sum(difference is not None and (difference.p or 1) <= beside_batchtopk.ALPHA for difference in found)
 
 
 def confounded(summary: Summary) -> dict[str, str]:

@@ -29,13 +29,13 @@ from sae_lens_sampled.devices import NoDeviceError, check_device
 from sae_lens_sampled.files import NoSpaceError
 from sae_lens_sampled.runners.parts import parse_part
 from sae_lens_sampled.signals import interruptible
-from study.configs import STUDIES, smoke
 from study.costs import format_plan
 from study.named_text import keep_titles, with_text, with_text_of_results
 from study.plan import arms, check_patterns
 from study.report import write_report
 from study.stages import PREPARATION, STAGES, status, to_do
 from study.storage import Storage
+from study.studies import STUDIES, smoke
 
 PREPARE, REPORT = "prepare", "report"
 """Names of the steps before the stages (only on request) and after them; they have no parts."""

@@ -1,4 +1,4 @@
-"""A process that runs the study."""
+"""Entry point of a process that runs the study."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import torch
 
 
 def work(argv: Sequence[str], log: Path) -> None:
-    """Run it on one thread; what it prints goes to the end of `log`."""
+    """Run the study on one thread, and append its output to `log`."""
     torch.set_num_threads(1)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        from study.run import main  # changes sys.path, as a script may
+        from study.run import main  # imported here because the script changes sys.path
 
         main(argv)

@@ -1,4 +1,4 @@
-"""The benchmark of nested losses: a killed run ends as an undisturbed one; the page is of the results."""
+"""The benchmark of nested losses: a killed run ends like an undisturbed one, and pages match their results."""
 
 import itertools
 from dataclasses import replace
@@ -90,13 +90,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     (checkpoint,) = (tmp_path / "killed" / "toy-2-0").glob("*/*")
     assert 0 < int(checkpoint.name) < TOY.samples
     half = checkpoint.with_name(str(TOY.samples - 32))
-    half.mkdir()  # of a run that was killed while it was writing one
+    half.mkdir()  # left by a run that was killed while writing a checkpoint
     written = []
     monkeypatch.setattr(
         training, "finish_checkpoint", lambda checkpoint_path: written.append(int(checkpoint_path.name))
     )
     assert list(training.run(kept, together, tmp_path / "killed")) == want
-    assert len(written) == 2  # of the four, those that were not passed before
+    assert len(written) == 2  # of four checkpoints, those not reached before the kill
 
 
 def test_arms_may_be_trained_by_several_processes_and_in_other_sets(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_arms_may_be_trained_by_several_processes_and_in_other_sets(tmp_path, mo
     stream = training.stream
 
     def resumed(sample, batch_size, n_seen):
-        assert n_seen == 32 * 10  # of the last checkpoint of another set
+        assert n_seen == 32 * 10  # resumed from the last checkpoint of another set of arms
         return stream(sample, batch_size, n_seen)
 
     monkeypatch.setattr(training, "stream", resumed)
@@ -120,7 +120,7 @@ def test_arms_may_be_trained_by_several_processes_and_in_other_sets(tmp_path, mo
 def test_arms_say_steps_and_pools_as_shares():
     share = replace(TOY.arms["nested_light"], pool_share=0.25, steps={"inner_loss_steps": 0.75})
     toy = replace(TOY, arms={"share": share}, ks=(2, 40))
-    [unit] = units(toy)  # at k 40 the pool would be less than k
+    [unit] = units(toy)  # at k=40 the pool would be smaller than k
     sae = new_sae(toy, unit)
     assert (sae.cfg.n_candidates, sae.cfg.inner_loss_steps) == (32, 9)
     half = replace(toy, samples=toy.samples // 2)
@@ -148,7 +148,7 @@ def test_the_factorial_has_all_sizes_and_shares():
 
 def test_our_batchtopk_is_the_hosts(tmp_path):
     arms = {"ours": FACTORIAL.arms["batchtopk"], "theirs": SMALL.arms["batchtopk"]}
-    # Thresholds of the last step alone: SAELens' running mean starts at 0, which shows in so few steps.
+    # Use only the last step's thresholds: SAELens' running mean starts at 0, which still shows after so few steps.
     fields = {"topk_threshold_lr": 1.0}
     toy = replace(TOY, arms={name: replace(arm, fields=arm.fields | fields) for name, arm in arms.items()})
     toy.arms["ours"].fields["step"] = "kept"
@@ -156,7 +156,7 @@ def test_our_batchtopk_is_the_hosts(tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_the_plan_says_what_each_arm_takes(capsys, monkeypatch):
+def test_the_plan_lists_the_cost_of_each_arm(capsys, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "small", replace(TOY, n_seeds=2))
     script.main(["--config", "small", "--time", "64", "--arms", "m*"])
     lines = capsys.readouterr().out.splitlines()
@@ -236,7 +236,7 @@ def test_features_in_closed_form_are_the_hosts(tmp_path):
     assert (vectors - SyntheticModel(FEATURES).feature_dict.feature_vectors).abs().max() > 0.05
     assert torch.allclose(ours.feature_dict.feature_vectors, vectors, atol=1e-5)
     with pytest.MonkeyPatch.context() as patched:
-        patched.delattr(known_features, "orthogonalized")  # they are kept
+        patched.delattr(known_features, "orthogonalized")  # not needed: the features were saved
         again = large_synthetic_model(config, "cpu", tmp_path)
     assert torch.equal(again.feature_dict.feature_vectors, ours.feature_dict.feature_vectors)
     torch.manual_seed(0)

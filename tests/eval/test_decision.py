@@ -1,4 +1,4 @@
-"""The rule of recommendation, on results whose verdict is known."""
+"""The recommendation rule, on results with a known verdict."""
 
 import re
 from dataclasses import replace
@@ -22,13 +22,13 @@ GOOD = {"fvu": 0.200, "dead": 0.050, "absorption_full": 0.200, "probing_1": 0.80
 
 
 def summary_of(folder, **changes):
-    """A study with five seeds; `changes` are by arm what its metrics differ by from BatchTopK's."""
+    """A study with five seeds; `changes` gives, by arm, the differences of its metrics from BatchTopK's."""
     study = storage(folder, replace(SMOKE, n_seeds=N, n_stability_seeds=N))
     for arm, change in {"batchtopk": {}, **changes}.items():
         values = {name: value + change.get(name, 0) for name, value in GOOD.items()}
         mmcs = values.pop("mmcs")
         for seed in range(N):
-            # The noise of an arm is its own, so that differences vary.
+            # Each arm has its own noise, so differences vary.
             noise = NOISE[(seed + len(arm)) % N]
             metrics = {name: value + noise for name, value in values.items()}
             study.evaluations.append({"arm": arm, "seed": seed, "metrics": metrics, "pools": {}})
@@ -55,12 +55,12 @@ def test_a_setting_that_is_no_worse_and_better_in_one_thing_is_recommended(tmp_p
 @pytest.mark.parametrize(
     ("change", "no_worse", "better"),
     [
-        ({}, {*decision.MARGINS}, set()),  # as good is not better
+        ({}, {*decision.MARGINS}, set()),  # equal is not better
         ({"fvu": 0.02, "mmcs": 0.05}, {"absorption_full", "dead"}, {"mmcs"}),
-        ({"dead": 0.0195, "mmcs": 0.05}, {"absorption_full", "fvu"}, {"mmcs"}),  # not excluded is not shown
+        ({"dead": 0.0195, "mmcs": 0.05}, {"absorption_full", "fvu"}, {"mmcs"}),  # not significantly below the margin
         ({"absorption_full": 0.1, "probing_1": 0.1}, {"dead", "fvu"}, {"probing_1"}),
         ({"absorption_full": -0.1}, {*decision.MARGINS}, {"absorption_full"}),
-        ({"probing_1": -0.1, "mmcs": -0.1}, {*decision.MARGINS}, set()),  # the other way is no gain
+        ({"probing_1": -0.1, "mmcs": -0.1}, {*decision.MARGINS}, set()),  # a change for the worse is not a gain
     ],
     ids=["as good", "FVU", "not excluded", "absorption", "absorbs less", "the other way"],
 )
@@ -77,7 +77,7 @@ def test_margins_are_shown_by_one_sided_tests_that_are_corrected_together(tmp_pa
     margin = [a - b - decision.MARGINS["dead"] for a, b in zip(ours, base, strict=True)]
     p = stats.ttest_1samp(margin, 0, alternative="less").pvalue
     assert verdict.differences["dead"].p_at_least(decision.MARGINS["dead"]) == pytest.approx(p)
-    assert ("dead" in verdict.no_worse) == (p <= 0.025)  # the largest of the three, so that it counts once
+    assert ("dead" in verdict.no_worse) == (p <= 0.025)  # the largest of three p-values, so its correction factor is 1
     base, ours = (summary.values(arm, "fvu") for arm in ("batchtopk", verdict.arm))
     ratio = [ours[seed] / base[seed] - 1 for seed in range(N)]
     assert verdict.differences["fvu"].mean == pytest.approx(sum(ratio) / N)
@@ -113,7 +113,7 @@ def test_latents_are_counted_by_how_often_they_fire(tmp_path):
         edges = {"density_edges": [-4.5, -3.0, -1.0, -0.25, 0.0], "density_counts": counts}
         result = {"arm": "topk", "seed": seed, "metrics": {"gini": 0.5}, "pools": {}}
         study.evaluations.append(result | edges)
-    # Below a thousandth 1 and 3, from a tenth on 12 and 14, live 15 and 19.
+    # By seed: 1 and 3 fire on less than a thousandth of the tokens, 12 and 14 on a tenth or more; 15 and 19 are live.
     assert "| TopK | 0.500 ± 0.000 | 17 | 13 | 2 |" in firing_table(Summary(study))
 
 

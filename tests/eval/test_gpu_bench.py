@@ -1,4 +1,4 @@
-"""What `eval/gpu.sh` does where there is no GPU: its parts, what it does again, and the page that comes of it."""
+"""`eval/gpu.sh` without a GPU: its parts, which of them it repeats, and the page made from its results."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from bench.cases import BATCHTOPK, KEPT, gpu_plan
 
 EVAL = Path(__file__).parents[2] / "eval"
 PARTS = {"tests": ["tests", "16k", "repeats", "profile"], "bench": ["65k", "131k", "end_to_end", "without_triton"]}
-# In place of python: writes down its arguments; ends once with the status that a file named after its part holds.
+# Replaces python: records its arguments; if a file named after its part exists, exits once with the status in it.
 PYTHON = """#!/bin/bash
 printf '%q ' "$@" >>"$CALLS/commands" && echo >>"$CALLS/commands"
 [ -e "$CALLS/$2" ] || exit 0
 status=$(<"$CALLS/$2") && rm "$CALLS/$2" && exit "$status"
 """
-# In place of timeout: writes down the limit.
+# Replaces timeout: records the limit.
 TIMEOUT = """#!/bin/bash
 echo "$2" >>"$CALLS/limits" && shift 2 && exec "$@"
 """
@@ -38,7 +38,7 @@ class Script:
             (self.calls / name).chmod(0o755)
 
     def __call__(self, *arguments):
-        """Its exit status, and the commands that it ran."""
+        """Exit status, and the commands that were run."""
         (self.calls / "commands").write_text("")
         environment = os.environ | {
             "CALLS": str(self.calls),
@@ -51,7 +51,7 @@ class Script:
         return status, [shlex.split(line) for line in (self.calls / "commands").read_text().splitlines()]
 
     def ended(self):
-        """Name and exit status of each part, as written down."""
+        """Recorded name and exit status of each part."""
         lines = [line.split() for line in (self.out / "gpu_parts.txt").read_text().splitlines()]
         return [(line[0], int(line[3])) for line in lines]
 
@@ -94,17 +94,17 @@ def test_wheels_are_installed_first(script, tmp_path):
     assert install[-1] == str(tmp_path / "one.whl")
 
 
-def test_what_is_unknown_is_refused(script):
+def test_unknown_arguments_are_refused(script):
     assert script("everything")[0] == script()[0] == 2
     assert not script.out.exists()
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The JSON file that the script's own commands give, at tiny sizes on the CPU."""
+    """JSON file written by the script's own commands, with tiny sizes on the CPU."""
     script = Script(tmp_path_factory.mktemp("gpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "triton", sys.modules.get("triton"))  # put back afterwards
+        patch.setitem(sys.modules, "triton", sys.modules.get("triton"))  # restored afterwards
         for call in PARTS:
             for name, *arguments in script("--device", "cpu", "--tiny", call)[1]:
                 if name == "eval/bench/gpu.py":
@@ -135,7 +135,7 @@ def test_every_part_writes_what_it_measured(measured):
         assert 0 < profile["kernels"][0]["ms"] <= profile["kernels_ms"]
 
 
-def test_what_is_measured_is_not_measured_again(measured, monkeypatch):
+def test_measured_rows_are_not_measured_again(measured, monkeypatch):
     before = measured.read_text()
     monkeypatch.setattr(training_step, "own_memory", None)
     monkeypatch.setattr(training_step, "measure", None)
@@ -151,7 +151,7 @@ def test_results_of_another_machine_are_not_added_to(measured, tmp_path):
 
 
 def alone(memory_of, **row):
-    """A row after its cases were tried, each of which `memory_of` stands for, and the same as it was saved last."""
+    """A row after its cases were tried, with `memory_of` in place of the measurement, and all its saved states."""
     row, saved = {"case": {"device": "cpu"}, "memory_mib": {}, "failed": {}} | row, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_step, "own_memory", lambda case, setting: memory_of(case, saved))
@@ -164,7 +164,7 @@ def alone(memory_of, **row):
 
 def test_a_case_that_fails_is_named_and_the_others_are_measured():
     def memory_of(case, saved):
-        assert saved[-1]["failed"][case.name] == gpu.DID_NOT_RETURN  # in the file, whatever becomes of the process
+        assert saved[-1]["failed"][case.name] == gpu.DID_NOT_RETURN  # already in the file, in case the process dies
         if case == KEPT:
             raise RuntimeError("an illegal memory access")
         return 2.0
@@ -187,7 +187,7 @@ def test_a_case_at_which_the_time_was_up_is_tried_again():
     assert saved[-1]["failed"] == {}
 
 
-def test_what_fails_in_turns_is_said_and_the_next_row_measured(measured, tmp_path, monkeypatch):
+def test_a_failing_row_is_reported_and_the_next_one_measured(measured, tmp_path, monkeypatch):
     file = tmp_path / "gpu.json"
     rows = gpu_plan("cpu", tiny=True)["16k"]
     monkeypatch.setattr(training_step, "own_memory", lambda case, setting: 2.0)
@@ -208,7 +208,7 @@ def test_what_fails_in_turns_is_said_and_the_next_row_measured(measured, tmp_pat
 
 
 def page_of(results):
-    """The section of the page about a GPU."""
+    """The GPU section of SPEED.md."""
     runs = {"bundled": speed.read("bench_end_to_end"), "smollm2": speed.read("bench_end_to_end_smollm2")}
     if results is not None:
         runs["gpu"] = runs["bundled"]
@@ -229,7 +229,7 @@ def test_the_page_says_what_a_gpu_needs_or_that_none_was_there(measured):
     assert "| all latents | store |" in on_page
     assert results["machine"] in page_of(
         {name: results[name] for name in ("machine", "versions")}
-    )  # a first part alone
+    )  # after only a first part
 
 
 def test_the_readme_says_where_speed_was_measured():

@@ -1,4 +1,4 @@
-"""What latents are: attributions that add up, places and passages that are what they are said to be."""
+"""Descriptions of latents: attributions add up, and places and passages are what they are said to be."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def sae(activations):
     torch.manual_seed(0)
     metadata = SAEMetadata(model_name=str(TINY_LM), hook_name=HOOK, prepend_bos=True)
     sae = StandardSAE(StandardSAEConfig(d_in=128, d_sae=64, metadata=metadata))
-    sae.b_enc.data = -(activations[:2000] @ sae.W_enc).quantile(0.97, dim=0)  # fires on some 3 % of the tokens
+    sae.b_enc.data = -(activations[:2000] @ sae.W_enc).quantile(0.97, dim=0)  # fires on about 3 % of the tokens
     return sae
 
 
@@ -106,7 +106,7 @@ def test_leading_latents_carry_most_and_are_not_dense_and_not_at_a_beginning():
 
 
 class Numbers:
-    """A tokenizer whose texts are the numbers of the tokens."""
+    """A tokenizer that decodes every token to its number."""
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(f"{token} " for token in tokens)
@@ -164,7 +164,7 @@ def test_the_number_of_equal_tokens_is_kept():
 
 
 def text_and_firings() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, some of them rare, and a latent that fires on them at rates of their own; never on first tokens."""
+    """Tokens, some of them rare, and firings of a latent whose rate depends on the token; never on first tokens."""
     tokens = (torch.rand(9, 65).square() * 40).long()
     fires = torch.rand(9, 65) < torch.linspace(0.15, 0.0, 40)[tokens]
     fires[:, 0] = False
@@ -263,7 +263,7 @@ def test_from_saes_to_the_page_and_back(sae, tmp_path, capsys):
     rows = json.loads((out / "latents.json").read_text())
     assert sorted(row["sae"] for row in rows) == ["one", "one", "two", "two"]
     assert all(row["completeness_error"] < 0.01 and 0 < row["own_share"] <= 1 for row in rows)
-    assert all(row["density"] < row["token_precision"] <= 1 for row in rows)  # what a guess has
+    assert all(row["density"] < row["token_precision"] <= 1 for row in rows)  # the precision of a guess
     answers = [f"{row['id']},4,{' '.join(map(str, row['fires']))}" for row in rows]
     for name, lines in {"right": answers, "partly": answers[:1]}.items():
         (tmp_path / f"{name}.csv").write_text("\n".join(["id,rating,fires", *lines]) + "\n")

@@ -1,4 +1,4 @@
-"""The page of latents and its readers: what is drawn, that nothing tells the answers, what the answers are worth."""
+"""The page of latents and its readers: what is drawn, that nothing reveals the answers, how answers are scored."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def passages_of(bands: torch.Tensor, tokens: torch.Tensor, seed: int) -> list[Pa
 
 def test_bands_are_fifths_of_the_active_places_by_rank():
     acts = torch.rand(7, 9) * (torch.rand(7, 9) < 0.7)
-    acts[2:4, 5] = 0.5  # equal ones
+    acts[2:4, 5] = 0.5  # a tie
     bands = bands_of(acts)
     active = sorted((acts[p, a].item(), p, a) for p in range(7) for a in range(9) if acts[p, a] > 0)
     want = torch.zeros(7, 9, dtype=torch.int64)
@@ -48,7 +48,7 @@ def test_bands_are_fifths_of_the_active_places_by_rank():
     assert bands_of(torch.zeros(3, 4)).sum() == 0
 
 
-def test_passages_are_all_tokens_in_sixteens_that_as_many_come_before():
+def test_passages_have_sixteen_tokens_and_sixteen_before_them():
     values = torch.arange(3 * 54).reshape(3, 54)
     want = [[values[prompt, start : start + 16].tolist() for start in (17, 33)] for prompt in range(3)]
     assert windows(values).tolist() == want
@@ -62,7 +62,7 @@ def test_eight_places_of_five_bands_in_different_prompts():
         assert all(bands[place.prompt, place.at] == place.band for place in places)
         assert len({place.prompt for place in places}) == 8
         drawn |= set(places)
-    assert len(drawn) > 80  # not the same ones each time
+    assert len(drawn) > 80  # not the same places for every seed
     assert not places_of(bands[:7], 0)
 
 
@@ -92,7 +92,7 @@ def test_passages_are_what_they_are_said_to_be():
     assert sorted(n_positive) == [3, 4, 5, 6, 7]
     assert min(n_positive.values()) > 30
     assert len(where) == 10
-    assert min(where.values()) > 100  # of 300: their order says nothing
+    assert min(where.values()) > 100  # of 300: their order reveals nothing
     assert min(of_bands.values()) > 200
 
 
@@ -102,7 +102,7 @@ def test_no_passage_is_shown_twice_and_too_few_are_none():
     assert not passages_of(bands[:9], torch.arange(9 * 81).reshape(9, 81), 0)
     assert not passages_of(bands.clamp(min=1), torch.arange(40 * 81).reshape(40, 81), 0)
     tokens = torch.arange(40 * 81).reshape(40, 81)
-    tokens[1::2] = tokens[::2]  # every prompt is there twice
+    tokens[1::2] = tokens[::2]  # every prompt occurs twice
     for seed in range(20):
         passages = passages_of(bands, tokens, seed)
         assert len({(prompt // 2, window) for prompt, window, _ in passages}) == 10
@@ -180,7 +180,7 @@ def test_nothing_on_the_page_tells_the_answers(tmp_path):
         for passage, (row, n) in zip(passages, [(row, n) for row in rows for n in range(10)], strict=True)
     }
     assert len(numbers) == len(passages) == 200
-    assert len(without_text) == 1  # and in the given order, or a text would have been left
+    assert len(without_text) == 1  # and passages are in the given order, or a text would remain
 
 
 def csv_of(folder: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""`eval/mutation.py`: what counts as a mutant, and how its result is known."""
+"""`eval/mutation.py`: what counts as a mutant, and how its result is identified."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ def test_a_mutant_is_known_by_its_code_whatever_its_comments_say():
     assert "Twice" not in _code(SOURCE)
 
 
-def test_what_nothing_on_a_cpu_could_notice_is_no_mutant():
+def test_mutations_invisible_on_a_cpu_are_left_out():
     assert _noticeable("f(x, device=x.device)") == _noticeable("f(x, device=None)") == _noticeable("f(x, )")
     assert _noticeable("zip(a, b, strict=True)") == _noticeable("zip(a, b, strict=False)")
     assert _noticeable("f(x, dim=1)") != _noticeable("f(x, dim=2)")

@@ -1,4 +1,4 @@
-"""The pages under eval/: the index names every script; the export's page says what is in the results."""
+"""The pages in eval/: the index names every script, and the export page matches its results."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_a_pool_is_reported_where_it_belongs(pool, section):
     assert ("FVU is up to 4 times" in answer) == (section == "drawn")
     _, misses, *_ = page.split("in training):")
     assert ("+20.0%" in misses.partition('"FVU best"')[0]) == (section == "misses")
-    assert page.count("+20.0%") == (2 if section == "misses" else 1)  # in the table of all rows too
+    assert page.count("+20.0%") == (2 if section == "misses" else 1)  # also in the table of all rows
 
 
 def test_the_best_thresholds_are_shown_where_they_were_searched():

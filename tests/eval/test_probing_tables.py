@@ -1,4 +1,4 @@
-"""Differences in probing: what is counted as a repeat, and what the tables show."""
+"""Differences in probing: what counts as a repeat, and what the tables show."""
 
 from dataclasses import replace
 
@@ -88,9 +88,9 @@ def test_a_difference_must_hold_for_other_seeds_and_for_other_tasks(tmp_path, va
     assert found["pool_5_groups_16", 1].over_seeds.p < 1e-3
     assert found["pool_5_groups_16", 1].p == found["pool_5_groups_16", 1].over_tasks.p > 0.3
     adjusted = adjusted_p_values(found)
-    assert len(adjusted) == 2 * len(KS)  # all arms and k together
+    assert len(adjusted) == 2 * len(KS)  # corrected over all arms and k together
     assert all(adjusted["pool_5", k] < 0.05 for k in KS)
-    assert adjusted["pool_5", 1] >= 5 * found["pool_5", 1].p  # the other arm's four and this one are left
+    assert adjusted["pool_5", 1] >= 5 * found["pool_5", 1].p  # five are left: the other arm's four and this one
     text = verdict(summary)
     standing = "; ".join(f"pool 5, one pool with {k}" for k in KS)
     assert text.endswith(f"of 8 differences from BatchTopK 4 stand out: {standing}.")

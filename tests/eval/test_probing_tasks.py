@@ -1,4 +1,4 @@
-"""Probing tasks on made-up novels: no novel in both parts, nothing but the text gives the label away."""
+"""Probing tasks on made-up novels: no novel is in both parts, and only the text reveals the label."""
 
 import itertools
 import json
@@ -15,11 +15,11 @@ from probing_helpers import bare, naive_bayes_accuracy
 pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from study import probing_tasks
-from study.configs import SMOLLM2, TINY
 from study.named_text import keep_titles, with_text, with_text_of_results
 from study.probing_tasks import NOVELS, TASKS, draw, held_out, with_probing_tasks
 from study.probing_texts import GENDER, PERSON, TENSE, decided
 from study.storage import Storage
+from study.studies import SMOLLM2, TINY
 
 WORDS = ["amber", "basket", "candle", "door", "engine", "feather", "garden", "hollow", "island", "jacket", "kettle"]
 N_ROWS, N_SPLITS = {"train": 24, "test": 12}, 3
@@ -29,17 +29,17 @@ BY_WORDS = {"person": PERSON, "gender": GENDER, "tense": TENSE}
 
 
 def name_in(title: str) -> str:
-    """A name that is in all texts of a novel and in no other novel."""
+    """A name that occurs in all texts of a novel and in no other novel."""
     author, story, _ = title.split("_")
     return f"{author}{story.lower()}"
 
 
 def made_up_novel(title: str) -> str:
-    """Paragraphs of all kinds that a task looks for; what no text may be from has the word `broken`."""
+    """Paragraphs of every kind that a task looks for; those that no task may use contain the word `broken`."""
     rng = random.Random(title)
 
     def sentence(*words: str) -> str:
-        author = [f"{title.split('_')[0].lower()}ism"] * rng.randrange(2)  # a word that its author likes
+        author = [f"{title.split('_')[0].lower()}ism"] * rng.randrange(2)  # a word typical of the author
         middle = [*rng.choices(WORDS, k=19), *words, *author, name_in(title)]
         return f"The {' '.join(rng.sample(middle, len(middle)))} end."
 
@@ -123,7 +123,7 @@ def test_texts_fit_and_have_no_marks_of_speech_or_of_their_file(built, name):
         for row in itertools.chain(*rows_of(built, name, split).values()):
             text, label = row["text"], row["label"]
             assert 20 <= len(text.split()) <= 45
-            assert re.fullmatch(r"[A-Za-z ,.]+", text)  # of these novels
+            assert re.fullmatch(r"[A-Za-z ,.]+", text)  # all characters in these novels' clean texts
             assert "broken" not in text
             assert ("inside" not in text) or label == "dialogue" or name == "tense"
             assert ("answered" in text) <= (label == "dialogue")
@@ -143,9 +143,9 @@ def test_words_that_decide_a_test_label_are_in_no_training_text(built, name):
 def test_words_tell_as_much_of_a_label_as_they_should(built, name):
     accuracies = [naive_bayes_accuracy(*rows_of(built, name, split).values()) for split in range(N_SPLITS)]
     mean = sum(accuracies) / N_SPLITS
-    if name in BY_WORDS:  # no word that the label depends on
+    if name in BY_WORDS:  # training texts lack the words that decide test labels
         assert 0.3 < mean < 0.7
-    elif name == "decades":  # authors' words are no help
+    elif name == "decades":  # words typical of authors do not help
         assert 0.2 < mean < 0.8
     else:
         assert 0.65 < mean < 1
@@ -170,8 +170,8 @@ def test_the_same_novels_are_the_same_study_wherever_they_are(built, novels, tmp
     assert len(built.probing_datasets) == N_SPLITS * len(TASKS)
     file = Path(again.probing_datasets[0]) / "test.jsonl"
     file.write_text(file.read_text().replace(WORDS[0], WORDS[1]))
-    assert with_text(STUDY, str(novels), tmp_path / "work").settings() != built.settings()  # what is probed counts
-    # What belongs to the results is kept beside them, and they can be shown without the novels.
+    assert with_text(STUDY, str(novels), tmp_path / "work").settings() != built.settings()  # the sets count
+    # What the results refer to is kept beside them, so they can be shown without the novels.
     storage = Storage(built, tmp_path / "results", tmp_path / "work")
     keep_titles(built, storage.results)
     assert len(json.loads((storage.results / NOVELS).read_text())) == N_SPLITS * len(TASKS)
@@ -185,7 +185,7 @@ def test_sets_that_are_there_are_not_built_again(built, monkeypatch, tmp_path):
     work = Path(built.probing_datasets[0]).parents[1]
     monkeypatch.setattr(probing_tasks, "write_tasks", lambda *_: pytest.fail("built again"))
     assert with_probing_tasks(replace(STUDY, text=built.text), tmp_path, work).probing_tasks == built.probing_tasks
-    assert with_probing_tasks(TINY, tmp_path, work) == TINY  # has no such tasks
+    assert with_probing_tasks(TINY, tmp_path, work) == TINY  # TINY has no such tasks
 
 
 def test_missing_novels_are_named(novels, tmp_path):

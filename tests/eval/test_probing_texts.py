@@ -1,4 +1,4 @@
-"""Which passages of a novel a probing task takes, and which label their words give them."""
+"""Which passages of a novel a probing task uses, and which label their words determine."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_narration_is_of_paragraphs_without_speech():
 def test_dialogue_joins_paragraphs_with_speech_and_drops_the_marks():
     novel = f'"Is it {TEN}?" said he.\n\n"No, not {TEN}." And so on.\n\nThe one {TEN}. The two {TEN}.'
     assert list(dialogue(novel)) == [f"Is it {TEN}? said he. No, not {TEN}. And so on."]
-    # A paragraph without speech, or with an odd number of marks, parts what is before and after it.
+    # A paragraph without speech, or with an odd number of quotation marks, separates those before and after it.
     for between in (f"The one {TEN}.", f'"No end, {TEN}.'):
         assert list(dialogue(f'"Is it {TEN}?" said he.\n\n{between}\n\n"No, not {TEN}." And so on.')) == []
 
@@ -83,7 +83,7 @@ def test_clean_texts_have_words_and_plain_punctuation():
         (tense, "It was late.", ("past", "train")),
         (tense, "Had it begun?", ("past", "test")),
         (tense, "It is late; they were here.", None),
-        (tense, "It is late; they are here.", None),  # may be in neither part
+        (tense, "It is late; they are here.", None),  # words of both parts, so usable in neither
         (tense, "It is so, he said.", None),
         (tense, "It was so, I think.", None),
         (tense, "It was so, he says.", None),

@@ -1,4 +1,4 @@
-"""The study in eval/: its plan, what it computes, and its pages."""
+"""The study in eval/: its plan, its computations and its pages."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from study_helpers import EVAL, SMOKE, storage, unit_of
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.runners.parts import Part
 from study import evaluation, training
-from study.configs import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
+from study.beside_batchtopk import decision_table, difference_table, differences, marks_of
 from study.costs import format_plan, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
@@ -35,8 +35,8 @@ from study.plan import (
 from study.report import committed, render_page, render_tables, write_report
 from study.stages import STAGES, to_do
 from study.storage import Storage
+from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.summary import Summary, shown
-from study.tables import decision_table, difference_table, differences, marks_of
 from study.training import new_sae, train
 
 
@@ -140,14 +140,14 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
         for part, folder in (("train", study.dataset), ("held_out", study.held_out))
     }
     assert {row[14:16] for row in rows["held_out"]} == {"19", "39"}
-    assert sum(map(len, rows["train"])) == 38 * 200 * 37  # no character is lost, and no mark of the file's beginning
+    assert sum(map(len, rows["train"])) == 38 * 200 * 37  # nothing is lost but the byte order mark
     first = [row[14:16] for row in rows["train"][:10]]
     assert first != sorted(first)  # passages of all novels are mixed
     (tmp_path / "novels").rename(tmp_path / "elsewhere")
     again = with_text(config, str(tmp_path / "elsewhere"), tmp_path / "other_work")
     assert again.settings() == study.settings()
     assert not any(str(tmp_path) in str(value) for value in study.settings().values())
-    # Titles and fingerprint stay with the results, which can be shown without the text.
+    # Titles and fingerprint are kept with the results, so they can be shown without the text.
     study_of_text = Storage(study, tmp_path / "results", tmp_path / "work")
     assert with_text_of_results(config, study_of_text.results) == config
     keep_titles(study, study_of_text.results)
@@ -171,7 +171,7 @@ def test_a_pool_of_all_latents_is_batchtopk_in_the_study_too(tmp_path):
     study = storage(tmp_path)
     train(study, [unit_of("batchtopk"), unit_of("topk"), unit_of("pool_all")])
     saes = [load_checkpoint(study.sae(unit_of(name))) for name in ("batchtopk", "pool_all", "topk")]
-    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-5)  # to the last bit with step="dense"
+    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-5)  # bit-identical with step="dense"
     assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
 
 
@@ -193,7 +193,7 @@ def test_an_sae_with_nan_is_left_out_of_the_evaluation_and_named(tmp_path, monke
 
 
 def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_path, monkeypatch):
-    """SmolLM2's, where it takes minutes for each SAE: those of the plan, each once, and shown beside the others."""
+    """On SmolLM2, where it takes minutes per SAE: only planned SAEs, each once, shown beside the other results."""
     study = storage(tmp_path, replace(smoke(SMOLLM2), n_stability_seeds=3))
     for unit in units(study.study):
         new_sae(study.study, unit).save_model(study.sae(unit))
@@ -219,7 +219,7 @@ def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_pa
     names = [unit_of(name, 0, study.study) for name in ("batchtopk", "pool_10_groups_16", "pool_5", "topk")]
     assert sorted(asked) == [study.release(unit) for unit in names]
     summary = Summary(study)
-    assert summary.number("pool_5", "absorption_fraction") == "0.250"  # no error of one SAE
+    assert summary.number("pool_5", "absorption_fraction") == "0.250"  # a single SAE has no interval
     assert summary.number("pool_5_groups_16", "absorption_fraction") == "-"
     assert summary.values("batchtopk", "absorption_letters") == {0: 4}
     assert summary.values("batchtopk", "absorption_n_splits") == {0: 1.25}
@@ -239,10 +239,10 @@ def test_results_of_other_settings_are_refused(tmp_path):
         other.append({"arm": "topk", "seed": 1, "metrics": {}})
     assert mine.file.read_bytes() == before
     with pytest.raises(ValueError, match=r"other settings \(lr\); move the folder away"):
-        storage(tmp_path, replace(SMOKE, lr=1e-4)).comparisons.load()  # no line yet: said before it is worked out
+        storage(tmp_path, replace(SMOKE, lr=1e-4)).comparisons.load()  # no line yet: rejected before any computation
     more = storage(tmp_path, replace(SMOKE, n_seeds=7, device="cuda"))  # another portion of the same study
     assert list(more.evaluations.load()) == [("topk", 0)]
-    assert storage(tmp_path, replace(SMOKE, lr=1e-4)).synthetic.load() == {}  # of which the rate is no setting
+    assert storage(tmp_path, replace(SMOKE, lr=1e-4)).synthetic.load() == {}  # the rate is not one of its settings
 
 
 def committed_study(config):
@@ -280,11 +280,11 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         assert render_tables(study) == (study.results / "RESULTS.md").read_text()
 
 
-def test_what_differs_from_batchtopk_is_marked_after_correction(tmp_path):
+def test_differences_from_batchtopk_are_marked_after_correction(tmp_path):
     study = storage(tmp_path, replace(SMOKE, n_stability_seeds=3))
     values = {
         "batchtopk": {"fvu": [0.10, 0.20, 0.30], "dead": [0.5, 0.5, 0.6]},
-        # FVU lower by 0.02, with an error of 0.0115; dead more by 0.1 in each pair.
+        # FVU is lower by 0.02, with a standard error of 0.0115; dead share is higher by 0.1 in each pair.
         "pool_5": {"fvu": [0.10, 0.18, 0.26], "dead": [0.6, 0.6, 0.7]},
     }
     for arm, of_arm in values.items():
@@ -298,12 +298,12 @@ def test_what_differs_from_batchtopk_is_marked_after_correction(tmp_path):
     summary = Summary(study)
     found = differences(summary)
     assert found["pool_5", "FVU"].error == pytest.approx(0.0115, abs=1e-4)
-    # -0.2, -0.19 and -0.26: the jackknife's error is 0.0437, so that t is -4.96 with two degrees of freedom.
+    # -0.2, -0.19 and -0.26: the jackknife error is 0.0437, so t is -4.96 with two degrees of freedom.
     assert found["pool_5", "MMCS"].p == pytest.approx(0.038, abs=1e-3)
     table = decision_table(summary, {"pool_5": 81.4})
     [base, pool] = [line for line in table.splitlines() if line.startswith(("| BatchTopK |", "| pool 5, one pool |"))]
     assert base == "| BatchTopK | 0.200 | - | - | - | 0.533 | 0.520 | - | - | - |"
-    # By itself MMCS would be marked; it is one of three comparisons, the second of which counts twice.
+    # Alone, MMCS would be marked; of three comparisons it has the second-smallest p-value, which is doubled.
     assert pool == "| pool 5, one pool | 0.180 | - | - | - | 0.633 ▼ | 0.303 | - | - | 81 s |"
     assert "| -0.020 [-0.070, +0.030] | - | - | - | **+0.100 [+0.100, +0.100]** |" in difference_table(summary)
     of_mmcs = {("pool_5", "MMCS"): found["pool_5", "MMCS"]}
@@ -335,7 +335,7 @@ def test_dictionaries_too_large_to_be_matched_leave_a_dash(tmp_path):
 def test_the_overlap_of_two_sets_pairs_as_many_as_it_can():
     a = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 1]])
     b = torch.tensor([[2.0, 0, 0], [3, -0.3, 0]])
-    # Both of b are near the first of a; only the first of b is near the second of a too: two pairs, of 3 + 2 - 2.
+    # Both rows of b are near row 0 of a; only row 0 of b is also near row 1 of a: two pairs, out of 3 + 2 - 2.
     assert overlap(a, b) == overlap(b, a) == pytest.approx(2 / 3)
     assert overlap(a, a) == 1
     assert overlap(a[:1], -a[:1]) == 0

@@ -1,4 +1,4 @@
-"""The study in several processes and after kills: the results are those of one that nothing disturbed."""
+"""The study in several processes and after kills: the results are those of one undisturbed process."""
 
 import multiprocessing
 import os
@@ -20,15 +20,15 @@ from study_helpers import EVAL, SMOKE, storage
 from study_worker import work
 
 from sae_lens_sampled.runners.parts import Part, parse_part
-from study.configs import TINY
 from study.plan import compared, units
 from study.stages import STAGES, status, to_do
+from study.studies import TINY
 
 ARMS = ["pool_5", "pool_5_global"]
 STUDY = ["--config", "tiny", "--smoke", "--arms"]
 N_PARTS = 3
 N_KILLS = int(os.environ.get("STUDY_KILLS", "1"))
-"""`STUDY_KILLS=10 pytest tests/eval/test_study_processes.py -k killed` takes some minutes."""
+"""`STUDY_KILLS=10 pytest tests/eval/test_study_processes.py -k killed` takes a few minutes."""
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
@@ -39,7 +39,7 @@ def test_the_parts_of_a_study_are_all_of_it(count):
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "8", "-1/8", "1/x", "1/8/2", ""])
-def test_what_is_no_part_is_refused(text):
+def test_invalid_parts_are_refused(text):
     with pytest.raises(ValueError, match=f"^--part {text}: must be of the form 2/8"):
         parse_part(text)
     assert parse_part("8/8") == Part(8, 8)
@@ -49,7 +49,7 @@ def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tm
     study = storage(tmp_path, replace(SMOKE, arms=("batchtopk", "topk", "pool_5", "pool_5_groups_16")))
     lines = status(study, ["*"], 1).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "train 0 of 2 done",  # portions of a seed
+        "train 0 of 2 done",  # one portion per seed
         "evaluate 0 of 8 done",
         "absorption 0 of 0 done",
         "synthetic 0 of 8 done",
@@ -62,7 +62,7 @@ def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tm
         study.comparisons.append({"arm": arm.name, "other_arm": other.name, "pairs": []})
     position = [unit.name for unit in units(study.study)].index("topk_seed1")
     lines = [" ".join(line.split()) for line in status(study, ["*"], 3).splitlines()]
-    assert lines[0] == "train 1 of 2 done; parts with work: 2 of 3"  # the second seed's
+    assert lines[0] == "train 1 of 2 done; parts with work: 2 of 3"  # those of the second seed
     assert lines[1] == f"evaluate 7 of 8 done; parts with work: {position % 3 + 1} of 3"
     assert lines[4] == "compare 10 of 10 done"
     assert [unit.name for unit in to_do(STAGES["evaluate"], study, ["*"], Part())] == ["topk_seed1"]
@@ -72,7 +72,7 @@ def test_the_status_counts_what_is_missing_and_names_the_parts_that_have_work(tm
 
 
 SBATCH = """#!/bin/bash
-# A Slurm of one machine: notes what is asked for, runs the tasks of an array at once, and prints the number of the job.
+# Slurm on one machine: records its arguments, runs the tasks of an array at once, and prints the number of the job.
 echo "$@" >> "$LOG"
 while [[ $1 == -* ]]; do [[ $1 == --array=* ]] && range=${1#--array=}; shift; done
 last=${range#1-}
@@ -110,7 +110,7 @@ def test_processes_that_add_results_at_the_same_time_lose_none(tmp_path):
 
 
 def started(folder, *options):
-    """A process that runs the study, or stages or a part of it, with its results in `folder`."""
+    """Start a process that runs the study, or some of its stages or a part of it, with results in `folder`."""
     argv = [*STUDY, *ARMS, "--work-dir", str(folder), *options]
     process = FORKS.Process(target=work, args=(argv, folder.with_suffix(".log")))
     process.start()
@@ -124,7 +124,7 @@ def assert_ended(processes, folder):
 
 
 def killed(process, seconds):
-    """Whether it was, and had not ended by itself."""
+    """Kill the process after `seconds`; whether that was before it ended by itself."""
     process.join(seconds)
     process.kill()
     process.join()
@@ -133,19 +133,19 @@ def killed(process, seconds):
 
 
 def results_of(folder):
-    """Lines of each table, in any order: a run that goes on does what is missing in portions of its own."""
+    """Lines of each table, sorted because a resumed run divides the missing work into other portions."""
     return {file.name: sorted(file.read_bytes().splitlines()) for file in (folder / "results").glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of one process that did everything."""
+    """Folder of a single process that did everything."""
     folder = tmp_path_factory.mktemp("study") / "whole"
     assert_ended([started(folder, "--stages", "prepare", *STAGES, "report")], folder)
     assert {name: len(lines) for name, lines in results_of(folder).items()} == {
         "evaluate.jsonl": 4,  # two arms, two seeds
-        "synthetic.jsonl": 2,  # no exports of their own
-        "compare.jsonl": 1,  # one arm that trains
+        "synthetic.jsonl": 2,  # each SAE, not each export
+        "compare.jsonl": 1,  # one trained arm
     }
     return folder
 
@@ -159,7 +159,7 @@ def assert_same_study(folder, whole):
 
 
 def copy_probes(whole, folder):
-    """Absorption's probes, which take long to train; that one process does, and others wait, has a test of its own."""
+    """Copy absorption's probes, which are slow to train. Another test covers their training by several processes."""
     artifacts = next(whole.rglob("sae_bench/artifacts"))
     shutil.copytree(artifacts, folder / artifacts.relative_to(whole))
 
@@ -174,7 +174,7 @@ def test_a_study_that_was_killed_ends_with_the_same_results(whole, tmp_path):
 
 
 def test_parts_at_the_same_time_have_the_results_of_one_process(whole, tmp_path):
-    """Three parts, one of them twice, and one that is killed in the middle and run again."""
+    """Three parts, one of them started twice, and one killed midway and run again."""
     folder, moments = tmp_path / "parts", random.Random(1)
     copy_probes(whole, folder)
     for stage in ("train", "evaluate", "synthetic", "compare"):
@@ -188,9 +188,9 @@ def test_parts_at_the_same_time_have_the_results_of_one_process(whole, tmp_path)
 
 
 def test_an_array_of_processes_has_the_results_of_one(whole, tmp_path):
-    """Tasks of Slurm at once on one folder, started by `slurm.sh`; and a stage that begins after another."""
+    """`slurm.sh` starts simultaneous Slurm tasks on one folder, and a stage that begins after another."""
     (tmp_path / "bin").mkdir()
-    # Absorption has nothing to do here: it stands for a stage that comes later.
+    # Absorption has no work here; it stands for a later stage.
     python = f'#!/bin/bash\n[[ "$*" == *absorption* ]] && exit\nexec {sys.executable} -W ignore "$@"\n'
     for name, text in {"sbatch": SBATCH, "python": python}.items():
         (tmp_path / "bin" / name).write_text(text)

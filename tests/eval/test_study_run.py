@@ -1,4 +1,4 @@
-"""The study's command in this process: devices that are not here, and signals after a stage that trains."""
+"""The study's command in this process: unavailable devices, and signals after a stage that trains."""
 
 import signal
 import sys
@@ -17,8 +17,8 @@ from study.stages import STAGES, Stage
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """The command on the smoke run of one stage."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
+    """The command, for the training stage of the smoke run."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script modifies it
     from study import run
 
     monkeypatch.setattr(run.warnings, "filterwarnings", lambda *_: None)
@@ -27,7 +27,7 @@ def main(monkeypatch, tmp_path):
     return lambda *flags: run.main(["--config", "tiny", "--smoke", "--stages", "train", *folders, *flags])
 
 
-def test_a_device_that_is_not_here_is_told_in_a_sentence(main, capsys):
+def test_a_device_that_is_not_here_is_reported_in_a_sentence(main, capsys):
     with pytest.raises(SystemExit, match=r"^there is no device='cuda:99' on this machine; it has cpu"):
         main("--device", "cuda:99")
     main("--device", "cuda:99", "--dry-run")
@@ -51,7 +51,7 @@ def test_a_stage_ends_with_the_handlers_from_before_and_by_ctrl_c_as_in_python(m
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_evals_have_the_model_in_the_type_of_training(monkeypatch, tmp_path):
+def test_evals_load_the_model_in_the_dtype_of_training(monkeypatch, tmp_path):
     study, seen = replace(SMOKE, dtype="bfloat16"), {}
     unit = unit_of("batchtopk", study=study)
     assert training.runner_config(study, [unit], 0, True).model_from_pretrained_kwargs == {"dtype": "bfloat16"}

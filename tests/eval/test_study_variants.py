@@ -1,4 +1,4 @@
-"""The studies on SmolLM2 that vary one thing: what they share, and SAEs that SAELens' own step does not train."""
+"""Studies on SmolLM2 that vary one thing: what they share, and SAEs that are not trained by SAELens' own step."""
 
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ from study_helpers import storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
 from study import training
-from study.configs import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
 from study.plan import absorption_units, runs, units
+from study.studies import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
 from study.training import new_sae, train
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
 def test_saelens_architectures_are_trained_by_this_packages_step_and_saved_as_their_own(name, tmp_path):
-    """To rounding what SAELens' step makes of them; SAELens' trainer gives both the same batches."""
+    """Equal to SAELens' step up to rounding; SAELens' trainer gives both the same batches."""
     theirs = storage(tmp_path / "theirs", replace(smoke(BLOCK_10), own_steps=False))
     ours = storage(tmp_path / "ours", smoke(BLOCK_10))
     unit = unit_of(name, 3, ours.study)
@@ -43,7 +43,7 @@ def test_controls_have_a_decoder_as_it_was_drawn_and_a_tenth_of_the_steps(tmp_pa
 
 
 def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
-    """Absorption with other settings is of the same SAEs, and SAEBench's results do not get into each other's way."""
+    """Absorption with other settings uses the same SAEs, and the SAEBench results do not collide."""
     two = [storage(tmp_path, study) for study in (BLOCK_10, SPLIT_10)]
     unit = unit_of("batchtopk", 3, BLOCK_10)
     assert unit in absorption_units(SPLIT_10)

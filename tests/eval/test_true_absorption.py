@@ -1,4 +1,4 @@
-"""Absorption of known parent features by their children, against plain loops and SAEs made by hand."""
+"""Absorption of known parent features by their children, compared with plain loops and hand-made SAEs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ PARENTS = {0: [1, 2], 3: [4, 5]}
 
 
 def data(hierarchy: bool = True, width: int = WIDTH) -> SyntheticModel:
-    """Two trees of a parent and two children each, and six features beside them."""
+    """Two trees, each of a parent and two children, and six other features."""
     roots = [
         HierarchyNode(parent, [HierarchyNode(child) for child in children]) for parent, children in PARENTS.items()
     ]
@@ -30,7 +30,7 @@ def data(hierarchy: bool = True, width: int = WIDTH) -> SyntheticModel:
 
 
 def by_hand(model: SyntheticModel, children_subtract: bool) -> JumpReLUSAE:
-    """A latent for each feature, orthogonal; with children that silence the latents of their parents, if wanted."""
+    """One latent per feature, orthogonal; with `children_subtract`, children silence their parents' latents."""
     vectors = torch.eye(FEATURES, WIDTH)
     model.feature_dict.feature_vectors.data = vectors
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=WIDTH, d_sae=FEATURES))
@@ -70,7 +70,7 @@ def test_a_latent_that_a_child_silences_is_absorbed_and_another_is_not(children_
 
 
 def test_absorption_is_that_of_plain_loops():
-    model = data(width=6)  # so narrow that latents fire on other features too, and not all parents have one
+    model = data(width=6)  # so narrow that latents also fire on other features, and not every parent has one
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=6, d_sae=5))
     sae.load_state_dict(
         {

@@ -42,5 +42,5 @@ def test_the_penalty_is_of_the_pooled_rows():
 
 def test_a_score_winsorised_in_the_group_counts_nothing_above_the_groups_cutoff():
     acts = torch.tensor([[[9.0, 2.0, 0.0], [0.0, 2.0, 1.0]], [[4.0, 3.0, 0.0], [0.5, 0.0, 0.0]]])
-    # Pool of 2 at factor 2: k is 1, so a group of two tokens keeps two; the second largest are 2 and 3.
+    # A pool of 2 at factor 2 means k = 1, so a group of two tokens keeps two entries. The cutoffs are 2 and 3.
     assert winsorised_group(acts, 2, pool_factor=2).tolist() == [[4, 8, 1], [9.25, 9, 0]]

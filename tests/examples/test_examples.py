@@ -85,7 +85,7 @@ def test_transcoders_stand_beside_an_sae_on_the_output(tmp_path, run):
 
 
 def test_circuit_tracer_finds_the_latents_that_saelens_finds(tmp_path, monkeypatch, capsys):
-    """In this process, to look at the graph that is printed."""
+    """Run in this process, to inspect the graph behind the printed table."""
     circuit_tracer = pytest.importorskip("circuit_tracer", reason="see examples/README.md")
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     import torch
@@ -109,14 +109,14 @@ def test_circuit_tracer_finds_the_latents_that_saelens_finds(tmp_path, monkeypat
     for block in range(4):
         sae = SAE.load_from_disk(next(tmp_path.glob(f"attribution_output/*/block_{block}")))
         acts = sae.encode(cache[attribution.hooks(block)[0]][0])
-        acts[0] = 0  # circuit-tracer leaves the first token out
+        acts[0] = 0  # circuit-tracer omits the first token
         of_block = graph.active_features[:, 0] == block
         assert torch.equal(acts.nonzero(), graph.active_features[of_block, 1:])
         torch.testing.assert_close(acts[acts > 0], graph.activation_values[of_block])
 
 
 def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, monkeypatch, capsys):
-    """In this process, with smaller evals: the only script that takes minutes as it is."""
+    """Run in this process with smaller evals, because it is the only script that otherwise takes minutes."""
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from eval_helpers import SMALL
 
@@ -138,7 +138,7 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
 
 
 def test_what_export_and_upload_shows_first_is_what_it_uploads_however_often(tmp_path, monkeypatch, capsys, server):
-    """In this process, where the client takes the server for the Hub."""
+    """Run in this process, where the client uses the test server as the Hub."""
     import export_and_upload
 
     small = "--steps", "4", "--max-tokens", "2048"
@@ -172,7 +172,7 @@ def test_dashboard_shows_the_ten_latents_whose_activation_is_most_concentrated(t
     assert len(panels) == 10
     densities = [float(share) / 100 for share in re.findall(r"DENSITY = ([\d.]+)%", page)]
     assert len(densities) == 10
-    assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings, of a share that is rounded
+    assert min(densities) * int(n_tokens.replace(",", "")) > 49.8  # 50 firings; the printed share is rounded
 
 
 def test_the_tutorial_begins_in_any_folder(tmp_path):
@@ -180,7 +180,7 @@ def test_the_tutorial_begins_in_any_folder(tmp_path):
     notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text())
     first, second = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"][:2]
     script = tmp_path / "cells.py"
-    # The tests' own search path has the folder of the examples.
+    # Remove the examples folder, which only the tests have on their search path.
     script.write_text(
         f"import sys\nsys.path = [p for p in sys.path if p != {str(EXAMPLES)!r}]\n{first}\nSTEPS = 2\n{second}"
     )
@@ -204,7 +204,7 @@ SAID = {
     r"groups of 16 +MMCS ([\d.]+)": ("0.48", 0.03),
     r"MMCS .*random ([\d.]+)": ("0.28", 0.01),
 }
-"""Where the tutorial prints a number, how its text gives it, and how far another CPU may be from that."""
+"""By pattern of a printed number: the number as the tutorial's text states it, and the tolerance for other CPUs."""
 
 
 def test_the_tutorial_was_run_from_top_to_bottom_and_says_what_came_out():

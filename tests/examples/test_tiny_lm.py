@@ -1,4 +1,4 @@
-"""The bundled language model is what its card says."""
+"""The bundled language model is as its card describes it."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_model_answers_the_first_letter_prompt(tiny_lm):
 
 def test_transformers_4_knows_the_class_of_the_tokenizer(tiny_lm):
     config = json.loads((tiny_lm / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # what version 5 writes, version 4 refuses
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 rejects the class that version 5 writes
 
 
 def test_bundled_text_was_held_out_from_training(tiny_lm):

@@ -1,4 +1,4 @@
-"""The bundled text sets are what their README says, and their script builds such sets."""
+"""The bundled text sets match their README, and their script builds such sets."""
 
 import importlib.util
 import itertools
@@ -49,7 +49,7 @@ def read(folder: Path, name: str) -> tuple[list[dict], list[dict]]:
 
 
 def assert_well_formed(folder: Path, name: str) -> None:
-    """Columns, labels, equal numbers of each in mixed order, plain single lines, no text twice in one split or both."""
+    """Check columns, balanced labels in mixed order, plain single-line texts, and no duplicates, across splits too."""
     splits = read(folder, name)
     for rows, n in zip(splits, ROWS[name], strict=True):
         assert all(list(row) == ["text", "label"] for row in rows)
@@ -144,7 +144,7 @@ WORDS = ["amber", "basket", "candle", "door", "engine", "feather", "garden", "ho
 
 
 def made_up_novel(name: str, rng: random.Random) -> str:
-    """Chapters of wrapped sentences with the novel's name, speech and headings between; the first 5/12 are `early`."""
+    """Chapters of wrapped sentences with the novel's name, speech and headings; those in the first 5/12 say `early`."""
     lines = []
     for chapter in range(120):
         part = "early" if chapter < 50 else "later"
@@ -161,7 +161,7 @@ def made_up_novel(name: str, rng: random.Random) -> str:
 
 
 def made_up_sentences(label: str, rng: random.Random) -> bytes:
-    """500 usable lines, the fewest that suffice, among some to be left out: repeated, or with the word `broken`."""
+    """500 usable lines, the minimum, among lines to be skipped: duplicates, or lines with the word `broken`."""
     usable = [f"{label} {i} \x85 {' '.join(rng.choices(WORDS, k=6))} . " for i in range(500)]
     odd = ["caf\ufffd", "it's&#233 ;", "<b>bold</b>", "[cho's]"]
     broken = [f"{label} broken {i} {odd[i % len(odd)]} " for i in range(500)]
@@ -173,7 +173,7 @@ def made_up_sentences(label: str, rng: random.Random) -> bytes:
 
 
 def write_sources(folder: Path) -> None:
-    """Made-up novels and labelled sentences, under the names of the real ones."""
+    """Write made-up novels and labelled sentences under the names of the real ones."""
     rng = random.Random(3)
     names = {name for groups in build.NOVEL_SETS.values() for names in groups.values() for name in names}
     for name in sorted(names | {*build.SPEECH_NOVELS}):

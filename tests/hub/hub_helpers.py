@@ -1,4 +1,4 @@
-"""SAEs and folders to upload, and how to read what came of it."""
+"""SAEs and folders to upload, and helpers to read the result."""
 
 import torch
 import yaml

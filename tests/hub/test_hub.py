@@ -1,4 +1,4 @@
-"""Uploads to a Hub on this machine, and what comes down again."""
+"""Uploads to a local Hub, and downloads of what was uploaded."""
 
 import json
 
@@ -128,7 +128,7 @@ def test_private_is_kept_or_refused(server):
 
 @pytest.mark.parametrize("sae", [batchtopk_sae, trained])
 def test_an_exported_config_is_the_same_text_in_every_process(sae, tmp_path):
-    """So that a re-run continues: SAELens writes some configs in the order of a set, which changes with the process."""
+    """Lets a second run resume: SAELens writes some configs in the order of a set, which differs between processes."""
     upload_to_hub({"a": sae()}, REPO, dry_run_folder=tmp_path / "out")
     text = (tmp_path / "out" / "a" / "cfg.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True)

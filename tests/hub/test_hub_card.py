@@ -1,4 +1,4 @@
-"""The model card that goes up with the SAEs."""
+"""The model card that is uploaded with the SAEs."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_no_file_that_goes_up_tells_where_things_lie_on_the_authors_disk(kind, t
     if kind != "training SAE":
         published = json.loads((tmp_path / "out" / "a" / "runner_cfg.json").read_text())
         assert published == {"checkpoint_path": "run", "nested": [{"path": "x"}], "lr": 0.001}
-        assert snapshot(tmp_path / "mine") == before  # the author's own files stay as they are
+        assert snapshot(tmp_path / "mine") == before  # the author's own files are unchanged
 
 
 def test_numbers_of_the_training_run_are_labelled_so(tmp_path):

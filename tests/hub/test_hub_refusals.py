@@ -1,4 +1,4 @@
-"""What is refused or fails: in one sentence, with nothing lost and no token shown."""
+"""Rejected and failing uploads: each error is one sentence, nothing is lost, and no token is shown."""
 
 import json
 import re
@@ -192,7 +192,7 @@ def test_weights_of_training_are_not_published_as_an_inference_sae(server, tmp_p
 
 
 def with_nan(kind, folder):
-    """An exported folder, or a checkpoint, of which three numbers are NaN; its weights or its thresholds."""
+    """An exported folder or a checkpoint with three NaN in its weights or its thresholds."""
     sae = trained()
     if kind == "checkpoint":
         sae.W_enc.data[:3, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""Activations on disk: those of the store, whole whatever happens, and in batches from the whole text."""
+"""Cached activations equal the store's, stay complete after any failure, and are batched from the whole text."""
 
 import copy
 import errno
@@ -51,15 +51,15 @@ def test_rows_are_those_of_the_store(store, tmp_path):
     assert (tmp_path / DATA).stat().st_size == 2 * 100 * 128
 
 
-def test_what_is_there_is_not_computed_again(store, tmp_path, monkeypatch):
+def test_existing_activations_are_not_computed_again(store, tmp_path, monkeypatch):
     cached = cache_activations(store(), 100, tmp_path, SETTINGS)
     other = store()
     monkeypatch.setattr(other, "get_batch_tokens", lambda *_, **__: pytest.fail("the text was read again"))
     assert torch.equal(cache_activations(other, 100, tmp_path, SETTINGS), cached)
 
 
-def test_of_several_that_ask_at_once_one_runs_the_model(store, tmp_path, monkeypatch):
-    """Threads here: each call opens the lock's file anew, as a process of its own would."""
+def test_only_one_of_several_concurrent_calls_runs_the_model(store, tmp_path, monkeypatch):
+    """Threads stand in for processes: each call opens the lock file anew, as a separate process would."""
     n_passes, get = itertools.count(), ActivationsStore.get_activations
 
     def slow(store, tokens):
@@ -71,7 +71,7 @@ def test_of_several_that_ask_at_once_one_runs_the_model(store, tmp_path, monkeyp
     stores = [store() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         cached = list(pool.map(lambda given: cache_activations(given, 100, tmp_path, SETTINGS), stores))
-    assert next(n_passes) == 3  # of some 45 tokens
+    assert next(n_passes) == 3  # of about 45 tokens each
     assert all(torch.equal(other, cached[0]) for other in cached)
 
 
@@ -93,10 +93,10 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
     resumed, n_passes = store(), itertools.count()
     monkeypatch.setattr(resumed, "get_activations", lambda tokens: (next(n_passes), get(resumed, tokens))[1])
     assert torch.equal(cache_activations(resumed, 200, tmp_path / "killed", SETTINGS), want)
-    assert next(n_passes) == 3  # of five, the two that were done not again
+    assert next(n_passes) == 3  # five in all; the two finished ones are not repeated
 
 
-def test_text_that_ends_before_is_refused(store, tmp_path):
+def test_text_that_is_too_short_is_refused(store, tmp_path):
     with pytest.raises(ValueError, match=r"the text has about [\d,]+ tokens, but 100,000 are needed; it ends before"):
         cache_activations(store(n_texts=10), 100_000, tmp_path, SETTINGS)
     known = json.loads((tmp_path / PROGRESS).read_text())["tokens"]
@@ -144,14 +144,14 @@ def test_what_the_store_knows_is_a_setting_too(store, tmp_path):
 def test_the_same_model_processed_is_another_setting(store, tiny_lm, tmp_path):
     cache_activations(store(), 100, tmp_path, SETTINGS)
     changed = TransformerBridge.boot_transformers(str(tiny_lm), device="cpu")
-    changed.enable_compatibility_mode()  # folds layer norms and centres what is written
+    changed.enable_compatibility_mode()  # folds layer norms and centres writing weights
     digits = "'[0-9a-f]{16}'"
     with pytest.raises(ValueError, match=rf"holds activations with model_weights={digits}, not {digits}; choose"):
         cache_activations(store(model=changed), 100, tmp_path, SETTINGS)
 
 
 def test_a_folder_that_does_not_say_its_model_is_refused(store, tmp_path):
-    """As those were made once."""
+    """Folders written by older versions have no model fingerprint."""
     cache_activations(store(), 100, tmp_path, SETTINGS)
     (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS, "n_tokens": 100, "d_in": 128}))
     with pytest.raises(ValueError, match=r"holds activations with model_weights=None, not '.*'; choose another"):
@@ -200,7 +200,7 @@ def test_a_model_is_known_by_a_sample_of_its_weights():
     ],
     ids=str,
 )
-def test_a_wrong_argument_is_told_and_the_corrected_call_works(store, tmp_path, n_tokens, fields, message):
+def test_a_wrong_argument_is_reported_and_the_corrected_call_works(store, tmp_path, n_tokens, fields, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         cache_activations(store(**fields), n_tokens, tmp_path, SETTINGS)
     assert str(error.value).startswith(message)
@@ -209,7 +209,7 @@ def test_a_wrong_argument_is_told_and_the_corrected_call_works(store, tmp_path, 
 
 
 @pytest.mark.parametrize("killed_at", ["reserve", "atomic_write"])
-def test_whatever_ends_the_first_try_leaves_nothing_that_stands_in_the_way(store, tmp_path, monkeypatch, killed_at):
+def test_an_aborted_pass_does_not_block_the_next(store, tmp_path, monkeypatch, killed_at):
     with monkeypatch.context() as patched:
         patched.setattr(activation_cache, killed_at, mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -238,7 +238,7 @@ def test_the_train_split_of_several_is_read(language_model, tmp_path):
         text_store(language_model, Dataset.from_dict({"text": []}), hook, **sizes)
 
 
-def test_a_disk_that_is_too_small_is_told_after_one_pass_of_the_model(store, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_after_one_pass_of_the_model(store, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""`DataParallelRunner` and `torchrun -m sae_lens_sampled train`: one run of SAELens' on several processes."""
+"""`DataParallelRunner` and `torchrun -m sae_lens_sampled train`: one SAELens run on several processes."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def free_ports(n):
 
 @pytest.fixture(scope="module")
 def folder(tiny_lm, tmp_path_factory):
-    """Where two processes have run every case of the worker."""
+    """Folder in which two processes have run every case of the worker."""
     folder = tmp_path_factory.mktemp("runner")
     ports = free_ports(2)
     processes = [FORKS.Process(target=work, args=(rank, 2, ports, tiny_lm, folder)) for rank in range(2)]
@@ -59,7 +59,7 @@ def folder(tiny_lm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    """What came of the cases, of each rank."""
+    """Results of all cases, one entry per rank."""
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -69,7 +69,7 @@ def checkpoints(folder):
 
 
 def whole_text_on_one_process(cfg, given):
-    """SAELens' own trainer on one process, whose batches are those of two stores, each of half of the text."""
+    """SAELens' own trainer on one process, with batches joined from two stores, each reading half of the text."""
     text = load_dataset(cfg.dataset_path, split="train", streaming=True)
     hooks = [cfg.hook_name, *([given.cfg.hook_name_out] if isinstance(given, SampledTopKTranscoder) else [])]
     model = load_model(cfg.model_class_name, cfg.model_name, device="cpu", hook_names=hooks)
@@ -105,7 +105,7 @@ def test_two_processes_end_as_one_with_both_their_texts(ranks, tiny_lm, tmp_path
             torch.testing.assert_close(run["state"][name], want, msg=name, **close)
     assert (one.n_forward_passes_since_fired > 3).any()  # AuxK was active
     if case == "transcoder":
-        return  # nothing is estimated
+        return  # without normalisation nothing is estimated
     first, second = (rank[case]["estimates"] for rank in ranks)
     assert len(first) == len(second) == 1
     assert first[0][0] == second[0][0]
@@ -136,12 +136,12 @@ def test_a_resumed_run_has_every_process_at_its_own_place(ranks, folder):
     places = [load_file(checkpoint / data_position_file(rank))["n_dataset_processed"].item() for rank in range(2)]
     assert places[0] != places[1]
     assert [rank["resumed"]["resumed_at"] for rank in ranks] == [
-        [(data_position_file(rank), None, place)] * 2  # by us before anybody reads, and by SAELens
+        [(data_position_file(rank), None, place)] * 2  # once by us before anything is read, once by SAELens
         for rank, place in enumerate(places)
     ]
     for rank in ranks:
         assert rank["resumed"]["counters"][0] == BATCH * N_STEPS
-        assert rank["resumed"]["estimates"] == []  # that of the checkpoint, by which the weights were trained
+        assert rank["resumed"]["estimates"] == []  # the checkpoint's estimate is used: the weights were trained with it
         assert torch.equal(rank["resumed"]["state"]["W_dec"], ranks[0]["resumed"]["state"]["W_dec"])
     assert {path.name for path in checkpoints(folder / "resumed")[-1].iterdir()} == {
         path.name for path in final.iterdir()
@@ -171,14 +171,14 @@ def test_different_configs_stop_all_at_the_start_with_the_same_words(ranks):
         ("ValueError", "lr=0.002 on process 1, but 0.001 on process 0: start all with the same config."),
         ("ValueError", "sae.k=5 on process 1, but 4 on process 0: start all with the same config."),
         ("ValueError", "sae.d_sae=256 on process 1, but 192 on process 0: start all with the same config."),
-        ("", ""),  # what may differ
+        ("", ""),  # fields that may differ
     ]
 
 
 def test_a_process_that_hangs_is_waited_for_until_the_time_out(ranks):
     hanging = ranks[0]["hanging"]
     kind, text = hanging["error"]
-    assert (kind, hanging["steps"]) == ("LostRankError", 3)  # past a wait that was shorter
+    assert (kind, hanging["steps"]) == ("LostRankError", 3)  # an earlier, shorter wait raised nothing
     assert "process 0 of 2 lost contact with the others: one has ended or hangs" in text
     assert hanging["seconds"] > TIMEOUT.total_seconds()
 
@@ -205,7 +205,7 @@ def two_processes(monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.usefixtures("two_processes")
-def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tiny_lm, tmp_path, fields, message):
+def test_settings_that_cannot_be_shared_are_refused_before_anything_is_loaded(tiny_lm, tmp_path, fields, message):
     cfg = runner_config(tiny_lm, tmp_path, "none", **{"model_name": "not there", **fields})
     with pytest.raises(ValueError, match=re.escape(message)):
         DataParallelRunner(cfg)
@@ -281,7 +281,7 @@ def test_a_process_that_is_killed_ends_the_others_and_what_was_printed_resumes(t
 
 
 def _torchrun(folder, arguments, kill_at=None):
-    """Exit status and what two processes have printed; one is killed as soon as there is a file of that pattern."""
+    """Exit status and output of two processes; one is killed as soon as a file matches the pattern `kill_at`."""
     err = folder / "err"
     with err.open("w") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

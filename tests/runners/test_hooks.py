@@ -1,4 +1,4 @@
-"""When hooks run, and those that a model must have switched on; heads side by side."""
+"""The order in which hooks run, hooks that must be switched on in a model, and heads side by side."""
 
 from contextlib import contextmanager
 
@@ -38,7 +38,7 @@ def config(tiny_lm, hook_name, hook_name_out, d_in=128, d_out=128):
 
 @contextmanager
 def all_calls():
-    """Every HookPoint in the order in which torch calls it, whatever its names are."""
+    """Every HookPoint in the order in which torch calls it, whatever its names."""
     called = []
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, *_: called.append(module) if isinstance(module, HookPoint) else None
@@ -50,7 +50,7 @@ def all_calls():
 
 
 def order_of_running(model):
-    """Names of hooks in two blocks, by flag that may not be on with others, with the time at which each first runs."""
+    """Hooks in two blocks with the time at which each first runs; one dict for each of two exclusive flags."""
     orders = []
     for flag in ("use_attn_in", "use_split_qkv_input"):
         others = [name for name in model.hook_dict if name.endswith(tuple(FLAGS)) and FLAGS.get(name) != flag]
@@ -74,7 +74,7 @@ def is_in_two_blocks(name):
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked", "auto"])
 def test_every_pair_of_hooks_in_two_blocks_comes_in_the_order_in_which_it_runs(models, kind):
-    """All hooks in one pass, in the order in which torch calls them, two at a time as a transcoder would have them."""
+    """All hooks in one pass, compared in pairs (a transcoder's two hooks) with the order in which torch calls them."""
     model, n_pairs = models[kind], 0
     for times in order_of_running(model):
         with switched_on(model, times):
@@ -89,7 +89,7 @@ def test_every_pair_of_hooks_in_two_blocks_comes_in_the_order_in_which_it_runs(m
 
 
 def test_canonical_names_and_aliases_of_the_bridge_may_be_mixed(models, tiny_lm):
-    """The bridge's cache lists the canonical name of a hook before the alias that was asked for."""
+    """The bridge's cache lists the canonical name of a hook before the requested alias."""
     names = [
         "hook_resid_pre",
         "hook_in",
@@ -119,7 +119,7 @@ def test_canonical_names_and_aliases_of_the_bridge_may_be_mixed(models, tiny_lm)
 
 
 @pytest.mark.parametrize("hook_out", ["blocks.2.hook_mlp_out", "blocks.2.mlp.hook_out"])
-def test_one_place_under_two_names_or_one_is_told_with_the_way_out(models, tiny_lm, hook_out):
+def test_one_place_under_two_names_or_one_is_reported_with_the_way_out(models, tiny_lm, hook_out):
     cfg = config(tiny_lm, "blocks.2.mlp.hook_out", hook_out)
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         TranscoderRunner(cfg, override_model=models["bridge"])
@@ -130,7 +130,7 @@ def test_one_place_under_two_names_or_one_is_told_with_the_way_out(models, tiny_
 
 
 def test_an_evaluation_refuses_outputs_before_inputs_in_the_first_pass(models, tiny_lm):
-    """Else it would take the inputs of the pass before."""
+    """Otherwise it would use the inputs of the previous pass."""
     model = models["bridge"]
     sae = TranscoderRunner(
         config(tiny_lm, "blocks.2.hook_resid_pre", "blocks.2.hook_mlp_out"), override_model=model
@@ -145,13 +145,13 @@ def test_an_evaluation_refuses_outputs_before_inputs_in_the_first_pass(models, t
     told = r"uses hook 'blocks\.9\.hook_in', which the model does not have\.$"
     with pytest.raises(ValueError, match=told), as_sae_on_outputs(sae, model):
         pass
-    model(TOKEN)  # nothing is left on it
+    model(TOKEN)  # no hook is left on the model
     assert all(hook._forward_pre_hooks == {} for hook in model.hook_dict.values())
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize("end", FLAGS)
-def test_what_must_be_switched_on_is_on_for_as_long_as_it_is_needed(models, kind, end):
+def test_flags_are_on_for_as_long_as_hooks_need_them(models, kind, end):
     model, flag = models[kind], FLAGS[end]
     name = next(name for name in model.hook_dict if name.startswith("blocks.1.") and name.endswith(end))
     assert not getattr(model.cfg, flag)
@@ -165,7 +165,7 @@ def test_what_must_be_switched_on_is_on_for_as_long_as_it_is_needed(models, kind
     getattr(model, f"set_{flag}")(False)
 
 
-def test_what_cannot_be_switched_on_is_told_with_the_flag(models):
+def test_a_flag_that_cannot_be_switched_on_is_named(models):
     with pytest.raises(
         ValueError, match=r"^blocks\.1\.hook_attn_in needs use_attn_in, which this model does not have: "
     ):
@@ -179,7 +179,7 @@ def test_what_cannot_be_switched_on_is_told_with_the_flag(models):
     assert switch_on(models["auto"], ["some.hook_mlp_in"]) == []
 
 
-def test_a_hook_that_never_runs_is_told(models, tiny_lm):
+def test_a_hook_that_never_runs_is_reported(models, tiny_lm):
     told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not run or yields no tensor\.$"
     with pytest.raises(ValueError, match=told):
         check_hook(models["bridge"], config(tiny_lm, "blocks.2.attn.hook_rot_k", "blocks.2.hook_mlp_out"))
@@ -207,7 +207,7 @@ def test_heads_side_by_side_are_read_and_written_back(models, name):
 
 
 def test_the_store_of_a_cache_switches_its_hook_on(tiny_lm):
-    """What goes into the MLP of this model is what comes into the block."""
+    """In this model the input of the MLP equals the input of the block."""
     model, rows = TransformerBridge.boot_transformers(str(tiny_lm), device="cpu"), []
     for name in ("blocks.1.hook_mlp_in", "blocks.1.hook_resid_pre"):
         store = text_store(model, str(tiny_lm / "text"), name, 128, context_size=16, prompts=2)

@@ -1,4 +1,4 @@
-"""SAEs of hooks that must be switched on, and of hooks with heads: trained, exported and evaluated by SAEBench."""
+"""SAEs on hooks that must be switched on, and on hooks with heads: trained, exported and evaluated by SAEBench."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from sae_lens_sampled.runners.training_data import token_settings
 from sae_lens_sampled.saebench import load_saes
 from sae_lens_sampled.saebench.models import load_model
 
-HOOKS = {  # hooks of the bridge with widths; those with heads are as wide as all heads together
+HOOKS = {  # hooks of the bridge and their widths; with heads, the width of all heads together
     "blocks.2.hook_mlp_in": 128,
     "blocks.2.hook_attn_in": 512,
     "blocks.2.hook_q_input": 512,
@@ -43,7 +43,7 @@ def short(hook_name):
 
 @pytest.fixture(scope="module")
 def trained(tiny_lm, tmp_path_factory):
-    """Exported SAEs, by hook, and what SAELens' evaluation in training says of them."""
+    """Folder of the exported SAEs, and the metrics of SAELens' evaluation in training, by hook."""
     folder, evaluations = tmp_path_factory.mktemp("saes"), {}
     bridge = TransformerBridge.boot_transformers(str(tiny_lm), device="cpu")
     for hook_name, d_in in HOOKS.items():
@@ -53,7 +53,7 @@ def trained(tiny_lm, tmp_path_factory):
         runner = DataParallelRunner(cfg, override_model=bridge)
         made = runner.run()
         evaluations[hook_name] = runner.evaluator(made, runner.activations_store, ActivationScaler())
-        for flag in FLAGS.values():  # the next one may need another one alone
+        for flag in FLAGS.values():  # the next hook may need a flag that excludes this one
             getattr(bridge, f"set_{flag}")(False)
     return SimpleNamespace(folder=folder, evaluations=evaluations)
 
@@ -65,7 +65,7 @@ def results(trained, tmp_path_factory):
 
 
 def known_to_sae_bench(hooked, hook_name):
-    """Another name for the hook, by which SAEBench knows that it has heads, in a model with its flag on."""
+    """Switch the hook on, and give it an alias from which SAEBench sees that it has heads."""
     switch_on(hooked, [hook_name])
     hook = hooked.hook_dict[hook_name]
     hook.name = "blocks.2.hook_z_alias"
@@ -74,7 +74,7 @@ def known_to_sae_bench(hooked, hook_name):
 
 
 def core_by_hand(trained, hook_name, name):
-    """Unmodified core on a model with the flag on; where the name tells nothing of heads, under another name."""
+    """Unmodified core on a model with the flag on; under an alias if the hook's name does not show its heads."""
     import sae_bench.evals.core.main as core
 
     hooked = load_model(TINY_LM).hooked
@@ -116,7 +116,7 @@ def test_evaluations_in_training_agree_on_how_much_is_reconstructed(trained, res
 
 
 def test_probing_reads_heads_side_by_side_and_hooks_that_must_be_switched_on(trained, tmp_path):
-    """What goes into attention and the MLP of this model is what the block before puts out, once or for each head."""
+    """In this model attention and the MLP read the previous block's output, once or once per head."""
     widened = {hook_name: SAE.load_from_disk(trained.folder / short(hook_name)) for hook_name in HOOKS}
     same = SAE.load_from_disk(trained.folder / short("blocks.2.hook_mlp_in"))
     same.cfg.metadata.hook_name = "blocks.1.hook_resid_post"

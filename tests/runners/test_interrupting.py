@@ -1,4 +1,4 @@
-"""`sae-lens-sampled train` under SIGINT, SIGTERM and SIGKILL: nothing is lost, and what is printed resumes it."""
+"""`sae-lens-sampled train` under SIGINT, SIGTERM and SIGKILL: nothing is lost; the printed command resumes the run."""
 
 import os
 import random
@@ -24,14 +24,14 @@ from sae_lens_sampled.runners.train_command import TrainError, format_command, t
 from sae_lens_sampled.signals import Interrupted, Signals
 
 N_KILLS = int(os.environ.get("TRAIN_KILLS", "1"))
-"""`TRAIN_KILLS=10 pytest tests/runners/test_interrupting.py -k random` takes some minutes."""
+"""`TRAIN_KILLS=10 pytest tests/runners/test_interrupting.py -k random` takes a few minutes."""
 
 N_TOKENS, BATCH = 1024, 128
 PROGRAM = [sys.executable, "-W", "ignore", "-m", "sae_lens_sampled"]
 
 
 def run_in_process(arguments, capfd):
-    """Exit status, and the commands that were printed."""
+    """Exit status and printed commands."""
     status = train(arguments)
     return status, printed_commands(capfd.readouterr().err)
 
@@ -46,13 +46,13 @@ def trainer_state(checkpoint):
 
 
 def tokens_seen(folder):
-    """By the final checkpoints of all the runs in `folder`."""
+    """Numbers of training samples in the final checkpoints of all runs in `folder`."""
     finals = folder.glob("checkpoints/*/final_*")
     return {trainer_state(checkpoint)["n_training_samples"] for checkpoint in finals}
 
 
 def send_at(monkeypatch, owner, name, call, number=signal.SIGTERM):
-    """Send this process a signal in the given call of `owner.name`, before the work is done and again after it."""
+    """Signal this process in the given call of `owner.name`: once before and once after the call does its work."""
     original, calls = getattr(owner, name), iter(range(1000))
 
     def sends(*args, **kwargs):
@@ -69,7 +69,7 @@ def send_at(monkeypatch, owner, name, call, number=signal.SIGTERM):
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Work this small is only slowed down by more, and ten times so where other processes want the cores."""
+    """More threads only slow down work this small, tenfold if other processes compete for the cores."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +83,7 @@ def arguments(tiny_lm, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_lm, tmp_path_factory):
-    """Checkpoints of a run: 384 and 768 tokens, and its end."""
+    """Folder with the checkpoints of a run: at 384 and 768 tokens, and at the end."""
     folder = tmp_path_factory.mktemp("whole_run")
     assert train(train_arguments(tiny_lm, folder, n_checkpoints=2, save_final_checkpoint=True)) == 0
     (run,) = (folder / "checkpoints").iterdir()
@@ -170,7 +170,7 @@ def test_a_folder_is_replaced_by_a_whole_one_or_stays(tmp_path):
 
 
 def test_a_run_that_was_stopped_right_after_its_sparsity_was_logged_resumes(arguments, monkeypatch, capfd):
-    """The window is empty then; SAELens' log of it would be of 0 / 0, which wandb refuses."""
+    """The sampling window is then empty; SAELens would log 0 / 0, which wandb rejects."""
     with monkeypatch.context() as patched:
         send_at(patched, ActivationsStore, "__next__", 4)
         _, (_, command) = run_in_process([*arguments, "--feature_sampling_window", "4"], capfd)
@@ -266,7 +266,7 @@ def test_a_run_that_is_stopped_at_a_random_moment_resumes_and_ends_with_the_same
     with ThreadPoolExecutor(2) as beside:
         stopped = list(beside.map(lambda kill: _stopped_run(tiny_lm, *kill), kills))
     for (number, early, moment, folder), (status, arguments, printed) in zip(kills, stopped, strict=True):
-        assert status in (0, 128 + number, -number)  # it had ended, or was stopped, or Python was still importing
+        assert status in (0, 128 + number, -number)  # ended, stopped, or killed: by SIGKILL, or while importing
         assert early or number == signal.SIGKILL or status >= 0
         how = _end_it(status, arguments, printed)
         seen = tokens_seen(folder)
@@ -277,7 +277,7 @@ def test_a_run_that_is_stopped_at_a_random_moment_resumes_and_ends_with_the_same
 
 
 def _stopped_run(model, number, early, moment, folder):
-    """Exit status of a process that got a signal, its flags, and the commands that it printed."""
+    """Exit status of a process that got a signal, its flags, and the commands it printed."""
     folder.mkdir()
     arguments = train_arguments(model, folder, training_tokens=20_000, n_checkpoints=4, save_final_checkpoint=True)
     err = folder / "err"
@@ -286,14 +286,14 @@ def _stopped_run(model, number, early, moment, folder):
         process = subprocess.Popen([*PROGRAM, "train", *arguments], stderr=file, env=environment)
         while not early and process.poll() is None and not printed_commands(err.read_text()):
             time.sleep(0.01)
-        time.sleep(moment * (5 if early else 1))  # about the seconds that each takes
+        time.sleep(moment * (5 if early else 1))  # roughly the seconds until training begins, and those of training
         process.send_signal(number)
         status = process.wait()
     return status, arguments, printed_commands(err.read_text())
 
 
 def _end_it(status, arguments, printed):
-    """Do what was printed, and say what it was."""
+    """Run the command that was printed last, and return a description of how the run ended."""
     if status == 0:
         return "had ended"
     if not printed:

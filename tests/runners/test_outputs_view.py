@@ -1,4 +1,4 @@
-"""`as_sae_on_outputs`: what else one may do with the view than hand it to SAELens' `run_evals`."""
+"""`as_sae_on_outputs`: uses of the view other than passing it to SAELens' `run_evals`."""
 
 import copy
 

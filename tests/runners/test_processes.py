@@ -1,4 +1,4 @@
-"""What the environment says of several processes: sentences where it is wrong, and while others are waited for."""
+"""Several processes as set by the environment: errors for wrong variables, and messages while waiting for others."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ from sae_lens_sampled.step.ranks import LostRankError
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets exactly these of torchrun's variables."""
+    """Function that sets torchrun's variables; those not passed stay unset."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -52,7 +52,7 @@ def environment(monkeypatch):
     ],
     ids=str,
 )
-def test_a_wrong_variable_is_told_by_train_in_a_sentence(tiny_lm, tmp_path, environment, variables, message):
+def test_a_wrong_variable_is_reported_by_train_in_a_sentence(tiny_lm, tmp_path, environment, variables, message):
     environment(**variables)
     with pytest.raises(TrainError, match=f"^{re.escape(message)}"):
         train(train_arguments(tiny_lm, tmp_path, model_name="not there"))
@@ -60,7 +60,7 @@ def test_a_wrong_variable_is_told_by_train_in_a_sentence(tiny_lm, tmp_path, envi
 
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("LOCAL_RANK", "-1"), ("RANK", "two")])
-def test_a_wrong_variable_is_told_by_the_runner_in_a_sentence(tiny_lm, tmp_path, environment, name, value):
+def test_a_wrong_variable_is_reported_by_the_runner_in_a_sentence(tiny_lm, tmp_path, environment, name, value):
     environment(**{"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", name: value})
     device = "cuda" if name == "LOCAL_RANK" else "cpu"
     with pytest.raises(ValueError, match=f"^{name}='{value}' in the environment must be a whole number of at least"):
@@ -76,7 +76,7 @@ def test_an_empty_variable_counts_as_not_set(environment):
 
 @pytest.mark.parametrize("count", ["1", "2"])
 @pytest.mark.parametrize("field", ["device", "llm_device", "act_store_device"])
-def test_a_gpu_that_is_not_there_is_told_before_anything_is_loaded(tiny_lm, tmp_path, environment, count, field):
+def test_a_gpu_that_is_not_there_is_reported_before_anything_is_loaded(tiny_lm, tmp_path, environment, count, field):
     environment(WORLD_SIZE=count, RANK="0", LOCAL_RANK="99", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     device = "cuda:99" if count == "1" else "cuda"
     others = {"llm_device": "cpu", "act_store_device": "cpu"} if field == "device" else {}

@@ -1,4 +1,4 @@
-"""The bar of a training run moves with every step and with the language model, and tells no other numbers."""
+"""A training run's progress bar follows every step and the language model, and leaves the training unchanged."""
 
 import io
 import re
@@ -35,7 +35,7 @@ def trainer(n_steps: int, provider=None) -> SAETrainer:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What the bars write, with every change drawn."""
+    """Output of the bars, which redraw at every change."""
     text = io.StringIO()
     tqdm = progress.tqdm
     monkeypatch.setattr(progress, "SECONDS", 0)

@@ -1,4 +1,4 @@
-"""Checkpoints of other parameters, or of other activations, are refused by name before anything is loaded."""
+"""Checkpoints with other parameters or activations are rejected, naming the field, before anything is loaded."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ OUT = "gpt_neox.layers.2.mlp"
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    """A model that is not there is not looked for on the Hub, which takes half a minute."""
+    """Do not look for a missing model on the Hub, which would take half a minute."""
 
     def load_model(*_args, **_kwargs):
         raise OSError("it is nowhere")
@@ -37,13 +37,13 @@ def transcoder_config(**fields):
 
 
 def resuming(sae, folder, **fields):
-    """The config of a run that resumes from `folder / "checkpoint"`, on a model that is not there."""
+    """Config of a run that resumes from `folder / "checkpoint"`, with a model that does not exist."""
     fields = {"model_name": "not there", "resume_from_checkpoint": str(folder / "checkpoint"), **fields}
     return runner_config(folder, folder, "none", sae=sae, **fields)
 
 
 def save_checkpoint(sae_cfg, folder, **fields):
-    """Of SAELens' files those that say what was trained, as a run on `folder` writes them."""
+    """Write those of SAELens' checkpoint files that describe what was trained, as a run in `folder` would."""
     cfg = resuming(sae_cfg, folder, resume_from_checkpoint=None, **fields)
     TrainingSAE.from_dict(copy.deepcopy(sae_cfg).to_dict()).save_model(folder / "checkpoint")
     (folder / "checkpoint" / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
@@ -150,8 +150,8 @@ def test_the_sae_that_is_given_is_the_one_that_is_compared(tmp_path):
     ],
     ids=str,
 )
-def test_what_leaves_the_weights_their_meaning_may_change(tmp_path, changes):
-    """The model is the next thing that is looked for."""
+def test_fields_that_do_not_affect_the_activations_may_change(tmp_path, changes):
+    """If nothing is rejected, the next step is to load the model, which fails here."""
     save_checkpoint(sae_config(), tmp_path)
     cfg = resuming(**{"sae": sae_config(), "folder": tmp_path, "model_name": "moved/away", **changes})
     assert refused(ResumableRunner, cfg).startswith("model_name='moved/away' cannot be loaded")
@@ -174,7 +174,7 @@ def test_fields_that_a_checkpoint_lacks_are_not_compared(tmp_path):
 
 
 def test_the_end_of_a_normalised_run_may_be_asked_for_as_it_was_trained(tmp_path):
-    """It says "none", since the factor is folded into its weights."""
+    """The final checkpoint says "none", because the factor is folded into its weights."""
     trained = sae_config(normalize_activations="expected_average_only_in")
     save_checkpoint(trained, tmp_path)
     path = tmp_path / "checkpoint" / "cfg.json"
@@ -194,7 +194,7 @@ def test_a_transcoder_of_given_batches_can_go_on_with_a_named_hook(tmp_path):
     assert refused(TranscoderRunner, cfg).startswith("model_name=")
 
 
-def test_of_a_model_that_the_user_gives_the_config_says_nothing(tmp_path):
+def test_config_fields_of_the_model_are_ignored_for_a_model_passed_in(tmp_path):
     save_checkpoint(sae_config(), tmp_path)
     cfg = resuming(sae_config(), tmp_path, model_class_name="HookedTransformer")
     check_same_activations(tmp_path / "checkpoint", cfg, own_model=True)
@@ -202,7 +202,7 @@ def test_of_a_model_that_the_user_gives_the_config_says_nothing(tmp_path):
         check_same_activations(tmp_path / "checkpoint", cfg, own_model=False)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_before_the_model_loads(tmp_path):
+def test_a_checkpoint_that_is_not_there_is_reported_before_the_model_loads(tmp_path):
     said = refused(ResumableRunner, resuming(sae_config(), tmp_path))
     assert said.startswith(
         f"resume_from_checkpoint='{tmp_path / 'checkpoint'}' is not a folder; there is no complete checkpoint"

@@ -131,7 +131,7 @@ def test_runner_config_from_dict_knows_the_architecture(tiny_lm):
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in", "covariance_whitening"])
 def test_normalised_training_exports_what_it_trained(tiny_lm, bridge, tmp_path, normalize, rescale):
-    """After the fold, the exported SAE fires on raw activations as often as training selected, also in a short run."""
+    """After folding, the exported SAE fires on raw activations as often as training selected, even in a short run."""
     cfg = sae_config(normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale)
     run = runner(tiny_lm, bridge, sae=cfg, output_path=str(tmp_path), training_tokens=128 * 100)
     sae = run.run()
@@ -179,7 +179,7 @@ def test_resumed_language_model_run_goes_on_from_the_checkpoint(tiny_lm, bridge,
     trained = first.run()
     (checkpoint,) = Path(first.cfg.checkpoint_path).glob("final_*")
     trainers = spy_on_fit(monkeypatch)
-    resumed = runner(tiny_lm, bridge, resume_from_checkpoint=str(checkpoint))  # no token is left to train on
+    resumed = runner(tiny_lm, bridge, resume_from_checkpoint=str(checkpoint))  # no tokens left to train on
     sae = resumed.run()
     for name, tensor in trained.state_dict().items():
         assert torch.equal(sae.state_dict()[name], tensor), name
@@ -214,7 +214,7 @@ def test_multi_runner_trains_pool_factors_beside_batchtopk(tiny_lm, bridge, tmp_
     )
     torch.manual_seed(0)
     runner = MultiSAETrainingRunner(cfg, override_model=bridge)
-    # The same initial weights, so that the pool of all latents has to end where BatchTopK does.
+    # With the same initial weights, a pool of all latents must end with BatchTopK's weights.
     runner.saes["all"].load_state_dict(runner.saes["batchtopk"].state_dict(), strict=False)
     trained = runner.run()
     assert torch.equal(trained["all"].W_dec, trained["batchtopk"].W_dec)

@@ -1,4 +1,4 @@
-"""Texts that are too short for a store are told with what they have and what it takes, wherever one is asked."""
+"""Wherever a store reads a text that is too short, the error says how many tokens it has and how many are needed."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ NO_ROWS = "has no rows; use another text."
 
 @pytest.fixture
 def text(tmp_path):
-    """Writes a text of one row of some words, or of no rows; its folder."""
+    """Function that writes a text with one row of `n_words` words (no row for 0) and returns its folder."""
     folder = tmp_path / "text"
     folder.mkdir()
 
@@ -82,8 +82,8 @@ def test_a_runner_tells_of_a_text_without_rows(tiny_lm, tmp_path, text):
         DataParallelRunner(cfg, override_dataset=Dataset.from_dict({"text": []}))
 
 
-def test_rows_that_are_not_joined_are_told_by_the_longest(tiny_lm, tmp_path):
-    """All together would fill a prompt."""
+def test_rows_that_are_not_joined_are_reported_by_the_longest(tiny_lm, tmp_path):
+    """Joined, the rows would fill a prompt."""
     rows = Dataset.from_dict({"text": ["she " * 9, "she " * 12, "she " * 15]})
     cfg = runner_config(tiny_lm, tmp_path, "none", disable_concat_sequences=True)
     store = DataParallelRunner(copy.deepcopy(cfg)).activations_store
@@ -97,7 +97,7 @@ def test_rows_that_are_not_joined_are_told_by_the_longest(tiny_lm, tmp_path):
         store.get_batch_tokens()
 
 
-def test_probing_data_without_rows_is_told(tmp_path):
+def test_probing_data_without_rows_is_reported(tmp_path):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from sae_lens_sampled.saebench import load_probing_dataset
 

@@ -1,4 +1,4 @@
-"""`calibrate` reads the model and the tokens that training read, whatever the run's options were."""
+"""`calibrate` uses the model and the tokens of the training run, whatever the run's options were."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def run_config(model, text, **fields):
 
 @pytest.fixture(scope="module")
 def loud_first_token(tiny_lm, tmp_path_factory):
-    """The bundled model with an embedding of its first token fifty times as long, as large models come to have them."""
+    """The bundled model with its first token's embedding scaled by 50, to imitate the outliers of large models."""
     folder = tmp_path_factory.mktemp("models") / "loud"
     model = AutoModelForCausalLM.from_pretrained(tiny_lm)
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
@@ -111,7 +111,7 @@ def test_the_share_of_first_tokens_is_that_of_the_options(options, tiny_lm):
 
 @pytest.mark.parametrize("options", TOKEN_OPTIONS.values(), ids=TOKEN_OPTIONS)
 def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_token, tiny_lm, tmp_path):
-    """With all tokens calibrated after training without the first ones, FVU on these rose from .34 to .39."""
+    """After training without first tokens, calibrating on all tokens raised FVU on the others from .34 to .39."""
     text = tiny_lm / "text"
     fields = {"hook_name": "gpt_neox.layers.0", "training_tokens": 150 * 256, "save_final_checkpoint": True}
     cfg = run_config(loud_first_token, text, checkpoint_path=str(tmp_path / "checkpoints"), **fields, **options)
@@ -144,7 +144,7 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
 
 
-def test_what_nothing_says_is_assumed_aloud(tmp_path):
+def test_unknown_token_settings_are_assumed_and_named(tmp_path):
     settings = token_settings(SAEMetadata(context_size=16, prepend_bos=True, exclude_special_tokens=None), tmp_path)
     assert settings == TokenSettings(16, True, unknown=settings.unknown)
     assert settings.described().startswith("context_size=16, prepend_bos=True; unknown, so assumed: seqpos_slice=")
@@ -175,7 +175,7 @@ def test_calibrate_takes_batches_longer_than_its_old_buffer(context_size, batch_
 
 @pytest.fixture(scope="module")
 def two_models(tiny_lm, tmp_path_factory):
-    """A folder with the bundled model, and another one in its subfolder `step1000`."""
+    """Folder with the bundled model, and a different model in its subfolder `step1000`."""
     folder = tmp_path_factory.mktemp("models") / "two"
     shutil.copytree(tiny_lm, folder, ignore=shutil.ignore_patterns("text"))
     model = AutoModelForCausalLM.from_pretrained(tiny_lm)

@@ -1,4 +1,4 @@
-"""Places in a model between which a transcoder is trained and evaluated, and those that are refused."""
+"""Pairs of hooks between which a transcoder can be trained and evaluated, and pairs that are rejected."""
 
 import pytest
 from sae_lens import LanguageModelSAETrainingRunner
@@ -29,7 +29,7 @@ from sae_lens_sampled.cli import app
     ],
     ids=str,
 )
-def test_what_a_transcoder_cannot_read_is_told_at_the_start(tiny_lm, fields, message):
+def test_what_a_transcoder_cannot_read_is_reported_at_the_start(tiny_lm, fields, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         TranscoderRunner(runner_config(tiny_lm, **fields))
     assert str(error.value).startswith(message)
@@ -40,7 +40,7 @@ def test_hooks_of_transformer_lens_are_checked_too(tiny_lm, bridge):
         TranscoderRunner(
             runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.9.hook_mlp_out"), override_model=bridge
         )
-    # Attention patterns have a row for each head, where tokens are elsewhere.
+    # In attention patterns the second dimension is the heads; elsewhere it is the tokens.
     cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out="blocks.2.attn.hook_pattern")
     with pytest.raises(ValueError, match=r"shapes \(1, 1, 128\) and \(1, 4, 1, 1\) for one token: a transcoder needs"):
         TranscoderRunner(cfg, override_model=bridge)
@@ -70,7 +70,7 @@ def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
             TranscoderRunner(cfg, override_sae=given)
 
 
-def test_hooks_that_are_not_named_are_told(tiny_lm, bridge, tmp_path):
+def test_hooks_that_are_not_named_are_reported(tiny_lm, bridge, tmp_path):
     nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
     nameless.cfg.metadata.hook_name = BRIDGED_IN
     told = "the metadata of this SampledTopKTranscoder has no hook_name_out: set it first."
@@ -95,7 +95,7 @@ def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm)
 
 
 def test_core_takes_transcoders_between_widths(tiny_lm, bridge, tmp_path):
-    """From the MLP's input to its neurons, which are more."""
+    """From the MLP's input to its neurons, which are more numerous."""
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from eval_helpers import run_small
 

@@ -1,4 +1,4 @@
-"""Transcoders of the bundled model's MLPs: the runner, its evaluation, SAEBench's core, and the commands."""
+"""Transcoders of an MLP of the bundled model: the runner, its evaluation, SAEBench's core, and the commands."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_lm, bridge, tmp_path_factory):
-    """Two transcoders, of the runner and then of SAELens' trainer on the same batches; and where they are exported."""
+    """One transcoder trained by the runner, one by SAELens' trainer on the same batches, and their export folder."""
     folder = tmp_path_factory.mktemp("transcoders")
     hooks = {"hook_name": BRIDGED_IN, "hook_name_out": BRIDGED_OUT}
     size = {"train_batch_size_tokens": 1024, "n_batches_in_buffer": 64, "training_tokens": 250 * 1024}
@@ -57,7 +57,7 @@ def trained(tiny_lm, bridge, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out(tiny_lm, bridge):
-    """Inputs and outputs of the MLP on text that nobody was trained on, in random order."""
+    """Inputs and outputs of the MLP on text not used for training, in random order."""
     lines = (tiny_lm / "text" / "validation.jsonl").read_text().splitlines()
     ids = bridge.tokenizer("".join(json.loads(line)["text"] for line in lines), verbose=False)["input_ids"]
     tokens = torch.tensor(ids[: 48 * 600]).view(600, 48)
@@ -68,7 +68,7 @@ def held_out(tiny_lm, bridge):
 
 
 def test_the_store_yields_what_the_mlp_makes_of_each_token(tiny_lm):
-    """Through buffer, mixing and the exclusion of tokens, in float32."""
+    """Also after buffering, mixing and the exclusion of tokens; in float32."""
     runner = TranscoderRunner(runner_config(tiny_lm, exclude_special_tokens=[5, 9]))
     mlp = runner.model.model.gpt_neox.layers[2].mlp
     for _ in range(4):
@@ -100,7 +100,7 @@ def test_an_evaluation_puts_reconstructions_in_the_place_of_outputs(trained, tin
     cfg = runner_config(tiny_lm, hook_name=BRIDGED_IN, hook_name_out=BRIDGED_OUT, skip=True)
     runner = TranscoderRunner(cfg, override_model=bridge, override_sae=trained.groups)
     runner._set_sae_metadata()
-    exported = SAE.load_from_disk(trained.folder / "groups")  # whose codes depend on no batch
+    exported = SAE.load_from_disk(trained.folder / "groups")  # its codes do not depend on the batch
     tokens = runner.activations_store.get_batch_tokens(8)
     runner.activations_store.get_batch_tokens = lambda *_: tokens
     got = runner.evaluator(exported, runner.activations_store, ActivationScaler())
@@ -157,7 +157,7 @@ def test_a_run_logs_evaluates_checkpoints_and_resumes(tiny_lm, tmp_path, monkeyp
 
 
 def test_outputs_must_come_after_inputs(tiny_lm, bridge, trained):
-    """Else evaluations would reconstruct them from the inputs of another pass."""
+    """Otherwise evaluations would reconstruct them from the inputs of another pass."""
     for swapped, model in (((OUT, IN), None), ((BRIDGED_OUT, BRIDGED_IN), bridge)):
         cfg = runner_config(tiny_lm, hook_name=swapped[0], hook_name_out=swapped[1])
         with pytest.raises(ValueError, match=f"{swapped[1]} comes before {swapped[0]} in .*; outputs must come after"):
@@ -235,9 +235,9 @@ def test_core_is_what_sae_bench_gives_for_an_sae_on_the_outputs(trained, tmp_pat
                 assert got["eval_result_metrics"][category][name] == pytest.approx(value, rel=1e-5), name
         for latent in got["eval_result_details"][::10]:
             for name, values in latents.items():
-                value = values[latent["index"]]  # of a latent that never fired SAEBench writes -1
+                value = values[latent["index"]]  # SAEBench writes -1 for latents that never fire
                 assert latent[name] == pytest.approx(-1 if math.isnan(value) else value, abs=1e-5), name
-        # What is added to it: FVU over all tokens, of the export and of the selection of training.
+        # Our additions to core: FVU over all tokens, for the export and for the selection of training.
         store.iterable_sequences = store._iterate_tokenized_sequences()
         small, extra = SMALL["core"], got["eval_result_unstructured"]
         n_before, n = (small[f"n_eval_{part}_batches"] for part in ("reconstruction", "sparsity_variance"))

@@ -1,4 +1,4 @@
-"""Runs of transcoders of the bundled model's MLPs."""
+"""Config for training runs of transcoders on an MLP of the bundled model."""
 
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 

@@ -1,4 +1,4 @@
-"""One process of several that train one SAE, or the only one; what it needs is imported before it is forked."""
+"""Worker process, alone or one of several that train one SAE; its imports happen before it is forked."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ D_IN, D_SAE, K, TOKENS = 16, 96, 3, 64
 
 
 def batches(n_steps, dyadic):
-    """Tokens of all ranks; dyadic ones have few bits, so that every sum of a step is exact."""
+    """Batches of all ranks' tokens; dyadic ones have few bits, so that every sum in a step is exact."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(n_steps):
         x = torch.randn(TOKENS, D_IN, generator=generator) * torch.linspace(0.5, 2, D_IN) + 0.3
@@ -24,7 +24,7 @@ def batches(n_steps, dyadic):
 def train(case, rank, count):
     case = dict(case)
     n_steps, dyadic, window = case.pop("n_steps", 24), case.pop("dyadic", False), case.pop("window", 4)
-    torch.manual_seed(rank)  # other weights on every rank, until rank 0 hands out its own
+    torch.manual_seed(rank)  # different weights on every rank, until rank 0 broadcasts its own
     fields = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "pool_factor": 5, **case}
     sae = sae_of(config_of(fields))
     if dyadic:
@@ -59,7 +59,7 @@ def train(case, rank, count):
 
 
 def work(rank: int, count: int, cases: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Train an SAE for every case, and write what it has become to `folder/COUNT_RANK.pt`."""
+    """Train an SAE for every case and write the results to `folder/COUNT_RANK.pt`."""
     torch.set_num_threads(1)
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/init_{count}", rank=rank, world_size=count)

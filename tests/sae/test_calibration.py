@@ -58,7 +58,7 @@ def test_precision_keeps_latents_whose_firings_are_selections_and_quietens_the_o
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_threshold_lies_between_the_last_entry_above_and_the_first_below(dtype):
     column = torch.tensor([[3, 1, -1], [5, 4, -2], [4, 2, 0]], dtype=dtype)
-    want = torch.tensor([3.5, 0.5, torch.inf], dtype=dtype)  # halfway; below the last is 0; none is wanted
+    want = torch.tensor([3.5, 0.5, torch.inf], dtype=dtype)  # halfway to the next; halfway to 0; none wanted
     assert torch.equal(quantile_threshold(column, torch.tensor([2, 3, 0])), want)
 
 
@@ -150,7 +150,7 @@ def test_scaled_counts_keep_their_proportions_and_stop_at_what_there_is():
     assert scale_counts(counts, positive, 215).tolist() == [100, 25, 0, 90]
 
 
-def test_bad_input_is_told_in_one_sentence():
+def test_bad_input_is_reported_in_one_sentence():
     sae = trained()
     for batches, message in (
         ([], r"^calibration got 0 tokens; it needs at least 256"),
@@ -173,7 +173,7 @@ def test_bad_input_is_told_in_one_sentence():
 
 
 def test_bounds_are_reached_exactly(monkeypatch):
-    """The fewest tokens that are taken, and every positive activation; in one chunk of columns or many."""
+    """The minimum number of tokens, and every positive activation, in one chunk of columns or many."""
     sae, x = trained(pool_factor=99), activations(256, seed=3)
     n_positive = (sae.encode_with_hidden_pre(x)[1] > 0).sum().item()
     thresholds = []

@@ -1,4 +1,4 @@
-"""One SAE on several processes: the numbers of one process on the whole batch, and the same on every rank."""
+"""One SAE on several processes: the same numbers as one process on the whole batch, identical on every rank."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from sae_lens_sampled.step.scores import SCORES
 ALL = {"pool_factor": D_SAE / K}
 GROUPS = {"pool_group_size": 8}
 DRAWN = {"pool_sampling": "proportional"}
-COLUMNS = {"pool_factor": 2}  # so small a pool goes by its columns
+COLUMNS = {"pool_factor": 2}  # a pool this small is computed by its columns
 DYADIC = {"dyadic": True, "n_steps": 1, "rescale_acts_by_decoder_norm": False}
 FAMILIES = [
     {},
@@ -52,7 +52,7 @@ ON_FOUR = [CASES[0], CASES[1]]
 
 
 def run(folder, cases, *counts):
-    """What each rank of each number of processes has made of the cases: `results[count][rank][case]`."""
+    """Train all cases with each number of processes; returns `results[count][rank][case]`."""
     folder.mkdir()
     ranks = [(rank, count) for count in counts for rank in range(count)]
     processes = [FORKS.Process(target=work, args=(*which, cases, folder)) for which in ranks]
@@ -94,7 +94,7 @@ def test_two_ranks_have_the_numbers_of_one_process(trained, index):
 
 
 def test_pools_end_on_all_ranks_at_the_same_step(trained):
-    """Which the pool of the last step tells; that of other cases leaves some latents out."""
+    """The pool of the last step shows it: in the other cases it leaves some latents out."""
     for index, case in enumerate(CASES):
         for rank in (*trained[0][1], *trained[0][2]):
             whole = bool((rank[index]["state"]["pool_record.last_pooled"] == case.get("n_steps", 24)).all())
@@ -102,7 +102,7 @@ def test_pools_end_on_all_ranks_at_the_same_step(trained):
 
 
 @pytest.mark.parametrize("index", range(len(ON_FOUR)), ids=lambda index: str(ON_FOUR[index]))
-def test_four_ranks_have_them_too(trained, index):
+def test_four_ranks_train_like_one_process(trained, index):
     results, of_four = trained
     assert_same_training(results[1][0][index], [rank[index] for rank in of_four[4]])
 
@@ -130,7 +130,7 @@ VALUES = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(st.lists(VALUES, max_size=12), min_size=1, max_size=4), n_keep=st.integers(0, 50))
 def test_the_largest_of_all_ranks_are_those_of_the_whole(parts, n_keep):
-    """Of uneven and empty parts, with ties, zeros and every scale: as a stable sort of the whole has them."""
+    """As in a stable sort of the whole, for uneven and empty parts with ties, zeros and every scale."""
     tensors = [torch.tensor(part, dtype=torch.float32) for part in parts]
     kept = on_ranks(lambda values, ranks: ranks.topk_indices(values, n_keep), tensors)
     starts = [sum(map(len, tensors[:rank])) for rank in range(len(tensors))]
@@ -140,7 +140,7 @@ def test_the_largest_of_all_ranks_are_those_of_the_whole(parts, n_keep):
 
 
 def test_whether_to_scan_again_is_decided_by_all():
-    """A rank alone that took another way would hang the others."""
+    """A single rank that decided differently would hang the others."""
     assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, True]) == [True, True]
     assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, False]) == [False, False]
     assert on_ranks(lambda n, ranks: ranks.total(n), [2, 5]) == [7, 7]
@@ -166,7 +166,7 @@ def test_ranks_with_different_numbers_of_tokens_all_stop():
     }
 
 
-def test_what_cannot_be_exact_is_refused():
+def test_settings_that_cannot_be_exact_are_refused():
     register_score("of_ones_own", lambda acts, _: acts.sum(dim=-2), by_columns=True)
     try:
         sae = sampled_sae(score="of_ones_own")

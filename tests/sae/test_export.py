@@ -36,7 +36,7 @@ def batches(d_out=0):
 
 
 def trained(tmp_path, resume=False, **fields):
-    """Six trainer steps, folded at the end; with `resume` interrupted half-way."""
+    """SAE after six trainer steps, folded at the end; with `resume`, interrupted halfway and resumed."""
     sae, d_out = sae_of(config(**fields)), fields.get("d_out", 0)
     settings = {
         "total_training_samples": 6 * 64,
@@ -78,7 +78,7 @@ COMBINATIONS = [
 
 
 def test_saved_files_encode_as_to_jumprelu_does_where_the_plugin_is_unknown(tmp_path):
-    """All combinations of folding, rescaling, normalisation, dtype and resuming; one process loads them all."""
+    """Combinations of folding, rescaling, normalisation, dtype and resuming; one process loads them all."""
     batch = activations(40, seed=999)
     want = {}
     for number, fields in enumerate(COMBINATIONS):
@@ -235,7 +235,7 @@ def test_unfolded_checkpoint_is_folded_or_refused(tmp_path):
         folder.rmdir()
 
 
-def test_folder_without_a_checkpoint_is_told_in_one_sentence(tmp_path):
+def test_folder_without_a_checkpoint_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^no readable training checkpoint in '.*'"):
         load_checkpoint(tmp_path)
     sampled_sae().save_model(tmp_path)
@@ -277,7 +277,7 @@ def test_an_sae_that_took_no_step_says_so_and_fires(inference_threshold):
     with pytest.warns(UserWarning, match="has taken no training step.*all are 0.*calibrate_thresholds"):
         exported = to_jumprelu(sae)
     assert (exported.encode(activations(30)) > 0).any()
-    sae.topk_threshold.fill_(0.5)  # set, not learnt: no mean whose start has to be corrected
+    sae.topk_threshold.fill_(0.5)  # set, not learnt: not a running mean whose start must be corrected
     with pytest.warns(UserWarning, match="all are 0.5"):
         assert to_jumprelu(sae).threshold.tolist() == [0.5] * D_SAE
 
@@ -303,7 +303,7 @@ def test_the_metrics_of_heads_are_those_of_their_flat_activations_and_look_at_so
     heads.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
     heads.turn_on_forward_pass_hook_z_reshaping()
     broken = x.clone()
-    broken[METRIC_TOKENS:] = torch.nan  # not looked at
+    broken[METRIC_TOKENS:] = torch.nan  # not read
     want = {name: metric().item() for name, metric in flat.export_metrics(x).items()}
     for given, sae in ((broken, flat), (broken.view(-1, 3, D_IN // 3), heads)):
         got = {name: metric().item() for name, metric in sae.export_metrics(given).items()}

@@ -1,4 +1,4 @@
-"""The two ends of the family: BatchTopK, bit for bit, and per-token TopK."""
+"""The two limits of the family: BatchTopK, bit for bit, and per-token TopK."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     ids=str,
 )
 def test_a_pool_of_all_latents_is_batchtopk_to_the_last_bit(pool_factor, bfloat16, fields):
-    """Activations, losses, every gradient and weight, the threshold: over 20 steps of training with dead latents."""
+    """Activations, losses, all gradients and weights, and the threshold, over 20 training steps with dead latents."""
     if "k" in fields:
         pool_factor = max(pool_factor, D_SAE / fields["k"])
     shared = {name: fields[name] for name in fields if not name.startswith("pool") and name != "score"}
@@ -57,6 +57,6 @@ def test_one_token_groups_with_k_candidates_are_per_token_topk(rescale):
 
 
 def test_a_smaller_pool_is_not_batchtopk():
-    """The equalities above can fail: 13 of 40 latents are another SAE."""
+    """The equalities above can fail: a pool of 13 of 40 latents gives a different SAE."""
     ours, theirs = sampled_sae(pool_factor=13 / K), batchtopk_sae()
     assert not torch.equal(ours.encode(activations(31)), theirs.encode(activations(31)))

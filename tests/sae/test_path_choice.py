@@ -1,4 +1,4 @@
-"""Where only measuring tells, the fastest way is taken; the timers and the failures here are stubs, on the CPU."""
+"""Where only measuring can tell, the fastest path is taken; timers (except in one test) and failures are stubs."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ WEIGHT = torch.nn.Parameter(torch.ones(()))
 
 
 class Clock:
-    """Passes only when a way is taken."""
+    """A clock that advances only when a path is run."""
 
     def __init__(self, monkeypatch):
         self.seconds = 0.0
         monkeypatch.setattr(path_choice, "now", lambda device: self.seconds)
 
     def way(self, *seconds, loss=1.0, error=None):
-        """One that takes so long, one call after the other, and then as the last."""
+        """A path whose calls take these times in turn; the last time repeats."""
         left = list(seconds)
 
         def loss_of():
@@ -41,7 +41,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def measured_here(monkeypatch):
-    """As on a GPU; how often the ways were compared."""
+    """Compare paths as on a GPU; a list with the losses of every comparison."""
     calls = []
 
     def stub(loss_by, paths, parameters, ranks):
@@ -162,8 +162,8 @@ def test_it_is_measured_anew_when_pools_end_and_once_in_a_resumed_run_too(measur
     assert len(measured_here) == 3
 
 
-def test_a_way_that_there_is_no_more_is_measured_anew(measured_here, monkeypatch):
-    """A run of one small pool goes on, from a checkpoint, with a number of steps that it has done already."""
+def test_a_path_that_is_no_longer_available_is_timed_again(measured_here, monkeypatch):
+    """A run with one small pool is resumed with a value of `pool_steps` that it has already passed."""
     monkeypatch.setattr(training, "fastest_path", lambda loss_by, paths, *_: measured_here.append(paths) or paths[0])
     sae, resumed = sampled_sae(pool_factor=1), sampled_sae(pool_factor=1, pool_steps=1)
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_a_way_that_there_is_no_more_is_measured_anew(measured_here, monkeypatch
 
 
 @pytest.mark.parametrize("step", ["kept", "dense"])
-def test_a_step_that_is_said_is_not_measured(measured_here, monkeypatch, step):
+def test_a_given_step_is_not_timed(measured_here, monkeypatch, step):
     assert sampled_sae(step=step).training_forward_pass(step_input(activations(48))).path == step
     monkeypatch.setenv(VARIABLE, step)
     assert sampled_sae().training_forward_pass(step_input(activations(48))).path == step

@@ -1,4 +1,4 @@
-"""After `pool_steps` training steps every latent is a candidate: from there on a run is BatchTopK's."""
+"""After `pool_steps` training steps every latent is a candidate: from then on, training is BatchTopK's."""
 
 import copy
 
@@ -13,11 +13,11 @@ from sae_lens_sampled.metrics import fraction_of_variance_unexplained
 from sae_lens_sampled.step import reduced_scan
 
 N = 4
-"""Training steps with pools."""
+"""Number of training steps with pools."""
 WIDTHS = [4, 13, D_SAE]
 POOLS = {
     "one pool": {},
-    "columns": {"pool_factor": 1},  # so small a pool goes by its columns
+    "columns": {"pool_factor": 1},  # a pool this small is computed by its columns
     "groups": {"pool_group_size": 8},
     "drawn": {"pool_sampling": "proportional", "pool_group_size": 8},
     "nested": {"pool_group_size": 8, "matryoshka_widths": WIDTHS},
@@ -39,7 +39,7 @@ def adam(sae):
 
 
 def run(sae, optimizer, numbers):
-    """One training step for each number; the outputs. SAELens' count of steps stays 0: the SAE's own is what counts."""
+    """Take one training step per number; returns the outputs. SAELens' step count stays 0: the SAE's own is used."""
     outputs = []
     for number in numbers:
         x = activations(40, seed=number).to(sae.W_dec.dtype)
@@ -68,7 +68,7 @@ def assert_same_moments(a, b):
 
 @steps
 @pools
-def test_up_to_that_step_a_run_is_the_same_to_the_last_bit_and_then_no_more(pool, step):
+def test_up_to_pool_steps_a_run_is_bit_identical_and_afterwards_not(pool, step):
     ending, endless = made(step=step, pool_steps=N, **pool), made(step=step, **pool)
     optimizers = [adam(ending), adam(endless)]
     mine, theirs = (run(sae, each, range(N)) for sae, each in zip((ending, endless), optimizers, strict=True))
@@ -92,7 +92,7 @@ def saelens_sae(pool):
 @steps
 @pytest.mark.parametrize("pool", [POOLS[name] for name in POOLS if name != "transcoder"], ids=str)
 def test_after_it_a_run_is_saelens_own_from_the_same_weights_and_moments(pool, step):
-    """The dense path to the last bit; that of the kept entries, here in float64, to rounding."""
+    """Bit-identical on the dense path; up to rounding on that of the kept entries, here in float64."""
     ours, theirs = made(step=step, pool_steps=N, **pool), saelens_sae(pool)
     if step == "kept":
         ours, theirs = ours.double(), theirs.double()
@@ -202,7 +202,7 @@ def test_records_and_statistics_are_of_a_pool_of_all_latents():
 
 
 def test_encoding_selects_as_the_next_step_would():
-    """`calibrate_thresholds` and evaluations go by `select`."""
+    """`calibrate_thresholds` and evaluations use `select`."""
     sae, plain, pooled = sampled_sae(pool_steps=N), batchtopk_sae(), sampled_sae()
     optimizer = adam(sae)
     run(sae, optimizer, range(N - 1))
@@ -231,12 +231,12 @@ def test_a_checkpoint_selects_in_plain_saelens_as_its_run_would(dtype, tmp_path)
         assert torch.equal(SAE.load_from_disk(tmp_path / "again").encode(x), sae.encode(x))
         has_pools.append(loaded.cfg.n_candidates < D_SAE)
     assert has_pools == [True] * (N - 1) + [False] * 2
-    assert sae.cfg.pool_steps == N  # nobody's config is edited
+    assert sae.cfg.pool_steps == N  # no config is modified
 
 
 @pytest.mark.parametrize("pool", [{"pool_factor": 1}, {"pool_factor": 2, "pool_group_size": 8}], ids=str)
 def test_the_export_after_it_is_of_the_end_of_training(pool):
-    """Latents that were in no pool are not silent, L0 is that of the selection, and so, nearly, is FVU."""
+    """Latents that were in no pool are not silent, and L0 and FVU are close to those of the selection."""
     sae = sampled_sae(pool_steps=50, **pool)
     optimizer = adam(sae)
     run(sae, optimizer, range(50))

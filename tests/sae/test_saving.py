@@ -11,7 +11,7 @@ from sae_lens_sampled import SampledTopKTrainingSAE, load_checkpoint
 def trained(**fields):
     sae = sampled_sae(**fields)
     train(sae, 4)
-    # Values that only survive at full width: beyond float32's whole numbers, and not a bfloat16.
+    # Values that only survive at full precision: integers that float32 cannot hold, and a number not in bfloat16.
     sae.pool_record.selection_counts[3] = 2**24 + 1
     sae.pool_record.selection_counts[4] = 2**53 + 1
     sae.pool_record.n_steps.fill_(16_777_217)
@@ -58,7 +58,7 @@ def test_a_kept_step_lays_the_encoder_out_by_latent_and_files_do_not_show_it(tmp
     assert torch.equal(sae.W_enc, before)
     assert sae.W_enc.is_contiguous() == (step == "dense")
     output.loss.backward()
-    assert sae.W_enc.grad.stride() == sae.W_enc.stride()  # or every step copies it
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()  # otherwise every step copies it
     sae.save_model(tmp_path / "checkpoint")
     sae.save_inference_model(tmp_path / "export")  # whose decoder rows have norm 1
     for folder, factor in (("checkpoint", 1), ("export", sae.W_dec.norm(dim=1))):
@@ -128,7 +128,7 @@ def test_saving_leaves_the_live_sae_alone(tmp_path):
     assert_same_buffers(sae, want)
 
 
-def test_truncated_checkpoint_is_told_in_one_sentence(tmp_path):
+def test_truncated_checkpoint_is_reported_in_one_sentence(tmp_path):
     sae = trained()
     sae.save_model(tmp_path)
     weights = tmp_path / "sae_weights.safetensors"
@@ -137,12 +137,12 @@ def test_truncated_checkpoint_is_told_in_one_sentence(tmp_path):
         sae.load_weights_from_checkpoint(tmp_path)
 
 
-def test_missing_checkpoint_is_told_in_one_sentence(tmp_path):
+def test_missing_checkpoint_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^no readable checkpoint in '.*nowhere': No such file"):
         trained().load_weights_from_checkpoint(tmp_path / "nowhere")
 
 
-def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
+def test_checkpoint_of_another_architecture_is_reported_in_one_sentence(tmp_path):
     batchtopk_sae().save_model(tmp_path)
     with pytest.raises(
         ValueError, match=r"holds a 'batchtopk' SAE, which cannot be resumed as 'sampled_topk'; .*from_b"
@@ -153,7 +153,7 @@ def test_checkpoint_of_another_architecture_is_told_in_one_sentence(tmp_path):
         trained().load_weights_from_checkpoint(tmp_path)
 
 
-def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
+def test_checkpoint_of_another_width_is_reported_in_one_sentence(tmp_path):
     trained(d_sae=D_SAE + 1).save_model(tmp_path)
     with pytest.raises(ValueError, match=r"^d_sae=40, but '.*' was trained with d_sae=41: its weights do not fit"):
         trained().load_weights_from_checkpoint(tmp_path)
@@ -162,7 +162,7 @@ def test_checkpoint_of_another_width_is_told_in_one_sentence(tmp_path):
         trained().load_weights_from_checkpoint(tmp_path)
 
 
-def test_exported_sae_as_a_checkpoint_is_told_in_one_sentence(tmp_path):
+def test_exported_sae_as_a_checkpoint_is_reported_in_one_sentence(tmp_path):
     sae = trained()
     sae.save_inference_model(tmp_path)
     with pytest.raises(ValueError, match=r"holds a 'jumprelu' SAE.*exported for inference cannot be trained further"):

@@ -52,7 +52,7 @@ def test_loss_is_the_mean_squared_error_summed_over_dimensions(fields):
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("group_size", [None, 3])
 def test_gradients_are_those_of_the_kept_entries(rescale, group_size):
-    """Every gradient against autograd through a plain formula with the selection held fixed, in float64."""
+    """Every gradient compared with autograd through a plain formula with the selection held fixed, in float64."""
     sae = sampled_sae(dtype="float64", rescale_acts_by_decoder_norm=rescale, pool_group_size=group_size)
     batch = activations(10).double()
     output = sae.training_forward_pass(step_input(batch))
@@ -168,7 +168,7 @@ def test_fewer_positive_entries_than_the_budget_keeps_exactly_those():
 
 @pytest.mark.conformance(9)
 def test_auxiliary_loss_matches_its_definition_and_reaches_dead_latents_only():
-    """SAELens' AuxK: the dead latents' top d_in / 2 pre-activations reconstruct what is missing."""
+    """SAELens' AuxK: the dead latents' top d_in / 2 pre-activations reconstruct the residual."""
     sae, batch = sampled_sae(pool_group_size=8), activations(30)
     output = sae.training_forward_pass(step_input(batch, n_dead=9))
     dead = torch.arange(5, 14)

@@ -1,4 +1,4 @@
-"""Transcoders: with outputs that are the inputs they are SAEs; otherwise the definition, by loops and by autograd."""
+"""Transcoders equal SAEs if outputs are inputs, and otherwise their definition, in plain loops and by autograd."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from sae_lens_sampled import SampledTopKTranscoder, SampledTopKTranscoderConfig,
 
 
 class OnBoth(SampledTopKTranscoder):
-    """Takes what an SAE takes, and reconstructs it."""
+    """A transcoder that takes an SAE's inputs and reconstructs them."""
 
     def training_forward_pass(self, step_input):
         given = copy.copy(step_input)
@@ -74,7 +74,7 @@ def test_a_batchtopk_transcoder_is_the_one_of_plain_loops(skip, step):
         parts = zip(decoded(want[token].tolist(), token), weights["b_dec"], skipped, strict=True)
         residual = [y - sum(part) for y, part in zip(out[token], parts, strict=True)]
         loss += sum(e * e for e in residual)
-        # AuxK: the d_out // 2 largest of the dead explain what is left of the outputs.
+        # AuxK: the d_out // 2 largest dead latents reconstruct the residual of the outputs.
         dead = sorted(range(5, 14), key=lambda j: -hidden_pre[token][j])[: D_OUT // 2]
         codes = [hidden_pre[token][j] if j in dead else 0.0 for j in range(D_SAE)]
         auxiliary += sum((e - a) ** 2 for e, a in zip(residual, decoded(codes, token), strict=True))
@@ -87,7 +87,7 @@ def test_a_batchtopk_transcoder_is_the_one_of_plain_loops(skip, step):
 @pytest.mark.parametrize("step", ["dense", "kept"])
 @variants
 def test_gradients_are_those_of_the_kept_entries(fields, step):
-    """Every gradient against autograd through a plain formula with the selection held fixed."""
+    """Every gradient compared with autograd through a plain formula with the selection held fixed."""
     dtype = torch.float64 if step == "dense" else torch.float32
     made, given = transcoder(step=step, dtype=str(dtype).removeprefix("torch."), **fields), batch(20, dtype=dtype)
     output = made.training_forward_pass(step_input(given))
@@ -165,7 +165,7 @@ def test_by_default_every_latent_is_a_candidate(k):
     cfg = SampledTopKTranscoderConfig(d_in=D_IN, d_sae=D_SAE, k=k)
     assert cfg.n_candidates == D_SAE
     assert cfg.batch_parts == {"d_in": D_IN, "d_out": D_IN}
-    # Also of configs that are made from it: nothing was worked out yet.
+    # Also in configs made from it: no derived value is stored.
     assert replace(cfg, k=D_SAE / 2, d_sae=2 * D_SAE).n_candidates == 2 * D_SAE
     assert replace(cfg, d_in=20).batch_parts == {"d_in": 20, "d_out": 20}
     assert replace(cfg, d_in=20, d_out=6).batch_parts == {"d_in": 20, "d_out": 6}
@@ -208,7 +208,7 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
     ],
     ids=str,
 )
-def test_what_has_no_meaning_is_refused(fields, message):
+def test_meaningless_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         transcoder(**fields)
 

@@ -1,4 +1,4 @@
-"""Transcoders as checkpoints, exports, calibrated, and on the Hub."""
+"""Transcoders: checkpoints, exports, calibration, and uploads to the Hub."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_export_is_saelens_transcoder_and_does_what_training_did(tmp_path, f
         selected, reconstructed = (in_training > 0).sum(), made(x[:64])
     torch.testing.assert_close(reconstructed, encode_and_reconstruct(made, x[:64])[1])
     assert (acts > 0).sum() / selected == pytest.approx(1, abs=0.1)
-    # Logged in training.
+    # The metrics logged in training.
     metrics = made.training_forward_pass(step_input(batch(100, seed=778))).metrics
     few = batch(100, seed=778)
     l0 = (to_jumprelu(made).encode(few[:, :D_IN]) > 0).sum(dim=1).float().mean()

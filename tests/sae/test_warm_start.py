@@ -1,4 +1,4 @@
-"""A sampled_topk SAE from the weights of another training SAE."""
+"""Warm start of a sampled_topk SAE from the weights of another training SAE."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def transcoder(**fields):
 
 
 def outputs(x):
-    """What a nonlinear layer makes of inputs."""
+    """Outputs of a nonlinear layer for inputs `x`."""
     generator = torch.Generator().manual_seed(3)
     first, second = (torch.randn(*shape, generator=generator) * 0.5 for shape in ((D_IN, 20), (20, D_OUT)))
     return (x.float() @ first).relu() @ second + 0.2

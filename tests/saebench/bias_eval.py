@@ -1,4 +1,4 @@
-"""A small eval: the largest decoder bias, times a factor. All that an eval of one's own takes."""
+"""A complete custom eval: the largest decoder bias times a factor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,20 +8,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def output_dir(tmp_path_factory):
-    """The output folder of `results`; where tests run in several processes the second finds the first one's there."""
+    """Output folder of `results`, shared by all test processes: later ones find the results of the first."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "results"
 
 
 @pytest.fixture
 def copy_probes(results, output_dir):
-    """Puts absorption's probes of the bundled model, which take long to train, into another output folder."""
+    """Function that copies absorption's probes of the bundled model, which are slow to train, to another folder."""
     return lambda folder: shutil.copytree(output_dir / "artifacts", folder / "artifacts", dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")
 def run_of_all(saes, output_dir, tmp_path_factory):
-    """All evals on all `saes`: their results, and the files before and after in folders that are only to be read."""
+    """All evals on all `saes`: results, and the files in read-only folders before and after."""
     import sae_bench
     from eval_helpers import ALL, GIVEN, PROBING, SMALL, files_in
     from filelock import FileLock
@@ -38,5 +38,5 @@ def run_of_all(saes, output_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def results(run_of_all):
-    """All evals on all `saes`."""
+    """Results of all evals on all `saes`."""
     return run_of_all.results

@@ -1,4 +1,4 @@
-"""Result files as SAEBench and `run_evals` write them, of made-up numbers."""
+"""Result files with made-up numbers, in the form that SAEBench and `run_evals` write."""
 
 import json
 from pathlib import Path

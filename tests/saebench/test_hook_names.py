@@ -1,4 +1,4 @@
-"""SAEs of hooks that TransformerLens' bridge and Hugging Face's models name otherwise than HookedTransformer."""
+"""SAEs on hooks whose names in TransformerLens' bridge and Hugging Face models differ from HookedTransformer's."""
 
 import shutil
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def bundled(tiny_lm):
 
 
 def shown_and_effect(model, hook_name):
-    """What a hook shows, heads side by side, and the output with something else there; None if it never runs."""
+    """Activations at a hook, heads side by side, and the output if they are permuted; None if it never runs."""
     seen = []
 
     def mix(x, hook):
@@ -73,7 +73,7 @@ def assert_is_same_place(model, hook_name, hooked, known):
 
 
 def attached(hook_name, d_in, model, **fields):
-    """Name of the hook in SAEBench's model, or why there is none."""
+    """Name of the hook in SAEBench's model and None, or None and the reason why there is no such hook."""
     metadata = SAEMetadata(model_name="x", hook_name=hook_name, prepend_bos=False, **fields)
     [sae] = load_saes([("one", StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8, metadata=metadata)))])
     try:
@@ -83,7 +83,7 @@ def attached(hook_name, d_in, model, **fields):
     return sae.sae.cfg.metadata.hook_name, None
 
 
-OTHERS = {  # hooks of the bundled model that HookedTransformer does not have, by what the error has to name
+OTHERS = {  # hooks of the bundled model that HookedTransformer lacks, and what the error must name
     "ln1.hook_in": "blocks.1.hook_resid_pre",
     **dict.fromkeys(
         ("ln1.hook_out", "attn.hook_in", "attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in", "input_layernorm"),
@@ -99,7 +99,7 @@ OTHERS = {  # hooks of the bundled model that HookedTransformer does not have, b
 
 @pytest.mark.parametrize("kind", ["bridge", "auto"])
 def test_every_hook_of_a_block_is_the_same_place_under_another_name_or_refused(bundled, kind):
-    """By its activations, and by what comes of other ones; on the bridge those that never run cannot be trained on."""
+    """Compared by activations, and by the effect of changing them; hooks that never run cannot be trained on."""
     model, refused = getattr(bundled, kind), set()
     for name in model.hook_dict:
         if not name.startswith(("blocks.1.", "gpt_neox.layers.1")):
@@ -122,7 +122,7 @@ def test_every_hook_of_a_block_is_the_same_place_under_another_name_or_refused(b
 
 
 def weights_and_config(kind: str) -> tuple[Any, Any, dict[str, Any]]:
-    """A small random model of Hugging Face, TransformerLens' conversion of its weights, and what is its own."""
+    """Config of a small Hugging Face model, TransformerLens' weight conversion, and the architecture's own fields."""
     family = kind.removesuffix("2").removesuffix("3")
     if kind == "gpt2":
         config = transformers.GPT2Config(vocab_size=4096, n_embd=24, n_layer=2, n_head=4, n_positions=32)
@@ -169,15 +169,15 @@ def test_names_of_other_architectures_are_of_the_same_places(kind, tiny_lm, tmp_
             known = transformer_lens_hook(name, architecture)
             if not name.startswith(f"{prefix}.1") or known == name or not runs(model, name):
                 continue
-            # There are no inputs of heads where keys and values are shared: such an SAE is refused by the flag.
+            # Heads with shared keys and values have no separate inputs: switching on the flag rejects such an SAE.
             if not (known.endswith("hook_attn_in") and hooked.cfg.n_key_value_heads):
                 assert_is_same_place(model, name, hooked, known)
             translated.add(name.removeprefix(f"{prefix}.1").removeprefix("."))
-    # Every name of the table, but for one that most bridges do not run.
+    # Every name in the table except one, which most bridges do not run.
     assert ARCHITECTURES[architecture].keys() - translated <= {"attn.hook_hidden_states"}
 
 
-def test_what_a_pass_of_the_model_shows_to_be_wrong_is_told(bundled):
+def test_what_a_pass_of_the_model_shows_to_be_wrong_is_reported(bundled):
     heads = "blocks.1.attn.hook_result"
     assert attached(heads, 128, bundled.eval, hook_head_index=3) == (heads, None)
     _, why = attached(heads, 128, bundled.eval, hook_head_index=4)
@@ -192,8 +192,8 @@ def test_what_a_pass_of_the_model_shows_to_be_wrong_is_told(bundled):
     assert not bundled.eval.hooked.cfg.use_attn_result
 
 
-def test_a_flag_that_the_evaluated_model_cannot_have_is_told():
-    """Inputs of heads on shared keys and values, which the bridge has and HookedTransformer has not."""
+def test_a_flag_that_the_evaluated_model_cannot_have_is_reported():
+    """Separate inputs of heads with shared keys and values, which the bridge has but HookedTransformer lacks."""
     config = {"n_layers": 2, "d_model": 12, "n_ctx": 16, "d_head": 3, "n_heads": 4, "d_vocab": 20, "act_fn": "relu"}
     hooked = HookedTransformer(HookedTransformerConfig(**config, n_key_value_heads=2))
     _, why = attached("blocks.1.attn.hook_attn_in", 48, EvalModel("grouped", hooked, ""))

@@ -34,7 +34,7 @@ def python(code, *arguments):
 
 
 def run_without(*commands):
-    """Exit status and errors of each command, where an import of what it begins with fails; in one process."""
+    """Exit status and stderr of each `(module, *command)` while imports of `module` fail; all in one process."""
     code = (
         WITHOUT
         + f"""
@@ -75,7 +75,7 @@ def test_settings_are_fields_of_configurations():
 
 
 @pytest.mark.parametrize("setting", ["core.context_size", "context_size=64"])
-def test_a_setting_of_another_form_is_told(setting):
+def test_a_setting_of_another_form_is_reported(setting):
     result = CliRunner().invoke(app, ["eval", "folder", "--set", setting])
     assert result.exit_code == 2
     assert "is not of the form EVAL.FIELD=VALUE" in result.output
@@ -114,7 +114,7 @@ def test_offline_the_command_takes_what_is_bundled(folders, tmp_path):
     assert str(tmp_path / "report.html") in CliRunner().invoke(app, ["report", str(tmp_path)]).output
 
 
-def test_what_is_wrong_is_told_in_one_line(folders, tmp_path):
+def test_errors_are_reported_in_one_line(folders, tmp_path):
     arguments = ["eval", folders[0], "--offline", "--evals", "mmcs", "--output-dir", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
@@ -155,7 +155,7 @@ def test_mmcs_prints_both_directions_of_every_pair(folders):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[:2] == [f"sampled_seed{seed}_custom_sae" for seed in pair]
         assert cells[8] == f"{random_baseline(D_SAE, D_IN, absolute=False):.3f}"
-        assert 0 < float(cells[7]) <= float(cells[4]) < 1  # matched one to one at most as well as to the best
+        assert 0 < float(cells[7]) <= float(cells[4]) < 1  # a one-to-one match is at most the best match
 
 
 def test_mmcs_refuses_an_sae_with_nan_in_one_line(folders, tmp_path):

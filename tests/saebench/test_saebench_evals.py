@@ -1,4 +1,4 @@
-"""Another eval is one file, `bias_eval.py`, and one line in the table."""
+"""A new eval takes one file, here `bias_eval.py`, and one line in the table."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_another_eval_is_one_file_and_one_line_in_the_table(bias, tmp_path):
         "a_seed0_custom_sae_eval_results.json",
         "a_seed1_custom_sae_eval_results.json",
     ]
-    # Results that are there are kept, and those of other settings or inputs are not replaced.
+    # Existing results are kept, and results with other settings or inputs are not replaced.
     bias.calls.clear()
     assert run_evals(saes, ["bias"], **run) == first
     assert bias.calls == ["inputs"]

@@ -1,4 +1,4 @@
-"""What `run_evals` is given: models, hooks, the network."""
+"""What `run_evals` depends on: models, hooks, settings, the network."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def run(saes, output_dir, evals=("core",), **fields):
 
 
 def test_a_model_has_the_same_fingerprint_wherever_it_lies_and_another_with_another_weight(model, tmp_path):
-    folder = tmp_path / "t5-llama-gemma" / "bert"  # names that TransformerLens takes for architectures
+    folder = tmp_path / "t5-llama-gemma" / "bert"  # names that TransformerLens mistakes for architectures
     shutil.copytree(TINY_LM, folder, ignore=shutil.ignore_patterns("text"))
     copy = load_model(folder)
     assert copy.name == "bert"
@@ -57,7 +57,7 @@ def test_a_model_has_the_same_fingerprint_wherever_it_lies_and_another_with_anot
     assert load_model(folder).fingerprint != model.fingerprint
 
 
-def test_a_folder_without_config_or_tokenizer_is_told(tmp_path):
+def test_a_folder_without_config_or_tokenizer_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json; it must be in Hugging Face format\.$"):
         load_model(tmp_path)
     for name in ("config.json", "model.safetensors"):
@@ -101,13 +101,13 @@ def test_the_sae_gets_what_sae_bench_reads(model):
         ({"hook_name": None}, r"has no hook_name in its metadata"),
     ],
 )
-def test_an_sae_of_another_place_is_told_before_any_work(fields, message, tmp_path):
+def test_an_sae_of_another_place_is_reported_before_any_work(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run([("one", an_sae(**fields))], tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_an_sae_of_another_width_is_told(tmp_path):
+def test_an_sae_of_another_width_is_reported(tmp_path):
     sae = StandardSAE(StandardSAEConfig(d_in=96, d_sae=64, metadata=SAEMetadata(model_name="x", hook_name=HOOK)))
     with pytest.raises(
         ValueError, match=r"has d_in=96, but blocks\.2\.hook_resid_post of model 'tiny_lm' is 128 wide: the SAE was "
@@ -135,7 +135,7 @@ def test_mmcs_refuses_one_sae_and_saes_of_different_hooks(tmp_path):
         run([("one", an_sae()), ("two", an_sae(hook_name="blocks.1.hook_resid_post"))], tmp_path, ["mmcs"])
 
 
-def test_unknown_evals_are_told(tmp_path):
+def test_unknown_evals_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"^evals=\['cor'\] and the keys of overrides must be some of \['core', "):
         run([("one", an_sae())], tmp_path, ["cor"])
     with pytest.raises(ValueError, match=r"must be some of \['core', 'sparse_probing', 'absorption', 'mmcs'\]\.$"):
@@ -154,7 +154,7 @@ def test_unknown_evals_are_told(tmp_path):
         ({"mmcs": {"live_density": 0.1}}, r"^overrides has 'mmcs', which is not among evals=\['core'\]\.$"),
     ],
 )
-def test_overrides_that_would_do_nothing_or_harm_are_told(overrides, message, tmp_path):
+def test_overrides_that_would_do_nothing_or_harm_are_reported(overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run([("one", an_sae())], tmp_path, overrides=overrides)
 
@@ -165,7 +165,7 @@ def test_saes_of_different_models_need_the_model_named(tmp_path):
         run(saes, tmp_path, model=None)
 
 
-def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
+def test_nothing_but_broken_weights_is_reported_before_any_work(tmp_path):
     broken = an_sae()
     broken.W_enc.data[3, 4] = torch.nan
     evals = ["core", "sparse_probing"]
@@ -179,12 +179,12 @@ def test_nothing_but_broken_weights_is_told_before_any_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_hooks_outside_the_blocks_are_told(tmp_path):
+def test_hooks_outside_the_blocks_are_reported(tmp_path):
     with pytest.raises(ValueError, match="uses hook 'hook_embed'; SAEBench supports only hooks inside a block"):
         run([("one", an_sae(hook_name="hook_embed"))], tmp_path)
 
 
-def test_two_data_sets_of_one_name_are_told(tmp_path):
+def test_two_data_sets_of_one_name_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"two of probing_datasets have the same name: \['sentence_polarity', "):
         run([("one", an_sae())], tmp_path, ["sparse_probing"], probing_datasets=[PROBING, PROBING])
 
@@ -251,12 +251,12 @@ def test_folders_need_no_network(monkeypatch):
     assert check_network(str(TINY_LM), str(TINY_LM / "text"), default_probing_datasets=False, offline=False)
 
 
-def test_an_unknown_model_is_told():
+def test_an_unknown_model_is_reported():
     with pytest.raises(ValueError, match=r"^model='my-lm' is neither a folder nor one of TransformerLens' official"):
         check_network("my-lm", None, default_probing_datasets=False, offline=False)
 
 
-def test_offline_without_the_repository_is_told(monkeypatch, tmp_path):
+def test_offline_without_the_repository_is_reported(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="clone the repository, or pass your own"):
         bundled(tmp_path / "tiny_lm")
 
@@ -272,7 +272,7 @@ def test_offline_without_the_repository_is_told(monkeypatch, tmp_path):
         ("birdseed5", "birdseed5"),
     ],
 )
-def test_seeds_are_told_by_the_name(release, group):
+def test_seeds_are_reported_by_the_name(release, group):
     assert seed_group(release) == group
 
 

@@ -1,4 +1,4 @@
-"""Evals run on the model that training used: what `model_from_pretrained_kwargs` of the SAEs make of it."""
+"""Evals run on the model of training, loaded with the SAEs' `model_from_pretrained_kwargs`."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ KWARGS = {"center_writing_weights": True, "fold_ln": True}
 
 
 def with_kwargs(saes, kwargs, *names):
-    """Copies of SAEs whose metadata say that they were trained on such a model."""
+    """Copies of the SAEs called `names`, with `kwargs` as the `model_from_pretrained_kwargs` of their metadata."""
     copies = [(name, copy.deepcopy(dict(saes)[name])) for name in names]
     for _, sae in copies:
         sae.cfg.metadata.model_from_pretrained_kwargs = dict(kwargs)
@@ -47,7 +47,7 @@ def test_core_is_that_of_sae_bench_which_takes_the_kwargs(kwargs, saes, results,
 
 
 def test_sparse_probing_and_absorption_get_this_model_too(saes, tmp_path, monkeypatch):
-    """SAEBench's own load the model by its name alone."""
+    """SAEBench's own code loads the model by its name alone."""
     trained, asked = with_kwargs(saes, KWARGS, "sampled_seed0"), []
     run_eval = sparse_probing.run_eval
 
@@ -62,7 +62,7 @@ def test_sparse_probing_and_absorption_get_this_model_too(saes, tmp_path, monkey
     [result] = results.values()
     want = load_model(TINY_LM, kwargs=KWARGS)
     assert stamp(result) == want.fingerprint
-    with patches.model_in_memory(want.hooked):  # as absorption asks for it
+    with patches.model_in_memory(want.hooked):  # the call that absorption makes
         assert sparse_probing.HookedTransformer.from_pretrained_no_processing("tiny_lm") is want.hooked
 
 

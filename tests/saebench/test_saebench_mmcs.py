@@ -29,7 +29,7 @@ DIRECTIONS = {"decoder": lambda sae: sae.W_dec, "encoder": lambda sae: sae.W_enc
 
 
 def seed_of(number, hook_name="blocks.1.hook_resid_post", **fields):
-    """An SAE whose weights are a third noise of its own, two thirds common to all."""
+    """An SAE whose weights are one third its own noise, and two thirds common to all seeds."""
     sae = sampled_sae(**fields)
     generator = torch.Generator().manual_seed(number)
     for parameter in (sae.W_dec, sae.W_enc):
@@ -93,7 +93,7 @@ def test_details_are_the_similarities_and_metrics_their_mean():
             "partners_of_same_group": True,
             "n_live": None,
         }
-    # The parts differ, so that neither can pass for the other.
+    # The parts differ, so mixing them up would be noticed.
     assert metrics_of(results[NAMES[0]], "decoder")["mmcs"] != metrics_of(results[NAMES[0]], "encoder")["mmcs"]
 
 
@@ -198,7 +198,7 @@ def test_saes_above_match_max_latents_are_not_matched():
         ),
     ],
 )
-def test_what_cannot_be_compared_is_told_in_one_sentence(fields, message):
+def test_incomparable_saes_are_reported_in_one_sentence(fields, message):
     check_alike(load_saes([("a", seed_of(1)), ("b", seed_of(2))]))
     with pytest.raises(ValueError, match=message):
         check_alike(load_saes([("a", seed_of(1)), ("b", seed_of(2, **fields))]))

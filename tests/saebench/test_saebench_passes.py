@@ -1,4 +1,4 @@
-"""Passes of the language model: absorption's are short and made once, and each one is shown."""
+"""Passes of the language model: absorption's stop early and are not repeated, and every pass is shown."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model(tiny_lm):
 
 @pytest.fixture
 def whole_passes(model):
-    """Counts passes that go on after block 2."""
+    """List with one entry per pass that continues after block 2."""
     calls = []
     handle = model.hooked.blocks[3].register_forward_hook(lambda *_: calls.append(1))
     yield calls
@@ -42,7 +42,7 @@ def test_absorption_reads_the_same_bits_from_short_passes_and_from_memory(model,
         assert len(memory) == 2
         with patches.tokens_counted(model.hooked, lambda n_tokens: pytest.fail("the model ran again")):
             assert all(torch.equal(at_the_word(model, layer), acts) for layer, acts in want.items())
-    assert len(whole_passes) == 2  # none more
+    assert len(whole_passes) == 2  # no further ones
     assert not torch.equal(want[1], want[2])
     with patches.short_passes(model.hooked, POSITION):
         assert torch.equal(at_the_word(model, 1), want[1])

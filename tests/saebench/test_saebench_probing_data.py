@@ -1,4 +1,4 @@
-"""Labelled texts for sparse probing: what is read, how it is split, and what cannot be probed."""
+"""Labelled texts for sparse probing: accepted formats, splits, and data that cannot be probed."""
 
 import datasets
 import pytest
@@ -67,12 +67,12 @@ def test_splits_are_balanced_random_and_disjoint(rows):
         ),
     ],
 )
-def test_data_that_cannot_be_probed_is_told(change, message, rows):
+def test_data_that_cannot_be_probed_is_reported(change, message, rows):
     with pytest.raises(ValueError, match=message):
         load_probing_dataset(datasets.Dataset.from_list(change(rows)), "mine")
 
 
-def test_splits_that_do_not_fit_are_told(rows):
+def test_splits_that_do_not_fit_are_reported(rows):
     def load(**splits):
         return load_probing_dataset(
             datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()}), "mine"
@@ -92,7 +92,7 @@ def test_splits_that_do_not_fit_are_told(rows):
         both.split(100, 120, seed=3)
 
 
-def test_sizes_that_a_class_cannot_fill_are_told_with_what_is_needed(rows):
+def test_sizes_that_a_class_cannot_fill_are_reported_with_what_is_needed(rows):
     data = load_probing_dataset(datasets.Dataset.from_list(rows), "mine")
     with pytest.raises(
         ValueError, match=r"'mine' has 100 rows of class 'a', but 140 are needed; lower probe_train_set_size"
@@ -100,6 +100,6 @@ def test_sizes_that_a_class_cannot_fill_are_told_with_what_is_needed(rows):
         data.split(200, 80, seed=0)
 
 
-def test_what_is_no_data_is_told(tmp_path):
+def test_invalid_data_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"is not a parquet, csv or jsonl file, nor a folder with train"):
         load_probing_dataset(tmp_path / "none.jsonl")

@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 
 def rows_of(tables, title):
-    """Text of the cells by row name and header, and the marked ones."""
+    """Cells of a table, by row name and header."""
     table = next(table for table in tables if table.title == title)
     header = [name.replace("\N{NO-BREAK SPACE}", " ") for name in table.header]
     return {row[1].text: dict(zip(header, row, strict=True)) for row in table.rows}
@@ -158,14 +158,14 @@ def test_results_of_plain_saebench_are_read_from_a_folder_of_any_layout(tmp_path
 
 
 @pytest.mark.parametrize("fvu", [None, float("nan"), "much"])
-def test_what_is_no_number_counts_as_missing(tmp_path, fvu):
+def test_non_finite_values_count_as_missing(tmp_path, fvu):
     write_core(tmp_path, "a", fvu)
     write_core(tmp_path, "b", 0.25)
     assert [FVU.of(sae) for sae in read_results(tmp_path)] == [None, 0.25]
     assert "0.2500" in report_of(tmp_path)
 
 
-def test_what_saebench_did_not_compute_is_a_dash_and_never_the_best(tmp_path):
+def test_missing_results_are_dashes_and_never_the_best(tmp_path):
     for name, all_latents in (("a", -1.0), ("b", 0.8), ("c", 0.9)):  # -1 with `lower_vram_usage`
         write_probing(tmp_path, name, all_latents=all_latents)
     saes = read_results(tmp_path)
@@ -177,8 +177,8 @@ def test_what_saebench_did_not_compute_is_a_dash_and_never_the_best(tmp_path):
 
 
 def test_a_mean_is_over_the_seeds_whose_value_was_computed(tmp_path):
-    write_core(tmp_path, "a_seed0", ce_loss_score=-1)  # NaN, until SAEBench wrote it
-    write_core(tmp_path, "a_seed1", ce_loss_score=-0.5)  # worse than nothing at the hook
+    write_core(tmp_path, "a_seed0", ce_loss_score=-1)  # what SAEBench writes for NaN
+    write_core(tmp_path, "a_seed1", ce_loss_score=-0.5)  # worse than zeros at the hook
     [row] = rows_of(group_tables(groups_of(read_results(tmp_path))), "Reconstruction").values()
     assert row["CE loss score (loss recovered) ↑"].text == "-0.5000 (n=1)"
 
@@ -193,7 +193,7 @@ def test_a_cosine_of_minus_one_is_a_number(tmp_path):
 def test_densities_that_were_not_computed_are_not_those_of_dead_latents(tmp_path):
     path = write_core(tmp_path, "a", ours=False)
     result = json.loads(path.read_text())
-    result["eval_result_metrics"]["misc_metrics"]["frac_alive"] = 0.0  # as core writes it then
+    result["eval_result_metrics"]["misc_metrics"]["frac_alive"] = 0.0  # what core writes without densities
     result["eval_result_details"] = [{"index": i, "feature_density": -1, "encoder_bias": -1.0} for i in range(4)]
     path.write_text(json.dumps(result))
     [sae] = saes = read_results(tmp_path)
@@ -257,7 +257,7 @@ def test_pareto_plots_have_a_mark_per_sae_and_the_means_with_their_errors(tmp_pa
     ]
     means = [trace for trace in plot.data if trace.showlegend is False]
     assert [trace.x[0] for trace in means] == pytest.approx([0.23, 0.32])
-    assert [trace.error_x.array[0] for trace in means] == [0, 0]  # of two seeds an interval would fill the plot
+    assert [trace.error_x.array[0] for trace in means] == [0, 0]  # an interval from two seeds would fill the plot
 
 
 def test_means_of_three_seeds_have_their_interval_in_a_plot(tmp_path):
@@ -266,7 +266,7 @@ def test_means_of_three_seeds_have_their_interval_in_a_plot(tmp_path):
     saes = read_results(tmp_path)
     plot = next(figure.plot for figure in figures(saes, groups_of(saes)) if figure.key == "fvu-probing")
     of_three, of_two = [trace for trace in plot.data if trace.showlegend is False]
-    # FVU 0.20, 0.26, 0.29 and accuracy 0.61, 0.64, 0.67: deviations 0.0458 and 0.03, 4.303 times them over sqrt(3).
+    # FVU 0.20, 0.26, 0.29 and accuracy 0.61, 0.64, 0.67: standard deviations 0.0458 and 0.03, times 4.303 / sqrt(3).
     assert [of_three.error_x.array[0], of_three.error_y.array[0]] == pytest.approx([0.1138, 0.0745], abs=1e-4)
     assert of_two.error_y.array[0] == 0
 
@@ -285,7 +285,7 @@ def test_density_shares_and_the_dead_add_up_to_all_latents(tmp_path):
     plot = next(figure.plot for figure in figures(saes, groups_of(saes)) if figure.key == "densities")
     assert (plot.data[0].name, plot.data[0].line.shape) == ("a: 1 of 4 dead", "hv")
     assert sum(plot.data[0].y) == pytest.approx(3 / 4)
-    # log10 of 0.003, 0.02 and 0.4 is -2.52, -1.70 and -0.40: each in the step that begins at or before it.
+    # log10 of 0.003, 0.02 and 0.4 is -2.52, -1.70 and -0.40: each is in the step that starts at or below it.
     filled = [x for x, y in zip(plot.data[0].x, plot.data[0].y, strict=True) if y]
     assert filled == pytest.approx([-2.6, -1.8, -0.4])
 
@@ -345,7 +345,7 @@ def test_markdown_has_the_same_tables_with_the_best_in_bold(tmp_path):
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    """What it says where it has written is in `test_saebench_cli.py`."""
+    """That it prints the path of the page is tested in `test_saebench_cli.py`."""
     refused = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
     assert refused.exit_code == 1
     assert "is not a folder; pass the output_dir of" in refused.stderr

@@ -1,4 +1,4 @@
-"""Result files that are cut short or of another form: named in the report, computed again by `run_evals`."""
+"""Result files that are truncated or malformed: named in the report, recomputed by `run_evals`."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""`run_evals` when results exist, when it is killed, and when an SAE fails: nothing is lost or touched."""
+"""`run_evals` with existing results, after a kill, and with failing SAEs: nothing is lost or modified."""
 
 import copy
 import errno
@@ -44,7 +44,7 @@ from sae_lens_sampled.saebench.evals.absorption import Absorption
 
 
 def test_results_that_exist_are_kept_and_others_are_added(results, saes, output_dir, tmp_path, monkeypatch):
-    output_dir = shutil.copytree(output_dir, tmp_path / "out")  # other tests read the original as it is
+    output_dir = shutil.copytree(output_dir, tmp_path / "out")  # other tests read the original
     ran = []
     for name in ALL:
 
@@ -206,13 +206,13 @@ def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tm
             run_small(saes[2:3], [eval_name], tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
 
 
-def test_what_core_swallows_is_raised(saes, tmp_path, monkeypatch):
+def test_errors_that_core_swallows_are_raised(saes, tmp_path, monkeypatch):
     monkeypatch.setattr(core, "calculate_misc_metrics", lambda _metrics: 1 / 0)
     with pytest.raises(EvalError, match="core of one_custom_sae: ZeroDivisionError: division by zero"):
         run_small([("one", saes[2][1])], ["core"], tmp_path)
 
 
-def test_a_model_with_too_few_first_letters_is_told(saes, tmp_path, copy_probes):
+def test_a_model_with_too_few_first_letters_is_reported(saes, tmp_path, copy_probes):
     copy_probes(tmp_path)
     overrides = {"absorption": SMALL["absorption"] | {"min_GT_probe_f1": 0.999, "min_feats_for_eval": 26}}
     with pytest.raises(EvalError, match=r"fewer than min_feats_for_eval=26 letters have a probe with F1 above"):
@@ -230,8 +230,8 @@ def full(*_args):
         ("absorption", "the activations for absorption's probes"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
-    """Written through a map, it would kill the process: 3 batches of 4 prompts of 48 tokens of 128 numbers."""
+def test_a_file_that_does_not_fit_is_reported_before_it_is_mapped(eval_name, need, saes, tmp_path, monkeypatch):
+    """Writing it through a memory map would kill the process. Core has 3 batches of 4 prompts of 48 tokens of 128."""
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NoSpaceError, match=rf"^{need}.*, but {tmp_path}/artifacts\S* has [\d,.]+ MB left; make room"):
         run_small(saes[2:3], [eval_name], tmp_path)
@@ -277,7 +277,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path, monkey
 
 
 def test_runs_of_other_hosts_into_one_folder_leave_each_other_alone(results, saes, tmp_path, monkeypatch):
-    """A whole run of another host, with the same process id, while the first one is in the middle of core."""
+    """Another host with the same process ID completes a whole run during core of the first run."""
     core_eval, name = EVALS["core"], "batchtopk_custom_sae"
     prepare, metrics = core_eval.prepare, []
 

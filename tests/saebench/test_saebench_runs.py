@@ -1,4 +1,4 @@
-"""`run_evals` end to end, on SAEs of all architectures, against SAEBench called by hand."""
+"""`run_evals` end to end on SAEs of all architectures, compared with SAEBench called by hand."""
 
 import json
 import random
@@ -116,7 +116,7 @@ def test_absorption_is_what_sae_bench_gives_by_hand_on_the_same_probes(results, 
     got = results["absorption"][f"{name}_custom_sae"]
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
     assert got["eval_result_details"] == want["eval_result_details"]
-    # The words of the test that begin with a letter, and those of them on which its best latent fires.
+    # The test words that begin with the letter, and those among them on which its best latent fires.
     [file] = (tmp_path / "work").rglob("*raw_results*.parquet")
     words = pd.read_parquet(file)
     letters = got["eval_result_unstructured"]["letters"]
@@ -189,14 +189,14 @@ def test_the_model_runs_once_however_many_saes_there_are(saes, tmp_path, monkeyp
         run_small([(f"{n_saes}_{i}", saes[i][1]) for i in range(n_saes)], ["core"], tmp_path)
         whole_passes.append(calls.count(None))
     small = SMALL["core"]
-    # One is of a few tokens, to see that the hook is there.
+    # The 1 is a pass over a few tokens, to check that the hook exists.
     want = 1 + 2 * small["n_eval_reconstruction_batches"] + small["n_eval_sparsity_variance_batches"]
     assert whole_passes == [want, want]
 
 
 @pytest.mark.parametrize("eval_name", ["core", "sparse_probing"])
 def test_a_result_does_not_depend_on_the_other_saes_or_their_order(eval_name, saes, tmp_path):
-    """Four classes: the negatives are drawn, so the draws show."""
+    """With four classes, negatives are drawn at random, so a change of the draws would show."""
     fields = {"probing_datasets": [EXAMPLES / "tiny_probing" / name for name in ("authors", "subjectivity")]}
     pairs = [saes[2], saes[4]]
     forward, backward, alone = (
@@ -210,7 +210,7 @@ def test_a_result_does_not_depend_on_the_other_saes_or_their_order(eval_name, sa
 
 
 def test_special_tokens_are_neither_replaced_nor_counted(saes, monkeypatch, tmp_path):
-    """Against SAEBench by hand, on a text of which a third are special tokens."""
+    """Compared with SAEBench called by hand, on a text in which a third of the tokens are special."""
     lines = [json.dumps({"text": "<|endoftext|>".join(f"word {i} and {j}" for j in range(60))}) for i in range(30)]
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.jsonl").write_text("\n".join(lines))

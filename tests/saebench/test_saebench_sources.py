@@ -45,7 +45,7 @@ def test_callers_sae_is_left_alone_and_decoder_rows_come_out_unit_norm():
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
-def test_what_cannot_be_evaluated_is_refused(tmp_path):
+def test_saes_that_cannot_be_evaluated_are_refused(tmp_path):
     with pytest.raises(ValueError, match="saes is empty"):
         load_saes([])
     with pytest.raises(ValueError, match="two of saes are called 'a_custom_sae'"):

@@ -1,4 +1,4 @@
-"""Kernels beside their definitions in plain torch, under Triton's interpreter; `test_triton.py` runs this file."""
+"""Kernels compared with their definitions in torch, in Triton's interpreter; `test_triton.py` runs this file."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ GUARD = 64
 
 
 def guarded(x):
-    """A copy with NaN, or a number that is no place, on both sides: what is read beside it shows in the results."""
+    """A copy with NaN or an invalid index on both sides, so that reads out of bounds show in the results."""
     bad = torch.nan if x.dtype.is_floating_point else True if x.dtype == torch.bool else 10**8
     memory = torch.full((x.numel() + 2 * GUARD,), bad, dtype=x.dtype)
     inside = memory[GUARD : GUARD + x.numel()].view(x.shape)
@@ -46,7 +46,7 @@ def _watched(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _guarded_results(monkeypatch):
-    """What is written beside the results shows afterwards."""
+    """Detect writes outside the results."""
     empty, memories = torch.empty, []
 
     def guarded_empty(*shape, dtype=torch.float32, device=None):
@@ -100,7 +100,7 @@ def test_dots(n_entries, width, dtype):
 
 
 def drawn_chunk(n_tokens, n_latents, dtype=torch.float32, norms=True, first=0):
-    """Whole numbers, so that many pre-activations equal thresholds, bounds and each other; sums of them are exact."""
+    """Integers, so that many pre-activations equal thresholds, bounds and each other, and sums are exact."""
     whole = torch.randint(-3, 4, (n_tokens, n_latents)).to(dtype)
     b_enc, threshold = torch.randint(-1, 2, (n_latents,)).to(dtype), torch.randint(0, 4, (n_latents,)).float()
     of_norms = guarded(torch.randint(0, 3, (n_latents,)).float()) if norms else None
@@ -114,13 +114,13 @@ def assert_equal_sums(got, want):
 
 
 SIZES = [(1, 1), (70, 16), (9, 1), (150, 70), (150, 150)]
-"""Tokens, and of a group."""
+"""Number of tokens, and size of a group."""
 
 
 @pytest.mark.parametrize("which", ["none", "squares", "shares", "counts", "clipped"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sums_of_tiles(sizes, which):
-    n_latents = 1 if sizes == (150, 150) else 70  # of at most 64 or 256 a tile
+    n_latents = 1 if sizes == (150, 150) else 70  # a tile has at most 64 or 256 of them
     tiles, chunk = Tiles(*sizes), drawn_chunk(sizes[0], n_latents, norms=which != "shares")
     chunk = chunk._replace(last_cutoff=torch.tensor(2.0))
     out = TileSums.empty(tiles, n_latents, which, CPU)
@@ -173,7 +173,7 @@ def test_dead_latents_pre_activations():
     tiles, chunk = Tiles(70, 16), drawn_chunk(70, 20)
     dead = torch.tensor([0, 3, 4, 19])
     slots = torch.full((20,), -1, dtype=torch.int32)
-    slots[dead] = torch.arange(1, 5, dtype=torch.int32)  # the first is of another chunk
+    slots[dead] = torch.arange(1, 5, dtype=torch.int32)  # the first slot belongs to another chunk
     of_dead = torch.empty(70, 6)
     sum_tiles(chunk, tiles, TileSums.empty(tiles, 20, "none", CPU), dead=Dead(guarded(slots), of_dead))
     assert torch.equal(of_dead[:, 1:5], plain_hidden_pre(chunk)[:, dead])
@@ -244,11 +244,11 @@ def test_rows_beyond_two_to_the_31():
 
 
 FAR = 2**31 + 2**20
-"""Farther than int32 counts."""
+"""Beyond the range of int32."""
 
 
 def test_tiles_beyond_two_to_the_31():
-    """The second token, group, tile and sum of a matrix of so many latents."""
+    """The second token, group, tile and sum of a matrix with `FAR` latents."""
     zeros, ints, base = torch.zeros(4), torch.zeros(8, dtype=torch.int32), torch.zeros(1)
     given = {
         "products": torch.ones(4, 4), "b_enc": zeros, "norms": None, "bound": zeros[0],

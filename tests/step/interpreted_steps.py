@@ -1,4 +1,4 @@
-"""Training steps by kernels, under Triton's interpreter, beside those without; `test_triton.py` runs this file."""
+"""Training steps with kernels, in Triton's interpreter, compared with steps without; `test_triton.py` runs it."""
 
 import copy
 
@@ -35,8 +35,8 @@ STEPS = [
     {**GROUPS, "score": "winsorised"},
     {"pool_factor": 2, "score": "entropy", "apply_b_dec_to_input": False},
 ]
-N_TOKENS = 21  # no multiple of a group
-N_DEAD = 20  # of which each token keeps 6
+N_TOKENS = 21  # not a multiple of a group
+N_DEAD = 20  # each token keeps 6 of them
 
 
 def some(*fields):
@@ -46,7 +46,7 @@ def some(*fields):
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(sae_lens_sampled.step.chunks, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(sae_lens_sampled.step.triton.row_sums, "BLOCK_ENTRIES", 32)  # 8 take longer here
+    monkeypatch.setattr(sae_lens_sampled.step.triton.row_sums, "BLOCK_ENTRIES", 32)  # 8 are slower here
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def step(sae, x, n_dead=0, number=0):
 
 
 def on_both(by_kernels, sae, function):
-    """The SAE and what `function` returned, with its gradients, by kernels and without."""
+    """The SAE, what `function` returned, and its gradients, with kernels and without."""
     results = []
     for on in (True, False):
         by_kernels(on)
@@ -101,7 +101,7 @@ def test_steps_are_those_without_kernels(fields, n_dead, by_kernels):
 
     with_kernels, without = on_both(by_kernels, sampled_sae(step="kept", **fields), steps)
     assert with_kernels[1].path == "kept"
-    assert with_kernels[0].scan_record["second_scans"] > 0  # of the first step, which knows no cutoff
+    assert with_kernels[0].scan_record["second_scans"] > 0  # from the first step, which has no cutoff yet
     assert_equal(with_kernels, without)
 
 
@@ -132,7 +132,7 @@ def test_too_few_positive_entries(fields, by_kernels):
 
 @some(GROUPS)
 def test_inputs_and_weights_in_bfloat16(fields, by_kernels):
-    """As much like the step without kernels as this is like itself in float32: both round, at other places."""
+    """As close to the step without kernels as that is to its float32 version: both round, but at different points."""
     sae = sampled_sae(step="kept", **fields)
 
     def under_autocast(sae):
@@ -158,7 +158,7 @@ def test_float64_is_left_to_torch(by_kernels):
 
 
 @some(GROUPS, ALL)
-def test_what_does_not_fit_is_for_the_dense_path(fields, monkeypatch):
+def test_batches_that_do_not_fit_take_the_dense_path(fields, monkeypatch):
     monkeypatch.setattr(sae_lens_sampled.step.kernel_scan, "MAX_EXTRACTED_PER_KEPT", 0)
     monkeypatch.setattr(sae_lens_sampled.step.kernel_scan, "MIN_ROOM", N_DEAD)
     got, want = (step(sampled_sae(step=path, **fields), activations(N_TOKENS)) for path in ("kept", "dense"))
@@ -173,7 +173,7 @@ def test_repeats_are_equal_to_the_last_bit():
 
 
 class Reads(TorchDispatchMode):
-    """Notes what would make the host wait for a GPU."""
+    """Records operations that would make the host wait for a GPU."""
 
     BY_NAME = (
         "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim",
@@ -182,7 +182,7 @@ class Reads(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.names, tolist = [], torch.Tensor.tolist
-        # On a CPU they are none of torch's operations.
+        # On a CPU, `tolist` does not dispatch an operation of torch.
         monkeypatch.setattr(torch.Tensor, "tolist", lambda x: self.names.append("tolist") or tolist(x))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -214,7 +214,7 @@ def reads_of_a_step(sae, n_dead, monkeypatch):
     ids=str,
 )
 def test_the_host_waits_twice_a_step(fields, n_dead, monkeypatch):
-    """For the state of the batch, and for the number of candidates after four chunks."""
+    """Once for the state of the batch, and once, after four chunks, for the number of candidates."""
     monkeypatch.setattr(sae_lens_sampled.step.kept_entries, "MAX_COLUMNS_SHARE", 0)
     assert reads_of_a_step(an_sae(**fields), n_dead, monkeypatch) == ["tolist", "tolist"]
 
@@ -227,7 +227,7 @@ def test_a_read_of_each_chunk_is_seen(by_kernels, monkeypatch):
 
 
 def scans(by_kernels, batch, **arguments):
-    """By kernels and without."""
+    """The scan with kernels and without."""
     results = []
     for on in (True, False):
         by_kernels(on)
@@ -294,7 +294,7 @@ def test_nan_reaches_the_kept_entries_and_ties_are_kept_alike(by_kernels, monkey
         assert all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(*kept, strict=True))
 
 
-def test_every_product_is_torchs():
+def test_every_product_equals_that_of_torch():
     rows, columns = torch.tensor([0, 0, 1, 3, 3, 3, 5]), torch.tensor([1, 4, 0, 4, 2, 0, 1])
     pattern = Pattern(rows, columns, (6, 5))
     values, W, X = torch.randn(7), torch.randn(5, 3), torch.randn(6, 3)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made faster, and its memory, watched; whoever imports this runs with TRITON_INTERPRET=1."""
+"""Triton's interpreter, made faster, with its memory accesses watched; importing this needs TRITON_INTERPRET=1."""
 
 import os
 
@@ -8,8 +8,8 @@ from triton.runtime import interpreter
 
 assert os.environ["TRITON_INTERPRET"] == "1", "without it kernels need a GPU"
 
-# For a launch what `triton.language` holds is replaced, and again in every call of a function of the kernel; once for
-# each module of such functions is enough, and takes a third less time.
+# Triton patches `triton.language` at every launch, and again in every call of a function by the kernel. Once for each
+# module of such functions is enough, and takes a third less time.
 _patched = set()
 _launch, _patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
 
@@ -31,12 +31,12 @@ interpreter.InterpretedFunction.__call__ = call
 
 
 def extent(x):
-    """Entries from the first to the last one, of a view too."""
+    """Number of entries that the memory of a tensor or view spans."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 class Memory:
-    """Stands for the interpreter's memory: places outside the given tensors are noted, and hold 0."""
+    """Wraps the interpreter's memory: addresses outside the given tensors are recorded and masked out."""
 
     def __init__(self, real, tensors):
         self.real, self.places = real, set()
@@ -60,7 +60,7 @@ class Memory:
 
 
 def places_outside(kernel, grid, arguments, tensors):
-    """Addresses that a launch reads or writes besides these tensors."""
+    """Addresses outside `tensors` that a launch reads or writes."""
     memory = Memory(interpreter._interpreter, tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_interpreter", memory)
@@ -69,14 +69,14 @@ def places_outside(kernel, grid, arguments, tensors):
 
 
 def places_of(kernel, arguments, base, n_programs=1):
-    """Entries of `base`, from its start, that the kernel reads or writes beyond what there is."""
+    """Offsets from the start of `base`, in entries, of what the kernel reads or writes outside its other arguments."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.data_ptr() != base.data_ptr()]
     places = places_outside(kernel, (n_programs,), arguments, tensors)
     return sorted((place - base.data_ptr()) // base.element_size() for place in places)
 
 
 def watched_launch(kernel, grid, _device, *arguments):
-    """As `launch`, but nothing outside the arguments may be read, which on a GPU may end the process, or written."""
+    """As `launch`, but fails if anything outside the arguments is written, or read (which may crash a GPU process)."""
     if 0 not in grid:
         places = places_outside(kernel, grid, arguments, [x for x in arguments if isinstance(x, torch.Tensor)])
         assert not places, f"{kernel.__name__} reads or writes {len(places)} places outside its arguments"

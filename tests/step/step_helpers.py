@@ -1,4 +1,4 @@
-"""A step on the kept entries beside the dense one."""
+"""Comparison of a step on the kept entries with the dense one."""
 
 import copy
 
@@ -9,7 +9,7 @@ from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfi
 from sae_lens_sampled.step.column_scan import Batch
 
 ALL = {"pool_factor": 200 / 3}
-"""Fields of a pool of all 200 latents."""
+"""Config fields for a pool of all 200 latents."""
 
 
 def an_sae(**fields):
@@ -29,12 +29,12 @@ def step(sae, x, n_dead=0, number=0):
 
 
 def batch_of(x, weights, threshold, cfg):
-    """A first batch."""
+    """The first batch of a run."""
     return Batch(x, weights, threshold, cfg, draw=torch.tensor(0), last_cutoff=torch.tensor(0.0))
 
 
 def on_both_paths(sae, function):
-    """The SAE and what `function` returned, with the step on the kept entries and with the dense one."""
+    """The SAE and what `function` returned, for the step on the kept entries and for the dense one."""
     results = []
     for path in ("kept", "dense"):
         copied = copy.deepcopy(sae)

@@ -48,7 +48,7 @@ def test_gradients_are_those_of_differences(rescale):
 
 
 def test_the_loss_by_hand():
-    """Squared errors 5 and 1, mean 3; one dead latent where w / 2 = 2 count whole: half; w = 4 of 2 dimensions: 2."""
+    """Squared errors 5 and 1: mean 3. One dead latent over w / 2 = 2: factor 0.5. w = 4 over 2 dimensions: factor 2."""
     got = auxiliary_loss(torch.tensor([[1.0, 2], [0, 1]]), torch.zeros(2, 2), n_dead=1, width=4, coefficient=0.1)
     assert got == pytest.approx(0.1 * 3 * 0.5 * 2)
     assert auxiliary_loss(None, torch.zeros(2, 2), 0, 4, 0.1) == 0

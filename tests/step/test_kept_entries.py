@@ -1,4 +1,4 @@
-"""The step on the kept entries gives the numbers of the dense path, its plain reference."""
+"""The step on the kept entries gives the same numbers as the dense path, its plain reference."""
 
 import copy
 
@@ -41,7 +41,7 @@ some_pools = pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL
 
 @pytest.fixture(params=["columns", "entries"])
 def way(request, monkeypatch):
-    """One small pool has its columns computed; here also by entries, as all other pools."""
+    """A single small pool is computed by its columns; here also by its entries, like all other pools."""
     if request.param == "entries":
         monkeypatch.setattr(sae_lens_sampled.step.kept_entries, "MAX_COLUMNS_SHARE", 0)
         monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 0.8)
@@ -66,7 +66,7 @@ def test_three_steps_leave_everything_as_the_dense_path_does(fields, n_dead):
 )
 def test_too_few_positive_entries_are_counted_as_on_the_dense_path(fields):
     sae = an_sae(**fields)
-    sae.b_enc.data -= 6  # at most half of what may be kept
+    sae.b_enc.data -= 6  # leaves at most half of the budget positive
     outputs = []
     for path in ("kept", "dense"):
         copied = copy.deepcopy(sae)
@@ -107,7 +107,7 @@ whole = st.integers(-3, 3).map(float)
     seed=st.integers(0, 10**6),
 )
 def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_size, cutoff, chunk, seed):
-    """Whole numbers: ties everywhere, exact sums. Of equals the lowest (token, latent) stay, whatever the bound."""
+    """Integers: ties everywhere, exact sums. Ties go to the lowest (token, latent), whatever the bound."""
     n_tokens, d_in, d_sae = sizes
     k = min(k, float(d_sae))
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def test_kept_entries_match_plain_loops_with_ties(sizes, k, pool_factor, group_s
         candidates, _ = find_candidates(batch, pool, bound, extracted)
     pools = oracles.pools(acts.tolist(), "l2_norm", cfg.n_candidates, group_size)
     want = oracles.kept_places(acts.tolist(), pools, n_keep, group_size)
-    if candidates is None:  # nothing may be kept, and more than nothing may be extracted
+    if candidates is None:  # too many entries were extracted: only with a budget of 0
         assert n_keep == 0
         return
     kept = keep_largest(candidates, n_keep)
@@ -162,10 +162,10 @@ def test_broken_weights_end_in_a_loss_that_is_nan(fields):
 @pytest.mark.usefixtures("way")
 @some_pools
 def test_a_latent_whose_decoder_row_is_zero_is_never_kept(fields):
-    """SAELens' code gives NaN there, by 0 / 0, and so does the dense path."""
+    """SAELens' code computes 0 / 0 = NaN there, and so does the dense path."""
     sae = an_sae(**fields)
     sae.W_dec.data[7] = sae.W_dec.data[70] = 0
-    sae.b_enc.data[60:160] -= 50  # of the dead, whose values may be negative, its 0 is the largest
+    sae.b_enc.data[60:160] -= 50  # its 0 is the largest of the dead ones' values, which may be negative
     output = step(sae, activations(70), 100)
     assert output.feature_acts.to_dense()[:, [7, 70]].count_nonzero() == 0
     assert output.loss.isfinite()
@@ -276,7 +276,7 @@ def assert_close_in_bfloat16(kept, dense):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fields", [{}, {"pool_group_size": 16}, ALL, {"apply_b_dec_to_input": False}], ids=str)
 def test_gradients_of_a_step_are_those_of_differences(fields):
-    """Of the reconstruction loss, along a random direction of each parameter and of the input."""
+    """Gradients of the reconstruction loss, along a random direction for each parameter and for the input."""
     generator = torch.Generator().manual_seed(0)
     x = activations(40).double()
 

@@ -24,7 +24,7 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_deco
 
 WIDTHS = [4, 13, D_SAE]
 NESTED = {"matryoshka_widths": [10, 60, 200]}
-"""Fields of `an_sae`, of 200 latents."""
+"""Config fields for `an_sae`, which has 200 latents."""
 
 
 def matryoshka_sae(**fields):
@@ -40,7 +40,7 @@ FIELDS = [{}, {"rescale_acts_by_decoder_norm": False}, {"k": 2.7}, {"apply_b_dec
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_a_pool_of_all_latents_is_saelens_matryoshka_to_the_last_bit(bfloat16, fields):
-    """Activations, losses, every gradient and weight, the threshold: over 20 steps of training with dead latents."""
+    """Activations, losses, all gradients and weights, and the threshold, over 20 training steps with dead latents."""
     ours = sampled_sae(pool_factor=D_SAE, matryoshka_widths=WIDTHS, step="dense", **fields)
     theirs = matryoshka_sae(**fields)
     assert_equal_training(ours, theirs, bfloat16)
@@ -71,7 +71,7 @@ def test_on_the_kept_entries_under_autocast_the_losses_are_saelens_matryoshka_lo
 
 @pytest.mark.parametrize("step_name", ["kept", "dense"])
 @pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
-def test_one_level_is_none_to_the_last_bit(step_name, pool):
+def test_one_level_equals_no_levels_to_the_last_bit(step_name, pool):
     plain = an_sae(step=step_name, **pool)
     nested = an_sae(step=step_name, matryoshka_widths=[200], **pool)
     for number in range(3):
@@ -99,7 +99,7 @@ def test_every_path_gives_the_same_numbers(pool, rescale):
 
 
 def test_inner_losses_are_of_the_first_latents_alone():
-    """Plain loops, with the kept activations given."""
+    """Compared with plain loops over the kept activations."""
     sae = an_sae(pool_factor=10, pool_group_size=16, **NESTED)
     output = step(sae, x := activations(20))
     acts, norms = output.feature_acts.to_dense().tolist(), sae.W_dec.norm(dim=1).tolist()
@@ -120,7 +120,7 @@ def test_the_coefficient_weighs_the_inner_losses():
     inner = full.losses["inner_mse_loss_10"] + full.losses["inner_mse_loss_60"]
     torch.testing.assert_close(full.loss - zero.loss, inner)
     torch.testing.assert_close(quarter.loss - zero.loss, 0.25 * inner)
-    torch.testing.assert_close(quarter.losses, full.losses)  # what is logged is the error itself
+    torch.testing.assert_close(quarter.losses, full.losses)  # the logged losses are not weighted
 
 
 @pytest.mark.parametrize("path", ["kept", "dense"])
@@ -139,7 +139,7 @@ def test_inner_losses_end_after_their_steps_and_a_checkpoint_counts_them(path, r
         ending.load_weights_from_checkpoint(tmp_path)
     output, without = (step(sae, activations(50, seed=9)) for sae in (ending, plain))
     assert torch.equal(output.loss, without.loss)
-    assert output.losses["inner_mse_loss_10"] > 0  # logged as before
+    assert output.losses["inner_mse_loss_10"] > 0  # still logged
     mine, theirs = gradients(ending, output), gradients(plain, without)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -166,7 +166,7 @@ def test_decoding_by_levels_has_the_gradients_of_differences():
 @pytest.mark.parametrize("pool", [{"pool_factor": 5}, {"pool_factor": 10, "pool_group_size": 16}, ALL], ids=str)
 @pytest.mark.parametrize("step_name", ["kept", "dense"])
 def test_leading_dimensions_are_rows(pool, step_name):
-    """SAELens' own slices the tokens of three-dimensional input."""
+    """SAELens' own Matryoshka SAE slices the tokens of three-dimensional input instead of the latents."""
     flat, folded = an_sae(step=step_name, **NESTED, **pool), an_sae(step=step_name, **NESTED, **pool)
     want, got = step(flat, activations(48)), step(folded, activations(48).view(4, 12, D_IN))
     torch.testing.assert_close(got.losses, want.losses)
@@ -178,12 +178,9 @@ def test_merged_heads_have_inner_losses(step_name):
     plain, heads = (an_sae(step=step_name, pool_factor=10, pool_group_size=16, **NESTED) for _ in range(2))
     heads.turn_on_forward_pass_hook_z_reshaping()
     want, got = step(plain, activations(32)), step(heads, activations(32).view(32, 3, D_IN // 3))
-    for width in (10, 60):  # a mean over heads in place of tokens
+    for width in (10, 60):  # the mean also runs over the heads
         name = f"inner_mse_loss_{width}"
         torch.testing.assert_close(got.losses[name] * 3, want.losses[name])
-
-
-# Around the step.
 
 
 def test_the_export_has_no_levels_and_loads_in_plain_saelens(tmp_path):

@@ -72,7 +72,7 @@ def test_a_batch_that_keeps_nothing_leaves_the_cutoff():
 
 
 def test_recording_reads_nothing_back_from_the_device():
-    """On the meta device every read of a value raises."""
+    """On the meta device, reading any value raises an error."""
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
     pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]

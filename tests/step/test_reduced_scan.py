@@ -27,19 +27,19 @@ from sae_lens_sampled.step.sparse_codes import Weights
 N_CASES = int(os.environ.get("REDUCED_SCAN_CASES", "300"))
 NO_DEAD = torch.zeros(0, dtype=torch.int64)
 BOTH_ROUND_DOWN = 1 + 2.0**-8
-"""Halfway between two bfloat16 numbers, of which the even one is smaller."""
+"""Halfway between two bfloat16 numbers, of which the smaller is the even one."""
 
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    """Also: nothing is too much to extract, so that no step is left to the dense path."""
+    """Several chunks per scan, and no limit on extracted entries, so that no step falls back to the dense path."""
     monkeypatch.setitem(sae_lens_sampled.step.chunks.CHUNK_BYTES, "cpu", 4096)
     monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 1)
 
 
 @contextmanager
 def watched_scans():
-    """Of every scan for kept entries whether it was in float32."""
+    """List of whether each scan for kept entries was in float32."""
     in_float32, scan = [], sae_lens_sampled.step.kept_entries.scan_columns
 
     def watched(*args, reduced):
@@ -76,16 +76,16 @@ def on_both_scans(x, weights, k, last_cutoff=0.0, **fields):
 
 
 def random_case(generator, n_tokens, d_in, d_sae, log_scales=(0.0, 0.0), bias=0.0, kinds=()):
-    """Inputs and weights with what makes rounding matter, by name in `kinds`."""
+    """Inputs and weights with the properties named in `kinds`, which make rounding matter."""
     x, W_enc = (
         torch.randn(*shape, generator=generator) * 10.0**scale
         for shape, scale in zip(((n_tokens, d_in), (d_in, d_sae)), log_scales, strict=True)
     )
-    if "adding up" in kinds:  # all products round alike, and all sums are of one sign
+    if "adding up" in kinds:  # all products round alike, and a sum's terms have the same sign
         x, W_enc = torch.full_like(x, BOTH_ROUND_DOWN), torch.full_like(W_enc, BOTH_ROUND_DOWN)
         W_enc *= torch.ones(d_sae)[torch.randint(d_sae, (d_sae,), generator=generator)] * 2.0 ** log_scales[1]
         x[::2] *= -1
-    if "wide" in kinds:  # numbers of many sizes in one sum
+    if "wide" in kinds:  # terms of many magnitudes in one sum
         W_enc = W_enc * 2.0 ** torch.randint(-12, 1, W_enc.shape, generator=generator)
     if "large token" in kinds:
         x[0] *= 1000
@@ -119,7 +119,7 @@ sizes = st.tuples(st.integers(1, 24), st.integers(1, 80), st.integers(2, 150))
     seed=st.integers(0, 10**6),
 )
 def test_what_is_kept_is_what_a_float32_step_keeps(sizes, k, log_scales, bias, kinds, cutoff, seed):
-    """Whatever the last batch's cutoff, here in units of this one's, lets the extraction begin with."""
+    """Whatever bound the extraction starts with: `cutoff` is the last batch's, in units of this batch's cutoff."""
     n_tokens, d_in, d_sae = sizes
     x, weights = random_case(torch.Generator().manual_seed(seed), *sizes, log_scales, bias, kinds)
     k = min(k, float(d_sae))
@@ -133,8 +133,8 @@ def test_what_is_kept_is_what_a_float32_step_keeps(sizes, k, log_scales, bias, k
     full = kept_step(batch._replace(scan="full"), "kept", NO_DEAD, 0)
     assert reduced is not None
     assert full is not None
-    # What two float32 sums of d_in products may differ by (Higham 2002, section 3.1), in units of their largest part:
-    # where the bias cancels it, that is not small.
+    # Bound on the difference of two float32 sums of d_in products (Higham 2002, section 3.1), in units of their largest
+    # part. Where the bias cancels that part, the difference is not small compared with the sum.
     unit = max(1e-6, 2 * d_in * 2.0**-24)
     largest = x.norm(dim=1)[:, None] * weights.W_enc.norm(dim=0) + weights.b_enc.abs()
     largest = largest if weights.norms is None else largest * weights.norms
@@ -157,7 +157,7 @@ def test_what_is_kept_is_what_a_float32_step_keeps(sizes, k, log_scales, bias, k
     seed=st.integers(0, 10**6),
 )
 def test_whole_numbers_are_kept_to_the_last_bit(sizes, k, largest, cutoff, seed):
-    """Their float32 sums are exact, so ties at the cutoff are; those above 256 are no bfloat16 numbers."""
+    """Their float32 sums, and so ties at the cutoff, are exact; above 256 not all of them are bfloat16 numbers."""
     n_tokens, d_in, d_sae = sizes
     generator = torch.Generator().manual_seed(seed)
     x, W_enc, b_enc = (
@@ -171,7 +171,7 @@ def test_whole_numbers_are_kept_to_the_last_bit(sizes, k, largest, cutoff, seed)
 
 
 def largest_error(x, weights):
-    """Largest error of scanned entries, of float64 and of float32 ones, in units of the bound."""
+    """Largest error of scanned entries, compared with float64 and with float32 ones, in units of the bound."""
     product = reduced_product(x, weights, torch.tensor(0.0), "reduced")
     assert product is not None
     scanned = torch.cat([chunk.clone() for _, chunk in product.chunks()]).T.double()
@@ -230,7 +230,7 @@ def test_the_full_scan_is_taken_where_something_could_overflow(scans, what):
 
 
 def test_a_bound_that_only_rounded_values_exceed_is_lowered():
-    """Extracted entries are no reason to accept: too few of them exceed the bound."""
+    """Extracting enough entries does not suffice: too few of them exceed the bound."""
     x, weights = random_case(torch.Generator().manual_seed(3), 50, 40, 90)
     cutoff = weights.hidden_pre(x).flatten().topk(100).values[-1].item()
     batch = a_batch(x, weights, 2.0, "reduced", 1.002 * cutoff / sae_lens_sampled.step.kept_entries.BOUND_OVER_CUTOFF)
@@ -249,7 +249,7 @@ def test_only_what_may_be_kept_is_computed_once_more():
 
 
 def test_ranks_keep_what_one_process_keeps():
-    """One rank has far larger inputs, so most of what is kept."""
+    """One rank has larger inputs, and so most of the kept entries."""
     x, weights = random_case(torch.Generator().manual_seed(5), 60, 30, 80, kinds=("norms",))
     x[:30] *= 3
     batch = a_batch(x, weights, 2.0, "reduced", 1e9)  # the first bound is too high
@@ -267,7 +267,7 @@ def test_ranks_keep_what_one_process_keeps():
 @pytest.mark.parametrize("fields", [ALL, ALL | {"matryoshka_widths": [20, 90, 200]}], ids=str)
 @pytest.mark.parametrize("n_dead", [0, 4, 100])
 def test_a_step_is_that_of_the_full_scan(fields, n_dead):
-    """Losses, reconstructions and gradients, AuxK's included; its counts for thresholds are of rounded activations."""
+    """In losses, reconstructions and gradients, including AuxK's. Counts for thresholds use rounded activations."""
     outputs = []
     for scan in ("reduced", "full"):
         sae = an_sae(**fields, scan=scan, use_sparse_activations=scan == "reduced")
@@ -295,7 +295,7 @@ def test_in_a_smaller_pool_the_kept_entries_are_float32s_own(monkeypatch, group_
 
 
 def test_auto_scans_in_float32_where_the_margin_would_extract_most(scans):
-    """Biases that leave of a large product hardly anything."""
+    """Biases cancel nearly all of a large product."""
     x, weights = random_case(torch.Generator().manual_seed(7), 70, 300, 90)
     x, b_enc = x + 20, -weights.W_enc.sum(dim=0) * 20
     for scan in ("reduced", "auto"):

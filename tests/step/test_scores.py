@@ -17,12 +17,12 @@ from sae_lens_sampled.step.scores import (
 )
 from sae_lens_sampled.step.selection import column_statistics
 
-BUILT_IN = tuple(SCORES)  # before tests of the benchmark's variants register theirs, in the same process
+BUILT_IN = tuple(SCORES)  # before tests of the benchmark's variants register theirs in the same process
 COLUMNWISE = [name for name in BUILT_IN if name != "ridge_leverage"]
 
 
 def random_acts(*shape, dtype=torch.float64):
-    """Non-negative, half zeros, with a dead column in the middle."""
+    """Non-negative activations, half of them zeros, with a dead column in the middle."""
     acts = (torch.randn(*shape, dtype=torch.float64) * 3).relu()
     acts[..., shape[-1] // 2] = 0
     return acts.to(dtype)
@@ -100,14 +100,14 @@ def test_ridge_leverage_prefers_a_latent_that_no_other_can_replace():
     acts = torch.zeros(12, 4)
     acts[:6, :3] = 1.0  # three copies of one pattern
     acts[6:, 3] = 1.0
-    # ridge 24 / 2 = 12; three copies share one eigenvalue 18, the fourth has 6 for itself
+    # ridge 24 / 2 = 12; the three copies share one eigenvalue, 18, and the fourth latent has its own, 6
     want = [6 / (18 + 12)] * 3 + [6 / (6 + 12)]
     torch.testing.assert_close(ridge_leverage(acts, 2), torch.tensor(want))
 
 
 @pytest.fixture
 def registered(request):
-    """A name that is free again after the test."""
+    """A score name that is unregistered after the test."""
     yield "mine"
     SCORES.pop("mine", None)
 
@@ -170,7 +170,7 @@ def test_the_built_in_scores_that_judge_each_latent_by_itself():
 @pytest.mark.parametrize("group_size", [None, 5])
 @pytest.mark.parametrize("last_cutoff", [None, 0.0, 0.4])
 def test_a_winsorised_score_counts_nothing_above_the_last_cutoff(group_size, last_cutoff):
-    acts = random_acts(16, 9, dtype=torch.float32)  # the last group is a short one
+    acts = random_acts(16, 9, dtype=torch.float32)  # the last group is shorter
     given, cutoff = None if last_cutoff is None else torch.tensor(last_cutoff), last_cutoff or math.inf
     got = column_statistics(acts, "winsorised", 4, group_size, given)
     groups = [group.T.tolist() for group in acts.split(group_size or len(acts))]

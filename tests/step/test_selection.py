@@ -35,13 +35,13 @@ def assert_matches_oracle(acts, k, m, score, group_size, draw=None):
     assert [set(group) for group in pool.tolist()] == want
     assert all(group == sorted(group) for group in pool.tolist())
     assert kept[kept != 0].sort().values.tolist() == oracles.kept_values(rows, want, int(k * len(rows)), group_size)
-    # Every kept entry is where it was, and inside its token's pool.
+    # Every kept entry is unmoved and in its token's pool.
     assert ((kept == acts) | (kept == 0)).all()
     step = group_size or len(rows)
     assert all(latent in want[token // step] for token, latent in kept.nonzero().tolist())
 
 
-# Small whole numbers: ties everywhere, dead columns, and sums that floats hold exactly.
+# Small integers: ties everywhere, dead columns, and sums that are exact in floating point.
 matrices = hnp.arrays("float64", st.tuples(st.integers(1, 9), st.integers(2, 8)), elements=st.integers(0, 4))
 
 
@@ -69,7 +69,7 @@ def test_selection_matches_plain_loops_with_ties(matrix, k, share, score, group_
     draw=st.none() | st.tuples(st.integers(0, 2**40), st.integers(0, 2**33)),
 )
 def test_selection_matches_plain_loops_on_random_values(shape, seed, k, share, score, group_size, draw):
-    # Distinct values, so that no rounding decides; entropy of a single firing token is 0 for many columns: a true tie.
+    # Distinct values, so that rounding decides nothing; with one firing token, many entropies are 0: a true tie.
     acts = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
     m = 1 + round(share * (shape[1] - 1))
     if score in ("entropy", "uniform") and draw is None and group_size == 1:
@@ -98,7 +98,7 @@ def test_the_number_of_candidates(k, pool_factor, d_sae, size):
 
 def test_equal_scores_go_to_the_larger_norm_then_to_the_lower_index():
     acts = torch.tensor([[1.0, 3, 2, 3, 0, 9], [1, 3, 2, 3, 0, 0]])
-    # frequency: 2, 2, 2, 2, 0, 1; norms of the four equals order 1 = 3 > 2 > 0
+    # frequencies 2, 2, 2, 2, 0, 1; the norms order the four equal ones: 1 = 3 > 2 > 0
     assert [select(acts, 1, m, "frequency", None)[0].tolist()[0] for m in (1, 2, 3, 5, 6)] == [
         [1],
         [1, 3],

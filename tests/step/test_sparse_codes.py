@@ -8,7 +8,7 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights, as_coo, encode_
 
 N_TOKENS, SIZE_IN, N_LATENTS = 6, 3, 5
 TOKENS = torch.tensor([0, 0, 1, 3, 3, 3, 5])
-LATENTS = torch.tensor([1, 4, 0, 4, 2, 0, 1])  # within a token in any order; latent 3 and tokens 2 and 4 have none
+LATENTS = torch.tensor([1, 4, 0, 4, 2, 0, 1])  # in any order within a token; latent 3 and tokens 2 and 4 have none
 
 
 def drawn(*shape):
@@ -17,7 +17,7 @@ def drawn(*shape):
 
 
 def codes_of(x, W_enc, b_enc, norms):
-    """The entries' values as a dense encoder gives them."""
+    """Entries with the values that a dense encoder gives."""
     with torch.no_grad():
         hidden_pre = Weights(W_enc, b_enc, W_enc.T, norms).hidden_pre(x)
     return Entries(hidden_pre[TOKENS, LATENTS], TOKENS, LATENTS)

@@ -1,4 +1,4 @@
-"""Which path a step takes, what it looks at, and what it costs."""
+"""Which path a step takes, what it reads, and what it costs."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def test_the_columns_of_a_pool_are_not_extracted():
     assert sae.pool_statistics()["extracted_per_kept"] == 0
 
 
-def test_what_a_sparse_matrix_cannot_hold_runs_dense(monkeypatch):
+def test_batches_too_large_for_a_sparse_matrix_run_dense(monkeypatch):
     sae, x = an_sae(**ALL), activations(70)
     want = step(copy.deepcopy(sae), x).feature_acts
     monkeypatch.setattr(sae_lens_sampled.step.column_scan, "MAX_EXTRACTED_SHARE", 0.001)
@@ -69,7 +69,7 @@ def test_no_tensor_of_all_tokens_and_latents_is_alive_in_a_step(monkeypatch):
 
     for fields in ({}, {"pool_group_size": 16, "pool_factor": 20}, {"score": "ridge_leverage"}, ALL):
         sae, x = an_sae(**fields), activations(800)
-        step(sae, x)  # the first step estimates its bound from some rows, here a large part of all
+        step(sae, x)  # the first step estimates its bound from some rows, here a large share of them
         with Watch():
             step(sae, x, 90).loss.backward()
         assert 200 * D_IN <= largest < 800 * 200 / 2, fields
@@ -126,7 +126,7 @@ def test_hooks_and_methods_of_ones_own_take_the_dense_path():
     assert step(sae, activations(70)).losses["mine"] == 7
 
 
-def test_a_way_of_ones_own_to_encode_says_the_pool_or_is_refused():
+def test_an_overridden_encoder_must_return_the_pool():
     class Half(SampledTopKTrainingSAE):
         def encode_with_pool(self, x, ranks=ALONE, fields=None):
             acts, hidden_pre, pool = super().encode_with_pool(x, ranks, fields)
@@ -245,7 +245,7 @@ def test_an_activation_equal_to_its_threshold_does_not_fire():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_under_autocast_the_scan_sees_what_autocast_products_give(dtype):
-    """Which leave float64 as it is."""
+    """Autocast leaves float64 unchanged."""
     sae, x = an_sae(), activations(70).to(dtype)
     weights = Weights(*(weight.detach().to(dtype) for weight in (sae.W_enc, sae.b_enc, sae.W_dec)), None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -262,7 +262,7 @@ def test_the_dead_are_the_same_whether_the_scan_passes_them_on_or_not(monkeypatc
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts products of dense matrices, in numbers of multiplications, and those with a sparse one."""
+    """Counts the multiplications in products of dense matrices, and the products with a sparse matrix."""
 
     n_dense, n_sparse = 0, 0
 
@@ -278,11 +278,11 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_a_step_of_saelens_is_six_products_and_one_of_ours_is_one(apply_b_dec_to_input):
-    """Of size tokens x d_in x d_sae; beside ours one decodes a sparse matrix, and two are its weights' gradients."""
+    """Of size tokens x d_in x d_sae. Ours adds three sparse products: one decodes, two give gradients of weights."""
     fields = {"d_in": D_IN, "d_sae": 200, "k": 3, "apply_b_dec_to_input": apply_b_dec_to_input}
     theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**fields))
     ours = an_sae(**ALL, apply_b_dec_to_input=apply_b_dec_to_input)
-    step(ours, activations(70))  # knows its cutoff from here on
+    step(ours, activations(70))  # the cutoff is known from here on
     for sae, n_products, n_sparse in ((theirs, 6, 0), (ours, 1, 3)):
         with Products() as products:
             step(sae, activations(70)).loss.backward()

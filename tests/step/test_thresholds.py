@@ -17,7 +17,7 @@ from sae_lens_sampled.step.thresholds import (
 
 
 def oracle_step(latents, gain, new, recent, cutoff, n_tokens, n_steps):
-    """The update of all latents, in Python numbers: design of the rule, written out. Returns the new gain."""
+    """Update all latents by the rule, written out in Python numbers. Returns the new gain."""
     correction = 1 - (1 - EMA_RATE) ** (n_steps + 1)
     for latent, batch in zip(latents, new, strict=True):
         if n_steps == 0:
@@ -65,7 +65,7 @@ def test_update_matches_the_rule_written_out_for_each_latent():
 
 
 def test_latents_that_fire_where_they_are_not_selected_give_their_share_to_others():
-    """Both are selected on 0.3 of the tokens; one on its largest activations, the other at random."""
+    """Both are selected on 0.3 of the tokens: one on its largest activations, the other at random."""
     matcher, generator = RateMatcher(2, torch.device("cpu")), torch.Generator().manual_seed(0)
     pooled = torch.tensor([True, True])
     rates = []
@@ -149,7 +149,7 @@ def test_export_fires_as_often_as_training_selects(fields):
 
 
 def test_global_threshold_lets_latents_outside_the_pool_fire():
-    """What the per-latent thresholds are for."""
+    """The reason for per-latent thresholds."""
     sae = sampled_sae(pool_factor=1, inference_threshold="global")
     train(sae, 150, batch_size=256)
     batch = activations(256, seed=10_000)
@@ -166,7 +166,7 @@ def test_global_threshold_is_saelens_without_the_bias_of_its_start():
 
 
 def test_a_step_is_bounded_on_both_sides():
-    """After a long silence one latent fires on every token, and another is selected on every one without firing."""
+    """After a long silence one latent fires on every token, and another is selected on every token without firing."""
     matcher, zero = RateMatcher(2, torch.device("cpu")), torch.zeros(2)
     matcher.threshold.fill_(5)
     matcher.peak.fill_(1)

@@ -1,7 +1,7 @@
-"""Kernels on a machine without a GPU: under Triton's interpreter, in a process of its own, and through its compiler.
+"""Kernels on a machine without a GPU: under Triton's interpreter, in a separate process, and through its compiler.
 
-The tests themselves are in `interpreted_kernels.py` and `interpreted_steps.py`: triton decides at its import whether it
-interprets. Where there is no triton, which is for Linux, there are no kernels either.
+The interpreted tests are in `interpreted_kernels.py` and `interpreted_steps.py`, because triton decides when imported
+whether to interpret. Triton is for Linux only; without it there are no kernels.
 """
 
 import os
@@ -18,7 +18,7 @@ from sae_lens_sampled.step.triton import available
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 HERE = Path(__file__).parent
 N_TESTS = {"interpreted_kernels": 80, "interpreted_steps": 40}
-"""How many there are at least: that none is left out shows here."""
+"""Minimum number of tests in each file, to show that none is left out."""
 
 
 @pytest.mark.parametrize("name", N_TESTS)
@@ -54,7 +54,7 @@ POINTERS = {
 
 
 def compiled(kernel, arguments, capability):
-    """The kernel's code as a launch with these arguments would have it compiled."""
+    """The kernel's PTX code as compiled for a launch with these arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -72,7 +72,7 @@ def compiled(kernel, arguments, capability):
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
-    """Kernels and arguments of what would be launched on a GPU."""
+    """Kernels that would be launched on a GPU, with their arguments."""
     from sae_lens_sampled.step.triton import dots, row_sums, scan
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -83,7 +83,7 @@ def launches(monkeypatch, tmp_path):
 
 
 def of_type(dtype, n_tokens, group_size, n_latents, which):
-    """Calls every kernel: the scan with norms, members and dead latents for "shares", without them for others."""
+    """Call every kernel; the scan has norms, members and dead latents only if `which` is "shares"."""
     from sae_lens_sampled.step.triton.dots import dots
     from sae_lens_sampled.step.triton.row_sums import row_sums
     from sae_lens_sampled.step.triton.scan import Above, Buffers, Chunk, Dead, TileSums, extract, sum_tiles
@@ -116,7 +116,7 @@ def of_type(dtype, n_tokens, group_size, n_latents, which):
     ids=str,
 )
 def test_kernels_compile_for_gpus(capability, arguments, launches):
-    """What the interpreter lets pass does not: types that change in a loop, shapes that are no powers of 2."""
+    """The interpreter accepts what does not compile: types that change in a loop, shapes that are not powers of 2."""
     of_type(*arguments)
     names = {kernel.__name__ for kernel, _ in launches}
     assert names >= {"_sum_kernel", "_part_kernel", "_segment_kernel", "_dot_kernel"}

@@ -1,0 +1,100 @@
+"""Tables of arms beside BatchTopK: what differs, corrected for the number of comparisons, and at which time."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pages import interval_text, markdown_table
+from sae_lens_sampled.confidence import Interval, holm
+from study import plan
+from study.summary import Summary
+
+DECISION = {
+    "FVU": "fvu",
+    "loss recovered": "loss_recovered",
+    "probing, top 1": "probing_1",
+    "top 5": "probing_5",
+    "dead": "dead",
+    "MMCS": "mmcs",
+    "absorption, full": "absorption_full",
+    "fraction": "absorption_fraction",
+}
+"""Columns that an arm is chosen by; MMCS is of live latents, between seeds."""
+SMALLER_IS_BETTER = ("FVU", "dead", "absorption, full", "fraction")
+ALPHA = 0.05
+"""What the chance of a false mark is kept below, over all of a table."""
+BETTER, WORSE = "▲", "▼"
+SIDES = {
+    "batchtopk": "SAELens BatchTopK",
+    "topk": "SAELens TopK",
+    "matryoshka": "SAELens Matryoshka",
+    "pool_5": "one pool, factor 5",
+    "pool_5_groups_16": "groups of 16, factor 5",
+    "pool_10_groups_16": "groups of 16, factor 10",
+    "pool_20_groups_16": "groups of 16, factor 20",
+    "nested_10": "nested groups of 16, factor 10",
+    "nested_20": "nested groups of 16, factor 20",
+}
+"""Names of the arms in the benchmark of training steps."""
+
+
+def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
+    """What to choose by, a row for each arm: means with marks for what differs from BatchTopK, and time.
+
+    Marks are corrected for all comparisons of the table (Holm).
+
+    Args:
+        summary: of the study.
+        step_seconds: seconds of training steps for a million tokens, by arm.
+    """
+    marks = marks_of(differences(summary))
+    rows = []
+    for arm in summary.arms:
+        seconds = step_seconds.get(arm)
+        means = {name: summary.mean(arm, metric) for name, metric in DECISION.items()}
+        cells = [
+            "-" if mean is None else f"{mean.mean:.3f}{marks.get((arm, name), '')}" for name, mean in means.items()
+        ]
+        rows.append([summary.label(arm), *cells, "-" if seconds is None else f"{seconds:.0f} s"])
+    return markdown_table(["", *DECISION, "time for 1M tokens"], rows)
+
+
+def difference_table(summary: Summary) -> str:
+    """What the decision table marks: every arm less BatchTopK, with 95 % intervals; bold where it is marked."""
+    found = differences(summary)
+    marks = marks_of(found)
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        texts = {name: interval_text(found.get((arm, name)), signed=True) for name in DECISION}
+        cells = [f"**{text}**" if (arm, name) in marks else text for name, text in texts.items()]
+        rows.append([summary.label(arm), *cells])
+    return markdown_table(["", *DECISION], rows)
+
+
+def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
+    """Every arm less `base`, by arm and column of the decision table; over pairs of SAEs, for MMCS of pairs."""
+    found = {}
+    for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
+        difference = summary.difference(arm, base, metric)
+        if arm != base and difference is not None:
+            found[arm, name] = difference
+    return found
+
+
+def marks_of(found: Mapping[tuple[str, str], Interval]) -> dict[tuple[str, str], str]:
+    """Signs of the differences that are not 0 after Holm's correction over all of them."""
+    adjusted = holm({key: difference.p for key, difference in found.items() if difference.p is not None})
+    return {
+        (arm, name): f" {BETTER if (found[arm, name].mean < 0) == (name in SMALLER_IS_BETTER) else WORSE}"
+        for (arm, name), p in adjusted.items()
+        if p <= ALPHA
+    }
+
+
+def step_seconds(benchmark: Path) -> dict[str, float]:
+    """Seconds of training steps for a million tokens at the size of the study on SmolLM2, by arm."""
+    rows = json.loads(benchmark.read_text())["sections"]["smollm2"]
+    by_side = {side: ms / row["case"]["tokens"] * 1000 for row in reversed(rows) for side, ms in row["step_ms"].items()}
+    seconds = {arm: by_side[side] for arm, side in SIDES.items()}
+    return seconds | {plan.THEN_PLAIN: (seconds["nested_10"] + seconds["pool_10_groups_16"]) / 2}
