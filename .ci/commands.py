@@ -1,12 +1,12 @@
-"""Runs the documented commands as a user would who follows the documents: in order, twice, in one clone.
+"""Runs the documented commands as a user who follows the documents would: in order, twice, in one clone.
 
     .venv/bin/python .ci/commands.py                  # all of them, in some twenty minutes on two CPU cores
-    .venv/bin/python .ci/commands.py evaluate.py      # those of the documents with this in their path
+    .venv/bin/python .ci/commands.py evaluate.py      # only documents with this in their path
     .venv/bin/python .ci/commands.py --list           # what would be run, and why the others are not
 
-The commands are read out of the documents, and `COMMANDS` says what makes each of them small, or why it is not run
-here. One that it does not know fails, as does one that no document has any more. They run in a copy of the repository,
-with a Hub on this machine.
+The commands are read from the documents, and `COMMANDS` says how to make each of them small, or why it is not run here.
+A command that is not in `COMMANDS` is an error, as is one there that no document has any more. They run in a copy of
+the repository, with a Hub server on this machine.
 """
 
 import argparse
@@ -31,11 +31,11 @@ class Run:
     """How a documented command is run here."""
 
     small: str = ""
-    """Arguments that are appended."""
+    """Arguments to append."""
     instead: dict[str, str] = field(default_factory=dict)
-    """What stands for the command's placeholders."""
+    """Values of the command's placeholders."""
     needs: str = ""
-    """A package without which the command is left out."""
+    """A package without which the command is skipped."""
 
 
 TRAIN = (
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Run | str] = {
         instead={"8": "2", "...": f"--architecture sampled_topk {TRAIN} {LAYER} --output_path by_two"}
     ),
     "sae-lens-sampled eval SAE... --evals core,sparse_probing,absorption,mmcs": Run(
-        # The second time of other SAEs, since SAELens' training has no seed for their first weights.
+        # The second run is of other SAEs, because SAELens' training has no seed for their initial weights.
         f"{EVALS} --force-rerun",
         {"SAE...": "output by_two"},
         needs="sae_bench",
@@ -166,7 +166,7 @@ PROGRAM = re.compile(r"(python3?|pip|make|torchrun|bash|hf|sae-lens-sampled) ")
 
 
 def documents() -> list[Path]:
-    """In the order in which they are followed."""
+    """The documents, in the order in which they are followed."""
     scripts = sorted((ROOT / "examples").rglob("*.py"))
     readmes = sorted((ROOT / "examples").rglob("README.md"))
     guide = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.is_symlink()]
@@ -197,7 +197,7 @@ def documented() -> dict[Path, list[str]]:
 
 
 def differences() -> list[str]:
-    """What the documents and `COMMANDS` do not have in common, in words."""
+    """Differences between the documents and `COMMANDS`, as text."""
     where = {command: path.relative_to(ROOT) for path, commands in documented().items() for command in commands}
     unknown = [command for command in where if command not in COMMANDS]
     gone = [command for command in COMMANDS if command not in where]
@@ -208,7 +208,7 @@ def differences() -> list[str]:
 
 
 def what_is_run(command: str) -> str:
-    """The documented command with its placeholders filled, made small, as a line of bash."""
+    """The documented command as a line of bash, with its placeholders filled and made small."""
     run = COMMANDS[command]
     assert isinstance(run, Run)
     for placeholder, value in run.instead.items():
@@ -221,7 +221,7 @@ def what_is_run(command: str) -> str:
 
 
 def why_not(command: str) -> str:
-    """Why it is not run here; empty if it is."""
+    """Why the command is not run here; empty if it is."""
     run = COMMANDS[command]
     if isinstance(run, str):
         return run
@@ -242,7 +242,7 @@ def clone(target: Path) -> None:
 
 
 def environment(hub_url: str, token: str, cache: Path) -> dict[str, str]:
-    """That of a user who has activated this interpreter's environment and logged in to the Hub."""
+    """Environment variables of a user who has activated this interpreter's environment and logged in to the Hub."""
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_ENDPOINT": hub_url,
@@ -257,7 +257,7 @@ def environment(hub_url: str, token: str, cache: Path) -> dict[str, str]:
 
 
 def follow(chosen: dict[Path, list[str]]) -> list[str]:
-    """Run every document's commands in order, twice; those that failed."""
+    """Run every document's commands in order, twice; returns those that failed."""
     from hub_server import TOKEN, HubServer
 
     failed = []
@@ -286,7 +286,7 @@ def follow(chosen: dict[Path, list[str]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", default=[""], help="parts of the paths of documents")
+    parser.add_argument("paths", nargs="*", default=[""], help="only documents with one of these in their path")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if problems := differences():

@@ -1,6 +1,6 @@
-"""The licences of what the package needs, as their own metadata has them: `python .ci/licences.py > THIRD_PARTY.md`.
+"""Licences of the package's dependencies, by their own metadata: `python .ci/licences.py > THIRD_PARTY.md`.
 
-Exits with 1 where one is not known to be compatible with MIT.
+Exits with 1 if one is not known to be compatible with MIT.
 """
 
 import re
@@ -12,15 +12,15 @@ from packaging.requirements import Requirement
 PERMISSIVE = re.compile(
     r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|Zlib|MPL|Mozilla)\b", re.IGNORECASE
 )
-"""Licences that a package under MIT may depend on; MPL covers its own files alone."""
+"""Licences that a package under MIT may depend on; MPL covers only its own files."""
 
 
 UNSTATED = "not stated in its metadata"
-"""That of sae-bench, which the extra `eval` calls and nothing here contains."""
+"""Licence of sae-bench, which the extra `eval` calls and of which nothing is included here."""
 
 
 def licence(package: str) -> str:
-    """What the installed package's metadata says, in few words."""
+    """Licence of an installed package by its metadata, in a few words."""
     fields = metadata(package)
     if expression := fields.get("License-Expression"):
         return expression
@@ -34,7 +34,7 @@ def licence(package: str) -> str:
 
 
 def dependencies(extra: str) -> list[str]:
-    """Names of what the package asks for, itself or for an extra."""
+    """Names of the dependencies of the package itself or of an extra."""
     parsed = list(map(Requirement, requires("sae-lens-sampled") or []))
     needed = {r.name for r in parsed if r.marker is None}
     of_extra = {r.name for r in parsed if r.marker is not None and r.marker.evaluate({"extra": extra})}
@@ -52,7 +52,7 @@ def main() -> None:
             if not PERMISSIVE.search(text) and not (name == "sae-bench" and text == UNSTATED):
                 unknown.append(f"{name}: {text}")
     if unknown:
-        sys.exit("Look at these licences:\n" + "\n".join(unknown))
+        sys.exit("Check these licences:\n" + "\n".join(unknown))
 
 
 if __name__ == "__main__":

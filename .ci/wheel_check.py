@@ -1,4 +1,4 @@
-"""What someone does first with an installed wheel: EXAMPLES is the folder of the bundled model, OUTPUT is made."""
+"""First steps with an installed wheel. Arguments: EXAMPLES, the folder of the bundled model, and OUTPUT, to be made."""
 
 import json
 import subprocess
@@ -46,4 +46,4 @@ if extras:
     run(command, "eval", saes, "--evals", "core", *model, "--output-dir", output / "results", *small)
     (result,) = (output / "results" / "eval_results" / "core").glob("*.json")
     assert json.loads(result.read_text())["eval_result_metrics"]["sparsity"]["l0"] > 0
-print("The wheel is fit for use.")
+print("The wheel works.")

@@ -1,18 +1,17 @@
-"""Whether the tests notice: breaks one thing at a time in the modules that compute, and runs the tests of each.
+"""Mutation tests: change one thing at a time in the modules that compute, and run each module's tests.
 
-    python eval/mutation.py                        # all, some hours on two cores; run it again and it goes on
-    python eval/mutation.py --sample 100           # up to a hundred of each module
+    python eval/mutation.py                        # all, some hours on two cores; a second call resumes
+    python eval/mutation.py --sample 100           # up to a hundred mutants per module
     python eval/mutation.py --modules step/scores  # one module
-    python eval/mutation.py --survivors            # what no test has noticed, as differences
-    python eval/mutation.py --again                # runs these again, with the tests of today
-    python eval/mutation.py --report               # the table in eval/README.md
+    python eval/mutation.py --survivors            # prints the mutants that no test noticed, as diffs
+    python eval/mutation.py --again                # reruns the survivors with the current tests
+    python eval/mutation.py --report               # updates the table in eval/README.md
 
-A mutant is a module with one change of mutmut's (`pip install mutmut`): an operator, a constant, an argument, a name.
-It is killed if a test fails, or takes longer than `TIMEOUT_SECONDS`. mutmut itself leaves out decorated functions,
-which most of ours are, so they are run here: in a copy of the repository, by a process that has imported everything
-else and forks. They are taken at random, in an order that is always the same; those that nothing could notice on a CPU,
-such as another `device=`, are left out. Results are known by the mutant's code, so those of a module that has changed
-are run again.
+A mutant is a module with one change by mutmut (`pip install mutmut`): of an operator, a constant, an argument or a
+name. It is killed if a test fails or the tests take longer than `TIMEOUT_SECONDS`. mutmut itself skips decorated
+functions, which most of ours are, so mutants are run here: in a copy of the repository, by a process that has imported
+everything else and forks. Their order is random but fixed. Changes that cannot be noticed on a CPU, such as another
+`device=`, are left out. Results are stored by a hash of the mutant's code, so a module that has changed is run again.
 """
 
 import argparse
@@ -70,7 +69,7 @@ MODULES = {
     "sae/transcoder": ["sae/test_transcoder", "sae/test_transcoder_export"],
     "sae/reconstruction": ["sae/test_transcoder", "sae/test_transcoder_export"],
 }
-"""The tests that belong to each module, by its path in the package, with pytest's options."""
+"""Test files of each module, by its path in the package, with pytest options."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,24 @@ class Mutant:
 
     module: str
     source: str
-    """All of the changed module."""
+    """The whole changed module."""
     change: str
     """The lines that differ."""
 
     @property
     def key(self) -> str:
-        """Known by it in the results, whatever comments and types say; orders mutants at random."""
+        """Key in the results, independent of comments and types; sorting by it gives a random order."""
         return hashlib.sha256(f"{self.module}\n{_code(self.source)}".encode()).hexdigest()[:16]
 
     @property
     def line(self) -> str:
-        """The module and what it has now; known by it among the reasons, which stay when another line is changed."""
+        """The module and its new lines: key of the reasons, which stay valid when other lines change."""
         added = [line[1:].strip() for line in self.change.splitlines() if line.startswith("+")]
         return f"{self.module}: {' '.join(added)}"
 
 
 def mutants(module: str) -> Iterator[Mutant]:
-    """All mutants of a module, in the order of its lines; decorated functions have theirs too."""
+    """All mutants of a module in line order, including those of decorated functions."""
     import libcst as cst
     from libcst.metadata import MetadataWrapper
     from mutmut.mutation.file_mutation import MutationVisitor
@@ -121,7 +120,7 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 
 def _code(source: str) -> str:
-    """The source without comments, docstrings, types and imports: a module that moves keeps its results."""
+    """The source without comments, docstrings, types and imports, so that a moved module keeps its results."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         for part in ("body", "orelse", "finalbody"):
@@ -144,12 +143,12 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def _noticeable(source: str) -> str:
-    """The source without what changes no result on a CPU: devices, and checks that two lengths are equal."""
+    """The source without arguments that change no result on a CPU, such as `device` and `strict`."""
     return re.sub(r"(, )?\b(device|strict|stacklevel|sorted)=[^,()]+(\([^()]*\))?(, (?=\)))?|, (?=\))", "", source)
 
 
 def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
-    """Run test files and end the process, with 1 if a test fails."""
+    """Run test files and exit the process, with status 1 if a test fails."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.chdir(folder)
         sys.path.insert(0, str(folder))
@@ -162,9 +161,9 @@ def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
 
 
 def work(jobs: Any, results: Any, folder: Path) -> None:
-    """Try one mutant after the other in a copy of the repository, until there is none."""
+    """Test one mutant after another in a copy of the repository, until none is left."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-    # All that takes long to import, but not the package.
+    # Everything that is slow to import, except the package.
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import sae_lens  # noqa: F401
@@ -191,7 +190,7 @@ def work(jobs: Any, results: Any, folder: Path) -> None:
 
 
 def run(wanted: Sequence[Mutant], n_workers: int) -> None:
-    """Try the mutants, and add a line for each as soon as it is known."""
+    """Test the mutants, and append the result of each as soon as it is known."""
     spawn = multiprocessing.get_context("spawn")
     jobs, results = spawn.Queue(), spawn.Queue()
     for mutant in [*wanted, *[None] * n_workers]:
@@ -209,13 +208,13 @@ def run(wanted: Sequence[Mutant], n_workers: int) -> None:
 
 
 def outcomes() -> dict[str, dict[str, Any]]:
-    """Results so far, by key of the mutant."""
+    """Results so far, by mutant key."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {result["key"]: result for result in map(json.loads, lines)}
 
 
 def table() -> str:
-    """Markdown: how many mutants of each module are killed, and why the others are not."""
+    """Markdown table: how many mutants of each module are killed, and how many survivors have a stated reason."""
     known = outcomes()
     reasons = json.loads(REASONS.read_text())
     lines = []
@@ -233,9 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--sample", type=int, help="mutants of each module; default: all")
+    parser.add_argument("--sample", type=int, help="mutants per module; default: all")
     parser.add_argument("--survivors", action="store_true")
-    parser.add_argument("--again", action="store_true", help="run the survivors again, with the tests of today")
+    parser.add_argument("--again", action="store_true", help="rerun the survivors with the current tests")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:

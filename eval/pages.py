@@ -11,7 +11,7 @@ from sae_lens_sampled.confidence import Interval
 
 
 def render(template: Path, **values: Any) -> str:
-    """A Markdown page; a name that is not among `values` is an error."""
+    """Render a Markdown page; a name missing from `values` is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,
@@ -22,12 +22,12 @@ def render(template: Path, **values: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without padding: where a number changes, its line alone does."""
+    """A Markdown table without padding, so that a changed number changes only its own line."""
     return tabulate(rows, header, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
 
 
 def interval_text(interval: Interval | None, digits: int = 3, signed: bool = False) -> str:
-    """A mean with its 95 % interval, as text; a single value without one, "-" for none."""
+    """Format a mean with its 95 % interval, or without if it has none; None as "-"."""
     if interval is None:
         return "-"
     form = f"{'+' if signed else ''}.{digits}f"

@@ -1,11 +1,11 @@
-"""Attribution graphs from transcoders of one's own: which latents of which tokens make the model say the next word.
+"""Attribution graphs with your own transcoders: which latents at which tokens make the model predict the next word.
 
     pip install --no-deps 'circuit-tracer>=0.5,<0.6'
     python examples/attribution.py
 
 trains a transcoder with a skip connection on every MLP of the small language model in `examples/tiny_lm`, offline,
-gives them to circuit-tracer, and prints what speaks for the word that the model finds most likely; about a minute on
-two CPU cores. A second call takes the transcoders that are there. Needs the extra `eval`.
+passes them to circuit-tracer, and prints what supports the most likely next word; about a minute on two CPU cores. A
+second call reuses the transcoders. Needs the extra `eval`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def transcoders(args: argparse.Namespace, model: TransformerBridge) -> list[Path
 
 
 def save_for_circuit_tracer(folder: Path) -> Path:
-    """The file that circuit-tracer reads: the exported transcoder's weights, under its names and with latents first."""
+    """Write the exported transcoder's weights as circuit-tracer reads them: under its names, with latents first."""
     sae: Any = SAE.load_from_disk(folder)
     weights = {
         "W_enc": sae.W_enc.T,
@@ -59,8 +59,8 @@ def save_for_circuit_tracer(folder: Path) -> Path:
 
 
 def replacement_model(hooked: HookedTransformer, folders: list[Path]) -> Any:
-    """The model with its MLPs replaced by transcoders, as circuit-tracer has it."""
-    # It asks for huggingface-hub below 1, whose constant this was; nothing else that is used here is missing.
+    """circuit-tracer's model, with the MLPs replaced by transcoders."""
+    # It requires huggingface-hub below 1, which had this constant; nothing else that is used here is missing.
     huggingface_hub.constants.HF_HUB_ENABLE_HF_TRANSFER = False  # type: ignore[attr-defined]
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
     from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
@@ -88,8 +88,8 @@ def main() -> None:
     graph = circuit_tracer.attribute(tokens, replacement_model(hooked, folders), batch_size=64)
     words = [hooked.to_string(token) for token in tokens]
     target, share = graph.logit_targets[0].token_str, graph.logit_probabilities[0]
-    print(f"\n{''.join(words)!r} goes on with {target!r}, to {share:.0%}.")
-    print(f"Of {len(graph.active_features):,} active latents these have the largest direct effects on its logit:\n")
+    print(f"\n{''.join(words)!r} continues with {target!r}, with probability {share:.0%}.")
+    print(f"Of {len(graph.active_features):,} active latents, these have the largest direct effects on its logit:\n")
     first_logit = len(graph.adjacency_matrix) - len(graph.logit_targets)
     effects = graph.adjacency_matrix[first_logit, : len(graph.selected_features)]
     print(f"{'block':>6}{'token':>16}{'latent':>8}{'activation':>12}{'effect':>9}")

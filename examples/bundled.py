@@ -1,4 +1,4 @@
-"""Where the language model, the text and the labelled sets that come with the repository lie."""
+"""Paths of the language model, the text and the labelled sets that come with the repository."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ EXAMPLES = Path(__file__).parent
 TINY_LM = EXAMPLES / "tiny_lm"
 """The language model, in Hugging Face format, with its text in `text/`."""
 HELD_OUT_TEXT = TINY_LM / "text" / "validation.jsonl"
-"""Passages of another novel than the SAEs are trained on."""
+"""Passages of a novel that the SAEs are not trained on."""
 PROBING_DATASETS = tuple(EXAMPLES / "tiny_probing" / name for name in ("authors", "sentence_polarity", "subjectivity"))

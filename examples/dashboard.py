@@ -1,10 +1,10 @@
-"""A page of the ten most telling latents of an SAE on the bundled model, made by sae-dashboard.
+"""A page of the ten most specialised latents of an SAE on the bundled model, made by sae-dashboard.
 
     python examples/dashboard.py      # needs the extra `dashboard`, in an environment of its own: examples/README.md
 
-trains briefly and writes `dashboard_output/dashboard.html`, offline, in about a minute on two CPU cores; opened, the
-page fetches D3 and Plotly. Most telling are, of the latents that fire at least `MIN_FIRINGS` times on held-out text,
-those with the highest `entropy` score, the paper's measure of specialisation: few tokens hold their activation.
+trains briefly and writes `dashboard_output/dashboard.html`, offline, in about a minute on two CPU cores; the page
+loads D3 and Plotly when opened. Of the latents that fire at least `MIN_FIRINGS` times on held-out text, it shows those
+with the highest `entropy` score, the paper's measure of specialisation: few tokens hold their activation.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MIN_FIRINGS = 50
 
 
 def load_model() -> HookedTransformer:
-    """The bundled model. One from the Hub needs its name alone, which TransformerLens knows already."""
+    """The bundled model. One from the Hub needs only its name, which TransformerLens already knows."""
     OFFICIAL_MODEL_NAMES.append(str(TINY_LM))
     return HookedTransformer.from_pretrained_no_processing(str(TINY_LM), device="cpu")
 
@@ -66,7 +66,7 @@ def held_out_tokens(model: HookedTransformer, sae: SAE) -> Tensor:
 
 @torch.no_grad()
 def most_telling(sae: SAE, model: HookedTransformer, tokens: Tensor) -> list[int]:
-    """The latents whose activation is the most concentrated, of those that fire often enough to tell."""
+    """The latents with the most concentrated activation, of those that fire often enough to judge."""
     _, cache = model.run_with_cache(tokens, names_filter=HOOK)
     acts = sae.encode(cache[HOOK])[:, 1:].flatten(0, 1)  # without <|endoftext|>, on which the SAE is not trained
     firing = ((acts > 0).sum(dim=0) >= MIN_FIRINGS).nonzero()[:, 0]

@@ -3,8 +3,8 @@
     python examples/export_and_upload.py                       # trains briefly, writes what would be uploaded
     python examples/export_and_upload.py --repo-id you/my-sae  # and uploads it (needs `hf auth login`)
 
-Offline by default, in about a minute on two CPU cores. A later call takes the checkpoint that is there, and what is on
-the Hub already is not sent again.
+Offline by default, in about a minute on two CPU cores. A later call reuses the checkpoint, and does not upload again
+what is already on the Hub.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def runner_config(folder: Path, steps: int) -> LanguageModelSAERunnerConfig[Samp
 
 
 def final_checkpoints(folder: Path, steps: int) -> list[Path]:
-    """The finished training checkpoints of runs of so many steps."""
+    """The finished training checkpoints of runs with this many steps."""
     return [file.parent for file in folder.glob(f"*/final_{steps * BATCH}/{RUNNER_CFG_FILENAME}")]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo-id", help="Hub repository to upload to; without it, nothing leaves this machine")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--max-tokens", type=int, default=30_000, help="to calibrate on")
+    parser.add_argument("--max-tokens", type=int, default=30_000, help="tokens to calibrate on")
     parser.add_argument("--output-dir", type=Path, default=Path("export_output"))
     args = parser.parse_args()
     model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
@@ -72,7 +72,7 @@ def main() -> None:
     learnt = to_jumprelu(sae)  # the thresholds found in training; what the runners save
     batches = ActivationsStore.from_config(model, cfg)
     torch.manual_seed(0)  # mixes the batches
-    # Quantiles over given tokens; and another L0, to compare SAEs at.
+    # Thresholds from quantiles over given tokens; and for another L0, to compare SAEs at equal L0.
     calibrated, report = calibrate_thresholds(sae, batches, max_tokens=args.max_tokens)
     sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=args.max_tokens)
     pruned = to_jumprelu(sae, prune=True)  # without the latents that never fire

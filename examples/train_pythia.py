@@ -26,7 +26,7 @@ def runner_config(output_dir: str, log_to_wandb: bool) -> LanguageModelSAERunner
         context_size=128,
         training_tokens=50_000 * 4096,
         train_batch_size_tokens=4096,
-        n_batches_in_buffer=64,  # prompts, whose tokens are two batches: SAELens' 20 hold less than one
+        n_batches_in_buffer=64,  # in prompts: two batches of tokens; SAELens' default 20 holds less than one
         lr=3e-4,
         lr_warm_up_steps=1000,
         lr_decay_steps=10_000,
@@ -40,8 +40,8 @@ def runner_config(output_dir: str, log_to_wandb: bool) -> LanguageModelSAERunner
 
 
 def smoke_config(output_dir: str) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
-    """The same run with everything that makes it long made small."""
-    from bundled import TINY_LM  # here: whoever copies this script needs no other file
+    """The same run, scaled down to be short."""
+    from bundled import TINY_LM  # here, so that a copy of this script needs no other file
 
     cfg = runner_config(output_dir, log_to_wandb=False)
     cfg.sae = SampledTopKTrainingSAEConfig(d_in=128, d_sae=512, k=16, pool_factor=5, aux_loss_coefficient=1 / 32)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
     args = parser.parse_args()
     cfg = smoke_config(args.output_dir) if args.smoke else runner_config(args.output_dir, args.wandb)
-    # The bridge takes Hub names and local folders alike; HookedTransformer refuses folders.
+    # The bridge accepts Hub names and local folders; HookedTransformer rejects folders.
     model = TransformerBridge.boot_transformers(cfg.model_name, device=cfg.device)
     sae = LanguageModelSAETrainingRunner(cfg, override_model=model).run()
     print({name: round(value, 4) for name, value in sae.pool_statistics().items()})

@@ -1,9 +1,9 @@
-"""Transcoders of an MLP: BatchTopK, pools for groups of 16 tokens, a skip connection; beside an SAE on what comes out.
+"""Transcoders of an MLP: BatchTopK, pools for groups of 16 tokens, a skip connection; beside an SAE on the output.
 
     python examples/transcoder.py
 
 trains on the MLP in the last block of the small language model in `examples/tiny_lm`, offline, in two minutes on two
-CPU cores. Another model and data set of the Hugging Face Hub, with a larger dictionary (needs a GPU):
+CPU cores. On another model and data set from the Hugging Face Hub, with a larger dictionary (needs a GPU):
 
     python examples/transcoder.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --block 6 --d-sae 16384 --k 64 --steps 20000 --device cuda
@@ -56,7 +56,7 @@ def configs(args: argparse.Namespace, width: int, hook_out: str) -> dict[str, Tr
 def train(
     args: argparse.Namespace, model: TransformerBridge, sae: TrainingSAEConfig, hook_name: str, folder: Path
 ) -> None:
-    """Train an SAE or a transcoder on what `hook_name` has, and export it to the folder."""
+    """Train an SAE or a transcoder on the activations at `hook_name`, and export it to the folder."""
     cfg = LanguageModelSAERunnerConfig(
         sae=sae,
         hook_name=hook_name,
@@ -67,7 +67,7 @@ def train(
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # prompts, whose tokens are two batches
+        n_batches_in_buffer=2 * ceil(args.batch_size / args.context_size),  # in prompts: two batches of tokens
         exclude_special_tokens=True,
         lr=args.lr,
         lr_warm_up_steps=args.steps // 20,
@@ -86,7 +86,7 @@ def train(
 
 
 def evaluate(args: argparse.Namespace, model: TransformerBridge, folder: Path) -> dict[str, float]:
-    """FVU and L0 on held-out text, and the share of the loss that is kept when the output is replaced, by SAELens."""
+    """FVU, L0 and the share of the loss kept when the output is replaced, on held-out text, computed by SAELens."""
     sae = SAE.load_from_disk(folder, device=args.device)
     text = load_dataset(args.dataset, split="validation", streaming=True)
     store = ActivationsStore.from_sae(model, sae, text, store_batch_size_prompts=16, device=args.device)
@@ -118,7 +118,7 @@ assert "sae_lens_sampled" not in sys.modules
 
 
 def parser(description: str | None, output_dir: Path) -> argparse.ArgumentParser:
-    """What all that trains transcoders asks."""
+    """Arguments of all scripts that train transcoders."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_LM), help="a Hub name or a folder")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
@@ -134,14 +134,14 @@ def parser(description: str | None, output_dir: Path) -> argparse.ArgumentParser
 
 
 def hooks(block: int) -> tuple[str, str]:
-    """What a block's MLP reads, normalised but before the gain, and what it writes."""
+    """Hooks of what a block's MLP reads, normalised but before the gain, and of what it writes."""
     return f"blocks.{block}.ln2.hook_normalized", f"blocks.{block}.hook_mlp_out"
 
 
 def main() -> None:
     arguments = parser(__doc__, Path("transcoder_output"))
     arguments.add_argument("--block", type=int, default=3)
-    arguments.add_argument("--eval-batches", type=int, default=10, help="of 16 contexts each")
+    arguments.add_argument("--eval-batches", type=int, default=10, help="batches of 16 contexts each")
     args = arguments.parse_args()
     model = TransformerBridge.boot_transformers(args.model, device=args.device)
     hook_in, hook_out = hooks(args.block)

@@ -1,9 +1,9 @@
-"""What it is worth on a CPU to keep freed memory in the process, which glibc does when two variables are set.
+"""How much faster a CPU step is if the process keeps freed memory, which glibc does if two variables are set.
 
     python eval/bench/allocator.py    # eval/results/bench_allocator.json, for eval/SPEED.md; five minutes on two cores
 
-A step frees and takes matrices of the weights' size. Above 32 MiB glibc hands each back to the system, which fills it
-with zeros for its next use. Steps are measured in processes of their own, with and without the variables, in turns.
+A step frees and allocates matrices of the weights' size. glibc returns each one above 32 MiB to the system, which
+zeroes it before its next use. Steps run in separate processes, alternately with and without the variables.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench.cases import ALL_LATENTS, BATCHTOPK, SIZES, Setting
 from bench.training_step import RESULTS, measure
@@ -26,7 +26,7 @@ VARIABLES = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "
 
 
 def measure_allocator(setting: Setting, turns: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a step, by side, without the variables and with them."""
+    """Median milliseconds of a step by case, without and with the variables."""
     times: dict[str, dict[str, list[float]]] = {"default": {}, "kept": {}}
     for _ in range(turns):
         for name, variables in (("default", {}), ("kept", VARIABLES)):

@@ -1,4 +1,4 @@
-"""What the benchmark of a training step measures: cases beside each other, in rows of one setting."""
+"""Cases of the training-step benchmark; each row compares several in one setting."""
 
 from typing import Any, NamedTuple
 
@@ -15,21 +15,21 @@ SIZES = {
 }
 TRAINING_STEPS = 200
 Setting = dict[str, Any]
-"""What all cases of a row have in common: sizes, device, share of dead latents and whether the weights are trained."""
+"""What all cases of a row share: sizes, device, share of dead latents and whether the weights are trained."""
 
 
 class Case(NamedTuple):
-    """A training step that is measured beside others."""
+    """A training step to compare with others."""
 
     name: str
-    """How results and pages call it."""
+    """Name in results and on pages."""
     fields: dict[str, Any]
-    """Fields of its config, besides those of the setting."""
+    """Config fields besides those of the setting."""
     config: type[TrainingSAEConfig] = SampledTopKTrainingSAEConfig
     way: str = ""
-    """How the step is done, where the ways are compared; empty where the SAE chooses."""
+    """How the step is computed, if ways are compared; empty if the SAE chooses."""
     package: str = ""
-    """Optional package in whose own way it is trained; empty: in SAELens' trainer."""
+    """Optional package whose own training step is used; empty: SAELens' trainer."""
 
 
 BATCHTOPK = Case("SAELens BatchTopK", {}, BatchTopKTrainingSAEConfig)
@@ -39,21 +39,21 @@ DICTIONARY_LEARNING = Case("dictionary_learning BatchTopK", {}, package="diction
 SPARSIFY = Case("sparsify TopK", {}, package="eai-sparsify")
 OTHER_PACKAGES = (DICTIONARY_LEARNING.package, SPARSIFY.package)
 NOT_ALIKE = {
-    BATCHTOPK.name: "k a token over the batch, of activations times the decoder's norms",
-    TOPK.name: "k of each token, of activations times the decoder's norms",
-    "SAELens Matryoshka": "as BatchTopK, and decoded at four widths",
+    BATCHTOPK.name: "on average k per token over the batch, ranked by activation times decoder norm",
+    TOPK.name: "k per token, ranked by activation times decoder norm",
+    "SAELens Matryoshka": "like BatchTopK, decoded at four widths",
     DICTIONARY_LEARNING.name: (
-        "k a token over the batch; the decoder's rows are scaled to norm 1 instead; it counts dead latents itself"
+        "on average k per token over the batch; decoder rows are rescaled to norm 1 instead; counts dead latents itself"
     ),
     SPARSIFY.name: (
-        "k of each token, as it has no BatchTopK; the decoder's rows are scaled to norm 1 instead; its loss is FVU; "
+        "k per token, since it has no BatchTopK; decoder rows are rescaled to norm 1 instead; the loss is FVU; "
         "clipping and Adam are not its own"
     ),
-    ALL_LATENTS.name: "as BatchTopK, with the same selection",
+    ALL_LATENTS.name: "like BatchTopK, with the same selection",
 }
-"""What a step does otherwise than those of other libraries."""
+"""How the libraries' steps differ."""
 WAYS_OF_ONE_POOL: dict[str, StepPath] = {"columns": "columns", "entries": "kept"}
-"""Paths of a step between which no config chooses."""
+"""Step paths that no config field selects."""
 
 
 def matryoshka(widths: list[int]) -> Case:
@@ -73,7 +73,7 @@ def nested(case: Case, widths: list[int]) -> Case:
 
 
 def forced(case: Case, way: str) -> Case:
-    """A case whose step is done in a given way."""
+    """The case with its step forced to a given way."""
     step = "kept" if way in WAYS_OF_ONE_POOL else way
     return case._replace(name=f"{case.name} ({way})", fields=case.fields | {"step": step}, way=way)
 
@@ -84,11 +84,11 @@ def sae_config(case: Case, setting: Setting) -> TrainingSAEConfig:
 
 
 def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list[Case]]]]:
-    """What is measured: rows of every section. `choose_path` goes by the sections named crossing_*."""
+    """Rows to measure, by section. The limits of `choose_path` come from the sections named crossing_*."""
     base = {"device": device, "autocast": False, "trained": False, "dead": 0.0, "training_steps": TRAINING_STEPS}
 
     def kept(case: Case) -> Case:
-        """On a GPU "auto" runs most pools dense."""
+        """The case forced to "kept" on a GPU, where "auto" runs most pools dense."""
         return forced(case, "kept") if device.startswith("cuda") else case
 
     all_latents, in_groups, one = kept(ALL_LATENTS), kept(groups(10)), one_pool(5)
@@ -111,12 +111,12 @@ def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list
     return {
         "large": [(large | {"dead": d, "trained": t}, fast if d else wide) for t, d in states],
         "small": [(small | {"dead": d, "trained": t}, [*with_matryoshka(small["d_sae"]), *earlier]) for t, d in states],
-        # Each with the four levels of SAELens' Matryoshka, and without.
+        # Each with and without the four levels of SAELens' Matryoshka.
         "nested": [
             (large | {"dead": d, "trained": True}, [*wide, *(nested(case, four) for case in fast[1:])])
             for d in (0.0, 0.25)
         ],
-        # The arms of the study on SmolLM2, with about as many dead latents as they have.
+        # The arms of the study on SmolLM2, with about their shares of dead latents.
         "smollm2": [
             (smollm2 | {"dead": 0.1}, [BATCHTOPK, TOPK, matryoshka(levels), all_latents, *in_study]),
             (smollm2 | {"dead": 0.9}, [BATCHTOPK, one]),
@@ -144,7 +144,10 @@ def libraries(d_sae: int, dead: float) -> list[Case]:
 
 
 def other_packages(dead: float) -> list[Case]:
-    """dictionary_learning counts dead latents itself, and forgets those that fire before it looks for them."""
+    """Cases of other packages; dictionary_learning has none with dead latents.
+
+    It counts them itself, and forgets those that fire before it looks for them.
+    """
     return [SPARSIFY] if dead else [DICTIONARY_LEARNING, SPARSIFY]
 
 
@@ -159,21 +162,21 @@ KEPT, DENSE = (forced(ALL_LATENTS, way) for way in ("kept", "dense"))
 
 
 def gpu_plan(device: str, tiny: bool = False) -> dict[str, list[tuple[Setting, list[Case]]]]:
-    """What is measured on a GPU, by size, the most telling rows first; `tiny`: to see on any machine that it runs."""
+    """Rows to measure on a GPU, by size, the most informative first; `tiny` checks on any machine that it runs."""
     base = {"device": device, "autocast": False, "tf32": False, "trained": False, "training_steps": TRAINING_STEPS}
     sections: dict[str, list[tuple[Setting, list[Case]]]] = {}
     for name, size in GPU_SIZES.items():
         if tiny:
             size = size | {"tokens": 64, "d_in": 128, "d_sae": size["d_sae"] // 256, "k": 4}
         ways = [BATCHTOPK, KEPT, ALL_LATENTS]
-        if name != "131k":  # where the memory is for fewer
+        if name != "131k":  # memory allows fewer there
             ways += [DENSE, groups(10), one_pool(5), TOPK, matryoshka(four_levels(size["d_sae"]))]
         settings = [base | size | {"dead": dead} | fields for dead in (0.0, 0.25) for fields in PRECISIONS.values()]
         if tiny:
             settings = settings[::4] if name == "16k" else settings[:1]
         # The other packages' steps have no autocast.
         sections[name] = [(s, ways if s["autocast"] else ways + other_packages(s["dead"])) for s in settings]
-        if name == "16k" and not tiny:  # after some training less exceeds the bound
+        if name == "16k" and not tiny:  # after some training, fewer entries exceed the bound
             sections[name] += [(s | {"trained": True}, ways) for s in settings if not s["tf32"]]
     sections["without_triton"] = [(s, [BATCHTOPK, KEPT]) for s, _ in sections["16k"][:2] + sections["65k"][:2]]
     return sections

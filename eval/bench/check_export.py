@@ -1,17 +1,17 @@
-"""Does the exported SAE do at inference what it did in training? L0 and FVU of both, over all kinds of pools.
+"""Does an exported SAE do at inference what it did in training? L0 and FVU of both, for all kinds of pools.
 
     python eval/bench/check_export.py                     # everything: 132 SAEs, about half an hour on two CPU cores
     python eval/bench/check_export.py --quick             # a few of them, in two minutes
-    python eval/bench/check_export.py --report            # eval/EXPORT.md from the results that are there
+    python eval/bench/check_export.py --report            # only renders eval/EXPORT.md from existing results
 
-Trains each SAE in SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
+Trains SAEs with SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
 on held-out data the selection of training (every batch of 512 tokens has its own pool and cutoff) with the default
 export (per-latent thresholds) and with BatchTopK's global threshold. Writes `eval/results/check_export.json` and, from
-it, `eval/EXPORT.md`; rows that are there already are not computed again.
+it, `eval/EXPORT.md`; existing rows are not recomputed.
 
-Where a pool depends on the batch more than on the token, no thresholds can repeat it. To show that it is so and not the
-rule that sets them, thresholds are then searched by gradient descent for the lowest FVU at the L0 of training
-("FVU best"): what remains above training is the price of having no batch.
+If a pool depends on the batch more than on the token, no thresholds can reproduce it. To show that this, and not the
+rule that sets the thresholds, is the cause, gradient descent then searches for the thresholds with the lowest FVU at
+the L0 of training ("FVU best"): what remains above training is the price of having no batch.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 from bench.export_page import Setting, table, write_pages
@@ -46,14 +46,14 @@ SETUP = {"d_sae": 512, "k": 12, "steps": 800, "batch": 512}
 """How every SAE is trained."""
 D_SAE, K, STEPS, BATCH = SETUP.values()
 N_HELD_OUT = 80
-"""Batches."""
+"""Number of held-out batches."""
 POOL_FACTORS = (1, 1.5, 3, 5, 10)
 SCORES = ("l2_norm", "entropy", "perplexity")
 WIDTHS = [D_SAE // 8, D_SAE // 2, D_SAE]
 
 
 def settings(data: str, quick: bool) -> list[Setting]:
-    """All combinations of pools, and the pool of all latents, for which they are one and the same."""
+    """All combinations of pool settings, and the pool of all latents, for which they coincide."""
     all_latents = {"data": data, "pool_factor": D_SAE / K, "score": "l2_norm"}
     kinds = itertools.product(("top", "proportional"), (None, 16), SCORES, (1, 5) if quick else POOL_FACTORS)
     rows = [
@@ -70,14 +70,15 @@ def settings(data: str, quick: bool) -> list[Setting]:
 
 
 def is_of(row: Setting, setting: Setting) -> bool:
-    """Whether a row is the result of a setting; levels that a setting has not are none."""
+    """Whether a row is the result of a setting; a setting without `matryoshka_widths` has no levels."""
     return all(row.get(name) == value for name, value in ({"matryoshka_widths": None} | setting).items())
 
 
 def language_model_activations(split: str) -> Tensor:
     """Residual stream after block 2 on `examples/tiny_lm/text`, shape (tokens, 128), in random order.
 
-    Every tenth row of 128 tokens is held out, so both splits are of the same novels: no threshold foresees an author.
+    Every tenth row of 128 tokens is held out, so both splits are from the same novels: no threshold can anticipate an
+    unseen author.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -95,7 +96,7 @@ def language_model_activations(split: str) -> Tensor:
 
 
 def batches(data: str, split: str) -> Iterator[Tensor]:
-    """Batches without end; the same for every SAE."""
+    """Endless batches, the same for every SAE."""
     if data == "synthetic":
         model = SyntheticModel(SyntheticModelConfig(num_features=512, hidden_dim=64, seed=0))
         torch.manual_seed(0 if split == "train" else 1)
@@ -154,7 +155,8 @@ def compare(sae: SampledTopKTrainingSAE, data: str) -> dict[str, float]:
 def lowest_fvu(sae: SampledTopKTrainingSAE, train: Tensor, held_out: Tensor, target_l0: float) -> float:
     """FVU on `held_out` with the best thresholds that gradient descent on `train` finds, at the given L0.
 
-    JumpReLU with a straight-through gradient; a multiplier holds the L0, and a common factor makes it exact at the end.
+    JumpReLU with a straight-through gradient; a multiplier enforces the L0, and a common factor makes it exact at the
+    end.
     """
     sae.cfg.inference_threshold = "per_latent"
     exported = to_jumprelu(sae, prune=True)
@@ -190,7 +192,7 @@ def l0(acts: Tensor) -> float:
 
 
 def train_missing(wanted: list[Setting], n_processes: int) -> None:
-    """Add to the results the rows of `wanted` that they lack."""
+    """Train the SAEs of `wanted` that the results lack, and add their rows."""
     RESULTS.parent.mkdir(exist_ok=True)
     for split in ("train", "validation"):
         if not cache_file(split).exists():
@@ -206,8 +208,8 @@ def train_missing(wanted: list[Setting], n_processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few of the SAEs, printed; the page stays")
-    parser.add_argument("--report", action="store_true", help="only render the page again")
+    parser.add_argument("--quick", action="store_true", help="only a few SAEs; prints them and leaves the page alone")
+    parser.add_argument("--report", action="store_true", help="only render the page")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)

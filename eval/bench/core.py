@@ -1,10 +1,10 @@
-"""How much time do shared passes of the language model save? Core metrics of 8 SAEs against 8 runs of SAEBench's core.
+"""How much time shared model passes save: core metrics of 8 SAEs at once against 8 runs of SAEBench's core.
 
     python eval/bench/core.py
 
-Untrained SAEs on the bundled language model: time does not depend on the weights. Both parts of core get batches in the
-proportion that SAEBench's documentation has, 1 to 10. Both sides run in turns in one process; the ratio of the medians
-is what counts.
+The SAEs are untrained, on the bundled language model: time does not depend on the weights. The two parts of core get
+batches in the ratio of SAEBench's documentation, 1 to 10. Both ways alternate in one process; only the ratio of the
+medians counts.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 from bundled import TINY_LM

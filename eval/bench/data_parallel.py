@@ -1,14 +1,14 @@
-"""What several processes that train one SAE exchange in a step, and whether they have the numbers of one.
+"""What several processes that train one SAE exchange per step, and whether they match a single process.
 
     python eval/bench/data_parallel.py                                      # the JSON behind its part of eval/SPEED.md
     python eval/bench/data_parallel.py --device cuda --processes 1 2 4 8    # on a machine with as many GPUs
-    python eval/bench/data_parallel.py --quick                              # a small SAE, to see that it runs
+    python eval/bench/data_parallel.py --quick                              # a small SAE, to check that it runs
 
-The same batches are trained on by one process and, cut into parts, by several, inside SAELens' trainer. Bytes are
-counted where they are handed to torch.distributed, those of gradients apart. On a CPU every process has one thread, and
-where there are more processes than cores no time is given. Inputs are activations of the bundled language model, in
-d_in dimensions as `training_step.py` has them. Sums over ranks are rounded otherwise than over one process, so
-that in a near tie another entry may be kept, after which Adam moves other weights: it is counted how many.
+One process trains on whole batches, and several on parts of the same batches, in SAELens' trainer. Bytes are counted
+as they are handed to torch.distributed, gradients separately. On a CPU every process has one thread, and no time is
+given for more processes than cores. Inputs are activations of the bundled language model, mapped to d_in dimensions as
+in `training_step.py`. Sums over ranks round differently from those of one process, so a near tie may keep another
+entry, after which Adam moves other weights: such entries are counted.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench.training_step import make_trainer, real_batches
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
@@ -43,7 +43,7 @@ Fields = dict[str, Any]
 
 
 def cases(size: dict[str, int]) -> dict[str, Fields]:
-    """Fields of the SAE's config, and the share of dead latents, by the name of the case."""
+    """Config fields of the SAE, and the share of dead latents, by case name."""
     one_pool: Fields = {"pool_factor": 5}
     return {
         "one pool, factor 5": one_pool,
@@ -61,7 +61,7 @@ def cases(size: dict[str, int]) -> dict[str, Fields]:
 def train(
     case: Fields, size: dict[str, int], batches: torch.Tensor, rank: int, count: int, device: str
 ) -> dict[str, Any]:
-    """Train on this process's part of every batch: what it took, and what the SAE has become."""
+    """Train on this process's part of every batch; returns seconds, bytes exchanged, weights and buffers."""
     torch.manual_seed(0)
     dims = {name: size[name] for name in ("d_in", "d_sae", "k")}
     fields = {name: value for name, value in case.items() if name != "dead"}
@@ -70,7 +70,7 @@ def train(
     if count > 1:
         sae.data_parallel()
         assert sae._gradient_sum is not None
-        of_gradients = sae._gradient_sum.ranks = GroupRanks()  # counts for itself
+        of_gradients = sae._gradient_sum.ranks = GroupRanks()  # has its own byte count
     trainer = make_trainer(sae, {"tokens": n_own, "device": device, "autocast": False}, lr=1e-3)
     dead = torch.arange(size["d_sae"], device=device) < case.get("dead", 0) * size["d_sae"]
     seconds = []
@@ -122,7 +122,7 @@ def work(rank: int, count: int, size: dict[str, int], kind: str, folder: Path) -
 
 
 def compare(name: str, fields: Fields, count: int, folder: Path) -> dict[str, Any]:
-    """What `count` processes took, beside one, and how far they are from it and from each other."""
+    """Compare `count` processes with one: time, bytes, and differences from it and from each other."""
     one = torch.load(folder / f"{name}_1_0.pt")
     ranks = [torch.load(folder / f"{name}_{count}_{rank}.pt") for rank in range(count)]
     weights = [rank["weights"] for rank in ranks]
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     size = QUICK if args.quick else SIZE
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["sae_lens_sampled"])  # what takes long to import
+    forks.set_forkserver_preload(["sae_lens_sampled"])  # slow to import
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         inputs = real_batches(size | {"device": "cpu"})
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for process in processes:
                 process.join()
             if any(process.exitcode for process in processes):
-                raise SystemExit(f"{count} processes: one has failed, see above")
+                raise SystemExit(f"one of {count} processes failed; see its output above")
         rows = [
             compare(name, fields, count, folder)
             for name, fields in cases(size).items()

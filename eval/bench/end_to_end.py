@@ -1,13 +1,13 @@
-"""Tokens per second of a whole training run, and what share of it language model, store and SAE have.
+"""Tokens per second of a whole training run, and the shares of its time spent in the SAE and the language model.
 
     python eval/bench/end_to_end.py                     # the bundled model, some minutes on two CPU cores
-    python eval/bench/end_to_end.py --model smollm2     # a model that people study, in bfloat16
+    python eval/bench/end_to_end.py --model smollm2     # a real model, in bfloat16
     python eval/bench/end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --d-sae 65536 --k 64 --device cuda
 
-Each case is a `LanguageModelSAETrainingRunner` of its own, in turns: with SAELens' activation store, and with
-activations from a file (`activation_cache`), for which the language model has run once. The first step of a run fills
-the store and is not counted, nor is saving.
+Each case runs in its own `LanguageModelSAETrainingRunner`, in turns: with SAELens' activation store, and with
+activations from a file (`activation_cache`), for which the language model ran once. The first step of a run, which
+fills the store, is not counted, nor is saving.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 from bench.cases import ALL_LATENTS, BATCHTOPK, Case, groups, one_pool, sae_config
@@ -48,7 +48,7 @@ DEFAULTS = {
 
 
 def measure(case: Case, args: argparse.Namespace, model: TransformerBridge, cached: Tensor | None) -> dict[str, float]:
-    """Seconds of the steps but the first: all of them, and those that are the SAE's and the language model's."""
+    """Seconds of all steps except the first: in total, in the SAE and in the language model."""
     setting = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "device": args.device}
     cfg = LanguageModelSAERunnerConfig(
         sae=sae_config(case, setting),
@@ -59,7 +59,7 @@ def measure(case: Case, args: argparse.Namespace, model: TransformerBridge, cach
         training_tokens=args.steps * args.batch_size,
         train_batch_size_tokens=args.batch_size,
         store_batch_size_prompts=32,
-        n_batches_in_buffer=2 * ceil(args.batch_size / 128),  # prompts, whose tokens are two batches
+        n_batches_in_buffer=2 * ceil(args.batch_size / 128),  # in prompts: two batches of tokens
         is_dataset_tokenized=False,
         lr=3e-4,
         device=args.device,
@@ -99,7 +99,7 @@ def measure(case: Case, args: argparse.Namespace, model: TransformerBridge, cach
 
 
 def write_file(args: argparse.Namespace, model: TransformerBridge, folder: Path) -> tuple[Tensor, float]:
-    """Activations in a file, and the tokens per second with which the language model wrote them."""
+    """Write activations to a file; returns them, and the tokens per second at which they were written."""
     store = text_store(model, args.dataset, args.hook, model.cfg.d_model, device=args.device)
     n_tokens, start = args.steps * args.batch_size, time.perf_counter()
     activations = cache_activations(store, n_tokens, folder, settings={})
@@ -138,7 +138,7 @@ def main() -> None:
     file.write_text(json.dumps(results, indent=1) + "\n")
     for row in rows:
         print(
-            f"{row['side']:24} {row['source']:6} {row['tokens_per_second']:10,.0f} tokens/s, of its time SAE "
+            f"{row['side']:24} {row['source']:6} {row['tokens_per_second']:10,.0f} tokens/s; share of time: SAE "
             f"{row['sae_share']:.0%}, model {row['model_share']:.0%}"
         )
 

@@ -1,4 +1,4 @@
-"""EXPORT.md, all tables and the picture, from the results of `check_export.py`."""
+"""Renders EXPORT.md, all tables and the picture from the results of `check_export.py`."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,16 +18,16 @@ KINDS = {
     "nested levels": "#0072b2",
     "drawn at random": "0.7",
 }
-"""Kinds of pools, with their colours."""
+"""Colours by kind of pool."""
 
 
 def gaps(row: Setting) -> tuple[float, float]:
-    """Relative difference of the default export to training: L0 and FVU."""
+    """Relative differences of the default export from training, in L0 and FVU."""
     return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
 
 
 def levels_of(row: Setting) -> str:
-    """Nested widths in words."""
+    """Nested widths as text."""
     widths = row.get("matryoshka_widths")
     return "-" if widths is None else ", ".join(map(str, widths))
 
@@ -52,7 +52,7 @@ COLUMNS: dict[str, Callable[[Setting], str]] = {
 
 
 def table(rows: list[Setting], leave_out: Collection[str] = ()) -> str:
-    """Rows as Markdown."""
+    """Markdown table of `rows`."""
     columns = {name: cell for name, cell in COLUMNS.items() if name not in leave_out}
     return markdown_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
@@ -72,14 +72,14 @@ def summary(rows: list[Setting]) -> dict[str, Any]:
 
 
 def kind_of(row: Setting) -> str:
-    """One of `KINDS`."""
+    """The row's key in `KINDS`."""
     if row.get("pool_sampling") == "proportional":
         return "drawn at random"
     return "nested levels" if "matryoshka_widths" in row else row["score"]
 
 
 def draw(rows: list[Setting], file: Path) -> None:
-    """Every SAE: L0 and FVU of the default export over those of training."""
+    """Plot L0 and FVU of each SAE's default export over those of training."""
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for kind, colour in reversed(KINDS.items()):
         of_kind = [row for row in rows if kind_of(row) == kind]
@@ -96,7 +96,7 @@ def draw(rows: list[Setting], file: Path) -> None:
 
 
 def write_pages(rows: list[Setting], setup: dict[str, int], eval_folder: Path) -> Path:
-    """Write all; returns the page."""
+    """Write the picture and all pages; returns the path of the main page."""
     draw(rows, eval_folder / PICTURE)
     for page, text in pages(rows, setup).items():
         (eval_folder / page).write_text(text)
@@ -104,7 +104,7 @@ def write_pages(rows: list[Setting], setup: dict[str, int], eval_folder: Path) -
 
 
 def pages(rows: list[Setting], setup: dict[str, int]) -> dict[str, str]:
-    """The texts, by file; `setup` is how the SAEs were trained."""
+    """Page texts by file; `setup` says how the SAEs were trained."""
     top = [row for row in rows if row.get("pool_sampling", "top") == "top"]
     nested = [row for row in rows if "matryoshka_widths" in row]
     plain = [row for row in top if row not in nested]

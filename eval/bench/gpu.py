@@ -1,14 +1,14 @@
-"""What is measured on a GPU, a part at a time; `eval/gpu.sh` runs all of them, each within a time of its own.
+"""GPU measurements, one part per call; `eval/gpu.sh` runs all parts, each with its own time limit.
 
     python eval/bench/gpu.py 16k                        # training steps at d_sae 16,384; also 65k and 131k
-    python eval/bench/gpu.py without_triton             # what torch's own sparse products do
-    python eval/bench/gpu.py repeats                    # does a step repeat to the last bit?
-    python eval/bench/gpu.py profile                    # what a step's time goes to, by kernel
-    python eval/bench/gpu.py 16k --device cpu --tiny    # to see that it runs
+    python eval/bench/gpu.py without_triton             # steps with torch's own sparse products
+    python eval/bench/gpu.py repeats                    # is a step bitwise reproducible?
+    python eval/bench/gpu.py profile                    # where a step's time goes, by kernel
+    python eval/bench/gpu.py 16k --device cpu --tiny    # to check that it runs
 
-Everything goes into one JSON file as soon as it is known, from which `speed.py` renders a section of SPEED.md. What is
-in the file is not measured again. Each case is run alone first, for its memory; one that fails is left out, with the
-reason, and so is one in which the process ended.
+Every result goes at once into one JSON file, from which `speed.py` renders a section of SPEED.md; results in the file
+are not measured again. Each case first runs alone, for its memory; a case that fails or that ended the process is left
+out, with the reason.
 """
 
 import argparse
@@ -27,26 +27,26 @@ from typing import Any
 import torch
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench import training_step
 from bench.cases import BATCHTOPK, DENSE, GPU_REPEATS, KEPT, OTHER_PACKAGES, Case, Setting, gpu_plan, groups
 
 DEVICE_LOST = 75
-"""Exit status where a kernel failed so that the process cannot use the GPU any more: another process can go on."""
+"""Exit status after a kernel failure that leaves the GPU unusable for this process; a new process can continue."""
 PACKAGES = ("torch", "triton", "sae-lens", *OTHER_PACKAGES)
 DID_NOT_RETURN = "It did not return."
 N_KERNELS = 25
-"""Kernels that a profile lists."""
+"""Number of kernels that a profile lists."""
 WAITING = ("aten::item", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaLaunchKernel")
-"""What makes the host wait for the GPU, and the launches."""
+"""Operations that make the host wait for the GPU, and kernel launches."""
 Results = dict[str, Any]
 Save = Callable[[], None]
 
 
 @contextlib.contextmanager
 def precision(setting: Setting) -> Iterator[None]:
-    """TF32 products where the setting has them."""
+    """Allow TF32 products if the setting has them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if setting["tf32"] else "highest")
     try:
@@ -56,7 +56,7 @@ def precision(setting: Setting) -> Iterator[None]:
 
 
 def measure_section(results: Results, section: str, args: argparse.Namespace, save: Save) -> None:
-    """All rows of a section that are not there yet."""
+    """Measure the missing rows of a section."""
     rows = results.setdefault("sections", {}).setdefault(section, [])
     for setting, cases in gpu_plan(args.device, args.tiny)[section]:
         row = next((row for row in rows if row["case"] == setting), None)
@@ -78,16 +78,16 @@ def measure_section(results: Results, section: str, args: argparse.Namespace, sa
 
 
 def try_alone(row: Results, cases: list[Case], save: Save) -> None:
-    """Write the memory of each case's step into the row, or why it failed."""
+    """Record the memory of each case's step in the row, or why it failed."""
     memory, failed = row["memory_mib"], row["failed"]
     for case in cases:
         if case.name in memory or case.name in failed:
             continue
-        failed[case.name] = DID_NOT_RETURN  # stays where the process is killed
+        failed[case.name] = DID_NOT_RETURN  # stays if the process is killed
         save()
         try:
             mebibytes, reason = tried(partial(training_step.own_memory, case, row["case"]), row["case"]["device"])
-        except SystemExit:  # the time was up
+        except SystemExit:  # out of time
             del failed[case.name]
             save()
             raise
@@ -101,7 +101,7 @@ def try_alone(row: Results, cases: list[Case], save: Save) -> None:
 
 
 def tried(function: Callable[[], Any], device: str) -> tuple[Any, str | None]:
-    """What a function gives, and why it failed if it did."""
+    """A function's result, None if it failed, and the reason for a failure."""
     try:
         return function(), None
     except Exception as error:
@@ -112,7 +112,7 @@ def tried(function: Callable[[], Any], device: str) -> tuple[Any, str | None]:
 
 
 def free(device: str) -> None:
-    """Give back what an SAE and its optimiser had."""
+    """Free the GPU memory of an SAE and its optimiser."""
     if device.startswith("cuda"):
         gc.collect()
         with contextlib.suppress(RuntimeError):
@@ -120,7 +120,7 @@ def free(device: str) -> None:
 
 
 def leave_if_lost(device: str) -> None:
-    """Exit with `DEVICE_LOST` if the process cannot use the GPU any more."""
+    """Exit with `DEVICE_LOST` if the process can no longer use the GPU."""
     if device.startswith("cuda"):
         try:
             torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def leave_if_lost(device: str) -> None:
 
 
 def measure_repeats(results: Results, args: argparse.Namespace, save: Save) -> None:
-    """Whether the same steps give the same bits twice, by precision and case."""
+    """Test whether steps are bitwise reproducible, by precision and case."""
     for setting, _ in gpu_plan(args.device, args.tiny)["16k"]:
         if setting["trained"] or not setting["dead"]:
             continue
@@ -151,7 +151,7 @@ def repeats_exactly(case: Case, setting: Setting) -> bool:
 
 
 def state_after(case: Case, setting: Setting, n_steps: int = 3) -> list[torch.Tensor]:
-    """Weights, buffers and Adam's moments, which are sums of gradients and show their last bit."""
+    """Weights, buffers and Adam's moments; these are sums of gradients and show their last bit."""
     runner = training_step.InSAELens(case, setting)
     batches, dead = training_step.gaussian_batches(setting), training_step.dead_latents(setting)
     for _ in range(n_steps):
@@ -165,7 +165,7 @@ def precision_name(setting: Setting) -> str:
 
 
 def measure_profiles(results: Results, args: argparse.Namespace, save: Save) -> None:
-    """One step by kernel, in float32 and under autocast, with and without dead latents."""
+    """Profile one step by kernel, in float32 and under autocast, with and without dead latents."""
     for setting, _ in gpu_plan(args.device, args.tiny)["16k"]:
         if setting["trained"] or setting["tf32"]:
             continue
@@ -181,7 +181,7 @@ def measure_profiles(results: Results, args: argparse.Namespace, save: Save) -> 
 
 
 def profile_step(case: Case, setting: Setting) -> Results:
-    """Milliseconds of a step without the profiler, of the kernels of one with it, and how often the host waits."""
+    """Milliseconds of a step without the profiler, of a step's kernels with it, and how often the host waits."""
     runner = training_step.InSAELens(case, setting)
     batches, dead = training_step.gaussian_batches(setting), training_step.dead_latents(setting)
     times = []
@@ -189,7 +189,7 @@ def profile_step(case: Case, setting: Setting) -> Results:
         x = next(batches)
         times.append(training_step.seconds(lambda x=x: runner.step(x, dead), setting["device"]))
     x = next(batches)
-    with torch.profiler.profile() as profiler:  # of all that there is: the CPU, and the GPU if there is one
+    with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU if there is one
         training_step.seconds(lambda: runner.step(x, dead), setting["device"])
     events = profiler.key_averages()
     on_gpu = setting["device"].startswith("cuda")
@@ -209,15 +209,15 @@ def profile_step(case: Case, setting: Setting) -> Results:
 
 
 def read_results(file: Path, device: str) -> Results:
-    """What is there already.
+    """Results so far.
 
     Raises:
-        SystemExit: if it was measured on another machine or with other versions.
+        SystemExit: if they were measured on another machine or with other versions.
     """
     here = {"versions": training_step.installed_versions(PACKAGES), "machine": machine(device)}
     results = json.loads(file.read_text()) if file.exists() else here
     if {name: results[name] for name in here} != here:
-        raise SystemExit(f"{file} was measured with {results['machine']}, {results['versions']}; move it away first.")
+        raise SystemExit(f"{file} was measured on {results['machine']} with {results['versions']}; move it away first.")
     return results
 
 
@@ -228,7 +228,7 @@ def machine(device: str) -> str:
 
 
 def write_results(results: Results, file: Path) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(unfinished, file)
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=training_step.RESULTS / "bench_gpu.json")
     args = parser.parse_args(arguments)
     if args.part == "without_triton":
-        sys.modules["triton"] = None  # type: ignore[assignment]  # now importing it fails
+        sys.modules["triton"] = None  # type: ignore[assignment]  # makes importing it fail
     results = read_results(args.out, args.device)
 
     def save() -> None:
@@ -258,5 +258,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("The time was up."))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Out of time."))
     main()

@@ -1,10 +1,11 @@
-"""Whether the scan in bfloat16 keeps what a step in float32 keeps: counted over a training run.
+"""Does the bfloat16 scan keep the same entries as a float32 step? Counted over a training run.
 
     python eval/bench/kept_sets.py    # eval/results/kept_sets.json, for eval/SPEED.md; ten minutes on two cores
 
 An SAE with a pool of all latents trains on activations of the bundled language model, at the large size of
-`training_step.py`, and scans in bfloat16. In every step what it kept is compared with two choices by float32 values of
-all entries: by the products that give the kept ones their values, and by the dense product of a step without a scan.
+`training_step.py`, and scans in bfloat16. In every step, the kept entries are compared with two selections by the
+float32 values of all entries: from the products that compute the kept values, and from the dense product of a step
+without a scan.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench.cases import ALL_LATENTS, SIZES, Setting, sae_config
 from bench.training_step import RESULTS, make_trainer, real_batches
@@ -26,12 +27,12 @@ from sae_lens_sampled import SampledTopKTrainingSAE
 from sae_lens_sampled.step.products import products_at
 
 NEAR = 1e-3
-"""Relative distance to the cutoff within which an entry's two float32 values can fall on different sides of it. Far
-more than they differ by."""
+"""Relative distance to the cutoff within which an entry's two float32 values can fall on different sides of it; far
+larger than their difference."""
 
 
 def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
-    """Entries that a training run kept, and how many of them a float32 choice would not have kept."""
+    """Number of entries that a training run kept, and how many of them a float32 selection would not have kept."""
     torch.manual_seed(0)
     case = ALL_LATENTS._replace(fields=ALL_LATENTS.fields | {"scan": "reduced", "step": "kept"})
     sae = SampledTopKTrainingSAE(sae_config(case, setting))
@@ -53,7 +54,7 @@ def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def float32_choices(sae: SampledTopKTrainingSAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The k entries a token that are largest by the kept entries' products, by a dense one; flat. And its values."""
+    """Flat indices of the largest k entries per token, by the kept entries' products and by a dense one; its values."""
     weights, inputs = sae.weights(), sae.process_sae_in(x)
     dense, n_keep = weights.hidden_pre(inputs).flatten(), int(sae.cfg.k * len(x))
     by_dense = dense.topk(n_keep).indices
@@ -62,17 +63,17 @@ def float32_choices(sae: SampledTopKTrainingSAE, x: Tensor) -> tuple[Tensor, Ten
     tokens = near[order] // sae.cfg.d_sae
     values = products_at(weights.W_enc.T.contiguous(), inputs, latents, tokens) + weights.b_enc[latents]
     values = values if weights.norms is None else values * weights.norms[latents]
-    return near[order][values >= values.topk(n_keep).values[-1]], by_dense, dense  # of equals at the cutoff any
+    return near[order][values >= values.topk(n_keep).values[-1]], by_dense, dense  # with all ties at the cutoff
 
 
 def flat_places(feature_acts: Tensor) -> Tensor:
-    """Where a sparse matrix of activations has entries."""
+    """Flat indices of the entries of a sparse activation matrix."""
     tokens, latents = feature_acts.coalesce().indices()
     return tokens * feature_acts.shape[1] + latents
 
 
 def difference(some: Tensor, others: Tensor) -> Tensor:
-    """Those of some different numbers that are not among others."""
+    """Elements of `some`, all different, that are not in `others`."""
     return some[~torch.isin(some, others, assume_unique=True)]
 
 

@@ -1,7 +1,7 @@
-"""Renders eval/SPEED.md, all tables and the picture from the results of the benchmarks; no number in the page is typed.
+"""Renders eval/SPEED.md, all tables and the picture from the benchmarks' results; no number on the page is typed.
 
 Run it after the other scripts here and `eval/gpu.sh`: `python eval/bench/speed.py`.
-What has no results, as a GPU may not have, is called not measured.
+Missing results, such as those on a GPU, are reported as not measured.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench.cases import BATCHTOPK, NOT_ALIKE, OTHER_PACKAGES, Setting, libraries, plan
 from pages import markdown_table
@@ -24,15 +24,15 @@ TEMPLATES = {"SPEED.md": "SPEED.md", "results/speed.md": "speed_tables.md"}
 BASE = BATCHTOPK.name
 Row = dict[str, Any]
 WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
-"""A size that one trains on several GPUs."""
+"""A size that is trained on several GPUs."""
 BANDWIDTHS = {"NVLink": 460e9, "RoCE": 35e9}
-"""Bytes per second that an all-reduce between GPUs of one machine, and of several, is published to move."""
+"""Published bandwidth of an all-reduce, in bytes per second, between GPUs of one machine and of several."""
 HISTOGRAM_BYTES = 4 * (2048 + 2048 + 512)
-"""What finding the cutoff takes, at any size."""
+"""Bytes exchanged to find the cutoff, at any size."""
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line for each side of each row, times beside SAELens' BatchTopK of the same row."""
+    """Markdown table: a line for each case of each row, with its time relative to SAELens' BatchTopK in that row."""
     lines = []
     for row in rows:
         for side in row["step_ms"]:
@@ -44,7 +44,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary_table(rows: list[Row]) -> str:
-    """Markdown: what a trained step gains, a line for each pool, a column for each share of dead latents."""
+    """Markdown table: speedup after training, a line for each pool, a column for each share of dead latents."""
     trained = [row for row in rows if row["case"]["trained"]]
     sides = [side for side in trained[0]["step_ms"] if all(side in row["step_ms"] for row in trained)]
     header = [f"{row['case']['dead']:.0%} of the latents dead" for row in trained]
@@ -58,7 +58,7 @@ def summary_table(rows: list[Row]) -> str:
 
 
 def state_of(setting: Setting) -> str:
-    """The state in which steps are measured, in words; for a GPU with the precision."""
+    """The state in which steps are measured, as text; for a GPU with the precision."""
     state = "after 200 steps" if setting["trained"] else "at initialisation"
     if "tf32" not in setting:
         return state
@@ -66,7 +66,7 @@ def state_of(setting: Setting) -> str:
 
 
 def costs(row: Row, side: str) -> dict[str, str]:
-    """Time and memory of a side, in columns."""
+    """Time and memory of a case, by column."""
     milliseconds, base = row["step_ms"][side], row["step_ms"].get(BASE)
     memory = row.get("memory_mib", {}).get(side)
     return {
@@ -77,25 +77,25 @@ def costs(row: Row, side: str) -> dict[str, str]:
 
 
 def libraries_table(rows: list[Row]) -> str:
-    """Markdown: a step in each library, and what is not alike in it."""
+    """Markdown table: a step in each library, and how it differs."""
     lines = []
     for row in rows:
         size = f"{row['case']['d_in']} / {row['case']['d_sae']:,} / {row['case']['k']}"
         for case in libraries(row["case"]["d_sae"], row["case"]["dead"]):
             if case.name in row["step_ms"]:
                 state = {"d_in / d_sae / k": size, "dead": f"{row['case']['dead']:.0%}", "step of": case.name}
-                lines.append(state | costs(row, case.name) | {"not alike": NOT_ALIKE[case.name]})
+                lines.append(state | costs(row, case.name) | {"differences": NOT_ALIKE[case.name]})
     return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def gpu_sections(gpu: dict[str, Any]) -> dict[str, list[Row]]:
-    """Rows that are measured, by section; sections without any are left out."""
+    """Measured rows by section; sections without any are left out."""
     sections = {name: [row for row in rows if row.get("step_ms")] for name, rows in gpu.get("sections", {}).items()}
     return {name: rows for name, rows in sections.items() if rows}
 
 
 def failures(gpu: dict[str, Any], section: str) -> list[str]:
-    """Sentences about the cases of a section that failed."""
+    """A sentence about each failed case of a section."""
     return [
         f"{side}, {state_of(row['case'])}, {row['case']['dead']:.0%} dead, was not measured: {reason}"
         for row in gpu["sections"][section]
@@ -104,7 +104,7 @@ def failures(gpu: dict[str, Any], section: str) -> list[str]:
 
 
 def repeats_table(repeats: dict[str, dict[str, bool | str]]) -> str:
-    """Markdown: whether steps repeat to the last bit."""
+    """Markdown table: whether steps are bitwise reproducible."""
     sides = list(next(iter(repeats.values())))
     answers = {True: "yes", False: "no"}
     lines = [[name, *(answers.get(of[side], of[side]) for side in sides)] for name, of in repeats.items()]
@@ -112,7 +112,7 @@ def repeats_table(repeats: dict[str, dict[str, bool | str]]) -> str:
 
 
 def profile_table(profile: dict[str, Any], n: int = 8) -> str:
-    """Markdown: the kernels that take most of a step."""
+    """Markdown table: the kernels that take most of a step."""
     share = [f"{kernel['ms'] / profile['kernels_ms']:.0%}" for kernel in profile["kernels"]]
     lines = [
         [f"`{kernel['kernel'][:70]}`", f"{kernel['calls']}", f"{kernel['ms']:.2f} ms", of_all]
@@ -122,7 +122,7 @@ def profile_table(profile: dict[str, Any], n: int = 8) -> str:
 
 
 def crossing_table(sections: dict[str, list[Row]], section: str, what: str) -> str:
-    """Markdown: the ways of doing a step beside each other, over the size or the pool factor that is varied."""
+    """Markdown table: times of the ways to compute a step, against the varied size or pool factor."""
     lines = []
     for row, (setting, cases) in zip(sections[section], plan("cpu")[section], strict=True):
         varied = setting.get(what, cases[0].fields["pool_factor"])
@@ -131,7 +131,7 @@ def crossing_table(sections: dict[str, list[Row]], section: str, what: str) -> s
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Time of a step against d_sae, both axes logarithmic."""
+    """Plot the time of a step against d_sae, on logarithmic axes."""
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     widths = [row["case"]["d_sae"] for row in rows]
     for side in rows[0]["step_ms"]:
@@ -148,7 +148,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
 
 def runs_table(results: dict[str, Any]) -> str:
-    """Markdown: whole runs, beside SAELens' BatchTopK with SAELens' store."""
+    """Markdown table: whole runs, relative to SAELens' BatchTopK with SAELens' store."""
     [base] = [run["tokens_per_second"] for run in results["runs"] if (run["side"], run["source"]) == (BASE, "store")]
     lines = [
         [
@@ -165,13 +165,13 @@ def runs_table(results: dict[str, Any]) -> str:
 
 
 def run_gain(results: dict[str, Any], source: str) -> str:
-    """How many times as fast a whole run is with a pool of all latents as with SAELens' BatchTopK."""
+    """Speedup of a whole run with a pool of all latents over one with SAELens' BatchTopK."""
     speed = {run["side"]: run["tokens_per_second"] for run in results["runs"] if run["source"] == source}
     return f"{speed['all latents'] / speed[BASE]:.1f}"
 
 
 def ranks_table(results: dict[str, Any]) -> str:
-    """Markdown: what several processes exchange, and how far they are from one."""
+    """Markdown table: what several processes exchange, and how far they are from a single one."""
     lines = [
         [
             row["case"],
@@ -199,25 +199,25 @@ def ranks_table(results: dict[str, Any]) -> str:
 
 
 def active_latents(fields: dict[str, Any], d_sae: int, k: int) -> int:
-    """Latents whose gradients are exchanged, at most: those of the pool and the dead ones; with groups all."""
+    """Largest number of latents whose gradients are exchanged: pool and dead latents, or all with groups."""
     if "pool_group_size" in fields:
         return d_sae
     return min(int(fields["pool_factor"] * k + fields.get("dead", 0) * d_sae), d_sae)
 
 
 def gradient_bytes(n_latents: int, d_in: int) -> int:
-    """Bytes of the gradients of so many latents, and of the decoder's bias, in float32."""
+    """Bytes of the float32 gradients of `n_latents` latents and of the decoder bias."""
     return 4 * (n_latents * (2 * d_in + 1) + d_in)
 
 
 def groups_share(results: dict[str, Any]) -> float:
-    """How much of all gradients groups of tokens exchange, as counted."""
+    """Share of all gradients that groups of tokens exchange, as counted."""
     counted, *_ = [row["gradient_bytes"] for row in results["rows"] if "pool_group_size" in row["fields"]]
     return counted / gradient_bytes(results["size"]["d_sae"], results["size"]["d_in"])
 
 
 def arithmetic_table(results: dict[str, Any]) -> str:
-    """Markdown: the bytes of a step at `WIDE`, and the time they would take."""
+    """Markdown table: bytes exchanged per step at `WIDE`, and the time they would take."""
     lines = []
     for row in results["rows"]:
         if row["processes"] != 2:
@@ -226,7 +226,7 @@ def arithmetic_table(results: dict[str, Any]) -> str:
         n_latents = WIDE["d_sae"] if all_latents else active_latents(row["fields"], WIDE["d_sae"], WIDE["k"])
         gradients = gradient_bytes(n_latents, WIDE["d_in"])
         rest = HISTOGRAM_BYTES + (row["other_bytes"] - HISTOGRAM_BYTES) // results["size"]["d_sae"] * WIDE["d_sae"]
-        on_the_wire = (gradients + rest) * 2 * (WIDE["gpus"] - 1) / WIDE["gpus"]  # of a ring
+        on_the_wire = (gradients + rest) * 2 * (WIDE["gpus"] - 1) / WIDE["gpus"]  # ring all-reduce
         times = [f"{1e3 * on_the_wire / bandwidth:.1f} ms" for bandwidth in BANDWIDTHS.values()]
         lines.append([row["case"], f"{gradients / 1e6:,.1f} MB", f"{rest / 1e6:,.1f} MB", *times])
     return markdown_table(["", "gradients", "rest", *BANDWIDTHS], lines)
@@ -235,7 +235,7 @@ def arithmetic_table(results: dict[str, Any]) -> str:
 def render(
     steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any], gpu: dict[str, Any] | None
 ) -> dict[str, str]:
-    """The pages by file, from what the benchmarks have written; `runs` by model, and that on a GPU, if there is one."""
+    """Page texts by file, from the benchmarks' results; `runs` by model, with that on a GPU as "gpu", if any."""
     kept_sets, allocator = read("kept_sets"), read("bench_allocator")
 
     def allocator_ratio(side: str) -> str:
@@ -282,7 +282,7 @@ def render(
 
 
 def pages() -> dict[str, str]:
-    """The pages of the committed results."""
+    """Page texts from the committed results, by file."""
     runs = {"bundled": read("bench_end_to_end"), "smollm2": read("bench_end_to_end_smollm2")}
     gpu = None
     if (RESULTS / "bench_gpu.json").exists():

@@ -2,17 +2,16 @@
 
     python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
     python eval/bench/training_step.py --device cuda    # the same on a GPU, with every path forced once
-    python eval/bench/training_step.py --quick          # one small case, to see that it runs
-    python eval/bench/training_step.py --sections libraries    # those rows alone, into the same JSON
+    python eval/bench/training_step.py --quick          # one small case, to check that it runs
+    python eval/bench/training_step.py --sections libraries    # only those rows, into the same JSON
 
-Steps of other libraries are measured where these are installed (`pip install dictionary-learning eai-sparsify`).
+Steps of other libraries are measured if these are installed (`pip install dictionary-learning eai-sparsify`).
 
-A step is SAELens' whole trainer step, with clipping and Adam; its time is the median of repeats, in which the cases
-take turns, so that whatever else runs on the machine hits all alike. Ratios are what counts. `memory_mib` is what a
-step takes above parameters and optimiser at its peak. `product` is the bare product of inputs
-and encoder weights, the floor. Steps are timed at initialisation on Gaussian inputs, and after 200 steps of training on
-activations of the bundled language model (residual stream of block 2, width 128, turned into d_in dimensions by a fixed
-random rotation), with the bound that runs along.
+A step is SAELens' whole trainer step, with clipping and Adam. Its time is the median of repeats in which the cases take
+turns, so that other load on the machine affects all alike; only ratios count. `memory_mib` is a step's peak memory
+above parameters and optimiser. `product` is the bare product of inputs and encoder weights, a lower bound. Steps are
+timed at initialisation on Gaussian inputs, and after 200 steps of training on activations of the bundled language model
+(residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation), with the running bound.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 
 from bench.cases import ALL_LATENTS, OTHER_PACKAGES, WAYS_OF_ONE_POOL, Case, Setting, plan, sae_config
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig
@@ -50,7 +49,7 @@ RESULTS = EVAL / "results"
 
 
 class OnPath(SampledTopKTrainingSAE):
-    """Takes one path in every step."""
+    """An SAE that takes the same path in every step."""
 
     def __init__(self, cfg: SampledTopKTrainingSAEConfig, path: StepPath) -> None:
         super().__init__(cfg)
@@ -68,7 +67,7 @@ class InSAELens:
         torch.manual_seed(0)
         config = sae_config(case, setting)
         self.path: StepPath | None = None
-        """Which one the last step took; None for SAELens' own SAEs."""
+        """Path of the last step; None for SAELens' own SAEs."""
         if isinstance(config, SampledTopKTrainingSAEConfig):
             path = WAYS_OF_ONE_POOL.get(case.way)
             self.sae = OnPath(config, path) if path else SampledTopKTrainingSAE(config)
@@ -85,7 +84,7 @@ class InSAELens:
 
 
 def pools(case: Case) -> dict[str, Any]:
-    """Those of the fields that say which latents are candidates; SAELens' own SAEs have all."""
+    """The config fields that determine the candidates; for SAELens' own SAEs, all latents."""
     names = ("pool_factor", "pool_group_size", "pool_sampling")
     return ALL_LATENTS.fields | {name: case.fields[name] for name in names if name in case.fields}
 
@@ -146,9 +145,9 @@ def dead_latents(setting: Setting) -> torch.Tensor:
 
 
 class InDictionaryLearning:
-    """BatchTopK in the trainer of dictionary_learning, where that is installed.
+    """BatchTopK in the trainer of dictionary_learning, if that is installed.
 
-    Without dead latents only: it counts them itself, and forgets those that fire before it looks.
+    Only without dead latents: it counts them itself, and forgets those that fire before it looks for them.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -162,11 +161,11 @@ class InDictionaryLearning:
 
 
 class InSparsify:
-    """TopK, the nearest that sparsify has, with the step of its trainer, but with clipping and Adam."""
+    """TopK, the closest that sparsify has, with the step of its trainer, except for clipping and Adam."""
 
     def __init__(self, setting: Setting) -> None:
         if setting["device"] == "cpu":
-            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where triton is installed it would be used on a CPU too
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # an installed triton would be used on a CPU too
         from sparsify import SparseCoder, SparseCoderConfig
 
         config = SparseCoderConfig(num_latents=setting["d_sae"], k=setting["k"])
@@ -191,7 +190,7 @@ def make_runner(case: Case, setting: Setting) -> "InSAELens | InDictionaryLearni
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions by package, of those that are installed."""
+    """Versions of the packages that are installed, by name."""
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -208,7 +207,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def measure(setting: Setting, cases: list[Case], repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a step by case, and what extraction cost; one case after the other in every repeat."""
+    """Median milliseconds of a step and its scan record, by case; the cases take turns in every repeat."""
     batches = real_batches(setting) if setting["trained"] else gaussian_batches(setting)
     dead, runners = dead_latents(setting), {case.name: make_runner(case, setting) for case in cases}
     times: dict[str, list[float]] = {name: [] for name in (*runners, "product")}
@@ -230,19 +229,19 @@ def measure(setting: Setting, cases: list[Case], repeats: int) -> dict[str, Any]
 
 
 def peak_memory(case: Case, setting: Setting) -> float:
-    """MiB that a step takes above what is there between steps; on the CPU in a process of its own."""
+    """Peak MiB of a step above the memory held between steps; on a CPU in a separate process."""
     if setting["device"].startswith("cuda"):
         return own_memory(case, setting)
-    # So glibc gives back larger blocks at once, and none is hidden.
+    # So that glibc returns larger blocks at once and hides none.
     environment = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
     with environment, multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply(own_memory, (case, setting))
 
 
 def own_memory(case: Case, setting: Setting) -> float:
-    """MiB that the third step takes, at its peak."""
+    """Peak MiB of the fourth step above the memory held before it."""
     runner, batches, dead = make_runner(case, setting), gaussian_batches(setting), dead_latents(setting)
-    for _ in range(3):  # the optimiser's moments, and whatever is loaded when it is first used
+    for _ in range(3):  # for the optimiser's moments, and whatever is loaded on first use
         runner.step(next(batches), dead)
     x = next(batches)
     if setting["device"].startswith("cuda"):
@@ -250,7 +249,7 @@ def own_memory(case: Case, setting: Setting) -> float:
         before = torch.cuda.memory_allocated()
         runner.step(x, dead)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     before = _status("VmRSS")
     runner.step(x, dead)
     return (_status("VmHWM") - before) / 1024
@@ -265,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one small case")
-    parser.add_argument("--sections", help="some of large,small,autocast,...; the others stay as they are")
+    parser.add_argument("--sections", help="comma-separated: large,small,autocast,...; others keep their results")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")
     args = parser.parse_args()

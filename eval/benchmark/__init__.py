@@ -1,1 +1,1 @@
-"""Nested losses on data with known features; `run.py` is the command."""
+"""Pools, scores and nested losses on data with known features; `run.py` is the command."""

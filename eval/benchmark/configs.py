@@ -18,7 +18,7 @@ WINSORISED = {"score": "winsorised"}
 WINSORISED_IN_GROUP = {"score": "winsorised_group_10"}
 THEN_PLAIN = GROUPS | {"inner_loss_steps": HALF}
 BATCHTOPK = {"pool_factor": None, "inference_threshold": "global"}
-"""Our class as SAELens' BatchTopK, whose numbers it has to rounding, export included, at a fraction of the time."""
+"""Our class as SAELens' BatchTopK: equal up to rounding, export included, at a fraction of the time."""
 THEN_ALL = {"pool_steps": 0.9}
 """Every latent is a candidate in the last tenth of the steps, so that the export does what training did."""
 THEN_ALL_ARMS = {
@@ -33,12 +33,12 @@ THEN_ALL_ARMS = {
         for factor in (10, 20)
     },
 }
-"""Arms with pools until then."""
+"""Arms with pools until the last tenth of the steps."""
 
 
 TWO = {"arms": ("batchtopk", "matryoshka"), "ks": (4,)}
 INNER = [4, 16, 64]
-"""Inner widths; d_sae comes after them."""
+"""Inner widths; d_sae is appended."""
 
 SMALL = Benchmark(
     name="small",
@@ -94,7 +94,7 @@ SMALL = Benchmark(
     eval_samples=32_768,
     aux_loss_coefficient=1 / 32,
 )
-"""The recipe at a size that two CPU cores train."""
+"""The recipe at a size that two CPU cores can train."""
 
 LEVELS = ([32], [64], [8, 32], [16, 64], [4, 16, 64], [8, 32, 80], [16, 48, 80])
 
@@ -174,7 +174,7 @@ TUNING = replace(
     ks=(4,),
     n_seeds=2,
 )
-"""What levels, pool factor and coefficient of `SMALL` were chosen by, on features that are not among its own."""
+"""How the levels, pool factor and coefficient of `SMALL` were chosen, on features that it does not use."""
 
 DICTIONARIES = replace(
     SMALL,
@@ -188,8 +188,8 @@ DICTIONARIES = replace(
     },
     n_seeds=1,
 )
-"""What `SMALL` and `FACTORIAL` left over, on features that nothing was chosen by: one SAE for each, so that errors are
-over features and samples too."""
+"""The arms that `SMALL` and `FACTORIAL` left, on features that guided no choice: one SAE for each dictionary of
+features, so that errors include features and samples."""
 
 INNER_16K = [128, 512, 2048]
 
@@ -243,15 +243,15 @@ PUBLISHED_16K = {
     25: {"BatchTopK": {"f1": 0.7316, "mcc": 0.7574}, "Matryoshka": {"f1": 0.8793, "mcc": 0.7927}},
     20: {"BatchTopK": {"f1": 0.8183, "mcc": 0.7526}, "Matryoshka": {"f1": 0.8601, "mcc": 0.7455}},
 }
-"""What arXiv 2602.14687 has for 200M samples, by L0."""
+"""Results of arXiv 2602.14687 with 200M samples, by L0."""
 
 SHARES = (10, 20, 30, 40)
-"""Percent of the dictionary that a pool of the factorial holds."""
+"""Percentages of the dictionary in a pool of the factorial."""
 SCORES = {"l2": {"score": "l2_norm"}, "winsorised": WINSORISED}
 
 
 def factorial(name: str, seed: int) -> Benchmark:
-    """Which pools pay for which sizes: d_sae x k x share of the dictionary in a pool x score, and BatchTopK."""
+    """Which pools pay off at which sizes: d_sae x k x share of the dictionary in a pool x score, and BatchTopK."""
     return replace(
         SMALL,
         name=name,
@@ -276,9 +276,9 @@ def factorial(name: str, seed: int) -> Benchmark:
 
 
 FACTORIAL = factorial("factorial", seed=44)
-"""On features that no other benchmark has."""
+"""On features that no other benchmark uses."""
 FACTORIAL_CHECK = factorial("factorial_check", seed=45)
-"""The same on further features, to check what `FACTORIAL` predicts."""
+"""The same on other features, to check what `FACTORIAL` predicts."""
 
 BENCHMARKS = {
     benchmark.name: benchmark

@@ -1,9 +1,9 @@
-"""When do pools pay? Every cell of the factorial against BatchTopK, by a rule that was set before its numbers.
+"""When do pools pay off? Every cell of the factorial against BatchTopK, by a rule that was set before the results.
 
-A cell is one size of the dictionary, k, score and share of the latents in a pool. It **wins** if its F1 and its MCC are
-above BatchTopK's, both with an interval over seeds that excludes 0, at an FVU that is at most `MAX_FVU` higher. Its
-seeds share features and samples, so intervals are over weights at the start alone; whether a win holds for other
-features is what the check on other ones says.
+A cell is one dictionary size, k, score and share of the latents in a pool. It **wins** if its F1 and its MCC are above
+BatchTopK's, both with an interval over seeds that excludes 0, at an FVU that is at most `MAX_FVU` higher. Its seeds
+share features and samples, so intervals are over initial weights only; whether a win holds for other features is
+tested by `FACTORIAL_CHECK`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,32 +16,32 @@ from pages import markdown_table
 from sae_lens_sampled.confidence import Interval, difference_interval
 
 MAX_FVU = 0.005
-"""Largest excess of FVU over BatchTopK's with which a pool still wins."""
+"""Largest excess of FVU over BatchTopK's at which a pool still wins."""
 METRICS = ("f1", "mcc", "fvu")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Pools of one kind at one size, less BatchTopK."""
+    """Pools of one kind at one size, relative to BatchTopK."""
 
     d_sae: int
     k: int
     score: str
     percent: int
-    """Share of the dictionary in a pool."""
+    """Share of the dictionary in a pool, in percent."""
     pool_factor: float
     differences: Mapping[str, Interval]
-    """F1, MCC and FVU less BatchTopK's, over seeds, by the metric's name."""
+    """F1, MCC and FVU minus BatchTopK's, over seeds, by metric name."""
 
     @property
     def wins(self) -> bool:
-        """Whether F1 and MCC are higher beyond their intervals, at an FVU that is hardly higher; never of one seed."""
+        """Whether F1 and MCC are higher, intervals included, with FVU at most `MAX_FVU` higher; False for one seed."""
         f1, mcc, fvu = (self.differences[metric] for metric in METRICS)
         return (f1.low or 0) > 0 and (mcc.low or 0) > 0 and fvu.mean <= MAX_FVU
 
 
 def cells(summary: BenchmarkSummary) -> Iterator[Cell]:
-    """Those that have results, in the order of sizes, scores and shares."""
+    """Cells with results, ordered by size, score and share."""
     arms = summary.benchmark.arms
     for name, data in summary.benchmark.data.items():
         for k in summary.benchmark.ks:
@@ -57,7 +57,7 @@ def cells(summary: BenchmarkSummary) -> Iterator[Cell]:
 
 
 def factorial_table(found: Sequence[Cell], score: str) -> str:
-    """F1, MCC and FVU less BatchTopK's, and the pool factor; winning cells in bold."""
+    """Markdown table: F1, MCC and FVU minus BatchTopK's, and the pool factor; winning cells in bold."""
     rows = []
     for d_sae, k in dict.fromkeys((cell.d_sae, cell.k) for cell in found):
         row = {cell.percent: cell for cell in found if (cell.d_sae, cell.k, cell.score) == (d_sae, k, score)}

@@ -1,4 +1,4 @@
-"""The picture of the page about known features."""
+"""The picture on the page about known features."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ COLOURS = {
     "nested_light": "#009e73",
     "then_plain": "#7a5195",
 }
-"""Arms of the picture; one pool, whose FVU is far from theirs, is left out."""
+"""Colours of the plotted arms; one pool, whose FVU is far from theirs, is left out."""
 
 
 def draw_f1_against_fvu(summary: BenchmarkSummary, file: Path) -> None:
-    """A panel for each k; error bars are 95 % intervals over dictionaries."""
+    """Plot F1 against FVU, a panel for each k; error bars are 95 % intervals over dictionaries."""
     ks = summary.benchmark.ks
     figure, panels = plt.subplots(1, len(ks), figsize=(12, 4.3), layout="constrained", sharey=True)
     for axes, k in zip(panels, ks, strict=True):

@@ -1,4 +1,4 @@
-"""The page about known features, `eval/KNOWN_FEATURES.md`, its picture and the tables that it has no room for."""
+"""Renders the page about known features, `eval/KNOWN_FEATURES.md`, its picture and the tables that do not fit on it."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from study.summary import Summary, shown
 TEMPLATES = {"KNOWN_FEATURES.md": "known_features.md", "results/known_features.md": "known_features_tables.md"}
 PICTURE = "results/known_features.png"
 K = 4
-"""The one that sentences and the page's table are about."""
+"""The k of the page's sentences and table."""
 
 
 def write_pages(eval_folder: Path) -> Path:
-    """Write all; returns the page."""
+    """Write the picture and all pages; returns the path of the main page."""
     draw_f1_against_fvu(_summary("dictionaries", eval_folder / "results"), eval_folder / PICTURE)
     for page, text in render_pages(eval_folder / "results").items():
         (eval_folder / page).write_text(text)
@@ -29,7 +29,7 @@ def write_pages(eval_folder: Path) -> Path:
 
 
 def render_pages(results: Path) -> dict[str, str]:
-    """The texts, by file."""
+    """Page texts by file."""
     names = ("dictionaries", "factorial", "factorial_check", "small", "tuning", "synth-sae-bench-16k-cpu")
     dictionaries, of_sizes, of_check, small, tuning, large = (_summary(name, results) for name in names)
     model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
@@ -40,7 +40,7 @@ def render_pages(results: Path) -> dict[str, str]:
         return interval_text(dictionaries.interval_of_difference(arm, other, K, metric), signed=True)
 
     def differences(arm: str, other: str, metric: str) -> str:
-        """One for each k."""
+        """The difference for each k."""
         means = [small.difference(arm, other, k, metric) for k in small.benchmark.ks]
         return ", ".join(shown(difference, metric, signed=True) for difference in means)
 
@@ -76,7 +76,7 @@ def render_pages(results: Path) -> dict[str, str]:
 
 
 def is_predicted(cell: Cell) -> bool:
-    """Whether it was said to win on `FACTORIAL_CHECK`, before that was run: what the text on the page says."""
+    """Whether the cell was predicted to win on `FACTORIAL_CHECK` before that was run, as the page says."""
     return cell.score == "winsorised" and 9 <= cell.pool_factor <= 13 and cell.d_sae <= 256
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark of nested losses is: data, arms, the settings that they share, and the SAEs that these make."""
+"""What a benchmark is: data, arms, the settings that they share, and the resulting SAEs."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +13,7 @@ from benchmark.variants import register_variants
 
 @dataclass(frozen=True)
 class Data:
-    """Features, and how many latents are to find them."""
+    """Features, and the number of latents to find them."""
 
     label: str
     features: SyntheticModelConfig
@@ -23,7 +23,7 @@ class Data:
     ks: tuple[int, ...] | None = None
     """Values of k; None for the benchmark's."""
     large: bool = False
-    """The features are made by `large_synthetic_model`."""
+    """Whether `large_synthetic_model` makes the features."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class BenchmarkArm:
     config: type[TrainingSAEConfig]
     fields: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
-    """Fields of the config that are numbers of training steps, here as shares of the whole training."""
+    """Config fields that are numbers of training steps, given as shares of all steps."""
     pool_share: float | None = None
-    """Candidates as a share of the dictionary, in place of a pool factor."""
+    """Candidates as a share of the dictionary, instead of a pool factor."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Benchmark:
         return self.samples // self.batch_size
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on, as JSON has it; not which data, arms, k and seeds there are."""
+        """Settings that results depend on, for JSON; without the choice of data, arms, k and seeds."""
         left_out = ("name", "device", "n_checkpoints", "data", "arms", "ks", "n_seeds")
         return {name: value for name, value in asdict(replace(self, data={}, arms={})).items() if name not in left_out}
 
@@ -88,17 +88,17 @@ class BenchmarkUnit:
 
     @property
     def stream(self) -> tuple[str, int, int]:
-        """What all arms that see the same samples have in common."""
+        """Key shared by all arms that see the same samples."""
         return self.data, self.k, self.seed
 
     @property
     def key(self) -> tuple[str, int, str, int]:
-        """What its result is found by."""
+        """Key of its result."""
         return self.data, self.k, self.arm, self.seed
 
 
 def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
-    """Every SAE, those of a stream of samples one after the other; without those whose pool would be less than k."""
+    """Every SAE, ordered by stream of samples; without those whose pool would be smaller than k."""
     for seed in range(benchmark.n_seeds):
         for data in benchmark.data:
             of_data = benchmark.data[data]
@@ -110,7 +110,7 @@ def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
 
 
 def streams(benchmark: Benchmark) -> list[list[BenchmarkUnit]]:
-    """Every SAE, by the samples that it sees."""
+    """Every SAE, grouped by the samples that it sees."""
     together: dict[tuple[str, int, int], list[BenchmarkUnit]] = {}
     for unit in units(benchmark):
         together.setdefault(unit.stream, []).append(unit)
@@ -118,7 +118,7 @@ def streams(benchmark: Benchmark) -> list[list[BenchmarkUnit]]:
 
 
 def pool_factor(arm: BenchmarkArm, data: Data, k: int) -> float | None:
-    """The pool factor of an arm whose pool is a share of the dictionary; None for another arm."""
+    """The pool factor of an arm whose pool is a share of the dictionary; None for other arms."""
     return None if arm.pool_share is None else arm.pool_share * data.d_sae / k
 
 

@@ -1,4 +1,4 @@
-"""Features by SynthSAEBench's recipe (arXiv 2602.14687): its own size, and one that two CPU cores train."""
+"""Features by SynthSAEBench's recipe (arXiv 2602.14687), at its own size and at one that two CPU cores can train."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ RECIPE_16K = SyntheticModelConfig(
     bias=0.5,
     seed=42,
 )
-"""SynthSAEBench-16k, as SAELens' documentation has it."""
+"""SynthSAEBench-16k, as in SAELens' documentation."""
 
 
 def small_recipe(seed: int, **hierarchy: bool) -> SyntheticModelConfig:

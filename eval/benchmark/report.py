@@ -21,7 +21,7 @@ COLUMNS = {
 }
 COMPARED = {"F1": "f1", "MCC": "mcc", "FVU": "fvu", "dead": "dead", "absorbed": "absorbed"}
 REPORTED = ("features_42", "features_43")
-"""Data that are reported together."""
+"""Data sets that are reported together."""
 
 
 class BenchmarkSummary:
@@ -31,7 +31,7 @@ class BenchmarkSummary:
         self.benchmark, self.results = benchmark, results
 
     def values(self, arm: str, k: int, metric: str, data: tuple[str, ...] = REPORTED) -> dict[tuple[str, int], float]:
-        """Values by data and seed, of the SAEs that have the metric."""
+        """Values by data and seed, for the SAEs that have the metric."""
         return {
             (of_data, seed): result["metrics"][metric]
             for (of_data, of_k, of_arm, seed), result in self.results.items()
@@ -52,7 +52,7 @@ class BenchmarkSummary:
     def table(
         self, k: int, data: tuple[str, ...] = REPORTED, published: Mapping[str, Mapping[str, float]] | None = None
     ) -> str:
-        """All arms at one k, and what others published, by label and metric."""
+        """Markdown table of all arms at one k, and of published results by label and metric."""
         rows = [
             [arm.label, *(shown(self.mean(name, k, metric, data), metric) for metric in COLUMNS.values())]
             for name, arm in self.benchmark.arms.items()
@@ -64,17 +64,17 @@ class BenchmarkSummary:
         return markdown_table(["", *COLUMNS], rows)
 
     def interval(self, arm: str, k: int, metric: str) -> Interval | None:
-        """Mean over dictionaries, of those with one SAE each."""
+        """Mean over dictionaries of features, each with one SAE."""
         values = self.values(arm, k, metric, tuple(self.benchmark.data))
         return mean_interval(list(values.values())) if values else None
 
     def interval_of_difference(self, arm: str, other: str, k: int, metric: str) -> Interval | None:
-        """Mean over dictionaries of the differences of two arms, whose SAEs started alike and saw the same samples."""
+        """Mean difference of two arms over dictionaries of features; their SAEs share initial weights and samples."""
         data = tuple(self.benchmark.data)
         return difference_interval(self.values(arm, k, metric, data), self.values(other, k, metric, data))
 
     def difference_table(self, k: int, other: str = "batchtopk") -> str:
-        """All arms less one of them, which has its own values; bold: not 0 after Holm's correction over the table."""
+        """All arms minus `other`, which has its own values; bold: not 0 after Holm's correction over the table."""
         found = {
             (arm, metric): interval
             for arm in self.benchmark.arms
@@ -96,7 +96,7 @@ class BenchmarkSummary:
         return markdown_table(["", *COMPARED], rows)
 
     def causes_table(self, k: int = 4) -> str:
-        """Matryoshka less BatchTopK, by kind of hierarchy and number of latents."""
+        """Matryoshka minus BatchTopK, by kind of hierarchy and number of latents."""
         rows = []
         for names in (("features_42",), ("wide",), ("plain_hierarchy",), ("plain_hierarchy_wide",)):
             data = self.benchmark.data[names[0]]
@@ -109,12 +109,12 @@ class BenchmarkSummary:
         return markdown_table(["hierarchy", "d_sae", "F1", "MCC", "FVU"], rows)
 
     def seeds(self) -> str:
-        """How many seeds there are of each dictionary of features, in words."""
+        """Number of seeds for each dictionary of features, as text."""
         n_seeds = {data: len({key[3] for key in self.results if key[0] == data}) for data in REPORTED}
         return ", ".join(f"{n} seeds with {self.benchmark.data[data].label}" for data, n in n_seeds.items())
 
 
 def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:
-    """The results of a benchmark; a folder of other settings is refused."""
+    """The results of a benchmark; a folder with other settings is rejected."""
     fields = ("data", "k", "arm", "seed")
     return ResultTable(folder / "results.jsonl", fields, {"benchmark": benchmark.settings()}, "benchmark")

@@ -1,17 +1,17 @@
 """Pools, scores and nested losses on data with known features by SynthSAEBench's recipe (arXiv 2602.14687).
 
-    python eval/benchmark/run.py --config dictionaries         # eval/KNOWN_FEATURES.md; two processes half an hour
+    python eval/benchmark/run.py --config dictionaries         # eval/KNOWN_FEATURES.md; half an hour in two processes
     python eval/benchmark/run.py --config dictionaries --report    # only renders the pages again
-    python eval/benchmark/run.py --config small                # what was tried before, in an hour
-    python eval/benchmark/run.py --config tuning               # what its settings were chosen by
-    python eval/benchmark/run.py --config factorial --part 1/2 # which pools pay for which sizes; every other stream
+    python eval/benchmark/run.py --config small                # earlier experiments, in an hour
+    python eval/benchmark/run.py --config tuning               # how their settings were chosen
+    python eval/benchmark/run.py --config factorial --part 1/2 # which pools pay off at which sizes; every other stream
     python eval/benchmark/run.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
     python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --arms batchtopk groups  # 5M samples, two arms
-    python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --time 50000             # what that would take
+    python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --time 50000             # how long that would take
 
-All arms of a seed start from the same weights; all SAEs of a data set see the same samples. Run it again and it goes on
-where it was: a result that is there is never computed again, and a killed run continues from its last checkpoint.
-Processes with other `--arms` or another `--part` may share the folders.
+All arms of a seed start from the same weights; all SAEs of a data set see the same samples. A second call resumes where
+the first left off: finished results are never recomputed, and a killed run continues from its last checkpoint.
+Processes with different `--arms` or `--part` may share the folders.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 from benchmark.configs import BENCHMARKS
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     arms = {arm for arm in benchmark.arms if any(fnmatch(arm, pattern) for pattern in args.arms)}
-    warnings.filterwarnings("ignore")  # of the hosts, about their own future
+    warnings.filterwarnings("ignore")  # deprecation warnings from dependencies
     logging.disable(logging.WARNING)
     if args.time:
         print(time_plan(benchmark, arms, args.time, work))
@@ -70,10 +70,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'nested*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth stream of samples")
     parser.add_argument(
-        "--time", type=int, metavar="SAMPLES", help="time the samples and each arm for so many, and stop"
+        "--time", type=int, metavar="SAMPLES", help="time the sampling and each arm for this many, and stop"
     )
     parser.add_argument("--report", action="store_true", help="compute nothing, only render the page")
-    parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/CONFIG")
+    parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/benchmark_CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""What a benchmark will take: seconds for its samples and for each arm, on this machine, now."""
+"""How long a benchmark will take on this machine: seconds for its samples and for each arm."""
 
 from collections.abc import Collection
 from itertools import islice
@@ -13,10 +13,10 @@ from pages import markdown_table
 
 
 def time_plan(benchmark: Benchmark, arms: Collection[str], n_samples: int, work: Path) -> str:
-    """A table of what streams of samples and arms take for `n_samples`, and for the whole benchmark.
+    """Table of the time that sampling and arms take for `n_samples`, and for the whole benchmark.
 
-    Every stream of the first seed is timed. Evaluation is left out, and so is the auxiliary loss: there are no dead
-    latents in the first `dead_window` steps.
+    Every stream of the first seed is timed. Evaluation is not included, nor is the auxiliary loss, because there are no
+    dead latents in the first `dead_window` steps.
     """
     rows, total = [], 0.0
     n_steps = max(n_samples // benchmark.batch_size, 1)
@@ -34,7 +34,7 @@ def time_plan(benchmark: Benchmark, arms: Collection[str], n_samples: int, work:
 
 
 def time_stream(benchmark: Benchmark, together: list[BenchmarkUnit], n_steps: int, work: Path) -> dict[str, float]:
-    """Seconds for the samples of a stream and for each of its arms, after one step that does not count."""
+    """Seconds for the samples of a stream and for each of its arms, after an untimed first step."""
     _, sample = features_of(benchmark.data[together[0].data], benchmark.device, work)
     seconds: dict[str, float] = {}
     generator = stream(sample, benchmark.batch_size, 0)
@@ -54,7 +54,7 @@ def time_stream(benchmark: Benchmark, together: list[BenchmarkUnit], n_steps: in
 
 
 def now(device: str) -> float:
-    """Seconds, when the device has done all that was asked of it."""
+    """Time in seconds, after the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return perf_counter()

@@ -23,13 +23,13 @@ from study.synthetic import evaluate_on_synthetic_data
 
 Sample: TypeAlias = Callable[[int], Tensor]
 WHOLE = "whole"
-"""Name of the file that a checkpoint has once all of it is there."""
+"""Name of the file that marks a checkpoint as complete."""
 
 
 def run(benchmark: Benchmark, together: Sequence[BenchmarkUnit], work: Path) -> Iterator[dict[str, Any]]:
     """Train the arms that share a stream of samples, and evaluate them.
 
-    Several processes may train different arms of one stream: the samples are the same, and checkpoints lie apart.
+    Several processes may train different arms of one stream: the samples are the same, and checkpoints are separate.
     """
     data, sample = features_of(benchmark.data[together[0].data], benchmark.device, work)
     saes = untrained(benchmark, together)
@@ -44,7 +44,7 @@ def run(benchmark: Benchmark, together: Sequence[BenchmarkUnit], work: Path) -> 
 
 
 def features_of(data: Data, device: str, work: Path) -> tuple[SyntheticModel, Sample]:
-    """The model that makes the data, and what draws samples from it."""
+    """The model that makes the data, and a function that draws samples from it."""
     if not data.large:
         model = SyntheticModel(data.features, device=device)
         return model, model.sample
@@ -53,7 +53,7 @@ def features_of(data: Data, device: str, work: Path) -> tuple[SyntheticModel, Sa
 
 
 def untrained(benchmark: Benchmark, together: Sequence[BenchmarkUnit]) -> dict[str, TrainingSAE]:
-    """SAEs by arm, all of a seed with the same weights."""
+    """Untrained SAEs by arm; all of a seed have the same weights."""
     saes = {}
     for unit in together:
         torch.manual_seed(unit.seed)
@@ -62,9 +62,9 @@ def untrained(benchmark: Benchmark, together: Sequence[BenchmarkUnit]) -> dict[s
 
 
 def new_trainer(benchmark: Benchmark, saes: dict[str, TrainingSAE], folder: Path) -> MultiSAETrainer:
-    """A trainer without data, where the last whole checkpoint in `folder` that has all SAEs left off.
+    """A trainer without data, resumed from the newest complete checkpoint in `folder` that has all SAEs, if any.
 
-    Its own checkpoints lie in a subfolder that is named after the arms.
+    Its own checkpoints are in a subfolder named after the arms.
     """
     arms = hashlib.sha256(" ".join(saes).encode()).hexdigest()[:8]
     steps = benchmark.steps
@@ -92,7 +92,7 @@ def new_trainer(benchmark: Benchmark, saes: dict[str, TrainingSAE], folder: Path
 
 
 def finish_checkpoint(checkpoint_path: Path | None) -> None:
-    """Mark a checkpoint as whole, and delete those before it."""
+    """Mark a checkpoint as complete, and delete the others."""
     assert checkpoint_path is not None
     (checkpoint_path / WHOLE).touch()
     for other in checkpoint_path.parent.iterdir():
@@ -101,7 +101,7 @@ def finish_checkpoint(checkpoint_path: Path | None) -> None:
 
 
 def stream(sample: Sample, batch_size: int, n_seen: int) -> Iterator[dict[str, Tensor]]:
-    """Batches that depend on their place alone: every arm and seed sees the same ones, and a resumed run too."""
+    """Batches that depend only on their index: the same for every arm and seed, and in a resumed run."""
     for batch in count(n_seen // batch_size):
         with temporary_seed(batch), torch.no_grad():
             samples = sample(batch_size)

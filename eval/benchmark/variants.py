@@ -1,4 +1,4 @@
-"""Changes to the method that were tried on known features and are not in the package.
+"""Variants of the method that were tried on known features and are not in the package.
 
 `eval/results/known_features.md` says why.
 """
@@ -22,10 +22,10 @@ class VariantConfig(SampledTopKTrainingSAEConfig):
     Configuration class for training a VariantSAE.
 
     Args:
-        first_pool_factor (float | None): Pool factor of the first step, from where it moves to `pool_factor` in equal
-            steps. None: it is `pool_factor` from the start.
+        first_pool_factor (float | None): Pool factor of the first step, from which it moves to `pool_factor` in equal
+            steps. None: `pool_factor` from the start.
         moving_steps (int): Number of these steps.
-        orthogonality (float): Weight of the mean squared cosine between a decoder row of the pool and each other one.
+        orthogonality (float): Weight of the mean squared cosine between different decoder rows of the pool.
     """
 
     first_pool_factor: float | None = None
@@ -61,16 +61,16 @@ class VariantSAE(SampledTopKTrainingSAE):
 
 
 def mean_squared_cosine(rows: Tensor) -> Tensor:
-    """Mean over pairs of different rows of their squared cosine."""
+    """Mean squared cosine over pairs of different rows."""
     directions = rows / rows.norm(dim=1, keepdim=True)
     cosines = directions @ directions.T
     return (cosines.square().sum() - cosines.diagonal().square().sum()) / (len(rows) * (len(rows) - 1))
 
 
 def winsorised_group(acts: Tensor, n_candidates: int, pool_factor: int) -> Tensor:
-    r"""$\sum_i \min(a_i, c)^2$, c the smallest activation that the group keeps where every latent is a candidate.
+    r"""$\sum_i \min(a_i, c)^2$, c the smallest activation that the group keeps if every latent is a candidate.
 
-    Nothing above the cutoff counts for more than the cutoff: a latent cannot win its place by few very large values.
+    Values above the cutoff count as the cutoff: a latent cannot win its place by a few very large values.
     """
     n_kept = max(n_candidates * acts.shape[-2] // pool_factor, 1)
     cutoff = acts.flatten(-2).topk(n_kept).values[..., -1]
@@ -79,7 +79,7 @@ def winsorised_group(acts: Tensor, n_candidates: int, pool_factor: int) -> Tenso
 
 @cache
 def register_variants() -> None:
-    """Make the scores and the architecture known to this process."""
+    """Register the scores and the architecture in this process."""
     for factor in (5, 10, 20):
         register_score(f"winsorised_group_{factor}", partial(winsorised_group, pool_factor=factor))
     register_sae_training_class("sampled_topk_variant", VariantSAE, VariantConfig)

@@ -1,1 +1,1 @@
-"""What the latents of a few SAEs are: where they look, and a page on which a reader rates them blindly."""
+"""What the latents of a few SAEs are: which tokens drive them, and a page for rating them blind."""

@@ -1,4 +1,4 @@
-"""Where a latent looks: integrated gradients (Sundararajan et al., arXiv 1703.01365) from its value to the tokens."""
+"""Which tokens drive a latent: integrated gradients (Sundararajan et al., arXiv 1703.01365) of its value."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 N_STEPS = 64
-"""Points of the path from the baseline to the text."""
+"""Points on the path from the baseline to the text."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each token of a context gives to a latent at the last one."""
+    """What each token of a context contributes to a latent at the last one."""
 
     scores: Float[Tensor, " tokens"]
-    """Their sum is the difference below, up to the error of the integral."""
+    """Their sum is the difference below, up to the integration error."""
     difference: float
-    """The latent's pre-activation on the text less that on the baseline."""
+    """The latent's pre-activation on the text minus that on the baseline."""
 
     @property
     def completeness_error(self) -> float:
@@ -34,7 +34,7 @@ class Attribution:
 
     @property
     def n_tokens(self) -> float:
-        """Effective number of tokens: exp of the entropy of the absolute scores; 1 for a latent that looks at one."""
+        """Effective number of tokens: exp of the entropy of the absolute scores; 1 if one token has them all."""
         share = self.scores.abs() / self.scores.abs().sum()
         return torch.special.entr(share).sum().exp().item()
 
@@ -52,10 +52,10 @@ def attribute(
     Args:
         model: the language model; it is run up to the SAE's block.
         sae: an SAE on a block's output.
-        latent: which one.
-        tokens: a context, with its beginning-of-text token if the model wants one.
-        baseline: what stands for every token of an empty text, in the space of the embeddings.
-        n_steps: points of the path.
+        latent: index of the latent.
+        tokens: a context, with its beginning-of-text token if the model uses one.
+        baseline: the embedding that stands for every token of an empty text.
+        n_steps: points on the path.
     """
     layer = int(str(sae.cfg.metadata.hook_name).split(".")[1])
     direction, bias = sae.W_enc[:, latent].detach(), sae.b_enc[latent].detach()
@@ -75,7 +75,7 @@ def attribute(
 
 
 def coherence(states: Float[Tensor, "places d_model"], mean: Float[Tensor, " d_model"]) -> float:
-    """Mean cosine of the model's states, less their mean over the text, at each two places."""
+    """Mean cosine of the model's states over pairs of places, after subtracting their mean over the text."""
     directions = torch.nn.functional.normalize(states - mean, dim=1)
     cosines = directions @ directions.T
     n = len(states)

@@ -1,4 +1,4 @@
-"""A row for each leading latent of each SAE: where it looks, what its token alone tells, what a reader gets to see."""
+"""A row for each leading latent of each SAE: what drives it, what its token alone predicts, what a reader sees."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ from latents.token_alone import commonest, learn, passage_scores, token_scores
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY
 
 REACH = 31
-"""Tokens before the one on which a latent is active that it is attributed to, and that are shown."""
+"""Tokens before the active one to which a latent is attributed, and which are shown."""
 AFTER = 8
 """Tokens shown after it."""
 
@@ -34,14 +34,14 @@ def describe(
 ) -> list[dict[str, Any]]:
     """A row for each of the `n_latents` latents of an SAE that carry most of its activation without being dense.
 
-    Latents with too few places or passages to show are passed over.
+    Latents with too few places or passages to show are skipped.
 
     Args:
         model: the language model.
         saes: exported SAEs of one hook, by name.
-        prompts: the text; the first token of each is one of the tokenizer's own, on which nothing is counted.
-        n_latents: latents of each SAE.
-        seed: of the draw of places and passages.
+        prompts: the text; the first token of each is one of the tokenizer's own and is not counted.
+        n_latents: number of latents per SAE.
+        seed: seed for the draw of places and passages.
 
     Raises:
         ValueError: if an SAE has no such latent.
@@ -53,15 +53,15 @@ def describe(
         of_sae = list(tqdm(itertools.islice(rows_of(text, sae, rng), n_latents), desc=name, total=n_latents))
         if not of_sae:
             raise ValueError(
-                f"SAE {name!r}: no latent is active on at most {MAX_DENSITY:.0%} of the tokens and yet often enough to "
-                "show places and passages; take more text."
+                f"SAE {name!r}: no latent that is active on at most {MAX_DENSITY:.0%} of the tokens fires often enough "
+                "to show places and passages; use more text."
             )
         rows += [{"sae": name, **row} for row in of_sae]
     return rows
 
 
 def rows_of(text: Text, sae: SAE, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Rows of an SAE's latents, those first that carry most activation."""
+    """Rows of an SAE's latents, in order of decreasing total activation."""
     firings = Firings(sae, text.states)
     for latent in firings.leading():
         acts = firings.acts(latent)
@@ -80,7 +80,7 @@ def rows_of(text: Text, sae: SAE, rng: random.Random) -> Iterator[dict[str, Any]
 def draw(
     text: Text, acts: Float[Tensor, "prompts context"], rng: random.Random
 ) -> tuple[list[Place], list[Passage]] | None:
-    """Places of the first half of the text and passages of the second; None if there are too few for a latent."""
+    """Draw places from the first half of the text and passages from the second; None if a latent has too few."""
     bands, half = bands_of(acts), text.half
 
     def around(prompt: int, at: int) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def draw(
 
 
 def looks(text: Text, sae: SAE, latent: int, places: list[Place]) -> dict[str, float]:
-    """Where a latent looks at some places, and what the model's states there have in common."""
+    """What drives a latent at some places, and how similar the model's states there are."""
     found = [
         attribute(text.model, sae, latent, text.prompts[prompt, max(0, at - REACH) : at + 1], text.baseline)
         for prompt, at, _ in places
@@ -109,7 +109,7 @@ def looks(text: Text, sae: SAE, latent: int, places: list[Place]) -> dict[str, f
 
 
 def told_by_token(text: Text, fires: Tensor, passages: list[Passage]) -> dict[str, Any]:
-    """How well the token alone, as the first half of the text has it, tells where a latent fires in the second."""
+    """How well the token alone, with rates from the first half of the text, predicts firing in the second."""
     half, prompts = text.half, text.prompts
     known = learn(prompts[:half], fires[:half], int(prompts.max()) + 1)
     named = passage_scores(known.rates[prompts]) >= known.in_passages
@@ -125,7 +125,7 @@ def told_by_token(text: Text, fires: Tensor, passages: list[Passage]) -> dict[st
 def shown(
     text: Text, acts: Float[Tensor, "prompts context"], places: list[Place], passages: list[Passage]
 ) -> dict[str, Any]:
-    """What the page shows of a latent; and what it does not: bands, activations, how many tokens are equal, answers."""
+    """What the page shows of a latent, and what it hides: bands, activations, number of equal tokens, answers."""
     tokens = Counter(int(text.prompts[prompt, at]) for prompt, at, _ in places)
     return {
         "n_same_token": max(tokens.values()),
@@ -161,7 +161,7 @@ def random_states(states: Float[Tensor, "prompts context d_model"], n: int, seed
 
 
 def numbers_of(true: Any) -> list[int]:
-    """Numbers, from 1, of those that are true."""
+    """Numbers, counted from 1, of the true values."""
     return [number for number, value in enumerate(true, start=1) if value]
 
 

@@ -1,4 +1,4 @@
-"""A text with the language model's states, and where on it an SAE's latents are active."""
+"""A text with the language model's states, and where an SAE's latents are active on it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY
 
 BATCH = 8
-"""Prompts that are encoded at once."""
+"""Prompts encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Text:
 
     @property
     def half(self) -> int:
-        """Prompts of the first half, of which places are shown; of the second half passages are asked about."""
+        """Number of prompts in the first half, from which places are shown; passages are from the second half."""
         return len(self.prompts) // 2
 
     @cached_property
@@ -37,16 +37,16 @@ class Text:
     @cached_property
     @torch.no_grad()
     def baseline(self) -> Float[Tensor, " d_model"]:
-        """Mean embedding, for an empty text."""
+        """Mean embedding, which stands for an empty text."""
         return self.model.input_to_embed(self.prompts[: len(self.prompts) // 8 + 1])[0].mean(dim=(0, 1))
 
     def decode(self, prompt: int, start: int, end: int) -> str:
-        """Text of the tokens from `start` to before `end`."""
+        """Text of the tokens from `start` up to but not including `end`."""
         return self.model.tokenizer.decode(self.prompts[prompt, start:end].tolist())  # type: ignore[union-attr]
 
 
 class Firings:
-    """Activations of all latents of an SAE on a text, without those that are 0."""
+    """Nonzero activations of all latents of an SAE on a text."""
 
     @torch.no_grad()
     def __init__(self, sae: SAE, states: Float[Tensor, "prompts context d_model"]) -> None:
@@ -74,7 +74,7 @@ class Firings:
         return acts.unflatten(0, self.shape)
 
     def leading(self) -> list[int]:
-        """Active latents, but for dense ones, by the activation that they carry."""
+        """Active latents without dense ones, in order of decreasing total activation."""
         mass = self.mass.masked_fill(self.density > MAX_DENSITY, 0)
         return mass.argsort(descending=True, stable=True)[: int((mass > 0).sum())].tolist()
 

@@ -15,7 +15,7 @@ LINE_BREAK = "↵"
 
 
 def blind(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows in random order, each with an `id` that tells nothing."""
+    """The rows in random order, each with an `id` that reveals nothing."""
     order = list(rows)
     random.Random(seed).shuffle(order)
     return [{"id": f"{number:03}", **row} for number, row in enumerate(order, start=1)]
@@ -40,5 +40,5 @@ def write_page(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def visible(texts: Mapping[str, Any], parts: Sequence[str]) -> dict[str, str]:
-    """Some of the texts, with a sign at every line break."""
+    """The given parts of the texts, with a mark at every line break."""
     return {part: texts[part].replace("\n", f"{LINE_BREAK}\n") for part in parts}

@@ -1,7 +1,7 @@
-"""Which places of a text a reader sees of a latent, and which passages he is then asked about.
+"""Which places of a text a reader sees for a latent, and which passages the reader is then asked about.
 
 Both are drawn at random from five bands of activation: the fifths, by rank, of all places where the latent is active.
-The strongest of all are often one common token; the rest of a latent's range tells more.
+The strongest of all are often one common token; the rest of a latent's range is more informative.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from torch import Tensor
 
 N_BANDS = 5
 MORE = (5, 4, 3)
-"""Bands of the further places, which a reader sees after those of all five."""
+"""Bands of the additional places, which a reader sees after one from each band."""
 N_SHOWN = N_BANDS + len(MORE)
 N_PASSAGES = 10
 N_POSITIVE = (3, 7)
-"""Least and largest number of passages on which the latent fires; it is drawn, so that nobody can count on it."""
+"""Smallest and largest number of passages on which the latent fires; drawn, so that readers cannot rely on it."""
 PASSAGE = 16
-"""Tokens of a passage; it is shown after as many that come before it."""
+"""Tokens of a passage; the same number of preceding tokens is shown before it."""
 
 Candidate = TypeVar("Candidate")
 
@@ -36,22 +36,22 @@ class Place(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """Some tokens in a row."""
+    """A run of consecutive tokens."""
 
     prompt: int
     window: int
-    """Which of the prompt's `windows`, from 0."""
+    """Index among the prompt's `windows`, from 0."""
     band: int
     """Band of the strongest activation; 0 if the latent fires on none of its tokens."""
 
     @property
     def start(self) -> int:
-        """Place of its first token in the prompt."""
+        """Position of its first token in the prompt."""
         return 1 + (self.window + 1) * PASSAGE
 
 
 def bands_of(acts: Float[Tensor, "prompts context"]) -> Int[Tensor, "prompts context"]:
-    """Band of every place, 1 to 5; 0 where the latent is not active. Equal activations come in the text's order."""
+    """Band of every place, 1 to 5; 0 where the latent is not active. Ties are in text order."""
     active = acts > 0
     n = int(active.sum())
     in_order = torch.arange(n, device=acts.device) * N_BANDS // max(n, 1) + 1
@@ -61,7 +61,7 @@ def bands_of(acts: Float[Tensor, "prompts context"]) -> Int[Tensor, "prompts con
 
 
 def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompts passages tokens"]:
-    """All passages: the tokens after a prompt's first, cut evenly; those that nothing comes before are left out."""
+    """All passages: the tokens after a prompt's first, cut evenly; the first, which nothing precedes, is left out."""
     n = (values.shape[1] - 1) // PASSAGE
     return values[:, 1 : 1 + n * PASSAGE].unflatten(1, (n, PASSAGE))[:, 1:]
 
@@ -69,14 +69,14 @@ def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompt
 def shown_places(
     bands: Int[Tensor, "prompts context"], context: Callable[[int, int], Hashable], rng: random.Random
 ) -> list[Place] | None:
-    """One place of each band, then the further ones, each time the strongest band first; None if there are too few.
+    """One place of each band, then the additional ones, each time the strongest band first; None if there are too few.
 
-    No two are of one prompt, and no two contexts are equal.
+    No two are from the same prompt, and no two contexts are equal.
 
     Args:
         bands: band of every place of the text.
-        context: what is shown around a place, by its prompt and its place there.
-        rng: what draws among the places of a band.
+        context: what is shown around a place, given its prompt and position.
+        rng: generator that draws among the places of a band.
     """
     active = [Place(prompt, at, int(bands[prompt, at])) for prompt, at in bands.nonzero().tolist()]
     rng.shuffle(active)
@@ -90,9 +90,9 @@ def shown_places(
 def asked_passages(
     bands: Int[Tensor, "prompts context"], tokens: Int[Tensor, "prompts context"], rng: random.Random
 ) -> list[Passage] | None:
-    """Ten passages in random order, or None if there are too few: no two are of one prompt, and no two are equal.
+    """Ten passages in random order, or None if there are too few; no two are from the same prompt, no two are equal.
 
-    The latent fires on some of them, whose bands are taken in turn, and not on the others.
+    The latent fires on some of them, which come from all bands in turn, and not on the others.
     """
     texts = windows(tokens)
     by_band: list[list[Passage]] = [[] for _ in range(N_BANDS + 1)]
@@ -117,7 +117,7 @@ def asked_passages(
 def first_new(
     candidates: Iterable[Candidate], taken: set[Hashable], keys: Callable[[Candidate], Iterable[Hashable]]
 ) -> list[Candidate]:
-    """The first candidate that has no key in `taken`, to which its own are added; none if there is none."""
+    """The first candidate with no key in `taken`, to which its keys are added; an empty list if there is none."""
     for candidate in candidates:
         if not taken.intersection(keys(candidate)):
             taken.update(keys(candidate))

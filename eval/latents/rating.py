@@ -1,4 +1,4 @@
-"""What readers of the page answered, and what that says of each SAE."""
+"""Readers' answers on the page, and what they say about each SAE."""
 
 import csv
 import itertools
@@ -20,39 +20,39 @@ SCALE = {
 
 
 class Answer(NamedTuple):
-    """What a reader says of one latent."""
+    """A reader's answer on one latent."""
 
     rating: int | None
-    """On the scale; None if it is not rated."""
+    """On `SCALE`; None if not rated."""
     fires: frozenset[int] | None
-    """Numbers of the passages that the latent is said to fire on; None if the passages were left out."""
+    """Numbers of the passages that the reader says the latent fires on; None if the passages were left out."""
 
 
 class Agreement(NamedTuple):
-    """How far two readers rate alike."""
+    """How far two readers' ratings agree."""
 
     n: int
     """Latents that both rated."""
     exact: float
     """Share of them with the same rating."""
     kappa: float
-    """Cohen's kappa with quadratic weights: 1 for equal ratings, 0 for no more agreement than by chance."""
+    """Cohen's kappa with quadratic weights: 1 for equal ratings, 0 for chance agreement."""
 
 
 def read_answers(file: Path) -> dict[str, Answer]:
     """Answers by id, from a CSV with the columns `id`, `rating` and, if passages were asked about, `fires`: "2 5 7".
 
     Raises:
-        ValueError: if a column is missing, a latent is there twice, or an answer is not one.
+        ValueError: if a column is missing, a latent appears twice, or an answer is invalid.
     """
     with file.open(newline="", encoding="utf-8-sig") as stream:
         lines = list(csv.DictReader(stream))
     if not lines or not {"id", "rating"} <= lines[0].keys():
-        raise ValueError(f"{file} must have the columns id and rating, and a line at least.")
+        raise ValueError(f"{file} must have the columns id and rating, and at least one row.")
     answers = {}
     for line in lines:
         if line["id"] in answers:
-            raise ValueError(f"{file}: latent {line['id']} is there twice.")
+            raise ValueError(f"{file}: latent {line['id']} appears twice.")
         try:
             answers[line["id"]] = Answer(rating_of(line["rating"]), passages_of(line.get("fires")))
         except ValueError as error:
@@ -61,7 +61,7 @@ def read_answers(file: Path) -> dict[str, Answer]:
 
 
 def rating_of(text: str | None) -> int | None:
-    """A rating; None if there is no text.
+    """The rating in a text; None if there is no text.
 
     Raises:
         ValueError: if it is not on the scale.
@@ -72,29 +72,29 @@ def rating_of(text: str | None) -> int | None:
 
 
 def passages_of(text: str | None) -> frozenset[int] | None:
-    """Numbers of passages, between spaces; None if there are none.
+    """Numbers of passages, separated by spaces; None if there are none.
 
     Raises:
-        ValueError: if something else is there, or a number is there twice.
+        ValueError: if there is anything else, or a number appears twice.
     """
     numbers = (text or "").split()
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(f'fires {text!r} must be numbers of passages with spaces between them, such as "2 5 7".')
+        raise ValueError(f'fires {text!r} must be distinct passage numbers separated by spaces, such as "2 5 7".')
     return frozenset(map(int, numbers)) or None
 
 
 def score(rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]]) -> list[dict[str, Any]]:
-    """For each SAE and reader the mean rating, the share at the top of the scale, and how well passages were told.
+    """Mean rating, share at the top of the scale, and accuracy on the passages, for each SAE and reader.
 
-    The last in balanced accuracy, and in how much it is above that of the token alone, which is 0 for a reader who
-    looks at nothing else.
+    Accuracy is balanced accuracy, and its excess over that of the token alone, which is 0 for a reader who looks at
+    nothing else.
 
     Args:
-        rows: the page's latents, with what it does not show.
+        rows: the page's latents, with what it hides.
         readers: answers by reader and id.
 
     Raises:
-        ValueError: if an answer is of a latent or a passage that the page does not have.
+        ValueError: if an answer is about a latent or a passage that is not on the page.
     """
     for reader, answers in readers.items():
         check_answers(rows, reader, answers)
@@ -124,27 +124,27 @@ def score(rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, 
 
 
 def check_answers(rows: Iterable[Mapping[str, Any]], reader: str, answers: Mapping[str, Answer]) -> None:
-    """Raise a ValueError if an answer is of a latent or a passage that the page does not have."""
+    """Raise a ValueError if an answer is about a latent or a passage that is not on the page."""
     n_passages = {row["id"]: len(row.get("passages", [])) for row in rows}
     if unknown := answers.keys() - n_passages.keys():
-        raise ValueError(f"{reader} has answers on latents that are not on this page: {', '.join(sorted(unknown))}.")
+        raise ValueError(f"{reader} has answers for latents that are not on this page: {', '.join(sorted(unknown))}.")
     for latent, answer in answers.items():
         wrong = [number for number in answer.fires or () if not 1 <= number <= n_passages[latent]]
         if wrong:
             raise ValueError(
-                f"{reader}: latent {latent} has {n_passages[latent]} passages, and no number {min(wrong)}."
+                f"{reader}: latent {latent} has {n_passages[latent]} passages; there is no number {min(wrong)}."
             )
 
 
 def told_share(row: Mapping[str, Any], said: Iterable[int]) -> float:
-    """Balanced accuracy of an answer: mean of the shares of passages told rightly, where the latent fires and not."""
+    """Balanced accuracy of an answer: mean share judged correctly, of passages where the latent fires and of others."""
     numbers, fires, said = set(range(1, len(row["passages"]) + 1)), set(row["fires"]), set(said)
     silent = numbers - fires
     return (len(fires & said) / len(fires) + len(silent - said) / len(silent)) / 2
 
 
 def agreements(readers: Mapping[str, Mapping[str, Answer]]) -> dict[tuple[str, str], Agreement]:
-    """Agreement of each two readers who rated a latent in common."""
+    """Agreement of each pair of readers with ratings of a common latent."""
     found = {}
     for (one, of_one), (other, of_other) in itertools.combinations(readers.items(), 2):
         pairs = [(of_one[key].rating, of_other[key].rating) for key in of_one if key in of_other]

@@ -1,12 +1,12 @@
-"""What the most active latents of some SAEs are: where they look, what their contexts share, and a blind page to rate.
+"""What the most active latents of some SAEs are: what drives them, what their contexts share, and a blind rating page.
 
     python eval/latents/run.py --saes batchtopk=FOLDER one_pool=FOLDER groups=FOLDER --out latents_output
-    python eval/latents/run.py --out latents_output --score ratings_1.csv ratings_2.csv   # what readers say of each SAE
+    python eval/latents/run.py --out latents_output --score ratings_1.csv ratings_2.csv   # readers' results by SAE
 
-SAEs are exported ones of one block of the language model; folders of training checkpoints are exported first. Needs
-captum (the extra `latents`), for integrated gradients. `--out` gets `page.html`, on which a reader rates latents and
-says on which passages they fire, and `latents.json`, which knows whose they are and the answers. A reader's own answers
-are a CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
+The SAEs are exports of one block of the language model; training checkpoints are exported first. Needs captum (the
+extra `latents`), for integrated gradients. Writes to `--out`: `page.html`, on which a reader rates latents and says on
+which passages they fire, and `latents.json`, with the SAE of each latent and the answers. A reader's own answers are a
+CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 import torch
@@ -65,7 +65,7 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
     """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token.
 
     Raises:
-        ValueError: if there is less of it than asked for: of two halves, one must be new.
+        ValueError: if the text is shorter than asked for; read again, it would be in both halves.
     """
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
@@ -76,7 +76,7 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
         prompts = store.get_batch_tokens(args.tokens // args.context_size)
     if store.n_dataset_processed > len(dataset):
         raise ValueError(
-            f"--text {args.text} has fewer than --tokens {args.tokens}, and would be read again: take fewer."
+            f"--text {args.text} has fewer than --tokens {args.tokens} and would be read again; lower --tokens."
         )
     return prompts
 
@@ -86,15 +86,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--saes", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--model", default=str(TINY_LM), help="smollm2, an official TransformerLens name or a folder")
     parser.add_argument("--text", default=str(HELD_OUT_TEXT), help="a JSONL file, a folder or a Hub data set")
-    parser.add_argument("--latents", type=int, default=50, help="of each SAE")
-    parser.add_argument("--tokens", type=int, default=32_768, help="of the text")
+    parser.add_argument("--latents", type=int, default=50, help="latents per SAE")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of the text")
     parser.add_argument("--context-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the order on the page")
+    parser.add_argument("--seed", type=int, default=0, help="for all draws and for the order on the page")
     parser.add_argument("--out", type=Path, default=Path("latents_output"))
-    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers: print what they say of each SAE")
+    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="readers' answers: print results by SAE")
     args = parser.parse_args(argv)
     if not args.score and not args.saes:
-        parser.error("--saes NAME=FOLDER is needed, or --score")
+        parser.error("--saes NAME=FOLDER or --score CSV is required")
     return args
 
 

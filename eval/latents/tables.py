@@ -1,4 +1,4 @@
-"""What was found of the latents of each SAE, as Markdown."""
+"""Results on the latents of each SAE, as Markdown."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ TOKEN_COLUMNS = {
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Means over the latents of each SAE, with half of their 95 % intervals; `names` says how the SAEs are shown."""
+    """Means over the latents of each SAE, with half of their 95 % intervals; `names` maps SAEs to labels."""
     lines = []
     for name, label in names.items():
         of_sae = [row for row in rows if row["sae"] == name]
@@ -35,9 +35,9 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
 
 
 def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """How well the token alone tells where the latents of each SAE fire: means over latents with 95 % intervals.
+    """How well the token alone predicts where the latents of each SAE fire: means over latents with 95 % intervals.
 
-    Balanced accuracy is over all places of the text, and over the passages on the page. Empty for rows without it.
+    Balanced accuracy is over all places of the text, and over the passages on the page. Empty if the rows lack these.
     """
     if not all("token_fires" in row for row in rows):
         return ""
@@ -56,7 +56,7 @@ def readers_text(
     names: Mapping[str, str],
     who: str = "language models",
 ) -> str:
-    """What readers found, in a table, and how far they agree; `who` says what they are."""
+    """Readers' results as a table, and how far they agree; `who` says what the readers are."""
     told_by = f"Readers are {who}. Means over the latents of one SAE, with their 95 % intervals."
     return "\n\n".join([told_by, rating_table(rows, readers, names), *agreement_texts(readers)])
 
@@ -64,7 +64,7 @@ def readers_text(
 def rating_table(
     rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]], names: Mapping[str, str]
 ) -> str:
-    """What each reader found of each SAE; of passages only if some are answered."""
+    """Each reader's results by SAE; those on passages only if some are answered."""
     results = sorted(score(rows, readers), key=lambda result: list(names).index(result["sae"]))
     header = ["SAE", "reader", "rated", "mean of 1 to 4", "one clear thing"]
     if any(result["told"] for result in results):
@@ -86,7 +86,7 @@ def rating_table(
 
 
 def agreement_texts(readers: Mapping[str, Mapping[str, Answer]]) -> list[str]:
-    """How far each two readers rate alike, in a sentence."""
+    """How far each pair of readers agrees, as a sentence."""
     return [
         f"Latents rated by both {one} and {other}: {agreement.n}; the same rating: {agreement.exact:.1%}; "
         f"quadratic kappa: {agreement.kappa:.2f}."

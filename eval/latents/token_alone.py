@@ -1,7 +1,7 @@
-"""Is a latent more than its token? How well the token alone tells where the latent fires.
+"""Is a latent more than its token? How well the token alone predicts where the latent fires.
 
-Rates are of one half of the text, their test is the other. What the token alone says of the passages on the page is
-scored as a reader's answers are.
+Rates are learned on one half of the text and tested on the other. What the token alone predicts for the passages on
+the page is scored like a reader's answers.
 """
 
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from latents.places import windows
 
 
 class TokenRates(NamedTuple):
-    """How often a latent fires on each token of the vocabulary, and from where on it is said to fire."""
+    """How often a latent fires on each token of the vocabulary, and thresholds above which firing is predicted."""
 
     rates: Float[Tensor, " vocabulary"]
     at_places: float
-    """Least rate of a token on which it is said to fire."""
+    """Lowest rate of a token on which firing is predicted."""
     in_passages: float
-    """Least score of a passage, see `passage_scores`, on which it is said to fire."""
+    """Lowest score of a passage, see `passage_scores`, on which firing is predicted."""
 
 
 def learn(
     tokens: Int[Tensor, "prompts context"], fires: Bool[Tensor, "prompts context"], n_vocabulary: int
 ) -> TokenRates:
-    """Rates of one text, with the thresholds that have the best balanced accuracy there; first tokens do not count.
+    """Rates on one text, and the thresholds with the best balanced accuracy there; first tokens do not count.
 
-    Every token is given one occurrence more, on which the latent fires as often as on all tokens: that is the rate of a
-    token that does not occur. For the thresholds the rate at a place leaves the place itself out; else a token that
+    Every token gets one extra occurrence, on which the latent fires at its overall rate, which is thus the rate of a
+    token that does not occur. For the thresholds, the rate at a place leaves that place out; otherwise a token that
     occurs once would seem to be known.
     """
     overall = fires[:, 1:].double().mean()
@@ -56,12 +56,12 @@ def token_scores(
 
 
 def passage_scores(rates: Float[Tensor, "prompts context"]) -> Float[Tensor, "prompts passages"]:
-    """Chance that the latent fires on some token of a passage, if each token fires at its rate for itself."""
+    """Probability that the latent fires on some token of a passage, if tokens fire independently at their rates."""
     return 1 - (1 - windows(rates)).prod(dim=2)
 
 
 def best_threshold(scores: Float[Tensor, "..."], truth: Bool[Tensor, "..."]) -> float:
-    """The threshold of the best balanced accuracy: where the true positive rate is furthest above the false one."""
+    """The threshold with the best balanced accuracy: where the true positive rate is furthest above the false one."""
     false_rate, true_rate, thresholds = roc_curve(truth.flatten(), scores.flatten())
     return float(thresholds[(true_rate - false_rate).argmax()])
 

@@ -1,4 +1,4 @@
-"""What a study would take: the plan with tokens, memory, disk and hours, before anything is run."""
+"""What a study would cost: the plan with tokens, memory, disk and hours, before anything is run."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from study.probing_tasks import N_ROWS, TASKS
 FLOPS = 1.2e13
 """Floating point operations per second of one GPU: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
 EVAL_MINUTES = 8
-"""Minutes of core, sparse probing and absorption for one SAE on such a GPU: a guess that the first will correct."""
+"""Minutes of core, sparse probing and absorption for one SAE on such a GPU: a guess until one is measured."""
 DENSE_PRODUCTS, DENSE_COPIES = 5, 8
 """Products of size tokens x d_in x d_sae in a BatchTopK step, and matrices (tokens, d_sae) alive at its peak."""
 KEPT_OUTPUTS = 2
-"""Matrices (tokens, d_sae) that SAELens' trainer of several SAEs holds of each dense one until the next step."""
+"""Matrices (tokens, d_sae) that SAELens' multi-SAE trainer holds for each dense SAE until the next step."""
 PROBING_PROMPTS = 36 * 2500
 """Prompts of SAEBench's eight labelled sets, 128 tokens each; their activations are on disk while it runs."""
 
@@ -35,14 +35,14 @@ def format_plan(study: Study) -> str:
         *(f"{arm.name:32}{arm.n_seeds:>6}  {arm.label}" for arm in arms(study)),
         "",
         f"train      {len(trained)} SAEs in {len(runs(study))} runs of up to {study.saes_per_run}; "
-        f"{tokens:,} tokens a run, {tokens * model_passes(study):,} through the language model, "
+        f"{tokens:,} tokens per run, {tokens * model_passes(study):,} through the language model, "
         f"{tokens * len(trained):,} through SAEs",
         f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
         f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
         f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
         f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
         "",
-        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
+        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at a run's peak",
         *([f"disk       {gib(2 * tokens * study.d_in)} of activations"] if study.cached else []),
         f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, "
         f"{gib(probing_scratch(study))} while probing, and a few MiB of results",
@@ -52,7 +52,7 @@ def format_plan(study: Study) -> str:
     if study.device == "cuda":
         lines.append(
             f"GPU hours  {hours:.0f} of training at {FLOPS / 1e12:.0f} TFLOP/s, and about {eval_hours:.0f} of "
-            f"SAEBench at {EVAL_MINUTES} minutes an SAE"
+            f"SAEBench at {EVAL_MINUTES} minutes per SAE"
         )
     else:
         lines.append(f"products   {training_flops(study):.2g} floating point operations of training")
@@ -64,10 +64,10 @@ def sae_parameters(study: Study) -> int:
 
 
 def memory(study: Study, run: Sequence[Unit]) -> int:
-    """Bytes at the peak of a training run, which takes more than the other stages.
+    """Peak bytes of a training run, which needs more than the other stages.
 
-    The model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense SAEs, and
-    one dense step.
+    They are for the model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense
+    SAEs, and one dense step.
     """
     model = str_to_dtype(study.dtype).itemsize * study.model_parameters
     mixed = 2 * study.mixed_prompts * study.context_size * study.d_in
@@ -77,7 +77,7 @@ def memory(study: Study, run: Sequence[Unit]) -> int:
 
 
 def probing_scratch(study: Study) -> int:
-    """Bytes on disk while built labelled sets or SAEBench's own are probed; small ones of one's own do not count."""
+    """Bytes on disk while built labelled sets or SAEBench's own are probed; a user's small ones do not count."""
     if study.probing_splits:
         n_prompts = study.probing_splits * len(TASKS) * 2 * sum(N_ROWS.values())
         n_tokens = study.evals["sparse_probing"].get("context_length", 128)
@@ -94,12 +94,12 @@ def training_flops(study: Study) -> float:
 
 
 def model_passes(study: Study) -> int:
-    """How often the language model reads the text: for every run, or once where activations are kept."""
+    """How often the language model reads the text: once per run, or once in all if activations are cached."""
     return 1 if study.cached else len(runs(study))
 
 
 def products_of(study: Study, unit: Unit) -> float:
-    """Products of tokens x d_in x the study's d_sae in a training step, without AuxK: it depends on what is dead."""
+    """Products of tokens x d_in x the study's d_sae in a training step, without AuxK, which depends on dead latents."""
     config = trained_config(study, unit.arm, unit.seed)
     dense = DENSE_PRODUCTS * config.d_sae / study.d_sae
     if not isinstance(config, SampledTopKTrainingSAEConfig):
@@ -109,7 +109,7 @@ def products_of(study: Study, unit: Unit) -> float:
 
 
 def step_path(study: Study, unit: Unit) -> str:
-    """How a training step is done: "dense" by SAELens, or in one of Sampled-SAE's ways with fewer products."""
+    """Path of a training step: "dense" as in SAELens, or one of Sampled-SAE's with fewer products."""
     config = trained_config(study, unit.arm, unit.seed)
     if not isinstance(config, SampledTopKTrainingSAEConfig):
         return "dense"

@@ -31,7 +31,7 @@ def summaries_of_curve(eval_folder: Path) -> list[Summary]:
 
 
 def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
-    """Metrics against the L0 of the exports, a panel for each."""
+    """Plot metrics against the L0 of the exports, a panel for each."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
     for axes, metric in zip(panels, PANELS, strict=True):
         draw_metric(axes, summaries, ARMS, metric)
@@ -42,7 +42,7 @@ def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
 
 
 def draw_metric(axes: Axes, summaries: Sequence[Summary], arms: Iterable[str], metric: str) -> None:
-    """One metric against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
+    """Plot one metric against the L0 of the exports: every SAE is a mark, lines join the means over seeds."""
     for arm in arms:
         _draw_arm(axes, summaries, arm, metric)
     axes.set(xlabel="L0 at inference", ylabel=PANELS[metric], xscale="log")
@@ -67,8 +67,8 @@ def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -
 
 
 def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = "batchtopk") -> str:
-    """Means of a study's arms, a row for each study and arm; differences from `base` with intervals where there are
-    three seeds and more.
+    """Means of the studies' arms, a row for each study and arm; differences from `base` with intervals if there are at
+    least three seeds.
     """
     rows = []
     for name, summary in summaries.items():

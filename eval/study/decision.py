@@ -1,7 +1,7 @@
 """Which setting is recommended: a rule that was written down before the SAEs it judges were trained.
 
-A setting is recommended in BatchTopK's place if it is shown to be no worse by more than a margin in what everyone
-needs, and shown to be better in one thing that pools are taken for. Only SAEs of seeds that nobody had seen count.
+A setting is recommended instead of BatchTopK if it is shown to be worse by no more than a margin in what everyone
+needs, and better in at least one thing that pools are used for. Only SAEs of previously unseen seeds count.
 """
 
 import itertools
@@ -17,11 +17,11 @@ BASE = "batchtopk"
 CANDIDATES = (RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name(5, GROUPED), pool_name(5, None))
 """The settings that the rule is applied to."""
 MARGINS = {"fvu": 0.02, "absorption_full": 0.03, "dead": 0.02}
-"""How much worse than BatchTopK is still no worse: of FVU a share of BatchTopK's, else a difference."""
+"""How much worse than BatchTopK counts as no worse: for FVU a share of BatchTopK's, otherwise a difference."""
 GAINS = {"mmcs": 1, "absorption_full": -1, "probing_1": 1}
-"""What a setting must be better in, one of them at least, and which way is better."""
+"""Metrics, in at least one of which a setting must be better, and the sign of an improvement."""
 ALPHA = 0.05
-"""Chance of a false statement that is accepted, over all settings and metrics of a kind; half of it on each side."""
+"""Accepted probability of a false statement, over all settings and metrics of a kind; half of it on each side."""
 NAMES = {
     "fvu": "FVU, relative",
     "absorption_full": "full absorption",
@@ -33,13 +33,13 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of one setting."""
+    """The rule's verdict on one setting."""
 
     arm: str
     differences: Mapping[str, Interval]
-    """From BatchTopK, by metric."""
+    """Differences from BatchTopK, by metric."""
     no_worse: frozenset[str]
-    """Metrics in which it is shown to be no worse by more than the margin."""
+    """Metrics in which it is shown to be worse by no more than the margin."""
     better: frozenset[str]
     """Metrics in which it is shown to be better."""
 
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def verdicts(summary: Summary) -> list[Verdict]:
-    """One for each setting that has all results; the corrections are over these."""
+    """Verdicts on the settings that have all results; p-values are corrected over these."""
     found = {arm: of_arm for arm in CANDIDATES if len(of_arm := differences(summary, arm)) == len(NAMES)}
     worse = holm(
         {(arm, name): _p(found[arm][name].p_at_least(bound)) for arm in found for name, bound in MARGINS.items()}
@@ -69,13 +69,13 @@ def verdicts(summary: Summary) -> list[Verdict]:
 
 
 def recommended(summary: Summary) -> Verdict | None:
-    """The setting that the rule recommends; of several the one that is better in most, then that of the lowest FVU."""
+    """The recommended setting; among several, the one better in the most metrics, then the one with the lowest FVU."""
     passed = [verdict for verdict in verdicts(summary) if verdict.is_recommended]
     return min(passed, key=lambda verdict: (-len(verdict.better), verdict.differences["fvu"].mean), default=None)
 
 
 def differences(summary: Summary, arm: str) -> dict[str, Interval]:
-    """From BatchTopK over pairs of SAEs, of FVU as a share of BatchTopK's; of MMCS over pairs of seeds."""
+    """Differences from BatchTopK over pairs of SAEs (FVU: as a share of BatchTopK's; MMCS: over pairs of seeds)."""
     found = {name: summary.difference(arm, BASE, name) for name in NAMES if name != "fvu"}
     fvu, base = summary.values(arm, "fvu"), summary.values(BASE, "fvu")
     ratios = [fvu[seed] / base[seed] - 1 for seed in fvu if seed in base]
@@ -84,7 +84,7 @@ def differences(summary: Summary, arm: str) -> dict[str, Interval]:
 
 
 def verdict_table(summary: Summary) -> str:
-    """Every setting with its differences; bold: shown no worse by more than the margin, or better."""
+    """Every setting with its differences; bold: shown to be worse by no more than the margin, or better."""
     header = ["", *(f"{NAMES[name]}, at most {bound:+g}" for name, bound in MARGINS.items())]
     header += [f"{NAMES[name]}, better" for name in GAINS] + ["recommended"]
     rows = []
@@ -97,5 +97,5 @@ def verdict_table(summary: Summary) -> str:
 
 
 def _p(p: float | None) -> float:
-    assert p is not None  # there are three seeds at least
+    assert p is not None  # there are at least three seeds
     return p

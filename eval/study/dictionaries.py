@@ -22,9 +22,9 @@ from study.text import CHUNK, text_activations
 from study.training import language_model
 
 PARTNER = 0.7
-"""Decoder cosine from which on a latent counts as found again."""
+"""Decoder cosine above which a latent counts as found again."""
 N_UNMATCHED = 4
-"""Number of latents without a partner that are kept of a pair of arms."""
+"""Number of latents without a partner that are kept per pair of arms."""
 
 
 class Dictionary:
@@ -50,7 +50,7 @@ class Dictionary:
 
 
 class Dictionaries:
-    """The dictionaries of SAEs, each worked out when it is first asked for."""
+    """The dictionaries of SAEs, each computed on first access."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -93,15 +93,15 @@ def compare_pair(a: Dictionary, b: Dictionary) -> dict[str, Any]:
 
 
 def one_way(similarity: OneWay, cosines_of_all: Tensor) -> dict[str, float]:
-    """How much of one dictionary is found in another one: of live latents, and MMCS of all latents too."""
+    """How much of one dictionary is found in another, for live latents; also MMCS of all latents."""
     return similarity._asdict() | {"mmcs_of_all": cosines_of_all.mean().item()}
 
 
 def overlap(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> float:
     """Jaccard similarity of two sets of latents, in [0, 1].
 
-    Two latents are the same if their cosine is above `PARTNER`, and one is the same as one other at most: of all ways
-    to pair them the one with most pairs counts.
+    Two latents are the same if their cosine is above `PARTNER`, and each is the same as at most one other: the pairing
+    with the most pairs counts.
     """
     unit_a, unit_b = (torch.nn.functional.normalize(rows, dim=1) for rows in (a, b))
     same = csr_matrix((unit_a @ unit_b.T > PARTNER).cpu().numpy())
@@ -110,7 +110,7 @@ def overlap(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> float
 
 
 def unmatched_contexts(a: Dictionary, b: Dictionary) -> list[dict[str, Any]]:
-    """The latents of `b` without a partner in `a` that carry most mass and are not dense, with text to read."""
+    """The latents of `b` without a partner in `a` that carry most mass and are not dense, with their contexts."""
     without_partner = max_cosines(b.rows, a.rows).a < PARTNER
     sparse = b.statistics.density[b.live] <= MAX_DENSITY
     latents = b.live[without_partner & sparse]

@@ -25,7 +25,7 @@ DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 
 
 def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
-    """Run SAEBench on the exports of `units`, and keep what the report needs; why SAEs are left out, a line each."""
+    """Run SAEBench on the exports of `units`, and keep what the report needs; returns why SAEs are left out."""
     study = storage.study
     calibration, unseen = halves(text_activations(storage)[1])
     folders = {unit.trained: storage.sae(unit) for unit in units}
@@ -82,7 +82,7 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
 
 
 def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
-    """Train absorption's probes, which are the language model's and serve all SAEs."""
+    """Train absorption's probes, which depend only on the language model and serve all SAEs."""
     study = storage.study
     untrained = new_sae(study, Unit(arms(study)[0], study.first_seed))
     untrained.cfg.metadata.hook_name = study.hook
@@ -99,7 +99,7 @@ def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
 
 
 def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
-    """Why an SAE cannot be evaluated."""
+    """Why an SAE cannot be evaluated; None if it can."""
     try:
         check_weights(sae, repr(str(folder)))
     except ValueError as error:
@@ -108,7 +108,7 @@ def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
 
 
 def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of SAEBench, and of what we add to its core, by our names for them."""
+    """SAEBench's metrics, and those that we add to its core, under our names."""
     by_name: dict[str, Any] = {}
     if "core" in results:
         core, ours = results["core"]["eval_result_metrics"], results["core"]["eval_result_unstructured"]
@@ -136,7 +136,7 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def letters(result: dict[str, Any]) -> dict[str, Any]:
-    """What absorption says of the single letters, and means over them."""
+    """Absorption by letter, and means over letters."""
     recall = (result.get("eval_result_unstructured") or {}).get("letters", {})
     by_letter = {
         detail["first_letter"]: {
@@ -166,13 +166,13 @@ def density(core: dict[str, Any]) -> dict[str, Any]:
 
 
 def halves(x: Tensor, n_tokens: int = 1024) -> tuple[Tensor, Tensor]:
-    """Two parts of a text that run through all of it: stretches of `n_tokens` tokens in turns."""
+    """Two parts of a text, both spread over all of it: alternating stretches of `n_tokens` tokens."""
     stretches = x.split(n_tokens)
     return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
 
 
 def batches_of_training(study: Study, arm: Arm, x: Tensor) -> list[Tensor]:
-    """Batches as the arm was trained on: of shuffled tokens, or of consecutive ones."""
+    """Batches like those the arm was trained on: of shuffled or of consecutive tokens."""
     if arm.shuffled:
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)]
     return list(x.split(study.batch_size))
@@ -187,7 +187,7 @@ def in_training(study: Study, arm: Arm, sae: TrainingSAE[Any], unseen: Tensor) -
 def export_variants(
     study: Study, arm: Arm, sae: TrainingSAE[Any], calibration: Tensor, unseen: Tensor
 ) -> dict[str, dict[str, float]]:
-    """L0 and FVU of exports that differ in the thresholds alone; empty for arms that are not of the sweep."""
+    """L0 and FVU of exports that differ only in their thresholds; empty for arms outside the sweep."""
     if not isinstance(sae, SampledTopKTrainingSAE) or arm not in sweep(study):
         return {}
     variants: dict[str, SAE[Any]] = {"per_latent": to_jumprelu(sae)}

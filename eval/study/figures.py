@@ -27,7 +27,7 @@ METRICS = {
 
 
 def draw_pareto(summary: Summary, file: Path) -> None:
-    """FVU against probing and absorption."""
+    """Plot probing and absorption against FVU."""
     metrics = [name for name in METRICS if name not in ("fvu", "dead")]
     figure, panels = plt.subplots(1, len(metrics), figsize=(11, 4.4), layout="constrained")
     for axes, metric in zip(panels, metrics, strict=True):
@@ -63,7 +63,7 @@ def draw_pareto(summary: Summary, file: Path) -> None:
 
 
 def draw_pool_factor(summary: Summary, file: Path) -> None:
-    """Each metric against the pool factor."""
+    """Plot each metric against the pool factor."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
     for axes, (metric, title) in zip(panels.flat, METRICS.items(), strict=True):
         _plot_over_pool_factors(axes, summary, metric)
@@ -75,7 +75,7 @@ def draw_pool_factor(summary: Summary, file: Path) -> None:
 
 
 def draw_densities(summary: Summary, file: Path) -> None:
-    """How often latents fire, means over seeds: pools on the left, scores on the right, or levels if there are none."""
+    """Plot how often latents fire, means over seeds: pools on the left; scores, or levels if none, on the right."""
     fixed = summary.study.fixed_pool_factor
     smallest = min(summary.study.pool_factors)
     pools = [pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED), RECOMMENDED]
@@ -100,7 +100,7 @@ def draw_densities(summary: Summary, file: Path) -> None:
 
 
 def draw_similarity(summary: Summary, file: Path) -> None:
-    """MMCS of live latents between seeds: arms with themselves on the diagonal."""
+    """Plot MMCS of live latents between seeds; the diagonal compares arms with themselves."""
     names = planned(summary, [*baselines(), *controls(), *score_arms(summary)[1:]])
     values = np.full((len(names), len(names)), np.nan)
     for i, a in enumerate(names):
@@ -121,7 +121,7 @@ def draw_similarity(summary: Summary, file: Path) -> None:
 
 
 def draw_synthetic(summary: Summary, file: Path) -> None:
-    """FVU, MCC and F1 on synthetic data against the pool factor."""
+    """Plot FVU, MCC and F1 on synthetic data against the pool factor."""
     panels_of = {"fvu": "FVU (lower is better)", "mcc": "MCC (higher is better)", "f1": "F1 (higher is better)"}
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axes, (metric, title) in zip(panels, panels_of.items(), strict=True):
@@ -141,7 +141,7 @@ FIGURES = {
 
 
 def _plot_over_pool_factors(axes: Axes, summary: Summary, metric: str, synthetic: bool = False) -> None:
-    """A line for each group size; the baselines as horizontal ones, with bands of their errors."""
+    """Plot a line for each group size, and the baselines as horizontal lines with error bands."""
     factors = summary.study.pool_factors
     for size in (None, *summary.study.group_sizes):
         means = [(factor, summary.mean(pool_name(factor, size), metric, synthetic)) for factor in factors]

@@ -1,4 +1,4 @@
-"""Data whose features are known, as SAELens makes them, also where there are many of them."""
+"""SAELens' synthetic data with known features, also for many features."""
 
 import hashlib
 import json
@@ -14,19 +14,19 @@ from torch import Tensor
 from sae_lens_sampled.files import atomic_path
 
 ROWS = 64
-"""Samples that are made at a time on a CPU: with 16,384 features they stay in the cache, and take half the time."""
+"""Samples that are made at a time on a CPU: with 16,384 features they stay in the cache, which halves the time."""
 
 
 @cache
 def synthetic_data(config: str, device: str) -> SyntheticModel:
-    """The features of a config, which is JSON."""
+    """The synthetic model of a config given as JSON."""
     return SyntheticModel(SyntheticModelConfig.from_dict(json.loads(config)), device=device)
 
 
 def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Path) -> SyntheticModel:
-    """The host's model of a config, where its own way to 16,384 features takes most of an hour on two CPU cores.
+    """SAELens' model of a config; its own code takes most of an hour for 16,384 features on two CPU cores.
 
-    The features, which take a minute, are kept in `folder`.
+    Here the features take a minute; they are kept in `folder`.
     """
     assert config.orthogonalization is not None
     features = FeatureDictionary(
@@ -36,7 +36,7 @@ def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Pat
     given = json.dumps([config.num_features, config.hidden_dim, config.bias, config.seed, num_steps, lr, device])
     file = folder / f"features_{hashlib.sha256(given.encode()).hexdigest()[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):  # so that processes that start together have the same to the last bit
+    with FileLock(f"{file}.lock"):  # so that processes started together have bitwise equal features
         if not file.exists():
             vectors = orthogonalized(features.feature_vectors.data, num_steps, lr)
             with atomic_path(file) as unfinished:
@@ -48,8 +48,8 @@ def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Pat
 def orthogonalized(vectors: Tensor, num_steps: int, lr: float) -> Tensor:
     """SAELens' `orthogonalize_embeddings`, with the gradient of its loss in closed form.
 
-    The loss is sum_{i != j} <e_i, e_j>^2 + n sum_i (|e_i|^2 - 1)^2. Its gradient needs E^T E alone, which is (width,
-    width), not (features, features). Equal to rounding.
+    The loss is sum_{i != j} <e_i, e_j>^2 + n sum_i (|e_i|^2 - 1)^2. Its gradient needs only E^T E, which is (width,
+    width), not (features, features). Equal up to rounding.
     """
     vectors = (vectors / vectors.norm(dim=1, keepdim=True)).requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=lr)
@@ -67,7 +67,7 @@ def orthogonalized(vectors: Tensor, num_steps: int, lr: float) -> Tensor:
 def sample_with_features(data: SyntheticModel, n_samples: int) -> tuple[Tensor, Tensor]:
     """Samples, shape (n_samples, hidden_dim), and their features, shape (n_samples, num_features).
 
-    They are the host's, but on a CPU they are drawn in parts, so not those of `data.sample` with the same seed.
+    They are SAELens', but drawn in parts on a CPU, so they differ from those of `data.sample` with the same seed.
     """
     if data.device != "cpu":
         return data.sample_with_features(n_samples)

@@ -1,4 +1,4 @@
-"""A text that the user names: novels and the like in plain text files, some of which are held out."""
+"""A text that the user supplies: plain text files, such as novels, some of which are held out."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ from study.probing_tasks import NOVELS, with_probing_tasks
 from study.storage import SETTINGS
 
 EVERY = 20
-"""Distance of two held-out files, in alphabetical order."""
+"""Every how many files, in alphabetical order, one is held out."""
 CHARACTERS = 2000
-"""Least length of a passage, the unit that is shuffled."""
+"""Minimum length of a passage, the unit that is shuffled."""
 TITLES = "titles.json"
 """Name of the file that says which texts are in which part."""
 
 
 def with_text(study: Study, text: str, work: Path) -> Study:
-    """The study on a text: a folder with .txt files, of which some are held out, or a data set of the Hub.
+    """The study on a text: a folder of .txt files, some of which are held out, or a Hub data set.
 
     Raises:
         ValueError: if the folder has fewer than two text files, or lacks novels of the study's probing tasks.
@@ -30,7 +30,7 @@ def with_text(study: Study, text: str, work: Path) -> Study:
         return replace(study, dataset=text)
     files = sorted(Path(text).glob("*.txt"))
     if len(files) < 2:
-        raise ValueError(f"--text {text}: there must be at least two .txt files, one of them to be held out.")
+        raise ValueError(f"--text {text} must have at least two .txt files, one of which is held out.")
     fingerprint = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[
         :16
     ]
@@ -43,9 +43,9 @@ def with_text(study: Study, text: str, work: Path) -> Study:
 
 
 def with_text_of_results(study: Study, results: Path) -> Study:
-    """The study on the text and the labelled sets of its results, if they are of a named text.
+    """The study on the text and the labelled sets of its results, if these are of a text that the user supplied.
 
-    Neither is needed to show the results, nor are today's evals: nothing can be computed without the text.
+    To show the results, neither is needed, nor are the current evals; to compute any, the text itself is.
     """
     file = results / SETTINGS
     settings = json.loads(file.read_text())["language_model"] if file.exists() else {}
@@ -61,9 +61,9 @@ def with_text_of_results(study: Study, results: Path) -> Study:
 
 
 def keep_titles(study: Study, results: Path) -> None:
-    """Put the titles of both parts of the study's text, and of its probing tasks, beside its results.
+    """Copy the titles of both parts of the study's text, and of its probing tasks, next to its results.
 
-    There are none of a data set of the Hub.
+    A Hub data set has none.
     """
     files = [Path(study.dataset).parent / TITLES] if study.text else []
     files += [Path(study.probing_datasets[0]).parent / NOVELS] if study.probing_tasks and study.probing_datasets else []
@@ -72,7 +72,7 @@ def keep_titles(study: Study, results: Path) -> None:
 
 
 def split(files: list[Path], folder: Path) -> None:
-    """Write `train/` and `held_out/`, passages in random order, and the titles of both."""
+    """Write `train/` and `held_out/` with passages in random order, and the titles of both."""
     held_out = files[EVERY - 1 :: EVERY] or files[-1:]
     parts = {"train": [file for file in files if file not in held_out], "held_out": held_out}
     for name, part in parts.items():
@@ -86,7 +86,7 @@ def split(files: list[Path], folder: Path) -> None:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Whole lines of at least `CHARACTERS` together, and what is left."""
+    """Runs of whole lines with at least `CHARACTERS` characters in total, and the rest."""
     passage = ""
     for line in text.splitlines(keepends=True):
         passage += line

@@ -1,4 +1,4 @@
-"""Which SAEs a study trains and evaluates, and in which portions."""
+"""Which SAEs a study trains and evaluates, and in which runs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,21 +13,21 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from study.configs import Study
 
 GROUPED = 16
-"""Group size of the arms that are about something else."""
+"""Group size of the arms that vary something else."""
 NARROW = (3, 5)
-"""Pool factors with a control: a BatchTopK SAE of the pool's size, for what comes of having few latents alone."""
+"""Pool factors with a control: a BatchTopK SAE of the pool's size, to show the effect of having few latents."""
 NESTED = {"nested_10": 10, "nested_20": 20}
 """Pool factors of the arms with nested losses in groups."""
 THEN_PLAIN = "nested_10_then_plain"
-"""The arm whose inner losses count in the first half of the training alone."""
+"""The arm whose inner losses count only in the first half of training."""
 RECOMMENDED = "pool_10_groups_16"
 """The arm that the README recommends."""
 THEN_ALL = "pool_10_groups_16_then_all"
 """The same, with every latent a candidate in the last tenth of the training."""
 WINSORISED = "winsorised_10_groups_16_then_all"
-"""The setting that finds most known features; it too ends with every latent."""
+"""The setting that finds the most known features; it too ends with every latent a candidate."""
 ITSELF = (THEN_PLAIN, RECOMMENDED, THEN_ALL, WINSORISED)
-"""Arms whose seeds are compared with each other alone."""
+"""Arms that are compared only with themselves, between seeds."""
 FROZEN, SHORT = "frozen_decoder", "short"
 """Controls."""
 
@@ -43,15 +43,15 @@ class Arm:
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of `config` besides those that all arms share."""
     shuffled: bool = True
-    """Whether a batch has shuffled tokens, of some dozens of prompts, and not consecutive ones of one text."""
+    """Whether a batch has shuffled tokens from some dozens of prompts, not consecutive ones from one text."""
     frozen_decoder: bool = False
-    """Whether the decoder stays as it was drawn; encoder and biases are trained."""
+    """Whether the decoder keeps its random initialisation; encoder and biases are trained."""
     steps_share: float = 1.0
-    """Share of the study's steps that it is trained for, with a schedule of its own."""
+    """Share of the study's steps that it is trained for, with its own schedule."""
     width_over_k: float | None = None
-    """d_sae over k, if it is not the study's: the pool factor at which a single pool is as wide."""
+    """d_sae over k, if not the study's: the pool factor at which a single pool is as wide."""
     exported_from: str | None = None
-    """Name of the arm whose SAEs these are, with a global threshold at the study's k in place of their own ones."""
+    """Name of the arm whose SAEs are exported, with a global threshold at the study's k instead of their own ones."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Name of the SAE; those that differ in the seed alone are seeds of one configuration to `run_evals`."""
+        """Name of the SAE; `run_evals` takes names that differ only in the seed for seeds of one configuration."""
         return f"{self.arm.name}_seed{self.seed}"
 
     @property
@@ -73,12 +73,12 @@ class Unit:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What its results are found by."""
+        """Key of its results."""
         return self.arm.name, self.seed
 
 
 def arms(study: Study) -> list[Arm]:
-    """All arms, the ones that matter most first."""
+    """All arms, the most important first."""
     sampled, n, more = SampledTopKTrainingSAEConfig, study.n_seeds, study.n_stability_seeds
     fixed, widths = study.fixed_pool_factor, nested_widths(study.d_sae)
     plan = [
@@ -136,15 +136,15 @@ def arms(study: Study) -> list[Arm]:
 
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse a pattern of `--arms` that matches no arm, which would leave out what the user wanted.
+    """Reject a pattern of `--arms` that matches no arm, which would leave out what the user wanted.
 
     Raises:
-        ValueError: with the names of all arms.
+        ValueError: if there is one; the message lists all arms.
     """
     known = list(dict.fromkeys(names))
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in known):
-            raise ValueError(f"--arms {pattern} matches no arm; there are {', '.join(known)}.")
+            raise ValueError(f"--arms {pattern} matches no arm; available: {', '.join(known)}.")
 
 
 def nested_widths(d_sae: int) -> list[int]:
@@ -169,7 +169,7 @@ def score_name(score: str, size: int | None) -> str:
 
 
 def width(arm: Arm, k: float, d_sae: int) -> int:
-    """Number of the arm's latents, where the other arms have `d_sae`."""
+    """Number of the arm's latents if the other arms have `d_sae`."""
     if arm.width_over_k is None:
         return d_sae
     return SampledTopKTrainingSAEConfig(d_in=2, d_sae=d_sae, k=k, pool_factor=arm.width_over_k).n_candidates
@@ -181,7 +181,7 @@ def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
 
 
 def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
-    """The arm's config on synthetic data: the pool factors are those of the language model."""
+    """The arm's config on synthetic data, with the pool factors of the language model."""
     synthetic, fields = study.synthetic, dict(arm.fields)
     if "matryoshka_widths" in fields:
         fields["matryoshka_widths"] = nested_widths(synthetic.d_sae)
@@ -195,7 +195,7 @@ def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
 
 
 def trained_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
-    """The config of what is trained: the arm's, or the same selection by this package's step."""
+    """The config to train with: the arm's own, or one with the same selection by this package's step."""
     config = sae_config(study, arm, seed)
     if not study.own_steps or isinstance(config, SampledTopKTrainingSAEConfig):
         return config
@@ -230,7 +230,7 @@ def absorption_units(study: Study) -> list[Unit]:
 
 
 def synthetic_units(study: Study) -> list[Unit]:
-    """Every SAE on synthetic data, which have no order and whose exports are not compared."""
+    """Every SAE on synthetic data, except arms of consecutive tokens (the data have no order) and of other exports."""
     return [
         Unit(arm, seed)
         for arm in arms(study)
@@ -240,7 +240,7 @@ def synthetic_units(study: Study) -> list[Unit]:
 
 
 def runs(study: Study) -> list[list[Unit]]:
-    """The SAEs to train, by run: those of a seed see the same activations, whatever run they are in."""
+    """The SAEs to train, by run; those of a seed see the same activations, whichever run they are in."""
     seeds: dict[tuple[int, bool, float], list[Unit]] = {}
     for unit in units(study):
         if unit.arm.exported_from is None:

@@ -1,9 +1,9 @@
-"""Tables of sparse probing: how far arms are from BatchTopK, and how sure that is.
+"""Tables of sparse probing: how far arms are from BatchTopK, and how certain that is.
 
 Every SAE of an arm is probed on every split of every task. SAEs of one seed are a pair, and seeds are crossed with
 tasks: whatever an arm gains by chance at one seed or on one task shows in many cells. A difference therefore gets two
-intervals. That over seeds, of means over all tasks, is about new SAEs on these tasks. That over tasks, of means over
-all splits and seeds, is about other tasks with these SAEs. Splits share texts and are never counted as repeats.
+intervals. The one over seeds, of means over all tasks, is about new SAEs on these tasks. The one over tasks, of means
+over all splits and seeds, is about other tasks with these SAEs. Splits share texts and never count as repeats.
 """
 
 import re
@@ -22,7 +22,7 @@ SIGNIFICANT = 0.05
 
 
 class Cell(NamedTuple):
-    """Where one accuracy is from."""
+    """Origin of one accuracy."""
 
     seed: int
     task: str
@@ -44,7 +44,7 @@ class Comparison:
     accuracy: Interval
     """Mean over tasks, with an interval over seeds."""
     over_seeds: Interval | None
-    """Difference, with an interval for other seeds of these tasks; None of BatchTopK itself."""
+    """Difference, with an interval for other seeds of these tasks; None for BatchTopK itself."""
     over_tasks: Interval | None
     """The same difference, with an interval for other tasks of these seeds."""
 
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def probed_ks(results: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Numbers of latents that the probes of all these results had."""
+    """Numbers of latents that were probed in all these results."""
     of_results = [
         {int(name.removeprefix("probing_")) for name in result["metrics"] if re.fullmatch(r"probing_\d+", name)}
         for result in results
@@ -77,7 +77,7 @@ def accuracies(results: Mapping[int, Mapping[str, Any]], k: int) -> dict[Cell, f
 
 
 def compare(accuracy: Mapping[Cell, float], baseline: Mapping[Cell, float] | None) -> Comparison:
-    """An arm beside BatchTopK, by the cells that both have; with None it is BatchTopK."""
+    """Compare an arm with BatchTopK over the cells that both have; `baseline` is None for BatchTopK itself."""
     mean = clustered_interval(accuracy, seed_of)
     assert mean is not None
     if baseline is None:
@@ -88,7 +88,7 @@ def compare(accuracy: Mapping[Cell, float], baseline: Mapping[Cell, float] | Non
 
 
 def comparisons(summary: Summary) -> dict[tuple[str, int], Comparison]:
-    """All arms that were probed, by arm and k."""
+    """Comparisons of all probed arms, by arm and k."""
     probed = {arm: by_seed for arm, by_seed in summary.on_model.items() if probed_ks(by_seed.values())}
     found = {}
     for k in probed_ks(result for by_seed in probed.values() for result in by_seed.values()):
@@ -99,14 +99,14 @@ def comparisons(summary: Summary) -> dict[tuple[str, int], Comparison]:
 
 
 def adjusted_p_values(found: Mapping[tuple[str, int], Comparison]) -> dict[tuple[str, int], float]:
-    """Holm's over all arms and k together."""
+    """p-values after Holm's correction over all arms and k together."""
     return holm({key: of_key.p for key, of_key in found.items() if of_key.p is not None})
 
 
 def difference_table(summary: Summary, k: int) -> str:
     """Accuracy of probes on `k` latents with its interval over seeds, and both intervals of its difference.
 
-    A row for each arm. The p-value is for a difference that holds for other seeds and for other tasks, the larger of
+    A row for each arm. The p-value is for a difference that holds for other seeds and for other tasks: the larger of
     both, adjusted over all arms and k.
     """
     found = comparisons(summary)
@@ -141,7 +141,7 @@ def task_table(summary: Summary, k: int, arms: Iterable[str]) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """What the differences say: how wide their intervals are, and which of them stand out."""
+    """The differences in words: how wide their intervals are, and which of them stand out."""
     found = comparisons(summary)
     adjusted = adjusted_p_values(found)
     half_widths = [

@@ -1,8 +1,8 @@
-"""Ten probing tasks with two labels each, built from the novels that the user names, in several splits.
+"""Ten probing tasks with two labels each, built in several splits from novels that the user supplies.
 
 A split has texts for training and for testing a probe. No novel is in both parts, so that names of characters do not
-help. Splits differ in the novels of the test and in the texts that are drawn; two splits may share texts. What the
-texts are and which words decide their labels is in `probing_texts.py`.
+help. Splits differ in their test novels and in the texts that are drawn; two splits may share texts. `probing_texts.py`
+defines the texts and the words that decide their labels.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from study.probing_texts import dialogue, gender, narration, person, spoken, ten
 from tiny_probing.build import Rows, distinct, read, shuffled, write
 
 N_ROWS = {"train": 150, "test": 75}
-"""Texts of each label, by part."""
+"""Number of texts per label, by part."""
 NOVELS = "probing_novels.json"
 """Name of the file beside the tasks that says which novels are in which part of which split."""
 SOURCE = "https://github.com/computationalstylistics/100_english_novels"
@@ -27,11 +27,11 @@ SOURCE = "https://github.com/computationalstylistics/100_english_novels"
 SEED = 0
 
 Text = tuple[str, str | None]
-"""A text, and the part that it must be in, or None."""
+"""A text, and the part that it must be in, or None for any."""
 Source = tuple[str, str]
 """Label and novel."""
 Finder = Callable[[str, str], Iterable[Text]]
-"""Finds the texts that a novel has of a label."""
+"""Finds the texts of a label in a novel."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Task:
     """Where the texts of a label come from."""
 
     def test_novels(self) -> list[set[str]]:
-        """Every choice of novels for the test, a third of each label's; labels of the same novels share them."""
+        """Every choice of test novels, a third of each label's; labels with the same novels share the choice."""
         of_labels = dict.fromkeys(self.novels.values())
         chosen = itertools.product(*(itertools.combinations(titles, round(len(titles) / 3)) for titles in of_labels))
         return [set(itertools.chain(*of_each)) for of_each in chosen]
@@ -59,7 +59,7 @@ def _dialogue(novel: str, label: str) -> Iterable[Text]:
 
 
 def _by_words(find: Callable[[str], Iterable[str]], decide: Callable[[str], tuple[str, str] | None]) -> Finder:
-    """Finds texts whose words decide on label and part."""
+    """A finder of texts whose words decide label and part."""
 
     def of_label(novel: str, label: str) -> Iterable[Text]:
         kinds = ((text, decide(text)) for text in find(novel))
@@ -69,7 +69,7 @@ def _by_words(find: Callable[[str], Iterable[str]], decide: Callable[[str], tupl
 
 
 def _from_own_novels(novels: Mapping[str, str]) -> Task:
-    """A task whose labels have novels of their own."""
+    """A task whose labels have their own novels."""
     return Task({label: tuple(titles.split()) for label, titles in novels.items()}, _narration)
 
 
@@ -153,10 +153,10 @@ TASKS = {
 
 
 def with_probing_tasks(study: Study, novels: Path, work: Path) -> Study:
-    """The study on as many splits of the tasks as its `probing_splits`, built in the work folder.
+    """The study with `probing_splits` splits of each task, built in the work folder.
 
     Raises:
-        ValueError: if the folder `novels` lacks some that are needed, or they have too few texts.
+        ValueError: if the folder `novels` lacks any that are needed, or they have too few texts.
     """
     if not study.probing_splits:
         return study
@@ -175,7 +175,7 @@ def write_tasks(novels: Path, folder: Path, n_splits: int) -> None:
     """Write `TASK_splitI/{train,test}.jsonl` for each task and split, and which novels are in which part.
 
     Raises:
-        ValueError: if the folder `novels` lacks some that are needed, or they have too few texts.
+        ValueError: if the folder `novels` lacks any that are needed, or they have too few texts.
     """
     check_novels(novels)
     novels_of: dict[str, dict[str, list[str]]] = {}
@@ -191,23 +191,23 @@ def write_tasks(novels: Path, folder: Path, n_splits: int) -> None:
 
 
 def check_novels(folder: Path) -> None:
-    """Refuse a folder that lacks novels of the tasks.
+    """Reject a folder that lacks novels of the tasks.
 
     Raises:
-        ValueError: with the names of the missing files.
+        ValueError: if it does; the message lists the missing files.
     """
     files = sorted(
         {f"{title}.txt" for task in TASKS.values() for of_label in task.novels.values() for title in of_label}
     )
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(
-            f"--text {folder} lacks {len(missing)} of the {len(files)} novels that the probing tasks are made of: "
-            f"{', '.join(missing)}. {SOURCE} has them; with probing_splits=0 in the study none are needed."
+            f"--text {folder} lacks {len(missing)} of the {len(files)} novels that the probing tasks are built from: "
+            f"{', '.join(missing)}. Get them from {SOURCE}, or set probing_splits=0 in the study."
         )
 
 
 def find_texts(task: Task, novels: Path) -> dict[Source, list[Text]]:
-    """All texts of a task, by label and novel; none of them twice."""
+    """All texts of a task, by label and novel, without duplicates."""
     found = {
         (label, title): dict(task.find(read(novels / f"{title}.txt"), label))
         for label, titles in task.novels.items()
@@ -218,7 +218,7 @@ def find_texts(task: Task, novels: Path) -> dict[Source, list[Text]]:
 
 
 def held_out(name: str, n_splits: int) -> list[set[str]]:
-    """Novels of the test in each split of a task, different ones as long as there are any."""
+    """Test novels of each split of a task; a choice repeats only after all others."""
     choices = TASKS[name].test_novels()
     random.Random(f"{SEED}/{name}").shuffle(choices)
     return list(itertools.islice(itertools.cycle(choices), n_splits))
@@ -228,9 +228,9 @@ def split_rows(name: str, texts: Mapping[Source, list[Text]], test: Collection[s
     """Rows of both parts of a split, in random order.
 
     Args:
-        name: of the split; other names give other draws.
-        texts: by label and novel.
-        test: novels of the test.
+        name: name of the split; other names give other draws.
+        texts: texts by label and novel.
+        test: test novels.
 
     Raises:
         ValueError: if a label has too few texts.
@@ -250,7 +250,7 @@ def split_rows(name: str, texts: Mapping[Source, list[Text]], test: Collection[s
 
 
 def draw(sources: Sequence[Sequence[str]], n: int, name: str) -> list[str]:
-    """`n` texts, the same number of each source as far as it has them, drawn independently for each `name`.
+    """Draw `n` texts, the same number from each source as far as it has them, independently for each `name`.
 
     Raises:
         ValueError: if there are fewer.
@@ -259,5 +259,5 @@ def draw(sources: Sequence[Sequence[str]], n: int, name: str) -> list[str]:
     in_turns = itertools.zip_longest(*(generator.sample(source, len(source)) for source in sources))
     texts = [text for turn in in_turns for text in turn if text is not None]
     if len(texts) < n:
-        raise ValueError(f"the probing task {name} has {len(texts)} usable texts, {n} are needed.")
+        raise ValueError(f"the probing task {name} has {len(texts)} usable texts but needs {n}.")
     return texts[:n]

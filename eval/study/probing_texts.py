@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from tiny_probing.build import SPEECH, passages, sentences
 
 N_WORDS = (20, 45)
-"""Least and largest number of words of a text; nearly all have at most 64 tokens."""
+"""Minimum and maximum number of words of a text; nearly all have at most 64 tokens."""
 LONG_LINE = 200
-"""Characters of a line that only a file without wrapped lines has."""
+"""Maximum length of a line in a file with wrapped lines."""
 
 CLEAN = re.compile(r"[A-Z](?:[A-Za-z ,.;:!?']|(?<=[A-Za-z])-(?=[A-Za-z]))*[.!?]")
 """Whole sentences without dashes, numbers and marks for italics."""
@@ -18,7 +18,7 @@ ODD = re.compile(r"\b[A-Z]{2}|\.\.|[,.;:!?]{2}| (?:[,.;:!?]|(?:d|ll|m|re|s|t|ve)
 
 
 def is_clean(text: str) -> bool:
-    """Whether nothing in a text depends on the file that it is from, which would give authors and periods away."""
+    """Whether a text shows no traces of its source file, which would give authors and periods away."""
     return CLEAN.fullmatch(text) is not None and not ODD.search(text)
 
 
@@ -30,10 +30,10 @@ def narration(novel: str) -> Iterator[str]:
 
 
 def dialogue(novel: str) -> Iterator[str]:
-    """Consecutive paragraphs with speech, including what is not spoken in them, without the quotation marks."""
+    """Consecutive paragraphs with speech, including their unspoken parts, without the quotation marks."""
     words: list[str] = []
     for paragraph in paragraphs(novel):
-        has_speech = '"' in paragraph and paragraph.count('"') % 2 == 0  # else it is not clear where speech ends
+        has_speech = '"' in paragraph and paragraph.count('"') % 2 == 0  # otherwise it is unclear where speech ends
         words = [*words, *paragraph.replace('"', " ").split()] if has_speech else []
         if len(words) >= N_WORDS[0]:
             yield from _usable(words)
@@ -53,23 +53,23 @@ def spoken(novel: str) -> Iterator[str]:
 
 
 def paragraphs(novel: str) -> Iterator[str]:
-    """Paragraphs, on one line each: lines of a file that does not wrap them, otherwise what blank lines separate."""
+    """Paragraphs, on one line each: lines of a file without wrapping, otherwise the blocks between blank lines."""
     is_wrapped = max(map(len, novel.splitlines()), default=0) <= LONG_LINE
     parts = re.split(r"\n\s*\n", novel) if is_wrapped else novel.splitlines()
     return (" ".join(part.split()) for part in parts)
 
 
 def _usable(words: list[str]) -> list[str]:
-    """The text of the words, or none."""
+    """The words as one text, in a list; empty if the text is not usable."""
     text = " ".join(words)
     return [text] if len(words) <= N_WORDS[1] and is_clean(text) and not SPEECH.search(text) else []
 
 
 @dataclass(frozen=True)
 class DecidingWords:
-    """Words of which a text of a label has some, while it has none of the other label's words.
+    """Deciding words of a label: its texts have some of them, and none of the other label's.
 
-    Those of test texts are in no training text: a probe on a latent for a single word is no better than a guess.
+    Those of test texts are in no training text: a probe on a latent for a single word is no better than chance.
     """
 
     train: frozenset[str]
@@ -109,7 +109,7 @@ UNDECIDED = re.compile(
     r"|\b(?:he|here|how|it|she|that|there|what|where|who)'s\b",
     re.IGNORECASE,
 )
-"""What stands in both tenses or hides an auxiliary."""
+"""Words that occur in both tenses or hide an auxiliary."""
 PRESENT_VERB = re.compile(
     r"\b(?:i|you|we|they|who|people)(?: \w+ly| never| always| often)? (?:ask|believe|care|come|doubt|fear|feel|find|get"
     r"|give|go|hate|hear|hope|keep|know|like|live|look|love|make|mean|need|remember|say|see|seem|stand|suppose|take|tell"
@@ -139,7 +139,7 @@ def decided(text: str, words: Mapping[str, DecidingWords]) -> tuple[str, str] | 
 
 
 def person(text: str) -> tuple[str, str] | None:
-    """Whether the narrator speaks of himself or of others, and in which part the text may be."""
+    """Whether a text is about its narrator or about others, and in which part it may be."""
     return decided(text, PERSON)
 
 

@@ -23,11 +23,11 @@ LATENTS_OF = {
     "one_pool_5": "pool 5, one pool",
     "groups_16_factor_10": "pool 10, groups of 16",
 }
-"""SAEs whose latents were looked at, and how they are shown."""
+"""Labels of the SAEs whose latents were examined."""
 
 
 def write_report(storage: Storage, eval_folder: Path) -> Path:
-    """Draw the pictures and write the tables beside the results, and the page in `eval/` if they are committed ones."""
+    """Write pictures and tables next to the results, and the page in `eval/` if the results are the committed ones."""
     summary = Summary(storage)
     storage.results.mkdir(parents=True, exist_ok=True)
     for name in storage.study.pictures:
@@ -41,7 +41,7 @@ def write_report(storage: Storage, eval_folder: Path) -> Path:
 
 
 def render_tables(storage: Storage) -> str:
-    """Everything that one study measured."""
+    """Page with everything that one study measured."""
     summary = Summary(storage)
     return render(
         TEMPLATES / "tables.md",
@@ -54,7 +54,7 @@ def render_tables(storage: Storage) -> str:
 
 
 def render_page(eval_folder: Path) -> str:
-    """What the studies say, in words."""
+    """Page with the findings of the studies, in words."""
     summaries = {study.name: committed_summary(study, eval_folder) for study in (TINY, SMOLLM2, BLOCK_10)}
     decided = summaries[BLOCK_10.name]
     real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
@@ -83,12 +83,12 @@ def render_page(eval_folder: Path) -> str:
 
 
 def latents_table(file: Path) -> str:
-    """Where the latents look, by SAE; empty before that was measured."""
+    """Table of what drives the latents, by SAE; empty if not measured."""
     return latents.table(json.loads(file.read_text()), LATENTS_OF) if file.exists() else ""
 
 
 def latents_readers(folder: Path) -> str:
-    """What readers said of the latents, by SAE; empty without ratings."""
+    """Readers' results on the latents, by SAE; empty without ratings."""
     files = sorted(folder.glob("ratings_*.csv"))
     if not files:
         return ""
@@ -98,7 +98,7 @@ def latents_readers(folder: Path) -> str:
 
 
 def titles(results: Path) -> dict[str, list[str]]:
-    """Titles of the texts, by part; empty where the study has a data set of the Hub or the bundled text."""
+    """Titles of the texts, by part; empty if the study has a Hub data set or the bundled text."""
     file = results / TITLES
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -117,7 +117,7 @@ def confounded(summary: Summary) -> dict[str, str]:
 
 
 def export_gaps(summary: Summary) -> dict[str, str]:
-    """How far exports are from the selection of training: of all SAEs, and of BatchTopK's alone."""
+    """How far exports are from the selection of training, for our arms (no baselines or controls) and for BatchTopK."""
 
     def gaps(metric: str, arms: list[str]) -> list[float]:
         metrics = [result["metrics"] for arm in arms for result in summary.on_model.get(arm, {}).values()]

@@ -1,16 +1,16 @@
-"""The paper's experiments: what Sampled-SAE does beside SAELens' TopK, BatchTopK and Matryoshka BatchTopK, and when.
+"""The paper's experiments: Sampled-SAE in many settings beside SAELens' TopK, BatchTopK and Matryoshka BatchTopK.
 
     python eval/study/run.py --config tiny                   # all of eval/RESULTS.md, on 2 CPU cores, offline
-    python eval/study/run.py --config smollm2 --text FOLDER  # a model that people study, offline; FOLDER has .txt files
-    python eval/study/run.py --config pythia-160m --dry-run  # the paper's model and settings: what it would cost
+    python eval/study/run.py --config smollm2 --text FOLDER  # a real model, offline; FOLDER has .txt files
+    python eval/study/run.py --config pythia-160m --dry-run  # the cost of the paper's model and settings
     python eval/study/run.py --config pythia-160m --smoke    # the same plan on the bundled model, in minutes
     python eval/study/run.py --config pythia-160m --stages prepare             # once, before several processes
     python eval/study/run.py --config pythia-160m --stages train --part 2/8    # the second of eight processes
 
 Trains every arm with several seeds on the same activations, evaluates the exported SAEs with SAEBench and on synthetic
-data, compares their dictionaries, and writes tables and pictures. Run it again and it goes on where it was: a result
-that is there is never computed again. Results (small) go to `--results-dir`, SAEs and caches to `--work-dir`. Parts of
-a stage may run at the same time, with the same folders; start the parts of the next stage when all have ended.
+data, compares their dictionaries, and writes tables and pictures. A second call resumes where the first left off:
+finished results are never recomputed. Results (small) go to `--results-dir`, SAEs and caches to `--work-dir`. Parts of
+a stage may run at the same time, with the same folders; start the next stage when all have ended.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 EVAL = Path(__file__).resolve().parents[1]
-sys.path[0] = str(EVAL)  # a script finds its own folder, not the package that the folder is
+sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages in eval can be imported
 sys.path.append(str(EVAL.parent / "examples"))
 
 from sae_lens_sampled.devices import NoDeviceError, check_device
@@ -38,7 +38,7 @@ from study.storage import Storage
 from study.studies import STUDIES, smoke
 
 PREPARE, REPORT = "prepare", "report"
-"""Names of what comes before the stages, where it is asked for, and after them; they have no parts."""
+"""Names of the steps before the stages (only on request) and after them; they have no parts."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(format_plan(study))
         return
-    warnings.filterwarnings("ignore")  # of the hosts, about their own future
+    warnings.filterwarnings("ignore")  # deprecation warnings from dependencies
     logging.disable(logging.WARNING)
     storage = Storage(study, results, work)
     if args.status:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 check_device(study.device)
                 if study.text and not args.text:
-                    sys.exit("what is missing needs the text that the results are of; name it with --text.")
+                    sys.exit("missing results need the text that the existing ones are from; give it with --text.")
                 with interruptible():  # SAELens' runs leave their signal handlers to the next stage
                     stage.do(storage, items)
     except (NoSpaceError, NoDeviceError) as error:
@@ -89,15 +89,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=[PREPARE, *STAGES, REPORT],
         default=[*STAGES, REPORT],
-        help="default: all but prepare, which makes what the processes of the others would wait for",
+        help="default: all but prepare, which builds what the other stages' processes would wait for",
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage")
     parser.add_argument("--status", action="store_true", help="print what is done and what is missing, and stop")
     parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
-    parser.add_argument("--text", help="train on it: a folder of .txt files, some held out, or a Hub data set")
-    parser.add_argument("--device", help="cpu or cuda, if not the config's")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
+    parser.add_argument("--text", help="training text: a folder of .txt files, some held out, or a Hub data set")
+    parser.add_argument("--device", help="cpu or cuda; default: the config's")
     parser.add_argument("--work-dir", type=Path, help="SAEs and caches; default: study_output/CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/study_CONFIG")
     return parser.parse_args(argv)

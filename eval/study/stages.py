@@ -1,4 +1,4 @@
-"""The stages of a study: what there is to do in each, what of it is missing, and how it is done."""
+"""The stages of a study: the items of each, which of them lack results, and how they are computed."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,30 +19,30 @@ from study.text import held_out
 from study.training import cached_activations, language_model, train
 
 EXPORTS_TOGETHER = 30
-"""Number of exports in one run of SAEBench, which runs the model once for all of them. Finished results outlive a kill,
-but come into the study's table when the portion ends."""
+"""Number of exports in one run of SAEBench, which runs the model once for all of them. Finished results survive a kill,
+but enter the study's table when the portion ends."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage; its items are SAEs, portions of SAEs that are trained together, or pairs of arms."""
+    """One stage; its items are SAEs, groups of SAEs that are trained together, or pairs of arms."""
 
     plan: Callable[[Study, Callable[[Arm], bool]], list[Any]]
-    """All items of the arms that are wanted, in an order that is the same in every process."""
+    """All items of the wanted arms, in the same order in every process."""
     missing: Callable[[Storage], Callable[[Any], bool]]
-    """Which of them have no result."""
+    """Which items have no result."""
     do: Callable[[Storage, list[Any]], None]
-    """Work on some of them."""
+    """Compute some of the items."""
 
 
 def to_do(stage: Stage, storage: Storage, arms: Sequence[str], part: Part) -> list[Any]:
     """The items of one process that have no result.
 
     Args:
-        stage: what to do.
+        stage: the stage.
         storage: where the results are.
-        arms: patterns of names; arms of other names are left out.
-        part: of everything that is planned, so that processes agree on who does what, whenever they start.
+        arms: patterns of names; other arms are left out.
+        part: the process's part of everything planned, so that processes agree on who does what, whenever they start.
     """
     mine = part.of(planned(stage, storage, arms))
     return list(filter(stage.missing(storage), mine)) if mine else []
@@ -63,7 +63,7 @@ def status(storage: Storage, arms: Sequence[str], n_parts: int) -> str:
 
 
 def planned(stage: Stage, storage: Storage, arms: Sequence[str]) -> list[Any]:
-    """All items of the arms whose names match, those with results too."""
+    """All items of the arms whose names match, including those with results."""
     return stage.plan(storage.study, lambda arm: any(fnmatch(arm.name, pattern) for pattern in arms))
 
 
@@ -89,7 +89,7 @@ def _without_result(of_storage: Callable[[Storage], ResultTable]) -> Callable[[S
 
 
 def _untrained(storage: Storage) -> Callable[[Unit], bool]:
-    """The SAEs that are not there and that some missing result needs."""
+    """The SAEs that are not trained and that some missing result needs."""
     evaluated, comparisons = storage.evaluations.load(), storage.comparisons.load()
     needed = {unit.trained for unit in units(storage.study) if unit.key not in evaluated}
     if absorbed := absorption_units(storage.study):
@@ -146,7 +146,7 @@ def _prepare(storage: Storage, _: list[Study]) -> None:
 
 
 PREPARATION = Stage(lambda study, _: [study], lambda _: lambda _: True, _prepare)
-"""What all processes of the stages need, and all but one would wait for: model, activations, absorption's probes."""
+"""Builds what all processes need and all but one would wait for: model, activations, absorption's probes."""
 STAGES = {
     "train": Stage(_plan_runs, _any_untrained, _train),
     "evaluate": Stage(_plan_units(units), _without_result(lambda storage: storage.evaluations), _evaluate),
@@ -156,4 +156,4 @@ STAGES = {
     "synthetic": Stage(_plan_units(synthetic_units), _without_result(lambda storage: storage.synthetic), _synthetic),
     "compare": Stage(_plan_pairs, _not_compared, _compare),
 }
-"""The stages by name, in the order in which they need each other's results; `report` comes after them."""
+"""The stages by name, each after those whose results it needs; `report` comes after them."""

@@ -1,4 +1,4 @@
-"""Where a study keeps things: small results to be committed, and SAEs that can be trained again."""
+"""Storage of a study: small results, to be committed, and SAEs, which can be trained again."""
 
 import fcntl
 import hashlib
@@ -21,37 +21,37 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class ResultTable:
-    """The results of one stage: a line of JSON for each unit of work, in the order in which they were finished.
+    """The results of one stage: a line of JSON for each unit of work, in order of completion.
 
-    A result is on disk before the next one begins. What a killed run has left of its last line is ignored, and cut off
-    when the next line is added. Runs of different arms may add lines at the same time.
+    A result is on disk before the next one begins. An incomplete last line of a killed run is ignored, and cut off when
+    the next line is added. Runs of different arms may add lines at the same time.
     """
 
     file: Path
     key_fields: tuple[str, ...]
-    """The fields of a result that say what it is of."""
+    """The fields that identify a result."""
     settings: dict[str, dict[str, Any]]
-    """All settings of the study, by what depends on them; written once, beside the tables."""
+    """All settings of the study, by section (what depends on them); written once, next to the tables."""
     section: str
-    """Which of the settings these results depend on."""
+    """The section of the settings that these results depend on."""
 
     def load(self) -> dict[Key, dict[str, Any]]:
         """Results, by the values of the key fields.
 
         Raises:
-            ValueError: if the folder is of other settings.
+            ValueError: if the folder has results of other settings.
         """
         lines, _, _ = (self.file.read_bytes() if self.file.exists() else b"").rpartition(b"\n")
         results = [json.loads(line) for line in lines.splitlines()]
-        if results or self._settings_file.exists():  # refused before the work, not when its result is added
+        if results or self._settings_file.exists():  # rejected before the work, not when its result is added
             self._check_settings()
         return {self._key(result): result for result in results}
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a result; one that another process has added meanwhile stays.
+        """Add a result; if another process has added it meanwhile, that one is kept.
 
         Raises:
-            ValueError: if those that are there are of other settings.
+            ValueError: if the existing results are of other settings.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(rounded(result)).encode() + b"\n"
@@ -96,37 +96,37 @@ class Storage:
     results: Path
     """Results, a table for each stage; pictures."""
     work: Path
-    """SAEs, SAEBench's own files, caches. A folder that is there is complete."""
+    """SAEs, SAEBench's own files, caches. An existing folder is complete."""
 
     @property
     def device(self) -> str:
-        """The device, as a result names it: what it was computed on."""
+        """The device that results are computed on, as they name it."""
         device = torch.device(self.study.device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @property
     def evaluations(self) -> ResultTable:
-        """What the exports do on the language model."""
+        """Evaluations of the exports on the language model."""
         return self._table("evaluate", ("arm", "seed"), "language_model")
 
     @property
     def absorption(self) -> ResultTable:
-        """Absorption of the SAEs that get it in a stage of its own."""
+        """Absorption of the SAEs that get it in a separate stage."""
         return self._table("absorption", ("arm", "seed"), "absorption")
 
     @property
     def comparisons(self) -> ResultTable:
-        """What pairs of arms have in common."""
+        """Comparisons of pairs of arms."""
         return self._table("compare", ("arm", "other_arm"), "language_model")
 
     @property
     def synthetic(self) -> ResultTable:
-        """What SAEs do on data with known features."""
+        """Evaluations of SAEs on data with known features."""
         return self._table("synthetic", ("arm", "seed"), "synthetic")
 
     @property
     def cache(self) -> Path:
-        """Folder of what depends on the settings: a study with others has a folder of its own."""
+        """Folder of what depends on the settings; other settings have another folder."""
         return self.work / _fingerprint(self.study.settings())
 
     @property
@@ -138,11 +138,11 @@ class Storage:
 
     @property
     def sae_bench(self) -> Path:
-        """Folder of SAEBench's results and of what it keeps of models; shared too, since models say what is theirs."""
+        """Folder of SAEBench's results and of what it caches for models; shared too, as caches are kept per model."""
         return self.work / "sae_bench"
 
     def release(self, unit: Unit) -> str:
-        """Name of an SAE in that folder: of its study and settings too, so that no other study has it."""
+        """Name of an SAE in that folder, with its study and settings, so that no other study has the same."""
         return f"{self.study.name}_{self.cache.name}_{unit.name}"
 
     def sae(self, unit: Unit) -> Path:
@@ -161,7 +161,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to 6 digits, whatever they are in: more would be noise, and differ between machines."""
+    """Round all numbers in nested containers to 6 significant digits: more are noise and differ between machines."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

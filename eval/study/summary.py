@@ -32,7 +32,7 @@ MMCS = "mmcs"
 
 
 class Summary:
-    """Everything that tables and pictures are made of; a missing result is left out."""
+    """Everything that tables and pictures are made from; missing results are left out."""
 
     def __init__(self, storage: Storage) -> None:
         self.study = storage.study
@@ -48,22 +48,22 @@ class Summary:
         self.comparisons = {pair: comparisons[pair] for pair in names if pair in comparisons}
 
     def values(self, arm: str, metric: str, synthetic: bool = False) -> dict[int, float]:
-        """Values by seed, of a metric of the evaluation or of the pools, or of `variant.metric` of the thresholds."""
+        """Values by seed of a metric of the evaluation or the pools, or of `variant.metric` of the thresholds."""
         results = (self.on_synthetic if synthetic else self.on_model).get(arm, {})
         values = {seed: _lookup(result, metric) for seed, result in results.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def mean(self, arm: str, metric: str, synthetic: bool = False) -> Interval | None:
-        """Mean over seeds; of "mmcs" over pairs of seeds of the arm, for live latents."""
+        """Mean over seeds; for "mmcs" over pairs of seeds of the arm, of live latents."""
         if metric == MMCS:
             return self.similarity(arm, arm, "forward", MMCS)
         values = self.values(arm, metric, synthetic)
         return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Interval | None:
-        """Mean of the differences seed by seed: two arms of one seed share weights at the start and all data.
+        """Mean of the differences seed by seed: two arms of one seed share initial weights and all data.
 
-        Of "mmcs" over pairs of seeds of each arm.
+        For "mmcs" over pairs of seeds of each arm.
         """
         if metric == MMCS:
             of_arm, of_other = (self.similarities(name, name, "forward", MMCS) for name in (arm, other))
@@ -71,7 +71,7 @@ class Summary:
         return difference_interval(self.values(arm, metric, synthetic), self.values(other, metric, synthetic))
 
     def similarities(self, arm: str, other: str, *path: str) -> dict[tuple[int, int], float]:
-        """Values by pairs of seeds of two arms, at `path` in the comparison of a pair."""
+        """Values by pair of seeds of two arms, at `path` in the comparison of a pair."""
         swap = (arm, other) not in self.comparisons
         comparison = self.comparisons.get((other, arm) if swap else (arm, other), {"pairs": []})
         keys = [{"forward": "backward", "backward": "forward"}.get(key, key) if swap else key for key in path]
@@ -112,7 +112,7 @@ def committed_summary(study: Study, eval_folder: Path) -> Summary:
 
 
 def shown(interval: Interval | None, metric: str = "", signed: bool = False) -> str:
-    """A mean ± half of its 95 % interval, or a difference with the interval's ends, as text; "-" for none."""
+    """Format a mean ± half of its 95 % interval, or a difference with the interval's ends; None as "-"."""
     digits = FORMATS.get(metric.split(".")[-1], 3)
     if interval is None or interval.half is None or signed:
         return interval_text(interval, digits, signed)

@@ -1,4 +1,4 @@
-"""Stage `synthetic`: the same arms on data whose features are known."""
+"""Stage `synthetic`: the same arms on data with known features."""
 
 import json
 
@@ -21,7 +21,7 @@ from study.true_absorption import true_absorption
 
 
 def run_synthetic(storage: Storage, unit: Unit) -> None:
-    """Train one SAE, and compare its export with the features that the data were made of."""
+    """Train one SAE, and compare its export with the features that the data were made from."""
     study, synthetic = storage.study, storage.study.synthetic
     data = synthetic_data(json.dumps(synthetic.data.to_dict()), study.device)
     cfg = SyntheticSAERunnerConfig(
@@ -52,7 +52,7 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
 def evaluate_on_synthetic_data(
     trained: TrainingSAE, data: SyntheticModel, n_samples: int, batch_size: int, device: str
 ) -> dict[str, float]:
-    """Metrics of an SAE's export, and of the SAE as it selects in training; of absorption if features have children."""
+    """Metrics of an SAE's export and of its selection in training; also absorption if features have children."""
     [exported] = load_saes([("export", trained)], device)
     evaluations = []
     for sae in (exported.sae, trained.eval()):

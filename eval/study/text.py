@@ -19,7 +19,7 @@ CHUNK = 4096
 
 
 def held_out(storage: Storage) -> str:
-    """The text that core is run on: a Hub name or a folder. Core reads the split `train`, so a file becomes one."""
+    """The text that core runs on: a Hub name or a folder. Core reads the split `train`, so a file is copied to one."""
     text = storage.study.held_out
     if not Path(text).is_file():
         return text

@@ -21,10 +21,10 @@ from study.storage import Storage
 
 
 def train(storage: Storage, units: Sequence[Unit]) -> None:
-    """Train and keep the SAEs of one seed.
+    """Train and save the SAEs of one seed.
 
-    Every SAE starts from the same weights and sees the same activations in the same order as every other one of its
-    seed, in whichever run it is trained.
+    All SAEs of a seed start from the same weights and see the same activations in the same order, whichever run they
+    are trained in.
     """
     study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
     by_name = {unit.name: unit for unit in units}
@@ -55,7 +55,7 @@ def cached_activations(storage: Storage) -> Tensor:
     store = text_store(
         language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
     )
-    settings = {"model": study.model, "hook": study.hook}  # of what else they depend on the folder has the hash
+    settings = {"model": study.model, "hook": study.hook}  # the folder's name has a hash of the rest
     return cache_activations(store, study.steps * study.batch_size, storage.activations, settings)
 
 
@@ -96,7 +96,7 @@ def new_sae(study: Study, unit: Unit) -> TrainingSAE:
 
 
 def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
-    """A trained SAE as the class that its arm is of, where this package's step has trained it."""
+    """A trained SAE as its arm's class, if it was trained with this package's step instead."""
     config = sae_config(study, unit.arm, unit.seed)
     if type(config) is type(sae.cfg):
         return sae
@@ -122,5 +122,5 @@ def _language_model(model: str, device: str, dtype: str) -> TransformerBridge:
 
 
 def model_path(model: str) -> str:
-    """What loads the model: a Hub name or a folder; that of smollm2 is made when it is first asked for."""
+    """The Hub name or folder to load the model from; the folder of smollm2 is made on first use."""
     return str(smollm2_folder()) if model == "smollm2" else model

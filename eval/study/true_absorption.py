@@ -1,4 +1,4 @@
-"""Whether the latent of a parent feature goes silent when a child feature fires, where the features are known."""
+"""Whether the latent of a parent feature goes silent when a child feature fires, on data with known features."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from sae_lens.util import cosine_similarities, temporary_seed
 from study.known_features import sample_with_features
 
 MIN_COSINE = 0.6
-"""Cosine of a decoder row with a feature, above which the latent is taken for the feature's."""
+"""Cosine of a decoder row with a feature above which the latent counts as the feature's."""
 SEED = 1
-"""Seed of the samples, which are not those of other metrics."""
+"""Seed of the samples, which differ from those of other metrics."""
 
 
 @torch.no_grad()
@@ -30,11 +30,11 @@ def true_absorption(sae: SAE[Any], data: SyntheticModel, n_samples: int, batch_s
       its children", while the latents of children have absorbed the parent. 0: children make no difference. Below 0:
       it fires more often with them.
 
-    What comes back are means over the parents that have a latent and were seen both with a child and without one, and
-    the number of these parents. It is not SAEBench's absorption, which trains probes for first letters on a language
-    model and looks for latents that stand in for the probe's; it needs no probes and no wide model. It says nothing of
-    parents without a latent, nor of which latent does fire, nor of how strongly. A latent that never fires counts as
-    absorbing nothing, with recalls of 0.
+    Returns means over the parents that have a latent and were seen both with a child and without one, and the number of
+    these parents. This is not SAEBench's absorption, which trains probes for first letters on a language model and
+    looks for latents that stand in for the probe's; it needs no probes and no wide model. It says nothing about parents
+    without a latent, about which latents do fire, or how strongly. A latent that never fires counts as absorbing
+    nothing, with recalls of 0.
     """
     assert data.hierarchy is not None
     children = children_of(data.hierarchy.roots)

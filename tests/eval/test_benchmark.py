@@ -259,5 +259,5 @@ def test_many_features_are_sampled_in_parts(tmp_path):
 
 @pytest.mark.parametrize(("of", "options"), [(study_script, ["tiny", "--status"]), (script, ["small", "--report"])])
 def test_a_misspelt_arm_is_an_error_that_names_those_there_are(of, options, tmp_path):
-    with pytest.raises(SystemExit, match=r"^--arms batchtok matches no arm; there are .*batchtopk"):
+    with pytest.raises(SystemExit, match=r"^--arms batchtok matches no arm; available: .*batchtopk"):
         of.main(["--config", *options, "--arms", "batchtopk", "batchtok", "--results-dir", str(tmp_path)])

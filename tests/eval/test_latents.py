@@ -277,7 +277,7 @@ def test_from_saes_to_the_page_and_back(sae, tmp_path, capsys):
 def test_an_sae_without_such_latents_is_refused(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     options = ["--latents", "2", "--tokens", "512", "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"SAE 'one': no latent .* take more text"):
+    with pytest.raises(ValueError, match=r"SAE 'one': no latent .* use more text"):
         script.main(["--saes", f"one={tmp_path / 'sae'}", *options])
 
 
@@ -285,5 +285,5 @@ def test_a_text_that_would_be_read_twice_is_refused(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} words " * 90}) + "\n" for n in range(3)))
     options = ["--text", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"text.jsonl has fewer than --tokens 32768, and would be read again"):
+    with pytest.raises(ValueError, match=r"text.jsonl has fewer than --tokens 32768 and would be read again"):
         script.main(["--saes", f"one={tmp_path / 'sae'}", *options])

@@ -206,13 +206,13 @@ def test_answers_are_read_with_what_was_left_out(tmp_path):
         ("id,rating\n001,3.0\n", r"latent 001: rating '3.0' is not one of"),
         ("id,mark\n001,4\n", "must have the columns id and rating"),
         ("", "must have the columns id and rating"),
-        ("id,rating\n001,4\n001,3\n", "latent 001 is there twice"),
-        ("id,rating,fires\n001,4,2;5\n", "latent 001: fires '2;5' must be numbers of passages with spaces between"),
-        ("id,rating,fires\n001,4,2 2\n", "latent 001: fires '2 2' must be numbers"),
-        ("id,rating,fires\n001,4,-2\n", "latent 001: fires '-2' must be numbers"),
-        ("id,rating\n999,4\n", "a has answers on latents that are not on this page: 999"),
-        ("id,rating,fires\n002,4,2 11 12\n", "a: latent 002 has 10 passages, and no number 11"),
-        ("id,rating,fires\n002,4,0\n", "a: latent 002 has 10 passages, and no number 0"),
+        ("id,rating\n001,4\n001,3\n", "latent 001 appears twice"),
+        ("id,rating,fires\n001,4,2;5\n", "latent 001: fires '2;5' must be distinct passage numbers separated by"),
+        ("id,rating,fires\n001,4,2 2\n", "latent 001: fires '2 2' must be distinct passage numbers"),
+        ("id,rating,fires\n001,4,-2\n", "latent 001: fires '-2' must be distinct passage numbers"),
+        ("id,rating\n999,4\n", "a has answers for latents that are not on this page: 999"),
+        ("id,rating,fires\n002,4,2 11 12\n", "a: latent 002 has 10 passages; there is no number 11"),
+        ("id,rating,fires\n002,4,0\n", "a: latent 002 has 10 passages; there is no number 0"),
     ],
 )
 def test_other_answers_are_refused(tmp_path, text, message):
@@ -222,7 +222,7 @@ def test_other_answers_are_refused(tmp_path, text, message):
 
 def test_answers_on_passages_of_a_page_without_any_are_refused():
     rows = json.loads((RESULTS / "latents.json").read_text())
-    with pytest.raises(ValueError, match="latent 001 has 0 passages, and no number 2"):
+    with pytest.raises(ValueError, match="latent 001 has 0 passages; there is no number 2"):
         score(rows, {"a": {"001": Answer(4, frozenset({2}))}})
 
 

@@ -192,7 +192,8 @@ def test_missing_novels_are_named(novels, tmp_path):
     for title in TITLES[2:]:
         (tmp_path / f"{title}.txt").symlink_to(novels / f"{title}.txt")
     message = (
-        rf"--text {tmp_path} lacks 2 of the {len(TITLES)} novels .*: {TITLES[0]}.txt, {TITLES[1]}.txt. https://github"
+        rf"--text {tmp_path} lacks 2 of the {len(TITLES)} novels .*: {TITLES[0]}.txt, {TITLES[1]}.txt. "
+        "Get them from https://github"
     )
     with pytest.raises(ValueError, match=message):
         with_text(STUDY, str(tmp_path), tmp_path / "work")
@@ -206,5 +207,5 @@ def test_texts_are_drawn_in_turns_from_all_novels():
     assert Counter(text[0] for text in drawn) == {"a": 4, "b": 2, "c": 4}
     assert draw(sources, 10, "task/train/label") == drawn
     assert set(draw(sources, 10, "other/train/label")) != set(drawn)
-    with pytest.raises(ValueError, match=r"the probing task t/test/x has 42 usable texts, 43 are needed\."):
+    with pytest.raises(ValueError, match=r"the probing task t/test/x has 42 usable texts but needs 43\."):
         draw(sources, 43, "t/test/x")

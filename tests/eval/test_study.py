@@ -68,7 +68,7 @@ def test_the_dry_run_says_what_it_would_take():
     assert all(f"\n{arm.name} " in text for arm in arms(PYTHIA))
     assert "GPU hours" in text
     once = f"{SMOLLM2.steps * SMOLLM2.batch_size:,}"
-    assert f"{once} tokens a run, {once} through the language model" in format_plan(SMOLLM2)
+    assert f"{once} tokens per run, {once} through the language model" in format_plan(SMOLLM2)
 
 
 def test_costs_count_the_products_of_the_way_a_step_takes():
@@ -162,7 +162,7 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
 
 def test_a_text_of_one_file_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"there must be at least two \.txt files, one of them to be held out"):
+    with pytest.raises(ValueError, match=r"must have at least two \.txt files, one of which is held out"):
         with_text(SMOLLM2, str(tmp_path), tmp_path)
     assert with_text(SMOLLM2, "monology/pile-uncopyrighted", tmp_path).dataset == "monology/pile-uncopyrighted"
 
