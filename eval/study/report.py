@@ -18,6 +18,9 @@ from study.summary import Summary, committed, committed_summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "RESULTS.md"
+"""Name of each study's page of tables, and of the page in `eval/`."""
+PAGES = {PAGE: "results.md", "results/bundled.md": "bundled.md"}
+"""Templates of the pages about all studies, by file in `eval/`."""
 LATENTS_OF = {
     "batchtopk": "BatchTopK",
     "one_pool_5": "pool 5, one pool",
@@ -36,7 +39,8 @@ def write_report(storage: Storage, eval_folder: Path) -> Path:
     page.write_text(render_tables(storage))
     if storage.results.resolve() != committed(storage.study.name, eval_folder).resolve():
         return page
-    (eval_folder / PAGE).write_text(render_page(eval_folder))
+    for name, text in render_pages(eval_folder).items():
+        (eval_folder / name).write_text(text)
     return eval_folder / PAGE
 
 
@@ -53,33 +57,33 @@ def render_tables(storage: Storage) -> str:
     )
 
 
-def render_page(eval_folder: Path) -> str:
-    """Page with the findings of the studies, in words."""
+def render_pages(eval_folder: Path) -> dict[str, str]:
+    """Pages with the findings of the studies, in words, by file."""
     summaries = {study.name: committed_summary(study, eval_folder) for study in (TINY, SMOLLM2, BLOCK_10)}
     decided = summaries[BLOCK_10.name]
     real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
     seconds = beside_batchtopk.step_seconds(eval_folder / "results" / "bench_training_step.json")
-    return render(
-        TEMPLATES / "results.md",
-        tiny=summaries[TINY.name],
-        real=real,
-        tables=tables,
-        beside=beside_batchtopk,
-        step_seconds=seconds,
-        time={arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
-        export=export_gaps(real),
-        decision=decision,
-        verdicts=decision.verdict_table(decided) if decision.verdicts(decided) else "",
-        firing=partial(tables.firing, real),
-        excluded=probing_excluded(summaries[TINY.name]),
-        confounded=confounded(summaries[TINY.name]),
-        titles=texts,
-        years=f"{min(years)} to {max(years)}",
-        latents=latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
-        latents_readers=latents_readers(eval_folder / "results" / "latents_smollm2"),
-        devices=" and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
-    )
+    values = {
+        "tiny": summaries[TINY.name],
+        "real": real,
+        "tables": tables,
+        "beside": beside_batchtopk,
+        "step_seconds": seconds,
+        "time": {arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
+        "export": export_gaps(real),
+        "decision": decision,
+        "verdicts": decision.verdict_table(decided) if decision.verdicts(decided) else "",
+        "firing": partial(tables.firing, real),
+        "excluded": probing_excluded(summaries[TINY.name]),
+        "confounded": confounded(summaries[TINY.name]),
+        "titles": texts,
+        "years": f"{min(years)} to {max(years)}",
+        "latents": latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
+        "latents_readers": latents_readers(eval_folder / "results" / "latents_smollm2"),
+        "devices": " and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
+    }
+    return {page: render(TEMPLATES / template, **values) for page, template in PAGES.items()}
 
 
 def latents_table(file: Path) -> str:

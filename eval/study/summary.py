@@ -38,10 +38,7 @@ class Summary:
         self.study = storage.study
         self.arms = {arm.name: arm for arm in arms(self.study)}
         self.on_model = _by_arm(storage.evaluations, units(self.study))
-        if self.study.absorption:
-            for arm, results in _by_arm(storage.absorption, absorption_units(self.study)).items():
-                for seed, result in results.items():
-                    self.on_model[arm][seed]["metrics"] |= result["metrics"]
+        self.absorption = _by_arm(storage.absorption, absorption_units(self.study)) if self.study.absorption else {}
         self.on_synthetic = _by_arm(storage.synthetic, synthetic_units(self.study))
         comparisons = storage.comparisons.load()
         names = [(arm.name, other.name) for arm, other in compared(self.study)]
@@ -49,9 +46,10 @@ class Summary:
 
     def values(self, arm: str, metric: str, synthetic: bool = False) -> dict[int, float]:
         """Values by seed of a metric of the evaluation or the pools, or of `variant.metric` of the thresholds."""
-        results = (self.on_synthetic if synthetic else self.on_model).get(arm, {})
-        values = {seed: _lookup(result, metric) for seed, result in results.items()}
-        return {seed: value for seed, value in values.items() if value is not None}
+        tables = (self.on_synthetic,) if synthetic else (self.on_model, self.absorption)
+        results = [of_seed for table in tables for of_seed in table.get(arm, {}).items()]
+        values = {seed: value for seed, result in results if (value := _lookup(result, metric)) is not None}
+        return dict(sorted(values.items()))
 
     def mean(self, arm: str, metric: str, synthetic: bool = False) -> Interval | None:
         """Mean over seeds; for "mmcs" over pairs of seeds of the arm, of live latents."""
@@ -133,4 +131,4 @@ def _lookup(result: dict[str, Any], metric: str) -> float | None:
     variant, _, name = metric.rpartition(".")
     if variant:
         return result.get("thresholds", {}).get(variant, {}).get(name)
-    return result["metrics"].get(metric, result["pools"].get(metric))
+    return result["metrics"].get(metric, result.get("pools", {}).get(metric))

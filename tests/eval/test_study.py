@@ -32,7 +32,7 @@ from study.plan import (
     synthetic_units,
     units,
 )
-from study.report import render_page, render_tables, write_report
+from study.report import render_pages, render_tables, write_report
 from study.stages import STAGES, to_do
 from study.storage import Storage
 from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
@@ -224,7 +224,7 @@ def test_absorption_in_a_stage_of_its_own_is_of_the_saes_that_were_chosen(tmp_pa
     assert summary.values("batchtopk", "absorption_letters") == {0: 4}
     assert summary.values("batchtopk", "absorption_n_splits") == {0: 1.25}
     assert summary.values("batchtopk", "absorption_recall_best_latent") == {0: 0.25}
-    of_letter = summary.on_model["topk"][0]["metrics"]["absorption_by_letter"]["a"]
+    of_letter = summary.absorption["topk"][0]["metrics"]["absorption_by_letter"]["a"]
     assert of_letter == {"full": 0.5, "fraction": 0.5, "n_splits": 2, "recall_probe": 0.75, "recall_best_latent": 0.25}
     assert not absorption_units(TINY)
 
@@ -274,7 +274,8 @@ def test_committed_results_have_a_row_for_each_unit_of_the_plan(config, name):
 
 
 def test_the_committed_pages_are_those_of_the_committed_results():
-    assert render_page(EVAL) == (EVAL / "RESULTS.md").read_text()
+    for page, text in render_pages(EVAL).items():
+        assert text == (EVAL / page).read_text()
     for config in (TINY, SMOLLM2):
         study = committed_study(config)
         assert render_tables(study) == (study.results / "RESULTS.md").read_text()
