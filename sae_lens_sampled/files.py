@@ -28,7 +28,7 @@ def atomic_write(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{token_hex(8)}.unfinished")
-    with no_space_told(path.parent):
+    with reporting_no_space(path.parent):
         try:
             unfinished.write_text(text, encoding="utf-8")
             os.replace(unfinished, path)
@@ -69,7 +69,7 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         NoSpaceError: if the file or folder does not fit; nothing of it is left then.
     """
-    with scratch_folder(path.parent) as scratch, no_space_told(path.parent):
+    with scratch_folder(path.parent) as scratch, reporting_no_space(path.parent):
         yield scratch / path.name
         if replace:
             shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over one that is not empty
@@ -130,7 +130,7 @@ def reserve(file: Path, n_bytes: int, what: str) -> None:
     Raises:
         NoSpaceError: if the bytes do not fit; the message names `what` they are for, and no file is left.
     """
-    with no_space_told(file.parent, f"{what} need {_size(n_bytes)}"):
+    with reporting_no_space(file.parent, f"{what} need {_size(n_bytes)}"):
         try:
             with file.open("wb") as stream:
                 _allocate(stream.fileno(), file.parent, n_bytes)
@@ -140,7 +140,7 @@ def reserve(file: Path, n_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def no_space_told(folder: Path, need: str = "there is more to write") -> Iterator[None]:
+def reporting_no_space(folder: Path, need: str = "there is more to write") -> Iterator[None]:
     """Convert an error from a full disk, in `folder` or below, into a `NoSpaceError` that begins with `need`."""
     try:
         yield

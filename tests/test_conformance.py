@@ -8,7 +8,7 @@
  6 folding decoder norms: same outputs, an error where unsafe, no NaN from zero rows
  7 folding normalisation: same outputs, thresholds follow
  8 limit: equal to the simpler architecture (BatchTopK)
- 9 auxiliary loss: zero without dead latents, by definition otherwise, gradient to dead latents only
+ 9 auxiliary loss: zero without dead latents, equal to its definition otherwise, gradient to dead latents only
 10 hooks: the cache holds the step's tensors
 11 three-dimensional input is its flattened rows
 12 checkpoints: everything is restored; counters and scaler continue; final metadata

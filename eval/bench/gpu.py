@@ -217,7 +217,10 @@ def read_results(file: Path, device: str) -> Results:
     here = {"versions": training_step.installed_versions(PACKAGES), "machine": machine(device)}
     results = json.loads(file.read_text()) if file.exists() else here
     if {name: results[name] for name in here} != here:
-        raise SystemExit(f"{file} was measured on {results['machine']} with {results['versions']}; move it away first.")
+        raise SystemExit(
+            f"{file} was measured on {results['machine']} with {results['versions']}, but this is {here['machine']} "
+            f"with {here['versions']}; move it aside first."
+        )
     return results
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs: Sampled-SAE beside SAELens' BatchTopK and Matryoshka, interleaved in one run.
+"""Cost of a training step: Sampled-SAE compared with SAELens' BatchTopK and Matryoshka, interleaved in one run.
 
     python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
     python eval/bench/training_step.py --device cuda    # the same on a GPU, with every path forced once
@@ -11,7 +11,7 @@ A step is SAELens' whole trainer step, with clipping and Adam. Its time is the m
 turns, so that other load on the machine affects all alike; only ratios count. `memory_mib` is a step's peak memory
 above parameters and optimiser. `product` is the bare product of inputs and encoder weights, a lower bound. Steps are
 timed at initialisation on Gaussian inputs, and after 200 steps of training on activations of the bundled language model
-(residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation), with the running bound.
+(residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation).
 """
 
 import argparse

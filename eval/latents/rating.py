@@ -86,7 +86,7 @@ def passages_of(text: str | None) -> frozenset[int] | None:
 def score(rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]]) -> list[dict[str, Any]]:
     """Mean rating, share at the top of the scale, and accuracy on the passages, for each SAE and reader.
 
-    Accuracy is balanced accuracy, and its excess over that of the token alone, which is 0 for a reader who looks at
+    Accuracy is balanced accuracy. Its excess over a predictor that sees only the token is 0 for a reader who looks at
     nothing else.
 
     Args:

@@ -30,7 +30,7 @@ from latents.page import blind, write_page
 from latents.rating import read_answers
 from latents.tables import agreement_texts, rating_table, table, token_table
 from sae_lens_sampled.runners.hooks import switch_on
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.saebench import load_saes, parse_source
 from sae_lens_sampled.saebench.models import attach, common_model_kwargs, load_model
 from smollm2 import smollm2_folder
@@ -70,9 +70,9 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
     assert isinstance(dataset, Dataset)
-    with short_text_told(f"--text {args.text}"):
+    with reporting_short_text(f"--text {args.text}"):
         store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=args.context_size, device="cpu")
-    with short_text_told(f"--text {args.text}", store):
+    with reporting_short_text(f"--text {args.text}", store):
         prompts = store.get_batch_tokens(args.tokens // args.context_size)
     if store.n_dataset_processed > len(dataset):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tables of arms beside BatchTopK: what differs, corrected for the number of comparisons, and at which time."""
+"""Tables that compare arms with BatchTopK: differences, corrected for the number of comparisons, and times."""
 
 import itertools
 import json
@@ -20,10 +20,10 @@ DECISION = {
     "absorption, full": "absorption_full",
     "fraction": "absorption_fraction",
 }
-"""Columns that an arm is chosen by; MMCS is of live latents, between seeds."""
+"""Metrics for choosing an arm, by column; MMCS is that of live latents between seeds."""
 SMALLER_IS_BETTER = ("FVU", "dead", "absorption, full", "fraction")
 ALPHA = 0.05
-"""What the chance of a false mark is kept below, over all of a table."""
+"""Family-wise error rate of the marks in a table."""
 BETTER, WORSE = "▲", "▼"
 SIDES = {
     "batchtopk": "SAELens BatchTopK",
@@ -40,7 +40,7 @@ SIDES = {
 
 
 def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
-    """What to choose by, a row for each arm: means with marks for what differs from BatchTopK, and time.
+    """Decision table, one row per arm: means, with marks where they differ from BatchTopK, and time.
 
     Marks are corrected for all comparisons of the table (Holm).
 
@@ -61,7 +61,7 @@ def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
 
 
 def difference_table(summary: Summary) -> str:
-    """What the decision table marks: every arm less BatchTopK, with 95 % intervals; bold where it is marked."""
+    """Differences behind the decision table: every arm minus BatchTopK, with 95 % intervals; bold where marked."""
     found = differences(summary)
     marks = marks_of(found)
     rows = []
@@ -73,7 +73,7 @@ def difference_table(summary: Summary) -> str:
 
 
 def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
-    """Every arm less `base`, by arm and column of the decision table; over pairs of SAEs, for MMCS of pairs."""
+    """Every arm minus `base`, by arm and column of the decision table: over pairs of SAEs or, for MMCS, of seeds."""
     found = {}
     for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
         difference = summary.difference(arm, base, metric)
@@ -83,7 +83,7 @@ def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, st
 
 
 def marks_of(found: Mapping[tuple[str, str], Interval]) -> dict[tuple[str, str], str]:
-    """Signs of the differences that are not 0 after Holm's correction over all of them."""
+    """Marks of the differences that are significant after Holm's correction over all of them."""
     adjusted = holm({key: difference.p for key, difference in found.items() if difference.p is not None})
     return {
         (arm, name): f" {BETTER if (found[arm, name].mean < 0) == (name in SMALLER_IS_BETTER) else WORSE}"

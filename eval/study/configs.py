@@ -154,7 +154,7 @@ class Study:
         return range(self.first_seed, self.first_seed + n)
 
     def settings(self) -> dict[str, Any]:
-        """What results on the language model depend on, as JSON has it; not where and in which portions it runs."""
+        """Settings that determine the results on the language model, as JSON values; not how the work is split."""
         fields = {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
         # A clone in another folder is the same study.
         bundled = {name: fields[name].removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
@@ -171,11 +171,11 @@ class Study:
         return json.loads(json.dumps(fields | bundled))
 
     def absorption_settings(self) -> dict[str, Any]:
-        """What the results of absorption's own stage depend on, as JSON has it."""
+        """Settings that determine the results of absorption's own stage, as JSON values."""
         return json.loads(json.dumps(self.settings() | {"evals": {"absorption": self.absorption}}))
 
     def synthetic_settings(self) -> dict[str, Any]:
-        """What results on synthetic data depend on, as JSON has it."""
+        """Settings that determine the results on synthetic data, as JSON values."""
         shared = ("aux_loss_coefficient", "fixed_pool_factor", "sampled_scores")
         own = asdict(self.synthetic) | {"data": self.synthetic.data.to_dict()}
         return json.loads(json.dumps(own | {name: getattr(self, name) for name in shared}))

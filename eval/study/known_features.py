@@ -1,4 +1,4 @@
-"""SAELens' synthetic data with known features, also for many features."""
+"""SAELens' synthetic data with known features, also with many thousand features."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lens_sampled.files import atomic_path
 
 ROWS = 64
-"""Samples that are made at a time on a CPU: with 16,384 features they stay in the cache, which halves the time."""
+"""Samples generated at a time on a CPU: with 16,384 features these stay in the cache, which halves the time."""
 
 
 @cache
@@ -24,9 +24,9 @@ def synthetic_data(config: str, device: str) -> SyntheticModel:
 
 
 def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Path) -> SyntheticModel:
-    """SAELens' model of a config; its own code takes most of an hour for 16,384 features on two CPU cores.
+    """SAELens' synthetic model, whose features are made orthogonal in a minute and cached in `folder`.
 
-    Here the features take a minute; they are kept in `folder`.
+    SAELens' own code takes most of an hour for 16,384 features on two CPU cores.
     """
     assert config.orthogonalization is not None
     features = FeatureDictionary(

@@ -116,7 +116,7 @@ BLOCK_10 = replace(
     absorption_seeds=5,
     saes_per_run=3,
 )
-"""What the recommendation is decided by."""
+"""The study that decides the recommendation."""
 SPLIT_10 = replace(
     BLOCK_10,
     name="smollm2-split10",

@@ -9,7 +9,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_sampled.files import atomic_path
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from study.plan import Unit, arms
 from study.storage import Storage
 from study.training import language_model, new_sae
@@ -40,7 +40,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     sae = new_sae(study, Unit(arms(study)[0], study.first_seed))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = study.hook, True
     text = held_out(storage)
-    with short_text_told(f"held-out text {text!r}"):
+    with reporting_short_text(f"held-out text {text!r}"):
         store = ActivationsStore.from_sae(
             model,
             sae,
@@ -52,7 +52,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
-        with short_text_told(f"held-out text {text!r}", store):
+        with reporting_short_text(f"held-out text {text!r}", store):
             batch = store.get_batch_tokens()
         x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)

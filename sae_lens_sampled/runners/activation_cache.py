@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sae_lens_sampled.files import atomic_write, reserve
 from sae_lens_sampled.runners.hooks import switch_on
-from sae_lens_sampled.runners.stores import check_count, check_hooks, short_text_told, store_settings
+from sae_lens_sampled.runners.stores import check_count, check_hooks, reporting_short_text, store_settings
 from sae_lens_sampled.signals import interruptible
 
 DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "settings.json", "lock"
@@ -54,7 +54,7 @@ def text_store(
         if "train" not in dataset:
             raise ValueError(f"dataset has no split 'train', only {sorted(dataset)}; pass one of them instead.")
         dataset = dataset["train"]
-    with short_text_told(text):
+    with reporting_short_text(text):
         return ActivationsStore(
             model,
             str(dataset) if isinstance(dataset, Path) else dataset,
@@ -118,12 +118,12 @@ def _complete_activations(
         (folder / PROGRESS).unlink(missing_ok=True)
         done = {"prompts": 0, "tokens": 0}
     if done["tokens"] < n_tokens:
-        with _end_told(store, done, n_tokens):
+        with _reporting_early_end(store, done, n_tokens):
             for _ in range(done["prompts"]):  # read without running the model
                 store.get_batch_tokens(1, raise_at_epoch_end=True, move_to_model_device=False)
     with tqdm(total=n_tokens, initial=min(done["tokens"], n_tokens), unit="token", desc="Language model") as bar:
         while done["tokens"] < n_tokens:
-            with _end_told(store, done, n_tokens):
+            with _reporting_early_end(store, done, n_tokens):
                 rows = store.get_filtered_llm_batch(raise_on_epoch_end=True)[: n_tokens - done["tokens"]]
             if activations is None:
                 reserve(file, 2 * n_entries, "the activations")
@@ -159,7 +159,7 @@ def _mapped(file: Path, n_entries: int, n_tokens: int) -> BFloat16[Tensor, "n_to
 
 
 @contextmanager
-def _end_told(store: ActivationsStore, done: Mapping[str, int], n_tokens: int) -> Iterator[None]:
+def _reporting_early_end(store: ActivationsStore, done: Mapping[str, int], n_tokens: int) -> Iterator[None]:
     """Turns the end of the text into a readable error. The last pass is dropped if the text does not fill it."""
     try:
         yield
@@ -188,7 +188,10 @@ def shuffled_batches(
     """
     check_count(batch_size, "batch_size")
     if len(activations) < batch_size:
-        raise ValueError(f"{len(activations)} rows are fewer than batch_size={batch_size}.")
+        raise ValueError(
+            f"activations has {len(activations)} rows, fewer than batch_size={batch_size}; cache more tokens or use "
+            "smaller batches."
+        )
     return _shuffled_batches(activations, batch_size, seed, first)
 
 

@@ -14,7 +14,7 @@ from sae_lens_sampled.files import atomic_path, check_new, reserve
 from sae_lens_sampled.metrics import differs
 from sae_lens_sampled.runners.hooks import switch_on
 from sae_lens_sampled.runners.language_model import load_model_of_run
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.runners.training_data import (
     TokenSettings,
     expected_first_token_share,
@@ -22,7 +22,7 @@ from sae_lens_sampled.runners.training_data import (
     store_of_run,
     token_settings,
 )
-from sae_lens_sampled.runners.transcoder import hooks_of, read_both
+from sae_lens_sampled.runners.transcoder import hooks_of, read_both, unnamed_hook
 from sae_lens_sampled.sae.calibration import CalibrationReport, calibrate_thresholds, check_calibration
 from sae_lens_sampled.sae.inference import load_checkpoint
 from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
@@ -71,7 +71,7 @@ def calibrate(
         reserve(held, sum(p.numel() * p.element_size() for p in sae.parameters()) + 2**20, "the calibrated SAE")
         store = activations_of_run(sae, settings, dataset, batch_size, device, model, model_kwargs)
         tokenizer: Any = store.model.tokenizer
-        with short_text_told(_named(dataset), store):
+        with reporting_short_text(_named(dataset), store):
             share = first_token_share(store)
         expected = expected_first_token_share(settings, tokenizer.bos_token_id)
         exported, report = calibrate_thresholds(sae, store, mode=mode, target_l0=target_l0, max_tokens=max_tokens)
@@ -99,7 +99,7 @@ def activations_of_run(
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
     switch_on(language_model, hooks)
-    with short_text_told(_named(dataset)):
+    with reporting_short_text(_named(dataset)):
         store = store_of_run(language_model, sae, settings, dataset, batch_size, device)
     if isinstance(sae, SampledTopKTranscoder):
         read_both(store, hooks, sae.cfg.batch_parts)
@@ -115,7 +115,7 @@ def _hooks(sae: TrainingSAE[Any]) -> list[str]:
     if isinstance(sae, SampledTopKTranscoder):
         return hooks_of(sae)
     if sae.cfg.metadata.hook_name is None:
-        raise ValueError(f"the metadata of this {type(sae).__name__} has no hook_name: set it first.")
+        raise ValueError(unnamed_hook(sae, "hook_name"))
     return [sae.cfg.metadata.hook_name]
 
 

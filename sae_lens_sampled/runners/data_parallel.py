@@ -35,7 +35,7 @@ from sae_lens_sampled.runners.processes import (
     own_device,
 )
 from sae_lens_sampled.runners.progress import no_bar
-from sae_lens_sampled.runners.resumable import ResumableRunner, ResumableTrainer
+from sae_lens_sampled.runners.resumable import ResumableRunner, ResumableTrainer, with_newest_checkpoint
 from sae_lens_sampled.sae.checks import check_groups
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.gradient_sum import check_is_exact
@@ -119,6 +119,7 @@ class DataParallelRunner(ResumableRunner):
     ) -> None:
         self.control: GroupRanks | None = None  # for exchanging data on the CPU
         self.rank, count = 0, number_of_processes()
+        cfg = with_newest_checkpoint(cfg)
         if cfg.resume_from_checkpoint is not None:
             check_same_number(Path(cfg.resume_from_checkpoint), count)
         if count > 1:

@@ -87,7 +87,7 @@ def join_processes(device: str, timeout: timedelta) -> GroupRanks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _check_environment()
-        with _waiting_told():
+        with _reporting_waits():
             dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=timeout)
     on_cpu = dist.new_group(timeout=timeout, backend="gloo")
     assert isinstance(on_cpu, dist.ProcessGroup)  # of all processes, so this one is in it
@@ -101,7 +101,7 @@ def leave_processes() -> None:
 
 
 @contextmanager
-def _waiting_told() -> Iterator[None]:
+def _reporting_waits() -> Iterator[None]:
     """Reports from time to time that this process is still waiting, and for what."""
     rank, count, joined = rank_of_process(), number_of_processes(), threading.Event()
     others = "the other process" if count == 2 else f"the {count - 1} other processes"
@@ -150,7 +150,7 @@ def _from_environment(name: str, default: int, lowest: int = 0) -> int:
         return default
     if not value.isdecimal() or int(value) < lowest:
         raise ValueError(
-            f"{name}={value!r} in the environment must be a whole number of at least {lowest}; torchrun sets it. Unset "
-            "it to train on one process."
+            f"{name}={value!r} in the environment must be a whole number of at least {lowest}; torchrun sets it. To "
+            "train on one process, unset the variables that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK, MASTER_PORT)."
         )
     return int(value)

@@ -7,6 +7,7 @@ in the text while another thread is already reading on.
 """
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sae_lens_sampled.folders import UNFOLDED, find_checkpoint, read_config
 from sae_lens_sampled.runners.hooks import heads_side_by_side, is_split, switch_on
 from sae_lens_sampled.runners.patches import adopt_trainer
 from sae_lens_sampled.runners.run_checks import check_hook, check_run, check_same_activations
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.runners.training_data import remember_settings
 from sae_lens_sampled.sae.checks import check_same_weights
 from sae_lens_sampled.signals import Interrupted, Signals
@@ -71,7 +72,10 @@ class WholeHookEvaluator(LLMSaeEvaluator[Any]):
 
 
 class ResumableRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with a `ResumableTrainer`; reports its checkpoint folder and saves one more when stopped."""
+    """SAELens' runner with a `ResumableTrainer`; reports its checkpoint folder and saves one more when stopped.
+
+    `resume_from_checkpoint` may also be the folder of a run, which is resumed from its newest complete checkpoint.
+    """
 
     signals: Signals | None = None
     """Set if the caller already handles signals; otherwise `run` does, while it runs."""
@@ -82,12 +86,13 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
+        cfg = with_newest_checkpoint(cfg)
         given = {name for name, value in overrides.items() if value is not None}
         if cfg.resume_from_checkpoint is not None:
             _check_same_run(cfg, "override_model" in given, overrides.get("override_sae"))
         text = "override_dataset" if "override_dataset" in given else f"dataset_path={cfg.dataset_path!r}"
         try:
-            with short_text_told(text):
+            with reporting_short_text(text):
                 super().__init__(cfg, **overrides)
         except OSError as error:
             if hasattr(self, "activations_store"):  # later loading errors name their own cause
@@ -151,13 +156,24 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         return trainer.sae
 
 
+def with_newest_checkpoint(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
+    """The config, or a copy that resumes from the newest complete checkpoint if it names the folder of a run.
+
+    Raises:
+        ValueError: if there is no complete checkpoint; the message names the newest one beside the folder.
+    """
+    if cfg.resume_from_checkpoint is None:
+        return cfg
+    found = copy(cfg)
+    found.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))
+    return found
+
+
 def _check_same_run(
     cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
 ) -> None:
     """Reject a checkpoint of other weights or activations before anything is loaded."""
     checkpoint = Path(str(cfg.resume_from_checkpoint))
-    if not checkpoint.is_dir():
-        find_checkpoint(checkpoint)  # raises an error that names the newest
     if override_sae is not None:
         check_same_weights(checkpoint, override_sae.cfg.to_dict())
     elif cfg.from_pretrained_path is not None:

@@ -73,7 +73,7 @@ def check_hooks(store: ActivationsStore) -> None:
 
 
 @contextmanager
-def short_text_told(text: str, store: ActivationsStore | None = None) -> Iterator[None]:
+def reporting_short_text(text: str, store: ActivationsStore | None = None) -> Iterator[None]:
     """Turns SAELens' bare StopIteration, for a text without a single prompt, into an error that begins with `text`.
 
     Args:

@@ -16,10 +16,10 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_sampled.files import atomic_path, link_or_copy
-from sae_lens_sampled.folders import find_checkpoint
 from sae_lens_sampled.runners.data_parallel import DataParallelRunner
 from sae_lens_sampled.runners.processes import leave_processes, number_of_processes, rank_of_process
 from sae_lens_sampled.runners.progress import live_bar
+from sae_lens_sampled.runners.resumable import with_newest_checkpoint
 from sae_lens_sampled.runners.run_checks import check_run
 from sae_lens_sampled.runners.transcoder import TranscoderRunner
 from sae_lens_sampled.sae.transcoder import SampledTopKTranscoderConfig
@@ -128,6 +128,4 @@ def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
         raise ValueError(f"one of {names} is 0, but SAELens divides by each.") from error
     check_run(cfg)
-    if cfg.resume_from_checkpoint is not None:
-        cfg.resume_from_checkpoint = str(find_checkpoint(Path(cfg.resume_from_checkpoint)))
-    return cfg
+    return with_newest_checkpoint(cfg)

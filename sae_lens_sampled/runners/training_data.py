@@ -153,7 +153,7 @@ def first_token_share(store: ActivationsStore) -> float:
 
 
 def expected_first_token_share(settings: TokenSettings, bos_token_id: int | None) -> float | None:
-    """Share of first tokens in training by the run's settings, 0 or one per prompt; None if these are unknown."""
+    """Share of first tokens among the training tokens, by the run's settings; None if these are unknown."""
     if not {"exclude_special_tokens", "seqpos_slice"}.isdisjoint(settings.unknown):
         return None
     positions = range(settings.context_size)[slice(*settings.seqpos_slice)]

@@ -174,8 +174,16 @@ def hooks_of(transcoder: SAE[Any]) -> list[str]:
     hooks = {name: getattr(metadata, name) for name in ("hook_name", "hook_name_out")}
     for name, hook in hooks.items():
         if hook is None:
-            raise ValueError(f"the metadata of this {type(transcoder).__name__} has no {name}: set it first.")
+            raise ValueError(unnamed_hook(transcoder, name))
     return list(hooks.values())
+
+
+def unnamed_hook(sae: SAE[Any], name: str) -> str:
+    """Error message for metadata that lacks the name of a hook."""
+    return (
+        f"the metadata of this {type(sae).__name__} has no {name}; set sae.cfg.metadata.{name} to the hook that it was "
+        "trained on, or in a folder, in the metadata of cfg.json."
+    )
 
 
 def read_both(store: ActivationsStore, hooks: list[str], widths: dict[str, int]) -> None:

@@ -182,7 +182,10 @@ def _collect(activations: Iterable[Tensor], sae: SampledTopKTrainingSAE, max_tok
         batch = batch.reshape(-1, batch.shape[-1]).to(sae.device)
         n_bad = int((~batch.isfinite()).any(dim=1).sum())
         if n_bad:
-            raise ValueError(f"{n_bad} of {len(batch)} rows of batch {len(batches)} are not finite.")
+            raise ValueError(
+                f"{n_bad} of {len(batch)} rows of calibration batch {len(batches) + 1} are not finite; look for "
+                "overflow in the language model (float16?)."
+            )
         if len(batch):
             batches.append(batch)
             n_tokens += len(batch)

@@ -25,7 +25,7 @@ from transformer_lens import HookedTransformer
 from sae_lens_sampled.files import reserve
 from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import is_split
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct
 from sae_lens_sampled.saebench.patches import core_inputs, sae_methods
 
@@ -86,7 +86,7 @@ def record(
     """
     # Tokens of both parts; the sparsity part starts again from the beginning of the text.
     n_prompts, n_batches = config.batch_size_prompts, config.n_eval_sparsity_variance_batches
-    with short_text_told(f"text={config.dataset!r}", store):
+    with reporting_short_text(f"text={config.dataset!r}", store):
         reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
         store.reset_input_dataset()
         encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]

@@ -47,10 +47,10 @@ def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
 
 
 def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str]) -> dict[str, Any]:
-    """Write a `result` atomically, under the SAE's own names, and return what was written.
+    """Write a `result` atomically, with the SAE's own release and id, and return what was written.
 
-    Its architecture, which plots show, is the one the SAE was trained as, not "jumprelu" for each exported BatchTopK or
-    Sampled SAE.
+    The result's architecture, which plots show, is that of the training SAE; otherwise every exported BatchTopK or
+    Sampled-SAE would be "jumprelu".
     """
     names = {"sae_lens_release_id": sae.release, "sae_lens_id": sae.sae_id}
     cfg = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}

@@ -14,7 +14,7 @@ import torch
 from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from tqdm.auto import tqdm
 
-from sae_lens_sampled.files import NoSpaceError, check_writable, no_space_told, scratch_folder
+from sae_lens_sampled.files import NoSpaceError, check_writable, reporting_no_space, scratch_folder
 from sae_lens_sampled.runners.language_model import dtype_of, meaningful_kwargs
 from sae_lens_sampled.saebench import patches
 from sae_lens_sampled.saebench.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
@@ -258,7 +258,7 @@ def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
     setup = evaluation.setup
     log = setup.output_dir / "artifacts" / "sae_bench.log"
     with (
-        no_space_told(setup.output_dir),
+        reporting_no_space(setup.output_dir),
         patches.for_every_eval(setup.model, setup.scratch, setup.seed, log),
         _tokens_shown(setup.model, progress, f"{evaluation.name}: {doing}"),
     ):

@@ -1,4 +1,4 @@
-"""How much of a large matrix is computed at a time: a chunk that stays in the cache is almost free to read."""
+"""Size of the chunks in which large matrices are computed: a chunk that stays in the cache is almost free to read."""
 
 import torch
 

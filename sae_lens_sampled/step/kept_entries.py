@@ -145,11 +145,11 @@ def find_candidates(
     extracted: Extracted | None,
     reduced: ReducedProduct | None = None,
 ) -> tuple[Entries | None, ScanCost]:
-    """Entries in the pools, in the order of `Extracted`, including the `n_keep` largest or else all positive ones.
+    """Entries of pooled latents, in the order of `Extracted`: at least the `n_keep` largest, or all positive ones.
 
     If the scan's bound was too high or too low, the columns are scanned again with the pools known: above a bound
     estimated from this batch and, if that is too high, above 0. The kept entries do not depend on the bound. All ranks
-    decide identically. Returns the entries, or None if they are too many for a sparse matrix, and the cost.
+    decide identically. Returns the entries, or None if more exceed the bound than a scan may extract, and the cost.
 
     Args:
         batch: inputs and settings of the selection.

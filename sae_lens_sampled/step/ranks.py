@@ -173,20 +173,20 @@ class GroupRanks(SeveralRanks):
     def broadcast(self, x: Tensor) -> None:
         """Overwrite `x` with rank 0's."""
         root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        with _lost_ranks_told(self):
+        with _reporting_lost_ranks(self):
             dist.broadcast(x, root, group=self.group)
 
     def gather(self, x: T) -> list[T]:
         """The objects passed by all processes; anything that can be pickled."""
         everyone: list[Any] = [None] * self.count
-        with _lost_ranks_told(self):
+        with _reporting_lost_ranks(self):
             dist.all_gather_object(everyone, x, group=self.group)
         return everyone
 
     def _reduced(self, x: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         x = x.to(torch.uint8).contiguous() if x.dtype == torch.bool else x.contiguous().clone()
         self.n_bytes += x.numel() * x.element_size()
-        with _lost_ranks_told(self):
+        with _reporting_lost_ranks(self):
             dist.all_reduce(x, operation, group=self.group)
         return x
 
@@ -196,7 +196,7 @@ class LostRankError(ConnectionError):
 
 
 @contextmanager
-def _lost_ranks_told(ranks: GroupRanks) -> Iterator[None]:
+def _reporting_lost_ranks(ranks: GroupRanks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

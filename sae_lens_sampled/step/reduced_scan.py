@@ -78,7 +78,7 @@ class ReducedProduct(NamedTuple):
     """The slope's term for storing the product, which a known value replaces by a tighter one."""
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "latents tokens"]]]:
-        """Pre-activations by chunk of latents, in float32, with an error of at most E; a chunk overwrites the last."""
+        """Pre-activations by chunk of latents, in float32, off by at most E; each overwrites the previous one."""
         W_enc, b_enc, _, norms, _ = self.weights
         (n_tokens, d_in), d_sae = self.x.shape, len(b_enc)
         width = min(chunk_length(n_tokens, self.x.device), d_sae)

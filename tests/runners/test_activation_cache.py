@@ -273,7 +273,7 @@ def test_a_resumed_run_sees_the_batches_that_come_next(n_seen):
 
 
 def test_less_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match="3 rows are fewer than batch_size=4"):
+    with pytest.raises(ValueError, match="activations has 3 rows, fewer than batch_size=4; cache more"):
         shuffled_batches(torch.zeros(3, 2).bfloat16(), 4, seed=0)
     for batch_size in (0, -2):
         with pytest.raises(ValueError, match=rf"^batch_size={batch_size} must be a whole number of at least 1\.$"):

@@ -6,8 +6,15 @@ import re
 
 import pytest
 import sae_lens.llm_sae_training_runner
+import torch
 from runner_worker import runner_config
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATIONS_STORE_STATE_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import save_file
 
 from sae_lens_sampled import DataParallelRunner, SampledTopKTranscoder, SampledTopKTranscoderConfig, TranscoderRunner
 from sae_lens_sampled.runners.resumable import ResumableRunner
@@ -43,10 +50,13 @@ def resuming(sae, folder, **fields):
 
 
 def save_checkpoint(sae_cfg, folder, **fields):
-    """Write those of SAELens' checkpoint files that describe what was trained, as a run in `folder` would."""
-    cfg = resuming(sae_cfg, folder, resume_from_checkpoint=None, **fields)
-    TrainingSAE.from_dict(copy.deepcopy(sae_cfg).to_dict()).save_model(folder / "checkpoint")
-    (folder / "checkpoint" / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
+    """Write a checkpoint that describes what was trained, as a run in `folder` would; its states are empty."""
+    cfg, checkpoint = resuming(sae_cfg, folder, resume_from_checkpoint=None, **fields), folder / "checkpoint"
+    TrainingSAE.from_dict(copy.deepcopy(sae_cfg).to_dict()).save_model(checkpoint)
+    torch.save({}, checkpoint / TRAINER_STATE_FILENAME)
+    (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).write_text("{}")
+    save_file({}, checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+    (checkpoint / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
 
 
 def refused(runner, cfg, **given):
@@ -80,6 +90,16 @@ def test_other_weights_are_refused_before_the_model_is_loaded(tmp_path, runner, 
         f"not fit, or would mean something else. Resume with {name}={theirs!r}, or leave out resume_from_checkpoint to "
         "start over."
     )
+
+
+@pytest.mark.parametrize("runner", [ResumableRunner, DataParallelRunner])
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(tmp_path, runner):
+    save_checkpoint(sae_config(), tmp_path)
+    cfg = resuming(sae_config(d_sae=256), tmp_path, resume_from_checkpoint=str(tmp_path))
+    assert f"d_sae=256, but {str(tmp_path / 'checkpoint')!r} was trained with d_sae=192" in refused(runner, cfg)
+    assert cfg.resume_from_checkpoint == str(tmp_path)  # the caller's config is not changed
+    (tmp_path / "checkpoint" / TRAINER_STATE_FILENAME).unlink()
+    assert "holds no complete checkpoint" in refused(runner, cfg)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +189,7 @@ def test_fields_that_a_checkpoint_lacks_are_not_compared(tmp_path):
     cfg = resuming(changed, tmp_path, hook_name="gpt_neox.layers.1")
     assert refused(TranscoderRunner, cfg).startswith("model_name='not there' cannot be loaded")
     save_checkpoint(transcoder_config(), tmp_path)
-    (tmp_path / "checkpoint" / "runner_cfg.json").write_text("[1")
+    (tmp_path / "checkpoint" / "runner_cfg.json").write_text("[]")
     assert "cannot be loaded" in refused(TranscoderRunner, resuming(transcoder_config(), tmp_path))
 
 

@@ -10,7 +10,7 @@ from runner_worker import runner_config
 from sae_lens import ActivationsStore
 
 from sae_lens_sampled import DataParallelRunner
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 
 TOO_SHORT = (
     "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Use more text or a smaller "
@@ -92,7 +92,7 @@ def test_rows_that_are_not_joined_are_reported_by_the_longest(tiny_lm, tmp_path)
         pytest.raises(
             ValueError, match=r"^it gives no prompt of context_size=32 .* 39 tokens, 16 in its longest row\."
         ),
-        short_text_told("it", store),
+        reporting_short_text("it", store),
     ):
         store.get_batch_tokens()
 

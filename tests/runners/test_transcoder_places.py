@@ -73,7 +73,7 @@ def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
 def test_hooks_that_are_not_named_are_reported(tiny_lm, bridge, tmp_path):
     nameless = SampledTopKTranscoder(runner_config(tiny_lm, hook_name_out=None).sae)
     nameless.cfg.metadata.hook_name = BRIDGED_IN
-    told = "the metadata of this SampledTopKTranscoder has no hook_name_out: set it first."
+    told = r"the metadata of this SampledTopKTranscoder has no hook_name_out; set sae.cfg.metadata.hook_name_out to"
     with pytest.raises(ValueError, match=told), as_sae_on_outputs(nameless, bridge):
         pass
     nameless.save_model(tmp_path / "checkpoint")

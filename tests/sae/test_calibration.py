@@ -156,7 +156,10 @@ def test_bad_input_is_reported_in_one_sentence():
         ([], r"^calibration got 0 tokens; it needs at least 256"),
         ([activations(100)], r"^calibration got 100 tokens; it needs at least 256"),
         ([torch.zeros(300, 13)], r"^activations of shape \(300, 13\) must have last dimension d_in=12\.$"),
-        ([BATCHES[0], BATCHES[1] / 0], r"^100 of 100 rows of batch 1 are not finite\.$"),
+        (
+            [BATCHES[0], BATCHES[1] / 0],
+            r"^100 of 100 rows of calibration batch 2 are not finite; look for overflow in the language model",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(sae, batches)
@@ -222,7 +225,7 @@ def test_an_sae_of_another_kind_is_refused_with_the_way_out():
         calibrate_thresholds(batchtopk_sae(), activations(300))
 
 
-def test_rare_latents_are_counted_and_told():
+def test_rare_latents_are_counted_and_reported():
     message = r"^2 of 4 live latents are selected fewer than 10 times in 1,000 tokens.* needs about 5,000 tokens\.$"
     with pytest.warns(UserWarning, match=message):
         _warn_of_rare_latents(torch.tensor([0, 2, 9, 10, 30]), 1000)

@@ -1,4 +1,4 @@
-"""The two limits of the family: BatchTopK, bit for bit, and per-token TopK."""
+"""The two limiting cases of the family: BatchTopK, bit for bit, and per-token TopK."""
 
 import pytest
 import torch

@@ -73,7 +73,7 @@ def assert_is_same_place(model, hook_name, hooked, known):
 
 
 def attached(hook_name, d_in, model, **fields):
-    """Name of the hook in SAEBench's model and None, or None and the reason why there is no such hook."""
+    """(hook name in SAEBench's model, None), or (None, error message) if the SAE is refused."""
     metadata = SAEMetadata(model_name="x", hook_name=hook_name, prepend_bos=False, **fields)
     [sae] = load_saes([("one", StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8, metadata=metadata)))])
     try:

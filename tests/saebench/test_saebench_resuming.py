@@ -37,7 +37,7 @@ from eval_helpers import (
     run_small,
 )
 
-from sae_lens_sampled.files import NoSpaceError, atomic_path, atomic_write, no_space_told, reserve, scratch_folder
+from sae_lens_sampled.files import NoSpaceError, atomic_path, atomic_write, reporting_no_space, reserve, scratch_folder
 from sae_lens_sampled.saebench import EvalError, load_saes, run_evals
 from sae_lens_sampled.saebench.evals import EVALS
 from sae_lens_sampled.saebench.evals.absorption import Absorption
@@ -262,9 +262,9 @@ def test_without_an_allocation_the_free_space_decides(n_free, tmp_path, monkeypa
 def test_every_writer_of_a_full_disk_is_understood(error, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=4096))
     message = rf"^there is more to write, but {tmp_path} has 0\.0 MB left; make room"
-    with pytest.raises(NoSpaceError, match=message), no_space_told(tmp_path):
+    with pytest.raises(NoSpaceError, match=message), reporting_no_space(tmp_path):
         raise error
-    with pytest.raises(ValueError, match="another"), no_space_told(tmp_path):
+    with pytest.raises(ValueError, match="another"), reporting_no_space(tmp_path):
         raise ValueError("another")
 
 

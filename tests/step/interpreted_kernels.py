@@ -248,7 +248,7 @@ FAR = 2**31 + 2**20
 
 
 def test_tiles_beyond_two_to_the_31():
-    """The second token, group, tile and sum of a matrix with `FAR` latents."""
+    """Later tokens, groups, tiles and sums are addressed correctly where offsets exceed int32 (strides of `FAR`)."""
     zeros, ints, base = torch.zeros(4), torch.zeros(8, dtype=torch.int32), torch.zeros(1)
     given = {
         "products": torch.ones(4, 4), "b_enc": zeros, "norms": None, "bound": zeros[0],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
-from sae_lens_sampled.runners.stores import short_text_told
+from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
 from sae_lens_sampled.saebench import patches, recording
 from sae_lens_sampled.saebench.evals.base import Eval
@@ -78,7 +78,7 @@ class Core(Eval):
 
     def _record(self, site: recording.Site, saes: Sequence[EvalSAE], file: Path) -> None:
         hooked = self.setup.model.hooked
-        with short_text_told(f"text={self.config.dataset!r}"):
+        with reporting_short_text(f"text={self.config.dataset!r}"):
             store = ActivationsStore.from_sae(
                 hooked,
                 saes[0].sae,
