@@ -1,4 +1,4 @@
-"""What a study is made of: every setting that its numbers depend on."""
+"""A study's settings: everything that its numbers depend on."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from bundled import EXAMPLES
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Data with known features, of the kind of SynthSAEBench (arXiv 2602.14687) at a smaller scale."""
+    """Data with known features, like SynthSAEBench (arXiv 2602.14687) at a smaller scale."""
 
     data: SyntheticModelConfig = field(
         default_factory=lambda: SyntheticModelConfig(
@@ -32,11 +32,11 @@ class Synthetic:
             seed=0,
         )
     )
-    """The features, as SAELens describes them."""
+    """The synthetic model, as SAELens configures it."""
     d_sae: int = 256
     """Number of latents."""
     k: int = 5
-    """Latents kept per sample, on average: as many as features fire, 5.2."""
+    """Mean latents kept per sample; 5.2 features fire on average."""
     batch_size: int = 512
     """Samples per training step."""
     steps: int = 1000
@@ -46,7 +46,7 @@ class Synthetic:
     dead_window: int = 100
     """Training steps without firing after which a latent counts as dead."""
     eval_samples: int = 32_768
-    """Fresh samples that an SAE is evaluated on."""
+    """Fresh samples for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class Study:
     """One study; `arms` in `plan.py` says which SAEs it trains."""
 
     name: str
-    """Name on the command line and of the results' folder."""
+    """Name on the command line and in the name of the results folder."""
     model: str
     """Language model: a Hub name or a folder in Hugging Face format."""
     model_parameters: int
-    """Number of the model's parameters, for the estimate of costs."""
+    """Number of model parameters, for estimating costs."""
     dataset: str
-    """Text that the SAEs are trained on: a Hub name or a folder with a split `train`."""
+    """Training text: a Hub name or a folder with a split `train`."""
     held_out: str
-    """Text that core is run on: a Hub name or a JSONL file."""
+    """Text for core: a Hub name or a JSONL file."""
     hook: str
-    """Where in the model the activations are read, by TransformerLens' name."""
+    """TransformerLens' name of the hook whose activations are used."""
     d_in: int
     """Width of the activations."""
     d_sae: int
-    """Number of latents, in all arms but the narrow ones."""
+    """Number of latents in all arms except the narrow ones."""
     k: int
     """Latents kept per token, on average."""
     batch_size: int
@@ -82,72 +82,71 @@ class Study:
     context_size: int
     """Tokens per prompt."""
     evals: dict[str, dict[str, Any]]
-    """SAEBench's evals to run, with the fields of their configurations that are set."""
+    """SAEBench evals to run, with overrides of their configurations."""
     probing_datasets: tuple[str, ...] = ()
-    """Labelled sets for sparse probing, as files or folders; none for SAEBench's eight."""
+    """Labelled sets for sparse probing, as files or folders; empty for SAEBench's eight."""
     probing_splits: int = 0
-    """Splits of each task in `probing_tasks.py`, which are built from a folder that the user names as the text and are
-    probed instead of `probing_datasets`; 0 for none."""
+    """Splits per task of `probing_tasks.py`, which are built from the text folder that the user names and replace
+    `probing_datasets`; 0 for none."""
     probing_tasks: str = ""
-    """Fingerprint of the built tasks, which stands for `probing_datasets` in the settings."""
+    """Fingerprint of the built tasks, in place of `probing_datasets` in the settings."""
     synthetic: Synthetic = field(default_factory=Synthetic)
-    """The part of the study on data with known features."""
+    """Settings of the part on data with known features."""
     aux_loss_coefficient: float = 1 / 32
     """Weight of the auxiliary loss, in every arm."""
     pool_factors: tuple[float, ...] = (1.5, 3, 5, 10, 20)
-    """Pool sizes over k that are swept."""
+    """Pool factors of the sweep."""
     group_sizes: tuple[int, ...] = (16, 64, 256)
-    """Tokens that share a pool; each is swept with every pool factor, as is one pool per batch."""
+    """Group sizes of the sweep, each combined with every pool factor; one pool per batch is always included."""
     fixed_pool_factor: float = 5
-    """Pool size over k of the arms that are about something else."""
+    """Pool factor of the arms that vary something else."""
     scores: tuple[str, ...] = ("squared_l2", "entropy", "perplexity", "ridge_leverage", "uniform")
-    """Scores that are compared with `l2_norm` at the fixed pool factor."""
+    """Scores compared with `l2_norm` at the fixed pool factor."""
     sampled_scores: tuple[str, ...] = ("squared_l2", "uniform")
-    """Those of the scores whose pools are drawn in proportion to the score."""
+    """Scores whose pools are drawn in proportion to the score."""
     n_seeds: int = 3
     """SAEs trained per arm."""
     n_stability_seeds: int = 5
-    """SAEs trained per arm where seeds are compared: BatchTopK, and the fixed pool factor with one pool and in groups
-    of 16."""
+    """SAEs trained per arm for BatchTopK and for the fixed pool factor with one pool and in groups of 16, whose seeds
+    are compared."""
     mixed_prompts: int = 16
-    """Prompts whose tokens the activation store mixes, besides those that it has just read (SAELens'
-    `n_batches_in_buffer`, which counts prompts)."""
+    """Prompts in the activation store's mixing buffer (SAELens' `n_batches_in_buffer`)."""
     held_out_tokens: int = 65_536
-    """Tokens for live latents and contexts; thresholds at equal L0 are set on one half of them and measured on the
-    other. SAEBench's evals have numbers of their own."""
+    """Tokens for finding live latents and contexts; thresholds at equal L0 are set on one half and measured on the
+    other. SAEBench's evals set their own numbers."""
     saes_per_run: int = 6
-    """SAEs trained in one run of SAELens, from one pass of the language model: a unit of work."""
+    """SAEs trained together in one run of SAELens, from one pass of the language model: a unit of work."""
     device: str = "cpu"
-    """PyTorch's name of the device."""
+    """PyTorch device name."""
     arms: tuple[str, ...] = ("*",)
-    """Patterns of the names of arms that there are."""
+    """Name patterns of the arms that are included."""
     on_synthetic_data: bool = True
-    """Whether the arms are trained on data with known features too, which are the same in every study."""
+    """Whether the arms are also trained on data with known features, which are the same in every study."""
     dtype: str = "float32"
-    """PyTorch's name of the language model's type, in training and in evals, which have the SAEs in it too."""
+    """Dtype of the language model in training and evals; in evals also of the SAEs."""
     cached: bool = False
-    """Whether SAEs are trained on activations from a file, in batches from the whole text: one pass of the model for
-    all arms and seeds. Otherwise `mixed_prompts` are mixed."""
+    """Whether activations are cached in a file, so that one pass of the model serves all arms and seeds and batches are
+    drawn from the whole text; otherwise the store mixes `mixed_prompts`."""
     pictures: tuple[str, ...] = ("pool_factor", "pareto", "densities", "similarity", "synthetic")
-    """Pictures of the page, by their names in `figures.py`."""
+    """Pictures on the page, by their names in `figures.py`."""
     absorption: dict[str, Any] = field(default_factory=dict)
-    """Fields of absorption's configuration where it takes too long for every SAE, and is not among `evals`: it has a
-    stage of its own then, for the first `absorption_seeds` SAEs of `absorption_arms`."""
+    """Overrides of absorption's configuration if it takes too long for every SAE: it is then a stage of its own,
+    for the first `absorption_seeds` SAEs of `absorption_arms`, and not among `evals`."""
     absorption_arms: tuple[str, ...] = ()
-    """Names of arms."""
+    """Arms with absorption."""
     absorption_seeds: int = 0
-    """SAEs of each."""
+    """SAEs per arm with absorption."""
     own_steps: bool = False
-    """Whether this package's step trains SAELens' TopK, BatchTopK and Matryoshka: the same selection, sums equal up to
-    rounding, in less time. They are saved and evaluated as SAELens' classes."""
+    """Whether this package's step trains SAELens' TopK, BatchTopK and Matryoshka: faster, with the same selection and
+    sums equal up to rounding. They are saved and evaluated as SAELens' classes."""
     first_seed: int = 0
     """Seed of the first SAE of each arm."""
     controls: bool = False
-    """Whether there are arms that show what little or no training does."""
+    """Whether to include control arms with little or no training."""
     variant_of: str = ""
-    """Study whose work folder this one uses too, for what both have in common: text, activations, probes, SAEs."""
+    """Study whose work folder is shared: text, activations, probes and SAEs that both have in common."""
     text: str = ""
-    """Fingerprint of a text that the user named, which then stands for `dataset` and `held_out` in the settings."""
+    """Fingerprint of a user's text, in place of `dataset` and `held_out` in the settings."""
 
     def seeds(self, n: int) -> range:
         """Seeds of the first `n` SAEs of an arm."""
@@ -156,14 +155,14 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """Settings that determine the results on the language model, as JSON values; not how the work is split."""
         fields = {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
-        # A clone in another folder is the same study.
+        # The same study in another clone has other paths.
         bundled = {name: fields[name].removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
         bundled["probing_datasets"] = [path.removeprefix(str(EXAMPLES)) for path in self.probing_datasets]
         if self.text:
             del bundled["dataset"], bundled["held_out"], fields["dataset"], fields["held_out"]
         if self.probing_tasks:
             del bundled["probing_datasets"], fields["probing_datasets"]
-        # Fields that came later: results without them are those of their defaults.
+        # Later fields: older results lack them, and are those of the defaults.
         later = {"dtype": "float32", "cached": False, "own_steps": False, "text": "", "probing_tasks": ""}
         for name, default in later.items():
             if fields[name] == default:
@@ -187,4 +186,4 @@ NEUTRAL = (
     *("pool_factors", "group_sizes", "scores", "arms"),
     *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds", "probing_splits"),
 )
-"""Fields of `Study` that add or leave out results, but change none."""
+"""Fields of `Study` that add or remove results, but do not change any."""

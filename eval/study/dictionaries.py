@@ -93,7 +93,7 @@ def compare_pair(a: Dictionary, b: Dictionary) -> dict[str, Any]:
 
 
 def one_way(similarity: OneWay, cosines_of_all: Tensor) -> dict[str, float]:
-    """How much of one dictionary is found in another, for live latents; also MMCS of all latents."""
+    """How much of one dictionary recurs in another, for live latents; also MMCS of all latents."""
     return similarity._asdict() | {"mmcs_of_all": cosines_of_all.mean().item()}
 
 

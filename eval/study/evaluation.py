@@ -211,7 +211,7 @@ def l0_and_fvu(sae: SAE[Any], batches: Iterable[Tensor]) -> dict[str, float]:
 
 
 def _evaluated(study: Study, arm: Arm, sae: TrainingSAE[Any], calibration: Tensor) -> SAE[Any]:
-    """What SAEBench gets: the training SAE, which it exports, or the arm's own export."""
+    """The SAE passed to SAEBench: the training SAE, which `run_evals` exports, or the arm's own export."""
     return sae if arm.exported_from is None else _calibrated(study, arm, sae, calibration, "global")
 
 

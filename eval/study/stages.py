@@ -49,7 +49,7 @@ def to_do(stage: Stage, storage: Storage, arms: Sequence[str], part: Part) -> li
 
 
 def status(storage: Storage, arms: Sequence[str], n_parts: int) -> str:
-    """What is done and what is missing, a line for each stage, and the parts of `n_parts` that have work left."""
+    """Progress, one line per stage: how many items are done and, with several parts, which of them have work left."""
     lines = []
     for name, stage in STAGES.items():
         n_planned = len(planned(stage, storage, arms))

@@ -94,7 +94,7 @@ SMOLLM2 = Study(
     dtype="bfloat16",
     cached=True,
 )
-"""A model that people study, from a Python package: offline, on two CPU cores, in some hours."""
+"""A real model, from a Python package: offline, on two CPU cores, in some hours."""
 
 BLOCK_10 = replace(
     SMOLLM2,
@@ -123,7 +123,7 @@ SPLIT_10 = replace(
     absorption={**SMOLLM2.absorption, "max_k_value": 10},
     absorption_arms=("batchtopk", "pool_10_groups_16"),
 )
-"""Absorption of two of its arms with as many splits of a latent as SAEBench allows."""
+"""Absorption of two of its arms with up to ten splits of a letter, as in SAEBench."""
 SHORT_EVALS = {"core": SMOLLM2.evals["core"]}
 CURVE = tuple(
     replace(
@@ -178,7 +178,7 @@ OTHER_BLOCKS = tuple(
 )
 
 OTHER_ARCHITECTURES = ("batchtopk", "pool_3", "pool_5", "pool_10_groups_16", "nested_10_then_plain")
-"""Arms of the studies that ask whether what holds for one model holds for others."""
+"""Arms of the studies on other language models."""
 
 GPT2_XL = replace(
     PYTHIA,

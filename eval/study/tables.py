@@ -84,7 +84,7 @@ def score_arms(summary: Summary) -> list[str]:
 
 
 def planned(summary: Summary, names: Iterable[str]) -> list[str]:
-    """Those that are arms of the study."""
+    """Those names that are arms of the study."""
     return [name for name in names if name in summary.arms]
 
 
@@ -160,7 +160,7 @@ def global_arms(summary: Summary) -> list[str]:
 
 
 def stability_table(summary: Summary) -> str:
-    """What the seeds of an arm have in common, a row for each arm; means over pairs of seeds."""
+    """Similarity of the dictionaries of an arm's seeds, a row for each arm; means over pairs of seeds."""
     columns = {
         "MMCS": ("forward", "mmcs"),
         "back": ("backward", "mmcs"),
