@@ -46,8 +46,9 @@ def draw_metric(axes: Axes, summaries: Sequence[Summary], arms: Iterable[str], m
     for arm in arms:
         _draw_arm(axes, summaries, arm, metric)
     axes.set(xlabel="L0 at inference", ylabel=PANELS[metric], xscale="log")
+    axes.set_xticks(sorted(summary.study.k for summary in summaries))
+    axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (20, 30, 60) else "")
 
 
 def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -> None:

@@ -24,7 +24,7 @@ def draw_first_screen(eval_folder: Path, file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     draw_step_times(left, eval_folder / "results" / "bench_training_step.json")
     draw_metric(right, summaries_of_curve(eval_folder), ("batchtopk", "pool_10_groups_16", "pool_5"), "fvu")
-    right.set_title("SmolLM2-135M, block 10, 2M tokens: as exported", fontsize=10)
+    right.set_title("SmolLM2-135M, block 10: exported SAEs", fontsize=10)
     right.legend(fontsize=9, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -41,5 +41,5 @@ def draw_step_times(axes: Axes, benchmark: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="training step, ms (lower is better)")
     axes.set_xticks(widths, [f"{width // 1024}k" for width in widths])
     axes.minorticks_off()
-    axes.set_title(f"2 CPU cores: d_in {case['d_in']}, k {case['k']}, {case['tokens']:,} tokens a step", fontsize=10)
+    axes.set_title(f"2 CPU cores, d_in {case['d_in']}, k {case['k']}, {case['tokens']:,} tokens per step", fontsize=10)
     axes.legend(fontsize=9, frameon=False)
