@@ -101,7 +101,7 @@ def try_alone(row: Results, cases: list[Case], save: Save) -> None:
 
 
 def tried(function: Callable[[], Any], device: str) -> tuple[Any, str | None]:
-    """A function's result, None if it failed, and the reason for a failure."""
+    """The function's result and None, or None and the reason if it raises an error."""
     try:
         return function(), None
     except Exception as error:

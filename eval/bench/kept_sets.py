@@ -32,7 +32,7 @@ larger than their difference."""
 
 
 def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
-    """Number of entries that a training run kept, and how many of them a float32 selection would not have kept."""
+    """Entries that a training run kept, and how many of them each of two float32 selections would not have kept."""
     torch.manual_seed(0)
     case = ALL_LATENTS._replace(fields=ALL_LATENTS.fields | {"scan": "reduced", "step": "kept"})
     sae = SampledTopKTrainingSAE(sae_config(case, setting))

@@ -69,7 +69,7 @@ def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompt
 def shown_places(
     bands: Int[Tensor, "prompts context"], context: Callable[[int, int], Hashable], rng: random.Random
 ) -> list[Place] | None:
-    """One place of each band, then the additional ones, each time the strongest band first; None if there are too few.
+    """One place of each band, then one of each band in `MORE`, both strongest first; None if there are too few.
 
     No two are from the same prompt, and no two contexts are equal.
 

@@ -222,7 +222,7 @@ def units(study: Study) -> list[Unit]:
 
 
 def absorption_units(study: Study) -> list[Unit]:
-    """The SAEs whose absorption has a stage of its own."""
+    """The SAEs that the stage `absorption` evaluates."""
     if not study.absorption:
         return []
     seeds = study.seeds(study.absorption_seeds)

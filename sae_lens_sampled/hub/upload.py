@@ -94,7 +94,10 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
         raise ValueError("there is no SAE to upload; saes maps each sae_id to an SAE or a folder.")
     for sae_id in saes:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", sae_id):
-            raise ValueError(f"sae_id={sae_id!r} must be a relative folder of letters, digits, '-', '_' and '.'.")
+            raise ValueError(
+                f"sae_id={sae_id!r} must be a relative folder of letters, digits, '-', '_' and '.', each "
+                "name beginning with a letter, digit or '_'."
+            )
 
 
 def _check_evaluation(

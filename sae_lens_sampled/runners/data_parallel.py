@@ -1,4 +1,4 @@
-"""SAELens' runner on several processes that train one SAE, with the same results as one process on the whole batch.
+"""SAELens' runner on several processes that train one SAE, like one process on the whole batch up to rounding.
 
 What is added to SAELens 6.54: each process reads its own text; the trainer's counters cover all processes; checkpoints
 are written by one process and hold every process's position in its text; and all stop at the same step.

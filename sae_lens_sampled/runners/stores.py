@@ -1,4 +1,4 @@
-"""SAELens' activations stores: what their activations depend on, and readable errors if a store has none."""
+"""SAELens' activations stores: what their activations depend on, and readable errors if the text is too short."""
 
 import hashlib
 from collections.abc import Iterator

@@ -119,12 +119,12 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
     """A transcoder as an SAE on its output hook (`hook_name_out` of its metadata), for SAELens' `run_evals` on `model`.
 
     Its `encode` must be called after a pass of the model and encodes the inputs of that pass, whatever its argument is.
-    Metrics of weights (`compute_featurewise_weight_based_metrics`) need inputs and outputs of the same width. Hooks
-    that must be switched on are on meanwhile.
+    Weight-based metrics (`compute_featurewise_weight_based_metrics`) need inputs and outputs of the same width. Flags
+    of the model that the hooks need are set inside the context.
 
     Raises:
-        ValueError: if the metadata names no output hook, or the model does not have a hook or cannot switch it on; in a
-            pass of the model and in `encode`, if inputs do not come before outputs.
+        ValueError: if the metadata names no output hook, both names are of the same hook, or the model does not have a
+            hook or cannot switch it on; in a pass of the model and in `encode`, if inputs do not come before outputs.
     """
     hook_in, hook_out = hooks = hooks_of(transcoder)
     for name in hooks:

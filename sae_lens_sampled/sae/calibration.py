@@ -255,8 +255,8 @@ def _warn_of_other_tokens(report: CalibrationReport) -> None:
     if report.mean_norm_in_training is not None and differs(report.mean_norm, report.mean_norm_in_training):
         warnings.warn(
             f"the calibration tokens have a mean norm of {report.mean_norm:.4g}, those of training had "
-            f"{report.mean_norm_in_training:.4g}: these are different tokens, or the activations of another model. The "
-            "thresholds fit inputs like these.",
+            f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, and the "
+            "thresholds fit these tokens. Calibrate on the training run's text if they should fit that.",
             stacklevel=3,
         )
 

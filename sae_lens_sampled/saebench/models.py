@@ -110,7 +110,7 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
 
 
 def attach(sae: EvalSAE, model: EvalModel) -> None:
-    """Write the metadata that SAEBench reads into the SAE, with the names that `model` uses.
+    """Set the SAE's metadata as SAEBench needs it, with the hook names that `model` uses.
 
     Raises:
         ValueError: if a hook of the SAE is not in the model or cannot be switched on there, has another width or does

@@ -29,7 +29,7 @@ class ProbingDataset:
         return sorted(self.train)
 
     def largest_sizes(self) -> tuple[int, int]:
-        """Largest train and test sizes that every class can fill, as SAEBench counts (two classes at a time)."""
+        """Largest train and test sizes that every class has texts for; as in SAEBench, a class fills half a set."""
         smallest = min(map(len, self.train.values()))
         if self.test is None:
             return 2 * (smallest * 4 // 5), 2 * (smallest - smallest * 4 // 5)
@@ -113,7 +113,8 @@ def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> lis
     names = [dataset.name for dataset in loaded]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"two of probing_datasets have the same name: {names}; rename one with load_probing_dataset(path, name)."
+            f"two of probing_datasets have the same name: {names}; rename a file, or load one with "
+            "load_probing_dataset(path, name)."
         )
     return loaded
 

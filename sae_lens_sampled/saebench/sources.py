@@ -155,7 +155,8 @@ def _load(source: SAESource, device: str) -> EvalSAE:
 def _from_folder(name: str, folder: Path, device: str) -> EvalSAE:
     if not folder.is_dir():
         raise ValueError(
-            f"{str(folder)!r} in saes is not a folder; for an SAE on the Hub pass the pair (repository, sae_id)."
+            f"{str(folder)!r} in saes is not a folder; for an SAE on the Hub pass the pair (repository, sae_id), or "
+            "RELEASE:SAE_ID on the command line."
         )
     if is_checkpoint(folder):
         return _from_object(name, load_checkpoint(folder, device=device), device)

@@ -18,7 +18,7 @@ from sae_lens_sampled.step.triton import available
 
 
 class Pattern:
-    """Positions of a sparse matrix's entries, ascending by row; what products need from them is computed once."""
+    """Positions of a sparse matrix's entries, ascending by row; indices derived from them are cached."""
 
     def __init__(self, rows: Int[Tensor, " entries"], columns: Int[Tensor, " entries"], shape: tuple[int, int]) -> None:
         self.rows, self.columns, self.shape = rows, columns, shape

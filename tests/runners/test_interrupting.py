@@ -1,4 +1,4 @@
-"""`sae-lens-sampled train` under SIGINT, SIGTERM and SIGKILL: nothing is lost; the printed command resumes the run."""
+"""`sae-lens-sampled train` under SIGINT and SIGTERM, which save a checkpoint, and SIGKILL; how runs are resumed."""
 
 import os
 import random

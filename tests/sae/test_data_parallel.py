@@ -94,7 +94,7 @@ def test_two_ranks_have_the_numbers_of_one_process(trained, index):
 
 
 def test_pools_end_on_all_ranks_at_the_same_step(trained):
-    """The pool of the last step shows it: in the other cases it leaves some latents out."""
+    """After `pool_steps`, as with all latents, the last pool is complete; in every other case it leaves latents out."""
     for index, case in enumerate(CASES):
         for rank in (*trained[0][1], *trained[0][2]):
             whole = bool((rank[index]["state"]["pool_record.last_pooled"] == case.get("n_steps", 24)).all())

@@ -83,7 +83,7 @@ def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Fi
 
 
 def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
-    """Outlined histograms of log10 density, in shares of all latents: with its dead latents, each sums to 1."""
+    """Outlined histograms of log10 density in shares of all latents: the bars of an SAE sum to its live share."""
     densities = {sae: np.array(known) for sae in saes if (known := _densities(sae))}
     live = {sae: np.log10(density[density > 0]) for sae, density in densities.items()}
     if not any(map(len, live.values())):
