@@ -115,6 +115,20 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
     return _t_interval(mean, math.sqrt((n - 1) / n * squares), n, level)
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Interval:
+    """Spearman's rank correlation of pairs of values, with Bonett and Wright's interval (2000, from four pairs on).
+
+    The standard error holds on the scale of Fisher's z, so `error` is None.
+    """
+    n, found = len(x), stats.spearmanr(x, y)
+    r = float(found.statistic)
+    if n < 4 or abs(r) == 1:
+        return Interval(r, None, None, None, None, n)
+    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((1 + r**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(r) + sign * half) for sign in (-1, 1))
+    return Interval(r, None, low, high, float(found.pvalue), n)
+
+
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Adjusted p-values of many comparisons, in the given order (Holm 1979).
 

@@ -14,6 +14,7 @@ from sae_lens_sampled.confidence import (
     jackknife_interval,
     mean_interval,
     paired_differences,
+    rank_correlation,
 )
 
 
@@ -132,3 +133,25 @@ def test_a_mean_is_shown_to_be_below_a_bound_by_a_one_sided_t_test(values, bound
     assert mean_interval(list(values[0])).p_at_least(bound) == pytest.approx(test.pvalue)
     assert mean_interval([0.3]).p_at_least(bound) is None
     assert mean_interval([0.3, 0.3]).p_at_least(bound) == (bound <= 0.3)
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_the_interval_of_a_rank_correlation_contains_the_true_one_as_often_as_it_says(n):
+    rng, rho = np.random.default_rng(0), 0.7
+    true = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's correlation of normal values that are correlated by rho
+    contained = 0
+    for _ in range(500):
+        x, noise = rng.normal(size=(2, n))
+        interval = rank_correlation(x, rho * x + np.sqrt(1 - rho**2) * noise)
+        contained += interval.low < true < interval.high
+    assert 0.92 < contained / 500 < 0.98
+
+
+def test_a_rank_correlation_is_scipys_and_has_no_interval_without_four_pairs():
+    x, y = np.random.default_rng(1).normal(size=(2, 8))
+    test = stats.spearmanr(x, y)
+    interval = rank_correlation(x, y)
+    assert (interval.mean, interval.p, interval.n) == (pytest.approx(test.statistic), pytest.approx(test.pvalue), 8)
+    assert interval.low == pytest.approx(-rank_correlation(x, -y).high)
+    assert rank_correlation(x[:3], y[:3]).low is None
+    assert rank_correlation(x, np.exp(x)).mean == 1

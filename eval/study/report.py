@@ -4,11 +4,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-from scipy import stats
-
 from latents import tables as latents
 from latents.rating import read_answers
-from pages import render
+from pages import interval_text, render
+from sae_lens_sampled.confidence import Interval, rank_correlation
 from study import beside_batchtopk, decision, tables
 from study.figures import FIGURES
 from study.named_text import TITLES
@@ -76,7 +75,8 @@ def render_pages(eval_folder: Path) -> dict[str, str]:
         "verdicts": decision.verdict_table(decided) if decision.verdicts(decided) else "",
         "firing": partial(tables.firing, real),
         "excluded": probing_excluded(summaries[TINY.name]),
-        "confounded": confounded(summaries[TINY.name]),
+        "correlated": partial(rank_correlation_of, summaries[TINY.name]),
+        "interval": partial(interval_text, digits=2, signed=True),
         "titles": texts,
         "years": f"{min(years)} to {max(years)}",
         "latents": latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
@@ -113,11 +113,11 @@ def probing_excluded(summary: Summary) -> int:
     return sum(difference is not None and (difference.p or 1) <= beside_batchtopk.ALPHA for difference in found)
 
 
-def confounded(summary: Summary) -> dict[str, str]:
-    """Rank correlation (Spearman) of FVU and full absorption over the arms."""
-    means = [(summary.mean(arm, "fvu"), summary.mean(arm, "absorption_full")) for arm in summary.arms]
-    known = [(fvu.mean, absorption.mean) for fvu, absorption in means if fvu and absorption]
-    return {"n": str(len(known)), "r": f"{stats.spearmanr(*zip(*known, strict=True)).statistic:+.2f}" if known else "-"}
+def rank_correlation_of(summary: Summary, metric: str, other: str, other_is_synthetic: bool = False) -> Interval | None:
+    """Rank correlation of the means of two metrics over all arms that have both; None without any."""
+    means = [(summary.mean(arm, metric), summary.mean(arm, other, other_is_synthetic)) for arm in summary.arms]
+    known = [(x.mean, y.mean) for x, y in means if x and y]
+    return rank_correlation(*zip(*known, strict=True)) if known else None
 
 
 def export_gaps(summary: Summary) -> dict[str, str]:
