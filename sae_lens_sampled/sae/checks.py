@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sae_lens import logger
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 from torch import Tensor
 
@@ -185,6 +186,16 @@ def check_equal_fields(folder: Path, names: Sequence[str], theirs: Mapping[str, 
                 f"do not fit, or would mean something else. Resume with {name}={theirs[name]!r}, or leave out "
                 "resume_from_checkpoint to start over."
             )
+
+
+def tell_of_one_pool(fields: PoolFields) -> None:
+    """Log what one pool per batch, the paper's setting, does to the other latents, and the alternatives."""
+    if fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
+        logger.info(
+            f"sampled_topk: one pool of {fields.n_candidates:,} of {fields.d_sae:,} latents per batch, as in the paper."
+            " Such a pool soon stays the same, and latents outside it die. pool_factor=10, pool_group_size=16 lets most "
+            "latents in; pool_factor=None is BatchTopK"
+        )
 
 
 def warn_if_alone(ranks: Ranks) -> None:

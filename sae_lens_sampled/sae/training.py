@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import override
 
-from sae_lens_sampled.sae.checks import StepState, check_groups, check_loss, check_shape, read_step, warn_if_alone
+from sae_lens_sampled.sae.checks import (
+    StepState,
+    check_groups,
+    check_loss,
+    check_shape,
+    read_step,
+    tell_of_one_pool,
+    warn_if_alone,
+)
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.forward import ForwardPass, SampledTrainStepOutput, add_inner_losses, kept_forward_pass
 from sae_lens_sampled.sae.gradient_sum import GradientSum, join_group
@@ -160,6 +168,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         path = self.choose_path(x, state.fields) or self._measured_path(step_input, x, target, state)
         if self._announced is None:
             warn_if_alone(self.ranks)
+            tell_of_one_pool(state.fields)
         n_tokens = math.prod(x.shape) // self.cfg.d_in
         scan = choose_scan(self.cfg.scan, state.fields, n_tokens, self.W_enc) if path == "kept" else "full"
         if (path, scan) != self._announced:

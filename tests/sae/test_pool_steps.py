@@ -165,7 +165,7 @@ def test_one_line_in_the_log_says_it_and_then_the_path_if_that_changes(caplog, t
             caplog.clear()
         resumed = TrainingSAE.load_from_disk(tmp_path)
         run(resumed, adam(resumed), [N])
-    assert [len(lines) for lines in said] == [1, 0, 0, 0, 2, 0, 0]
+    assert [len(lines) for lines in said] == [2, 0, 0, 0, 2, 0, 0]
     assert said[N] == [
         "sampled_topk: after 4 training steps with pools, every latent is a candidate",
         "sampled_topk: training steps of 40 tokens on cpu take the path 'kept'",

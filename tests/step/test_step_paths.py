@@ -155,6 +155,21 @@ def test_the_path_is_said_once(caplog):
     assert line == "sampled_topk: training steps of 70 tokens on cpu take the path 'columns'"
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_told"), [({}, True), ({"pool_group_size": 16}, False), ({"pool_factor": None}, False)], ids=str
+)
+def test_what_one_pool_does_is_logged_once_with_the_alternatives(fields, is_told, caplog):
+    sae = an_sae(**fields)
+    with caplog.at_level("INFO", logger="sae_lens"):
+        for _ in range(2):
+            step(sae, activations(64))
+    lines = [record.message for record in caplog.records if "one pool" in record.message]
+    assert len(lines) == is_told
+    for line in lines:
+        assert line.startswith(f"sampled_topk: one pool of {sae.cfg.n_candidates} of 200 latents per batch, as in the")
+        assert line.endswith("pool_factor=10, pool_group_size=16 lets most latents in; pool_factor=None is BatchTopK")
+
+
 def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
     monkeypatch.setattr("sae_lens_sampled.step.scores.SCORES", SCORES)
     seen = []
