@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scipy import stats
 
@@ -120,8 +120,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95
 
     The standard error holds on the scale of Fisher's z, so `error` is None.
     """
-    n, found = len(x), stats.spearmanr(x, y)
-    r = float(found.statistic)
+    found: Any = stats.spearmanr(x, y)
+    r, n = float(found.statistic), len(x)
     if n < 4 or abs(r) == 1:
         return Interval(r, None, None, None, None, n)
     half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((1 + r**2 / 2) / (n - 3))

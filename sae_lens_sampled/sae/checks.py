@@ -193,8 +193,8 @@ def tell_of_one_pool(fields: PoolFields) -> None:
     if fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
         logger.info(
             f"sampled_topk: one pool of {fields.n_candidates:,} of {fields.d_sae:,} latents per batch, as in the paper."
-            " Such a pool soon stays the same, and latents outside it die. pool_factor=10, pool_group_size=16 lets most "
-            "latents in; pool_factor=None is BatchTopK"
+            " Such a pool soon stays the same, and latents outside it die. pool_factor=10, pool_group_size=16 lets "
+            "most latents in; pool_factor=None is BatchTopK"
         )
 
 
