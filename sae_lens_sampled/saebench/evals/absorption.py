@@ -32,7 +32,7 @@ class Absorption(Eval):
         """Activations of the model by hook and prompts of a batch, shared by all SAEs, which get the same prompts."""
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's settings, except for two that make small models fast."""
+        """SAEBench's settings with those of the setup, and two that make small models fast."""
         return super().defaults() | {
             "random_seed": self.setup.seed,
             "llm_batch_size": self.setup.llm_batch_size,
