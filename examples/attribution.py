@@ -3,9 +3,9 @@
     pip install --no-deps 'circuit-tracer>=0.5,<0.6'
     python examples/attribution.py
 
-trains a transcoder with a skip connection on every MLP of the small language model in `examples/tiny_lm`, offline,
-passes them to circuit-tracer, and prints what supports the most likely next word; about a minute on two CPU cores. A
-second call reuses the transcoders. Needs the extra `eval`.
+trains a transcoder with a skip connection for each MLP of the small language model in `examples/tiny_lm`, offline,
+passes the transcoders to circuit-tracer, and prints the latents with the largest direct effects on the most likely next
+word; about a minute on two CPU cores. A second call reuses the transcoders. Needs the extra `eval`.
 """
 
 import argparse
@@ -28,13 +28,13 @@ PROMPT = "He was not a man to be trusted; and she did not know what to"
 
 
 def transcoders(args: argparse.Namespace, model: TransformerBridge) -> list[Path]:
-    """Folders of the exported transcoders, block by block; those that are missing are trained."""
+    """Folders of the exported transcoders, block by block; missing transcoders are trained."""
     settings = f"d_sae_{args.d_sae}_k_{args.k}_steps_{args.steps}"
     folders = [args.output_dir / settings / f"block_{block}" for block in range(model.cfg.n_layers)]
     for block, folder in enumerate(folders):
         hook_in, hook_out = hooks(block)
         shared = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "device": args.device}
-        if not (folder / RUNNER_CFG_FILENAME).exists():  # the last file that is written
+        if not (folder / RUNNER_CFG_FILENAME).exists():  # the file that training writes last
             train(
                 args, model, SampledTopKTranscoderConfig(hook_name_out=hook_out, skip=True, **shared), hook_in, folder
             )

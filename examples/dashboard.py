@@ -4,7 +4,7 @@
 
 trains briefly and writes `dashboard_output/dashboard.html`, offline, in about a minute on two CPU cores; the page
 loads D3 and Plotly when opened. Of the latents that fire at least `MIN_FIRINGS` times on held-out text, it shows those
-with the highest `entropy` score, the paper's measure of specialisation: few tokens hold their activation.
+with the highest `entropy` score, the paper's measure of specialisation: most of their activation is on few tokens.
 """
 
 import argparse
@@ -31,13 +31,13 @@ MIN_FIRINGS = 50
 
 
 def load_model() -> HookedTransformer:
-    """The bundled model. One from the Hub needs only its name, which TransformerLens already knows."""
+    """The bundled model. For a model from the Hub its name suffices, which TransformerLens already knows."""
     OFFICIAL_MODEL_NAMES.append(str(TINY_LM))
     return HookedTransformer.from_pretrained_no_processing(str(TINY_LM), device="cpu")
 
 
 def train(model: HookedTransformer, steps: int, folder: Path) -> SAE:
-    """A short run, and the JumpReLU SAE that it saves."""
+    """Train briefly, and return the JumpReLU SAE that the run saves in `folder`."""
     cfg = LanguageModelSAERunnerConfig(
         sae=SampledTopKTrainingSAEConfig(d_in=128, d_sae=1024, k=16, pool_factor=10, pool_group_size=16),
         model_name=str(TINY_LM),
@@ -58,7 +58,7 @@ def train(model: HookedTransformer, steps: int, folder: Path) -> SAE:
 
 
 def held_out_tokens(model: HookedTransformer, sae: SAE) -> Tensor:
-    """The data set's validation split, shape (prompts, context size)."""
+    """Tokens from the data set's validation split, shape (prompts, context size)."""
     dataset = load_dataset(str(TINY_LM / "text"), split="validation", streaming=True)
     store = ActivationsStore.from_sae(model, sae, dataset=dataset, context_size=128, store_batch_size_prompts=32)
     return torch.cat([store.get_batch_tokens() for _ in range(8)])
@@ -66,7 +66,7 @@ def held_out_tokens(model: HookedTransformer, sae: SAE) -> Tensor:
 
 @torch.no_grad()
 def most_telling(sae: SAE, model: HookedTransformer, tokens: Tensor) -> list[int]:
-    """The latents with the most concentrated activation, of those that fire often enough to judge."""
+    """The latents with the most concentrated activation, among those that fire often enough to judge."""
     _, cache = model.run_with_cache(tokens, names_filter=HOOK)
     acts = sae.encode(cache[HOOK])[:, 1:].flatten(0, 1)  # without <|endoftext|>, on which the SAE is not trained
     firing = ((acts > 0).sum(dim=0) >= MIN_FIRINGS).nonzero()[:, 0]

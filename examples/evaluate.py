@@ -30,7 +30,7 @@ from sae_lens_sampled.saebench import run_evals, write_report
 HOOK = "blocks.2.hook_resid_post"
 OVERRIDES = {
     "core": {"n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 20},
-    # SAEBench requires 20 letters, which takes a model of two billion parameters.
+    # By default absorption needs probes that find 20 first letters, which takes a model of two billion parameters.
     "absorption": {"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
 }
 
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")  # deprecation warnings from dependencies
     model = TransformerBridge.boot_transformers(str(TINY_LM), device="cpu")
-    # Evaluates the training SAEs themselves: their exports, and next to them the selection of training.
+    # Given training SAEs, `run_evals` evaluates their exports and, for comparison, the selection of training.
     saes = [pair for seed in range(args.seeds) for pair in train(seed, args, model).items()]
     try:
         run_evals(

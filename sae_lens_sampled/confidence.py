@@ -2,9 +2,9 @@
 
 Each value belongs to an SAE. Two SAEs of different arms that started from the same weights and saw the same samples are
 a pair: the difference between their arms is the mean of the differences within pairs. SAEs that were trained on the
-same data (a dictionary of features or the samples of a seed) are not independent repeats: they form a cluster, and
-clusters are what is counted. Intervals use Student's t quantiles, which for three values are more than twice as wide as
-those of a normal distribution.
+same data (one dictionary of features, or the samples of one seed) are not independent repeats: they form a cluster,
+and clusters are counted, not SAEs. Intervals of means use Student's t quantiles, which make them more than twice as
+wide for three values as normal quantiles would.
 """
 
 import math
@@ -20,7 +20,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its uncertainty; a single value has no error."""
+    """A mean or correlation and its uncertainty; None where there are too few values to estimate it."""
 
     mean: float
     error: float | None
@@ -30,7 +30,7 @@ class Interval:
     high: float | None
     """Upper end."""
     p: float | None
-    """Two-sided p-value of the mean being 0."""
+    """Two-sided p-value of the null hypothesis that the mean is 0."""
     n: int
     """Number of independent values."""
 
@@ -40,7 +40,7 @@ class Interval:
         return None if self.high is None else self.high - self.mean
 
     def p_at_least(self, bound: float) -> float | None:
-        """One-sided p-value of the mean being at least `bound`: small values show that it is smaller."""
+        """One-sided p-value of the null hypothesis that the mean is at least `bound`; small if the mean is below."""
         if self.error is None:
             return None
         if self.error == 0:
@@ -49,7 +49,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of at least one independent value, with the interval of a t-test."""
+    """Mean of independent values, at least one, with the interval of a t-test."""
     n = len(values)
     return _t_interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n, level)
 
@@ -81,8 +81,8 @@ def clustered_interval(
 ) -> Interval | None:
     """Mean of the cluster means, with the interval of a t-test over clusters; None without values.
 
-    All clusters have the same weight, whatever their size. Two clusters give a valid but very wide interval: the
-    quantile is 12.7.
+    All clusters have the same weight, whatever their size. Two clusters give a valid but very wide interval: the t
+    quantile of the 95% interval is 12.7.
     """
     means = cluster_means(values, cluster)
     return mean_interval(list(means.values()), level) if means else None
@@ -99,10 +99,11 @@ def difference_interval(
 
 
 def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0.95) -> Interval | None:
-    """Mean over pairs of units, such as two seeds of a comparison; None without pairs, no error below three units.
+    """Mean over pairs of units, such as pairs of seeds; None without pairs. Below three units it has no error.
 
-    Pairs share units, so their spread understates the error. The jackknife leaves out a unit with all of its pairs (for
-    means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). `n` is the number of units.
+    Pairs share units, so their spread understates the error. The jackknife leaves out each unit in turn, with all of
+    its pairs (for means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). `n` is the number of
+    units.
     """
     if not values:
         return None
@@ -116,7 +117,7 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Interval:
-    """Spearman's rank correlation of pairs of values, with Bonett and Wright's interval (2000, from four pairs on).
+    """Spearman's rank correlation of pairs of values, with the interval of Bonett and Wright 2000 from four pairs on.
 
     The standard error holds on the scale of Fisher's z, so `error` is None.
     """
@@ -130,10 +131,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """Adjusted p-values of many comparisons, in the given order (Holm 1979).
+    """Holm-adjusted p-values of many comparisons, in the order of `p_values` (Holm 1979).
 
-    Comparisons with values of at most 0.05 are jointly significant: the chance that any of them is a false positive is
-    at most 0.05, however the comparisons depend on each other.
+    Comparisons with adjusted values of at most 0.05 are jointly significant: the chance that any of them is a false
+    positive is at most 0.05, however the comparisons depend on each other.
     """
     adjusted, largest = {}, 0.0
     for n_smaller, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):

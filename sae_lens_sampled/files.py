@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, also beside other processes; and clear errors for full disks."""
+"""Atomic writes of files and folders, safe beside other processes that do the same; clear errors for full disks."""
 
 import errno
 import os
@@ -64,7 +64,8 @@ def check_new(path: Path, name: str) -> None:
 def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which is renamed to `path` at the end.
 
-    A folder that exists at `path` by then is kept, or replaced with `replace`.
+    With `replace`, a folder at `path` is replaced; otherwise a folder there that is not empty is kept, and the new one
+    deleted.
 
     Raises:
         NoSpaceError: if the file or folder does not fit; nothing of it is left then.
@@ -88,7 +89,7 @@ def atomic_rename(source: Path, path: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty folder in `parent` and delete it at the end. Those left by killed processes are deleted first.
+    """Yield an empty folder in `parent`, deleted at the end. First deletes scratch folders that killed processes left.
 
     Processes in other containers or on other hosts may do the same at the same time: names are random, and a folder is
     deleted only by its owner, or on the same host once the owner's lock is gone.
@@ -99,7 +100,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     lock_file = scratch.with_name(f"{scratch.name}.lock")
     lock = FileLock(lock_file)
     try:
-        with suppress(OSError, NotImplementedError):  # not on every file system: then no one else deletes the folder
+        with suppress(OSError, NotImplementedError):  # if the file system has no locks, no one else deletes it
             lock.acquire()
         scratch.mkdir()
         yield scratch
@@ -173,7 +174,7 @@ def _is_of_full_disk(error: Exception, folder: Path) -> bool:
 
 
 def _lasting(folder: Path) -> Path:
-    """`folder`, or the folder that contains it if it is scratch."""
+    """`folder`, or if it is scratch, the nearest folder above it that is not."""
     return next(path for path in (folder, *folder.parents) if not any(SCRATCH in part for part in path.parts))
 
 

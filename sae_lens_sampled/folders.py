@@ -1,4 +1,4 @@
-"""Contents of a folder: the config of an SAE, a checkpoint to resume from, and whether it has to be folded first."""
+"""Contents of a folder: an SAE's config, a checkpoint to resume from; and whether an SAE's normalisation is folded."""
 
 import json
 import zipfile
@@ -19,7 +19,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 
 UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-"""Values of SAELens' `normalize_activations` that have to be folded into the weights."""
+"""Values of SAELens' `normalize_activations` whose scaling has to be folded into the weights."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds a training checkpoint, by the architecture and fields of its config."""
+    """Whether the folder holds a training checkpoint, judging by the architecture and fields in its config."""
     cfg = read_config(folder)
     architecture = cfg.get("architecture")
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
@@ -71,7 +71,7 @@ def find_checkpoint(folder: Path) -> Path:
     """Return the folder if it holds a complete checkpoint, or else the newest complete one in it.
 
     Raises:
-        ValueError: if there is none; the message names the newest one beside the folder.
+        ValueError: if there is none; the message names the newest complete one beside the folder, if any.
     """
     damage = _first_unreadable(folder)
     checkpoint = folder if damage is None else _newest_whole(folder)

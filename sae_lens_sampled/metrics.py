@@ -27,7 +27,7 @@ def fraction_of_variance_unexplained(x: Float[Tensor, "tokens d_in"], x_hat: Flo
     r"""FVU, $\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2$ over all tokens, float64, shape (); lower is better.
 
     0 for a perfect reconstruction, 1 for always predicting the mean, above 1 for worse. One ratio of sums: not the mean
-    of per-token ratios, which short vectors dominate.
+    of per-token ratios, which tokens close to the mean dominate.
     """
     x, x_hat = x.double(), x_hat.double()
     return (x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum()
@@ -39,7 +39,7 @@ def differs(a: float, b: float) -> bool:
 
 
 class ActivationStatistics:
-    """Float64 sums over batches, from which `summary` computes its numbers; errors are computed in float64 as well.
+    """Float64 sums over batches, from which `summary` computes its numbers; reconstruction errors are float64 too.
 
     Memory: a few vectors of length d_sae and d_in, and one integer per token.
     """
@@ -89,8 +89,8 @@ class ActivationStatistics:
 
         `fvu` is $\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2$ with the mean over *all* tokens: 0 is perfect, 1 no
         better than the mean. `fvu_mean_of_tokens` is the mean of per-token ratios, each with its batch's mean: the
-        complement of SAEBench's `explained_variance_legacy`; short vectors dominate it. `dead_share`: share of latents
-        that were active on no token. `gini`: Gini coefficient of the latents' activation counts.
+        complement of SAEBench's `explained_variance_legacy`; tokens close to that mean dominate it. `dead_share`:
+        share of latents that were active on no token. `gini`: Gini coefficient of the latents' activation counts.
         `mass_by_density_decile`: shares of the summed |activations| by tenths of the latents, the tenth that fires
         least often first.
         """

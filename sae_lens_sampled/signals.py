@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions at moments when stopping loses nothing; Python's own handlers after SAELens."""
+"""SIGINT and SIGTERM as exceptions when stopping loses nothing; Python's handlers where SAELens has left its own."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
 
 PYTHONS_OWN = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""Python's default handlers of both signals."""
+"""Python's default handlers for both signals."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,7 +41,7 @@ class Signals:
                 if _is_ours_to_replace(number):
                     self._previous[number] = signal.getsignal(number)
                     signal.signal(number, self._receive)
-        except Interrupted:  # a signal arrived between the two
+        except Interrupted:  # a signal arrived before the block began
             self._restore()
             raise
         return self
@@ -51,7 +51,7 @@ class Signals:
 
     @property
     def received(self) -> int:
-        """Number of the received signal; 0 if there is none."""
+        """Number of the first signal received; 0 if there is none."""
         return self._received or 0
 
     def hold(self) -> None:
@@ -59,7 +59,7 @@ class Signals:
         self._held = True
 
     def release(self) -> None:
-        """Raise for a signal that was held back, and for later ones at once."""
+        """Raise `Interrupted` if a signal was held back; otherwise a signal raises it at once from now on."""
         self._held = False
         if self._received is not None:
             raise Interrupted(self._received)
@@ -79,7 +79,8 @@ class Signals:
 def interruptible() -> Iterator[None]:
     """Let signals end the work within, even if an earlier SAELens run in this process has left its signal handlers.
 
-    These raise an `Exception`, which code that continues after errors of single SAEs would mistake for such an error.
+    SAELens' handlers raise an `Exception`, which code that goes on when a single SAE fails would mistake for
+    such a failure.
     Within, SIGINT raises KeyboardInterrupt and SIGTERM ends the process, as in Python; an InterruptedException of a
     SAELens run within becomes a KeyboardInterrupt too. At the end the previous handlers are restored.
     """

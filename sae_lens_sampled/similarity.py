@@ -1,4 +1,4 @@
-"""How much of one dictionary recurs in another: mean max cosine similarity, and its chance level."""
+"""How much of one dictionary recurs in another: mean max cosine similarity and its chance level."""
 
 import functools
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class OneWay(NamedTuple):
     """Share of rows whose largest (signed) cosine is above 0.7."""
     share_above_0_9: float
     baseline: float
-    """Expected `mmcs` if the other dictionary were random directions, as many as it has rows."""
+    """Expected `mmcs` if each row of the other dictionary were an independent random direction."""
     baseline_absolute: float
 
 
@@ -99,7 +99,8 @@ def dictionary_similarity(
 def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> MaxCosines:
     """The largest cosine and |cosine| of every row of `a` with rows of `b` and the reverse, in one pass over tiles.
 
-    A row of zeros has cosine 0 with every row. Products are at least in float32. Memory: one tile, whatever the sizes.
+    A row of zeros has cosine 0 with every row. Products are at least in float32. Beyond its results it needs the
+    memory of one tile, whatever the sizes.
 
     Raises:
         ValueError: as `dictionary_similarity`.

@@ -19,7 +19,7 @@ POOL_FIELDS = ("pool_factor", "pool_steps", "score", "pool_sampling", "pool_grou
 COMPARED = ("d_sae", "k", *POOL_FIELDS, "inference_threshold")
 LABELS = {"l0": "L0", "fvu": "FVU", "dead": "dead latents"}
 IN_TRAINING = {"l0": "L0", "num_dead_features": "dead latents"}
-"""Entries of the SAE's metadata, and the measured columns that they stand in for."""
+"""Entries of the SAE's metadata, each with the column that it fills where nothing was measured."""
 
 TEMPLATE = """---
 {{ card_data }}
@@ -73,8 +73,8 @@ def model_card(
     Args:
         configs: the `cfg.json` of each SAE, by sae_id.
         repo_id: "user/name" on the Hub.
-        evaluation: measured numbers of each SAE, by sae_id. Their names become columns, "l0", "fvu" and "dead" as "L0",
-            "FVU" and "dead latents". The numbers are also written to the metadata's `model-index`.
+        evaluation: measured numbers of each SAE, by sae_id. The names become columns; "l0", "fvu" and "dead" are
+            written "L0", "FVU" and "dead latents". The numbers are also written to the metadata's `model-index`.
         license_id: the Hub's identifier of a license.
     """
     evaluation = evaluation or {}
@@ -200,7 +200,7 @@ def _base_model(name: str | None) -> str | None:
 
 
 def _dataset(name: str | None) -> str | None:
-    """`name` if it has the form "user/name" and is not a local folder."""
+    """`name` if it has the form "user/name" and is not a local path, else None."""
     if name is None or Path(name).exists():
         return None
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None

@@ -19,10 +19,10 @@ SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_C
 
 
 def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path) -> Path:
-    """Write the inference SAE's files to `target` and return it; local paths in them are shortened to their last part.
+    """Write an SAE's files for inference to `target` and return `target`; local paths in them lose their folders.
 
     Raises:
-        ValueError: if the folder holds no SAE, or the SAE should not be published as it is.
+        ValueError: if `sae` is neither an SAE nor a folder that holds one, or should not be published as it is.
     """
     name = f"this {type(sae).__name__}"
     if isinstance(sae, (str, Path)):

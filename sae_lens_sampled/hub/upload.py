@@ -53,7 +53,7 @@ def upload_to_hub(
         repo_id: "user/name".
         dry_run_folder: a new or empty folder to write the repository's files to; in that case nothing is uploaded.
         force: replace files of these SAEs, and a model card, that are on the Hub with other content.
-        private: create the repository as private. An existing one keeps its visibility, and must not be public.
+        private: create the repository as private. An existing one keeps its visibility; a public one is rejected.
         evaluation: measured numbers by sae_id, such as {"l0": 63.8, "fvu": 0.21, "dead": 12}, for the model card.
         license_id: the Hub's identifier of the license.
 
@@ -120,7 +120,7 @@ def _check_secrets(files: Mapping[str, Path]) -> None:
     for path, file in files.items():
         if file.suffix != ".safetensors" and SECRET.search(file.read_text(encoding="utf-8")):
             raise ValueError(
-                f"{path} would publish what looks like a Hub token; remove it (model_from_pretrained_kwargs?) first."
+                f"{path} would publish what looks like a Hub token; remove it (see model_from_pretrained_kwargs) first."
             )
 
 

@@ -89,13 +89,13 @@ def cache_activations(
         store: an unused store for one hook that always reads the same text in the same order, such as a `text_store`.
         n_tokens: number of tokens, not counting special ones if the store leaves them out.
         folder: folder of the cache, which takes 2 * d_in bytes per token.
-        settings: what the activations depend on and `store` does not know, in JSON types: the text. The model's
-            weights, the hook and the making of prompts are taken from `store`.
+        settings: what the activations depend on but `store` does not know, that is, the text; in JSON types. The
+            model's weights, the hook and how prompts are made are taken from `store`.
 
     Raises:
         ValueError: if `n_tokens` is not positive, the hook is missing or has another width, `folder` holds activations
             with other settings, or the text is too short.
-        NoSpaceError: if the disk is too small, after one pass of the model.
+        NoSpaceError: if the disk has too little space, noticed after the first pass of the model.
     """
     check_count(n_tokens, "n_tokens")
     folder = Path(folder)
@@ -138,17 +138,17 @@ def _complete_activations(
 
 
 def _done(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Numbers of prompts and tokens in the file; settings are compared only if there are any tokens.
+    """Numbers of prompts and tokens that the file holds; settings are compared only if it holds any tokens.
 
     Raises:
-        ValueError: if there are tokens with other settings.
+        ValueError: if its tokens were cached with other settings.
     """
     progress = folder / PROGRESS
     done = json.loads(progress.read_text()) if progress.exists() else {"prompts": 0, "tokens": 0}
     if done["tokens"] > 0:
         file = folder / SETTINGS
         found = json.loads(file.read_text()) if file.exists() else {}
-        if done["tokens"] >= settings["n_tokens"]:  # a longer cache begins with a shorter one
+        if done["tokens"] >= settings["n_tokens"]:  # a longer cache begins with the wanted rows
             settings = {**settings, "n_tokens": found.get("n_tokens")}
         _check_settings(folder, found, settings)
     return done
@@ -160,7 +160,7 @@ def _mapped(file: Path, n_entries: int, n_tokens: int) -> BFloat16[Tensor, "n_to
 
 @contextmanager
 def _reporting_early_end(store: ActivationsStore, done: Mapping[str, int], n_tokens: int) -> Iterator[None]:
-    """Turns the end of the text into a readable error. The last pass is dropped if the text does not fill it."""
+    """Turns the end of the text into a readable error. Prompts that do not fill a last pass are dropped."""
     try:
         yield
     except StopIteration as error:
@@ -178,7 +178,7 @@ def shuffled_batches(
     """Endless float32 batches of rows in random order; no row is repeated within an epoch.
 
     Args:
-        activations: what `cache_activations` returns.
+        activations: the rows that `cache_activations` returns.
         batch_size: rows per batch; the rest of an epoch is dropped.
         seed: seed of the order.
         first: number of batches that a resumed run has already seen.

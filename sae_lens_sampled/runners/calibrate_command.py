@@ -1,4 +1,4 @@
-"""`sae-lens-sampled calibrate`: reads the model and tokens of a run again and sets thresholds from them."""
+"""`sae-lens-sampled calibrate`: runs the language model with the settings of the training run, and sets thresholds."""
 
 import dataclasses
 import os
@@ -44,11 +44,12 @@ def calibrate(
 ) -> list[str]:
     """Calibrate the SAE of a checkpoint and save it to `out`; returns the lines of the report.
 
-    Arguments, model, text and disk space are checked first. `model_kwargs` defaults to that of the run.
+    Arguments, model, text and disk space are checked first. `model` and `model_kwargs` default to those of the run.
+    Warns if the share of first tokens differs from that in training.
 
     Raises:
         ValueError: if the checkpoint, an argument, the model or the text is invalid.
-        NoSpaceError: if the disk has no room for the SAE.
+        NoSpaceError: if the disk has no room for the calibrated SAE.
     """
     check_new(out, "out")
     if batch_size > max_tokens:
@@ -58,7 +59,7 @@ def calibrate(
         )
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):
-        raise ValueError(  # noqa: TRY004  of a folder
+        raise ValueError(  # noqa: TRY004  a wrong folder, not a wrong type
             f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one; "
             "sae_lens_sampled.from_batchtopk converts it."
         )
@@ -80,7 +81,7 @@ def calibrate(
     if expected is not None and differs(share, expected):
         warnings.warn(
             f"{share:.1%} of the calibration tokens are the first of their prompt, but {expected:.1%} by the settings "
-            "of the training run: the thresholds fit tokens like these.",
+            "of the training run: the thresholds fit the calibration tokens, not those of training.",
             stacklevel=2,
         )
     return _lines(report, settings, share, expected)
@@ -95,7 +96,14 @@ def activations_of_run(
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> ActivationsStore:
-    """Endless batches, shape (batch_size, width), of what `sae` was trained on, from another text or the same."""
+    """Endless batches, shape (batch_size, width), of activations like those that `sae` was trained on, from `dataset`.
+
+    The width is d_in; for a transcoder, d_in + d_out. `model` and `model_kwargs` default to those of the run.
+
+    Raises:
+        ValueError: if the metadata names no hook or no model is named, the model cannot be loaded or cannot switch a
+            hook on, or the text has no rows.
+    """
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)
     switch_on(language_model, hooks)
@@ -120,7 +128,7 @@ def _hooks(sae: TrainingSAE[Any]) -> list[str]:
 
 
 def _check_memory(max_tokens: int, width: int) -> None:
-    """Reject more tokens than fit in memory: the text is repeated until there are enough."""
+    """Reject more tokens than fit in memory; the length of the text is no limit, because it is repeated."""
     needed, memory = 2 * 4 * width * max_tokens, _memory()
     if memory is not None and needed > memory:
         raise ValueError(
@@ -130,7 +138,7 @@ def _check_memory(max_tokens: int, width: int) -> None:
 
 
 def _memory() -> int | None:
-    """Bytes of main memory; None if the system does not tell."""
+    """Bytes of main memory; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows

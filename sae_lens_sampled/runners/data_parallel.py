@@ -1,6 +1,6 @@
-"""SAELens' runner on several processes that train one SAE, like one process on the whole batch up to rounding.
+"""SAELens' runner on several processes that train one SAE: up to rounding, as one process on the whole batch would.
 
-What is added to SAELens 6.54: each process reads its own text; the trainer's counters cover all processes; checkpoints
+Additions to SAELens 6.54: each process reads its own text; the trainer's counters cover all processes; checkpoints
 are written by one process and hold every process's position in its text; and all stop at the same step.
 """
 
@@ -54,7 +54,7 @@ OF_ONE_PROCESS = {
 }
 """Config fields that may differ between processes."""
 TIMEOUT = timedelta(hours=1)
-"""How long processes wait for one that is busy: the first evaluates and writes checkpoints."""
+"""How long processes wait for a busy one, such as the first while it evaluates or writes a checkpoint."""
 
 
 class DataParallelTrainer(ResumableTrainer):
@@ -91,22 +91,23 @@ class DataParallelTrainer(ResumableTrainer):
 class DataParallelRunner(ResumableRunner):
     """SAELens' runner on one of several processes started by torchrun, or on a single process.
 
-    `train_batch_size_tokens`, `training_tokens` and everything logged or saved refer to all processes together, except
-    for evaluations and the losses, explained variance and L0 of a step, which cover the first process's tokens. The
-    text is split between the processes. Each has its own buffer of `n_batches_in_buffer`.
+    `train_batch_size_tokens`, `training_tokens` and everything logged or saved refer to all processes together, with
+    two exceptions that cover only the first process's tokens: evaluations, and the losses, explained variance and L0
+    logged for a step. The text is split between the processes. Each has its own buffer of `n_batches_in_buffer`.
 
     Args:
         cfg: as for SAELens' runner, the same on all processes. With `device="cuda"` each process has its own GPU.
         override_dataset: the whole text; each process takes its part.
         override_model: as for SAELens' runner.
-        override_sae: a `SampledTopKTrainingSAE`; the first process's one is trained.
+        override_sae: a `SampledTopKTrainingSAE`; training starts from the first process's weights.
         timeout: how long a process waits for another before it fails.
 
     Raises:
-        ValueError: at the start, if the batch cannot be split evenly, or not without splitting groups; for other
-            architectures, `compile_sae`, devices that are unavailable or cannot be shared, and whatever `data_parallel`
-            rejects; if the text has fewer rows than there are processes, the checkpoint is from another number of
-            processes, or the processes have different configs.
+        ValueError: at the start, as for `ResumableRunner`; for unavailable devices, or a checkpoint from another number
+            of processes. On several processes also if the batch cannot be split evenly, or only by splitting groups;
+            for other architectures, `compile_sae`, devices that cannot be shared, and whatever `data_parallel` rejects;
+            if the text has fewer rows than there are processes, or the processes have different configs.
+        LostRankError: if other processes do not join, or do not answer within `timeout`.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> No
         ValueError: naming the reason.
     """
     if not isinstance(cfg.sae, SampledTopKTrainingSAEConfig):
-        raise ValueError(  # noqa: TRY004  of a flag
+        raise ValueError(  # noqa: TRY004  a wrong flag, not a wrong type
             f"architecture={cfg.sae.architecture()!r} trains on one process only; sampled_topk trains on {count}, and "
             "with pool_factor=d_sae / k it is BatchTopK."
         )
@@ -235,7 +236,7 @@ def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> No
 
 
 def check_same_number(checkpoint: Path, count: int) -> None:
-    """Reject resuming with another number of processes: each continues at its own position in its part of the text.
+    """Reject resuming with another number of processes: a checkpoint holds a position for each one's part of the text.
 
     Raises:
         ValueError: naming both numbers.

@@ -28,7 +28,7 @@ SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 def one_pass(model: Any, tokens: Tensor, hook_names: Iterable[str], **model_kwargs: Any) -> dict[str, Tensor]:
     """Activations at some of the model's hooks, in the order in which these run; hooks that do not run are left out.
 
-    The cache does not give that order: the bridge's also holds other names of these hooks, and lists them first.
+    The cache does not give that order: the bridge's cache also holds other names of these hooks, and lists them first.
     """
     names, calls = list(hook_names), []
     handles = [
@@ -63,7 +63,7 @@ def switch_on(model: Any, hook_names: Iterable[str]) -> list[str]:
     """Switch on the flags without which these hooks do not run; returns those that were off before.
 
     Raises:
-        ValueError: if the model does not support a flag, with its reason, or not together with another one.
+        ValueError: if the model does not support a flag (with the model's reason), or two flags exclude each other.
     """
     flags = flags_of(model, hook_names)
     _check_exclusive(model, flags)
@@ -96,7 +96,9 @@ def _set(model: Any, flag: str, hook_name: str) -> None:
 
 @contextmanager
 def switched_on(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
-    """Switches flags on for these hooks, and off again afterwards: they change last digits and cost memory.
+    """Switches on the flags that these hooks need; afterwards those that were off are switched off again.
+
+    Flags change the last digits of activations and cost memory.
 
     Raises:
         ValueError: as `switch_on`.
@@ -118,7 +120,8 @@ def is_split(hook_name: str) -> bool:
 def heads_side_by_side(model: Any, hook_names: Iterable[str]) -> Iterator[None]:
     """Makes these hooks read and write one row per token, with heads side by side, as in SAELens' store.
 
-    SAELens' and SAEBench's evaluations do so themselves where `is_split`, and fail at other hooks with heads.
+    SAELens' and SAEBench's evaluations do so themselves at hooks where `is_split` is true, and fail at other hooks with
+    heads.
     """
     hooks = list({id(hook): hook for hook in (model.hook_dict[name] for name in hook_names)}.values())
     conversions = [getattr(hook, "hook_conversion", None) for hook in hooks]

@@ -1,6 +1,6 @@
 """The language model that an SAE was trained on: identifying it from the SAE's metadata, and loading it again.
 
-A name alone is not enough: the run's `model_from_pretrained_kwargs` choose a revision or subfolder, fold the layer
+A name alone is not enough: the run's `model_from_pretrained_kwargs` may choose a revision or subfolder, fold the layer
 norms, centre weights or set the dtype.
 """
 
@@ -24,7 +24,7 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 NAMES_WITH_A_MEANING = ("llama", "gemma", "bert", "t5", "wav2vec2", "phi", "python", "santacoder", "v0", "solu")
-"""Parts of a model's path from which TransformerLens infers its architecture: `/saes/gemma/my-pythia` is a Gemma."""
+"""Parts of a path from which TransformerLens infers an architecture: it takes `/saes/gemma/my-pythia` for a Gemma."""
 
 PLACEMENT = (
     "device",
@@ -37,18 +37,18 @@ PLACEMENT = (
 )
 """Arguments for where the model is placed, which changes no results."""
 SOURCES = ("cache_dir", "force_download", "local_files_only", "token")
-"""Arguments for where its files come from, which changes no results either but is needed to load it."""
+"""Arguments for where the model's files come from, which changes no results either but is needed to load the model."""
 DTYPE = ("dtype", "torch_dtype")
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(HookedTransformer.from_pretrained_no_processing).parameters.items()
     if parameter.default is not inspect.Parameter.empty and name not in DTYPE
 }
-"""Default arguments of HookedTransformer, which change nothing; SAELens' runners write one into every run."""
+"""Defaults of HookedTransformer's arguments; passing one changes nothing, and SAELens' runners record one unasked."""
 
 
 def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
-    """The `from_pretrained` arguments of the run that change which model the name loads."""
+    """The `from_pretrained` arguments of the training run that affect which model is loaded, or from where."""
     return meaningful_kwargs(metadata.model_from_pretrained_kwargs or {})
 
 
@@ -62,7 +62,7 @@ def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defining_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`meaningful_kwargs` without the sources of files: equal ones give the same model for a name."""
+    """`meaningful_kwargs` without the sources of files: the same name with equal ones loads the same model."""
     return {name: value for name, value in meaningful_kwargs(kwargs).items() if name not in SOURCES}
 
 
@@ -107,7 +107,7 @@ def load_hooked_transformer(
         _check_folder(folder, kwargs)
     with (
         _official(folder.resolve()) if folder.is_dir() else nullcontext(str(model)) as path,
-        redirect_stdout(io.StringIO()),  # it would print that it loaded, under a made-up name
+        redirect_stdout(io.StringIO()),  # TransformerLens would print that it loaded a made-up name
         _reasons(model, kwargs),
     ):
         hooked = HookedTransformer.from_pretrained_no_processing(path, device=device, dtype=dtype, **kwargs)
@@ -144,7 +144,7 @@ def load_model_of_run(
         with _reasons(name, kwargs):
             return load_model(class_name, name, device, kwargs, hooks)
     if Path(name).is_dir() and not kwargs:
-        return _bridge(name, device, {})  # SAELens accepts no folder, so the run had a bridge, or a copy of this model
+        return _bridge(name, device, {})  # SAELens loads no folders, so the run used a bridge or a copy of this model
     if Path(name).is_dir() or _is_official(name):
         hooked = load_hooked_transformer(name, device, str_to_dtype(dtype_of(kwargs) or "float32"), kwargs)
         if all(hook in hooked.hook_dict for hook in hooks):
@@ -209,7 +209,8 @@ def _neutral_folder() -> Path:
                 return folder
             folder.rmdir()
     raise ValueError(
-        f"TMPDIR={tempfile.gettempdir()!r} has a part that TransformerLens takes for an architecture; use another."
+        f"TMPDIR={tempfile.gettempdir()!r} is not writable or has a part that TransformerLens takes for an "
+        "architecture; use another."
     )
 
 

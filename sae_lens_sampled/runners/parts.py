@@ -15,7 +15,7 @@ class Part:
     count: int = 1
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """The entries of this part; all parts together have exactly `items`."""
+        """The entries of this part; each entry of `items` is in exactly one part."""
         return list(items[self.index - 1 :: self.count])
 
 

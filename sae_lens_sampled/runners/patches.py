@@ -15,18 +15,18 @@ Trainer = TypeVar("Trainer", bound=SAETrainer[Any, Any])
 
 
 def adopt_trainer(trainer: SAETrainer[Any, Any], trainer_class: type[Trainer]) -> Trainer:
-    """Make the trainer one of `trainer_class`: SAELens' `run` hard-codes its own class."""
+    """Turn the trainer into a `trainer_class`: SAELens' `run` hard-codes its own class."""
     trainer.__class__ = trainer_class
     return trainer  # type: ignore[return-value]
 
 
 def adopt_store(store: ActivationsStore, store_class: type[ActivationsStore]) -> None:
-    """Make the store one of `store_class`: SAELens' runner and `from_sae` hard-code theirs and accept no other."""
+    """Turn the store into a `store_class`: SAELens' runner and `from_sae` hard-code their class and accept no other."""
     store.__class__ = store_class
 
 
 def load_position_from(store: ActivationsStore, file_name: str) -> None:
-    """Load the position in the text from another file: SAELens knows one, but each of several processes has its own."""
+    """Load the position in the text from `file_name`: SAELens has one file, but each of several processes its own."""
     store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / file_name))
 
 
@@ -41,7 +41,10 @@ def bars_made_by(make: Callable[..., Any], *modules: ModuleType) -> Iterator[Non
 
 @contextmanager
 def steps_shown_by(show: Callable[[Callable[..., None], Any, Any, Any], None]) -> Iterator[None]:
-    """Calls `show` at every step with SAELens' own method, trainer, output and bar, which it moves every 100 steps."""
+    """Calls `show` at every step in place of SAELens' own method, which moves the bar every 100 steps.
+
+    Its arguments are that method, the trainer, the step's output and the bar.
+    """
 
     def patched(original: Callable[..., None]) -> Callable[..., None]:
         return lambda trainer, output, pbar, update_interval=100: show(original, trainer, output, pbar)  # noqa: ARG005

@@ -1,4 +1,4 @@
-"""The rank of this process and the number of processes, as set by torchrun in the environment; joining the others."""
+"""This process's rank and the number of processes, from the environment that torchrun sets; joining the others."""
 
 import os
 import threading
@@ -62,7 +62,7 @@ def check_own_devices(cfg: Any) -> None:
     """Reject devices of a runner's config that this process cannot use, before anything is loaded.
 
     Raises:
-        ValueError: naming the field and the devices of this machine.
+        ValueError: as `own_device`, or naming the field, its device and the devices of this machine.
     """
     for name in DEVICE_FIELDS:
         check_device(own_device(getattr(cfg, name)), name)
@@ -102,7 +102,7 @@ def leave_processes() -> None:
 
 @contextmanager
 def _reporting_waits() -> Iterator[None]:
-    """Reports from time to time that this process is still waiting, and for what."""
+    """Reports from time to time which processes this one is still waiting for, and at which address."""
     rank, count, joined = rank_of_process(), number_of_processes(), threading.Event()
     others = "the other process" if count == 2 else f"the {count - 1} other processes"
     where = f"MASTER_ADDR:MASTER_PORT={os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

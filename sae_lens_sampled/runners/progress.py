@@ -22,7 +22,7 @@ SECONDS = 1.0
 
 @contextmanager
 def no_bar() -> Iterator[None]:
-    """Hides the bars of SAELens' training runs: another process shows one."""
+    """Hides the progress bars of SAELens' training run: the first process shows them."""
     with bars_made_by(partial(tqdm, disable=True), sae_trainer, activation_scaler):
         yield
 
@@ -61,5 +61,5 @@ def live_bar() -> Iterator[None]:
         try:
             yield
         finally:
-            for opened in bars:  # or a bar would print its end below an error message
+            for opened in bars:  # an open bar would print its last line below an error message
                 opened.close()

@@ -1,9 +1,9 @@
 """SAELens' runner and trainer on a language model, changed so that a stopped run loses nothing.
 
-What this fixes in SAELens 6.54 (its runner for many SAEs has only the last three problems): an interrupt saves only
-the state of the activations store, into a folder that does not exist, and crashes; it may come in the middle of a step;
-a checkpoint whose writing was killed looks complete; and with `prefetch_llm_batches` a resumed run seeks its position
-in the text while another thread is already reading on.
+What this fixes in SAELens 6.54 (MultiSAETrainingRunner has only the last three problems): an interrupt saves only the
+state of the activations store, into a folder that does not exist, and crashes; it may come in the middle of a step; a
+checkpoint looks complete even if the process was killed while writing it; and with `prefetch_llm_batches` a resumed run
+seeks its position in the text while another thread is already reading on.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,13 @@ class ResumableTrainer(SAETrainer[Any, Any]):
     signals: Signals
 
     def stop_if_asked(self) -> None:
-        """Obey a pending signal: nothing is half done now, nor while the next step waits for data."""
+        """Raise `Interrupted` for a pending signal: no step is half done now, nor while the next one waits for data."""
         self.signals.release()
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         self.stop_if_asked()
-        # A window that was emptied right before a run was stopped is not logged again: that would be 0 / 0.
+        # A window that was emptied right before the run was stopped is not logged again: its means would be 0 / 0.
         return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
 
     @override
@@ -72,9 +72,14 @@ class WholeHookEvaluator(LLMSaeEvaluator[Any]):
 
 
 class ResumableRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with a `ResumableTrainer`; reports its checkpoint folder and saves one more when stopped.
+    """SAELens' runner with a `ResumableTrainer`; reports its checkpoint folder, and saves a checkpoint when stopped.
 
     `resume_from_checkpoint` may also be the folder of a run, which is resumed from its newest complete checkpoint.
+
+    Raises:
+        ValueError: at the start, if a number in the config is invalid, there is no complete checkpoint to resume from
+            or it is from other weights or activations, model or text cannot be loaded, the text has no rows, or the
+            hook is missing, cannot be switched on or is not `d_in` wide.
     """
 
     signals: Signals | None = None
@@ -125,7 +130,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         """Make the trainer, which SAELens' `run` has created, one of ours."""
         assert self.signals is not None  # set by `run`
         adopt_trainer(trainer, ResumableTrainer).signals = self.signals
-        # Checkpoints already passed would all be written again, one per step.
+        # SAELens would write all checkpoints already passed again, one per step.
         resumed_at = trainer.n_training_samples
         trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= resumed_at]
 
@@ -146,7 +151,11 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
             raise
 
     def _end_again(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
-        """The SAE of a run's final checkpoint; SAELens would estimate and fold its normalisation a second time."""
+        """The SAE of a run's final checkpoint; SAELens would estimate and fold its normalisation a second time.
+
+        Raises:
+            ValueError: if the run is to train further.
+        """
         if trainer.n_training_samples < trainer.cfg.total_training_samples:
             raise ValueError(
                 f"{self.cfg.resume_from_checkpoint} is the end of a run, with normalize_activations folded into its "
@@ -157,10 +166,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
 
 def with_newest_checkpoint(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
-    """The config, or a copy that resumes from the newest complete checkpoint if it names the folder of a run.
+    """The config, or if it resumes, a copy that resumes from the complete checkpoint that `find_checkpoint` returns.
 
     Raises:
-        ValueError: if there is no complete checkpoint; the message names the newest one beside the folder.
+        ValueError: if there is none; the message names the newest complete one beside the folder, if any.
     """
     if cfg.resume_from_checkpoint is None:
         return cfg
@@ -172,7 +181,7 @@ def with_newest_checkpoint(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageMo
 def _check_same_run(
     cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
 ) -> None:
-    """Reject a checkpoint of other weights or activations before anything is loaded."""
+    """Reject a checkpoint that was trained with other weights or activations, before anything is loaded."""
     checkpoint = Path(str(cfg.resume_from_checkpoint))
     if override_sae is not None:
         check_same_weights(checkpoint, override_sae.cfg.to_dict())

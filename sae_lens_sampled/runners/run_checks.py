@@ -31,7 +31,7 @@ COUNTS = (
 
 
 def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Reject numbers of a run's configuration that SAELens accepts but cannot train with, or rejects much later.
+    """Reject numbers in a run's configuration that SAELens accepts but cannot train with, or rejects only much later.
 
     Raises:
         ValueError: naming the field and its value.
@@ -57,7 +57,7 @@ def check_hook(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) 
     """Reject a hook that the model does not have or that is not `d_in` wide, by running the model on one token.
 
     Raises:
-        ValueError: naming the hook and its width.
+        ValueError: naming the hook and its width, or an invalid `hook_head_index`.
     """
     activations = one_token(model, {cfg.hook_name: "hook_name"}, cfg.model_name, cfg.model_kwargs)
     check_width(activations, cfg.sae.d_in, cfg.hook_head_index, cfg.model_name)
@@ -83,10 +83,10 @@ def one_token(
 
 
 def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, model_name: str) -> None:
-    """Reject hooks whose total width is not `d_in`, from their activations by `one_token`.
+    """Reject hooks whose total width is not `d_in`, or that have no such head, given the result of `one_token`.
 
     Raises:
-        ValueError: naming the hooks and their width.
+        ValueError: naming the hooks and their width, or the head.
     """
     width = 0
     for hook_name, of_hook in activations.items():
@@ -102,7 +102,7 @@ def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, 
 
 
 def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any], own_model: bool) -> None:
-    """Reject a checkpoint of a run on other activations; about the user's `own_model` the config says nothing.
+    """Reject a checkpoint of a run on other activations; a model passed by the user (`own_model`) is not compared.
 
     Raises:
         ValueError: naming the field, both values and the way out.
@@ -112,7 +112,7 @@ def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any],
 
 
 def _with_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON represents it, with only those arguments of `from_pretrained` that change the model."""
+    """The config as JSON represents it, with only those `from_pretrained` arguments that change the model."""
     known = json.loads(json.dumps(dict(config), default=str))
     if isinstance(known.get("model_from_pretrained_kwargs"), dict):
         known["model_from_pretrained_kwargs"] = defining_kwargs(known["model_from_pretrained_kwargs"])

@@ -13,7 +13,7 @@ from torch import nn
 from sae_lens_sampled.runners.run_checks import check_width, one_token
 
 SAMPLED_ENTRIES = 4096
-"""Entries sampled from each parameter for a model's fingerprint, at most about twice as many."""
+"""Approximate number of entries sampled from each parameter for a model's fingerprint: less than twice as many."""
 OF_STORE = (
     "hook_name",
     "hook_head_index",
@@ -78,7 +78,7 @@ def reporting_short_text(text: str, store: ActivationsStore | None = None) -> It
 
     Args:
         text: the text as the user named it, such as "text='folder'".
-        store: its store, once there is one; before that, only a text without rows raises it.
+        store: its store, once there is one; before that, StopIteration can only come from a text without rows.
     """
     try:
         yield

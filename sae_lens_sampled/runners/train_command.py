@@ -36,7 +36,8 @@ def train(arguments: Sequence[str]) -> int:
     If WORLD_SIZE is above 1, as in a process started by torchrun, this is one process of several.
 
     Raises:
-        TrainError: with the reason, for any failure caused by a flag or a file; programming errors propagate.
+        TrainError: with the reason, for any failure except programming errors (AssertionError, AttributeError,
+            NameError, TypeError), which propagate.
     """
     runner = None
     with _reasons(), Signals() as signals, ExitStack() as stack:
@@ -76,7 +77,7 @@ def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
 
 
 def _program() -> list[str]:
-    """The command before `train`; torchrun's flags for machines to find each other are left to the user to repeat."""
+    """The command before `train`; the flags by which torchrun's machines find each other are for the user to repeat."""
     if number_of_processes() == 1:
         return ["sae-lens-sampled"]
     n_nodes, n_local = (os.environ.get(name, "") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -96,7 +97,7 @@ def _announce(arguments: Sequence[str], cfg: LanguageModelSAERunnerConfig[Any], 
 
 
 def _link_into(run_folder: Path, checkpoint: Path) -> None:
-    """Add the checkpoint to this run's, at no cost if the file system has hard links."""
+    """Put the resumed checkpoint into this run's folder too; it takes no space if the file system has hard links."""
     copy = run_folder / checkpoint.name
     if not copy.exists():
         with atomic_path(copy, replace=True) as unfinished:

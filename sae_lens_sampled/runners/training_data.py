@@ -1,7 +1,8 @@
 """The tokens that an SAE was trained on, and their activations, read again with the settings of its run.
 
 SAELens' `ActivationsStore.from_sae` takes some of these settings from the metadata and leaves the others at their
-defaults: it may then include first tokens, with many times the norm, that training had left out.
+defaults: it may then include the first tokens of prompts, whose activations have many times the norm of others,
+although training left them out.
 """
 
 import math
@@ -18,7 +19,7 @@ from sae_lens.util import get_special_token_ids
 from sae_lens_sampled.folders import read_runner_config
 
 BUFFERED_BATCHES = 4
-"""Minimum number of batches in a buffer: half of it is served before it is refilled and mixed again."""
+"""Minimum number of batches in a buffer; half of the buffer is served before it is refilled and mixed again."""
 MIN_BUFFERED_PROMPTS = 64
 SAMPLED_PROMPTS = 256
 """Number of prompts from which the share of first tokens is computed."""
@@ -26,7 +27,7 @@ SAMPLED_PROMPTS = 256
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """Settings for which tokens of a text are read and how the model runs on them; fields as in SAELens' runners."""
+    """Which tokens of a text are read, and how the model runs on them; fields as in the configs of SAELens' runners."""
 
     context_size: int
     prepend_bos: bool
@@ -41,7 +42,7 @@ class TokenSettings:
     """Fields that are not given anywhere and have SAELens' defaults."""
 
     def described(self) -> str:
-        """The settings that differ from SAELens' defaults, and those that are assumed, in words."""
+        """The required settings, those that differ from SAELens' defaults, and those that are assumed, as text."""
         known = [f for f in fields(self) if f.name not in (*self.unknown, "unknown")]
         required = ("context_size", "prepend_bos")
         told = [f"{f.name}={getattr(self, f.name)!r}" for f in known if f.name in required or not _is_default(self, f)]
@@ -53,7 +54,7 @@ RUN_FIELDS = tuple(f.name for f in fields(TokenSettings) if f.name != "unknown")
 
 
 def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSettings:
-    """The settings of the run that an SAE comes from, from its metadata or the run's configuration beside it.
+    """The settings with which an SAE was trained, from its metadata or the `runner_cfg.json` in its folder.
 
     Args:
         metadata: metadata of the SAE, which takes precedence.
@@ -97,6 +98,9 @@ def store_of_run(
         dataset: Hub name, folder, or dataset.
         batch_size: tokens per batch; the buffer size follows from it.
         device: device of the activations.
+
+    Raises:
+        StopIteration: if the data set has no rows, as SAELens' store does.
     """
     excluded = settings.exclude_special_tokens
     excluded = get_special_token_ids(model.tokenizer) if excluded is True else excluded
@@ -133,9 +137,9 @@ def buffer_prompts(batch_size: int, settings: TokenSettings) -> int:
 
 
 def first_token_share(store: ActivationsStore) -> float:
-    """Share of the tokens served by `store` that are the first of their prompt, over its first prompts.
+    """Share of the tokens served by `store` that are the first of their prompt, estimated from its first 256 prompts.
 
-    Such tokens have many times the norm of others in large models.
+    In large models, first tokens have activations with many times the norm of others.
 
     Raises:
         StopIteration: if the text yields no prompt, as the store itself would.

@@ -32,9 +32,10 @@ class TranscoderRunner(DataParallelRunner):
     Evaluations replace the activations at `hook_name_out` by their reconstruction.
 
     Raises:
-        ValueError: at the start, if a hook is missing or not as wide as the config says, the hooks have different
-            numbers of tokens, run in the wrong order or are the same, `hook_head_index` is set, activations are to be
-            read from a cache, the model cannot switch a hook on, or the given SAE is not a transcoder of these widths.
+        ValueError: at the start, as for `DataParallelRunner`; also if a hook is missing or not as wide as the config
+            says, the hooks have different numbers of tokens, run in the wrong order or are the same, `hook_head_index`
+            is set, activations are to be read from a cache, the model cannot switch a hook on, or the given SAE is not
+            a transcoder of these widths.
     """
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
@@ -106,7 +107,7 @@ class _OutputsSAE:
 
     def encode(self, _outputs: Tensor) -> Tensor:
         if self.passed is None:
-            raise ValueError("no inputs have arrived since the last ones were encoded: they must come before outputs.")
+            raise ValueError("no inputs have arrived since the last ones were encoded: run the model first.")
         self.inputs, self.passed = self.passed.to(self.transcoder.device), None
         return self.transcoder.encode(self.inputs)
 
@@ -182,7 +183,7 @@ def unnamed_hook(sae: SAE[Any], name: str) -> str:
     """Error message for metadata that lacks the name of a hook."""
     return (
         f"the metadata of this {type(sae).__name__} has no {name}; set sae.cfg.metadata.{name} to the hook that it was "
-        "trained on, or in a folder, in the metadata of cfg.json."
+        "trained on; for a saved SAE, set it in the metadata of its cfg.json."
     )
 
 

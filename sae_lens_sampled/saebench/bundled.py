@@ -1,4 +1,4 @@
-"""Data bundled with the repository for offline use: a language model, its text and labelled texts."""
+"""Data in the repository for offline use: a language model, text to run it on, and labelled texts for probing."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ BUNDLED_PROBING_DATASETS = tuple(
 
 
 def bundled(path: Path) -> Path:
-    """Return `path`, which is in the repository.
+    """Return `path`, after checking that these bundled data are there.
 
     Raises:
-        ValueError: if it does not exist, because the package was installed without the repository.
+        ValueError: if `path` does not exist, because the package was installed without the repository.
     """
     if not path.exists():
         raise ValueError(
-            f"offline without a model, text and probing data sets uses those in the repository's examples folder, but "
-            f"{path} does not exist; clone the repository, or pass your own."
+            f"offline: a model, text and probing data sets that are not given are taken from the repository's examples "
+            f"folder, but {path} does not exist; clone the repository, or pass your own."
         )
     return path

@@ -1,7 +1,7 @@
 """Translate hook names of TransformerLens' bridge and of Hugging Face models to those of HookedTransformer.
 
 A name is translated only if the activations are the same and replacing them has the same effect, which depends on the
-architecture. `tests/saebench/test_hook_names.py` runs the models both ways.
+architecture. `tests/saebench/test_hook_names.py` compares activations and effects under the two names.
 """
 
 import re
@@ -55,12 +55,12 @@ HEADS: Places = {
 }
 GATED: Places = {"mlp.hook_pre": "mlp.gate_proj", "mlp.hook_pre_linear": "mlp.up_proj"}
 OUTPUTS: Places = {"hook_attn_out": "self_attn self_attn.o_proj", "hook_mlp_out": "mlp mlp.down_proj"}
-# Outputs that are normalised before they are added to the residual stream; HookedTransformer's are the normalised ones.
+# Outputs that the model normalises before adding them to the residual stream; HookedTransformer hooks them afterwards.
 NORMALISED_OUTPUTS: Places = {
     "hook_attn_out": "ln1_post.hook_out post_attention_layernorm",
     "hook_mlp_out": "ln2_post.hook_out post_feedforward_layernorm",
 }
-# Names without a HookedTransformer equivalent, by the nearest place.
+# Names of places that HookedTransformer lacks, by the nearest place that it has.
 NEAREST: Places = {
     "hook_resid_pre": "ln1.hook_in",
     "ln1.hook_normalized": "ln1.hook_out attn.hook_in attn.q.hook_in attn.k.hook_in attn.v.hook_in attn.qkv.hook_in "
@@ -71,7 +71,7 @@ NEAREST: Places = {
 
 
 def _by_name(*tables: Places) -> dict[str, str]:
-    """Map each other name to its place."""
+    """Invert `tables`: map every other name to its place."""
     return {name: place for table in tables for place, names in table.items() for name in names.split()}
 
 
@@ -88,7 +88,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA_2,
     "Gemma3ForCausalLM": GEMMA_2,
 }
-"""Hook names of Hugging Face architectures and their TransformerLens equivalents, by architecture."""
+"""Tables from other names (of the bridge and of Hugging Face) to HookedTransformer's, by Hugging Face architecture."""
 ANYWHERE = _by_name(BRIDGE_ANYWHERE)
 NEIGHBOURS = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2, NEOX, HEADS, OUTPUTS, NORMALISED_OUTPUTS, NEAREST)
 
@@ -96,8 +96,8 @@ NEIGHBOURS = _by_name(BRIDGE, BRIDGE_OUTPUTS, BRIDGE_PLAIN, GPT2, NEOX, HEADS, O
 def transformer_lens_hook(hook_name: str, architecture: str | None = None) -> str:
     """Return the TransformerLens name of the same place, or `hook_name` itself if it is not translated.
 
-    `gpt_neox.layers.3` becomes `blocks.3.hook_resid_post`. A block's input is named as its predecessor's output, the
-    only one of the two names that SAEBench's absorption knows.
+    `gpt_neox.layers.3` becomes `blocks.3.hook_resid_post`. The input of a block after the first is named as the output
+    of the block before it, because SAEBench's absorption reads only `hook_resid_post`.
 
     Args:
         hook_name: name in HookedTransformer, in TransformerLens' bridge or in a Hugging Face model.
@@ -118,7 +118,7 @@ def transformer_lens_hook(hook_name: str, architecture: str | None = None) -> st
 
 
 def is_in_block(hook_name: str) -> bool:
-    """Whether the name denotes a place in a block of a model."""
+    """Whether the name is that of a block of a model or of a place inside one."""
     return BLOCK.fullmatch(hook_name) is not None
 
 

@@ -38,7 +38,7 @@ class EvalModel:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of `from_pretrained` that change which model the name denotes."""
     passes: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    """Activations of a few tokens, in the order in which hooks run, by the requested hooks."""
+    """Cache of `attach`, by requested hooks: activations of a few tokens by hook, in the order in which hooks run."""
 
 
 def load_model(
@@ -64,10 +64,10 @@ def load_model(
 
 
 def common_model(saes: Sequence[EvalSAE]) -> str:
-    """Name of the model that all of `saes` were trained on.
+    """Name of the model that all of `saes` were trained on, from their metadata.
 
     Raises:
-        ValueError: if they name several models, or one of them names none.
+        ValueError: if the metadata name several models, or those of one SAE name none.
     """
     names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
     if len(set(names.values())) > 1 or None in names.values():
@@ -79,7 +79,7 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that all of `saes` were trained with.
 
     Raises:
-        ValueError: if they differ, because the SAEs are then of different models.
+        ValueError: if these differ between SAEs, which were then trained on different models.
     """
     first = saes[0]
     wanted = model_kwargs_of(first.sae.cfg.metadata)
@@ -97,7 +97,7 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
     """Reject SAEs that were trained on different models, as far as their metadata say.
 
     Raises:
-        ValueError: if they were, with two of the models.
+        ValueError: naming two of the SAEs, if the metadata have different models or arguments of `from_pretrained`.
     """
     names = {Path(name).name: sae.name for sae in saes if (name := sae.sae.cfg.metadata.model_name) is not None}
     if len(names) > 1:
@@ -110,11 +110,12 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
 
 
 def attach(sae: EvalSAE, model: EvalModel) -> None:
-    """Set the SAE's metadata as SAEBench needs it, with the hook names that `model` uses.
+    """Fill in the SAE's metadata for SAEBench, with the hook names that `model` uses.
 
     Raises:
-        ValueError: if a hook of the SAE is not in the model or cannot be switched on there, has another width or does
-            not have a row for each token, or if a transcoder's outputs come before its inputs.
+        ValueError: if a hook of the SAE is missing in its metadata, is not in the model or cannot be switched on there,
+            has another width or does not have a row for each token, or if a transcoder's outputs come before its
+            inputs.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
@@ -138,7 +139,7 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
 
 
 def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
-    """Name in `model` of one of the SAE's hooks."""
+    """Return the name that `model` uses for a hook of the SAE; raise `ValueError` if `model` has no such hook."""
     known = transformer_lens_hook(hook_name, model.hooked.cfg.original_architecture)
     if known in model.hooked.hook_dict and re.match(r"blocks\.\d+\.", known):
         return known
@@ -151,9 +152,12 @@ def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
 
 
 def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, int]]) -> None:
-    """Reject an SAE that a pass of the model shows not to fit; `widths` maps hooks to config fields and values."""
+    """Run the model on a few tokens and reject an SAE whose hooks do not fit.
+
+    `widths` maps each hook to the config field of its width and the value of that field.
+    """
     hooked, metadata = model.hooked, sae.sae.cfg.metadata
-    n_tokens = hooked.cfg.n_heads + 1  # differs from the number of heads, which come first in attention patterns
+    n_tokens = hooked.cfg.n_heads + 1  # not the number of heads, the first dimension of attention patterns
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=hooked.cfg.device)
     try:
         if tuple(widths) not in model.passes:
@@ -185,7 +189,7 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
 
 
 def _of_one_token(activations: Tensor, n_tokens: int, head: int | None) -> Tensor | None:
-    """Activations of the first token, or of one of its heads; None if they do not have that form."""
+    """The first token's activations, or those of one head; None if there is no row per token or no such head."""
     if activations.shape[1] != n_tokens:
         return None
     of_token = activations[0, 0]

@@ -1,4 +1,4 @@
-"""What an evaluation needs from the Hugging Face Hub, and whether it can run without it."""
+"""Whether an evaluation needs downloads from the Hugging Face Hub, and whether the Hub can be reached."""
 
 import socket
 from collections.abc import Mapping
@@ -23,18 +23,20 @@ def check_network(
     offline: bool,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether the Hub can be used; False if it cannot, but everything needed was downloaded earlier.
+    """Return whether the Hub can be used or is not needed; if False, the cache has everything needed.
+
+    SAEBench's own probing data sets always count as missing from the cache.
 
     Args:
-        model: name or folder.
-        text: name or folder of core's data set; None if core is not run.
+        model: official name or folder of the language model.
+        text: Hub name or folder of core's data set; None if core is not run.
         default_probing_datasets: whether SAEBench's own eight data sets are used.
         offline: whether the user forbids the network.
-        model_kwargs: arguments of `from_pretrained`, of which `revision` and `subfolder` select other files.
+        model_kwargs: arguments of `from_pretrained`; `revision` and `subfolder` decide which files are needed.
 
     Raises:
         ValueError: if `model` is neither a folder nor an official name.
-        ConnectionError: if something is not on this machine, and the Hub cannot or must not be used.
+        ConnectionError: if something must be downloaded, but the Hub cannot be reached or `offline` forbids it.
     """
     from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model, model_kwargs or {})}
     if text is not None and not Path(text).is_dir():
@@ -49,7 +51,7 @@ def check_network(
         why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
         raise ConnectionError(
             f"{', '.join(missing)} must be downloaded, but {why}; pass a local model folder, text=FOLDER and "
-            "probing_datasets=[...], or offline=True for what is bundled with the repository."
+            "probing_datasets=[...], or omit them and use offline=True to take those bundled with the repository."
         )
     return reachable
 
@@ -73,7 +75,7 @@ def _is_cached_dataset(name: str) -> bool:
 
 def _is_reachable() -> bool:
     if getproxies():
-        return True  # a direct connection proves nothing behind a proxy; the libraries report failures
+        return True  # behind a proxy a direct connection proves nothing; the libraries will report failures
     url = urlsplit(huggingface_hub.constants.ENDPOINT)
     try:
         port = url.port or (443 if url.scheme == "https" else 80)

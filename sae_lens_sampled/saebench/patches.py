@@ -1,4 +1,4 @@
-"""Workarounds for defects of SAEBench 0.6 and its libraries: context managers, each of which names its defect.
+"""Workarounds for defects of SAEBench 0.6 and its libraries: context managers whose docstrings name the defects.
 
 The installed packages are not modified.
 """
@@ -42,7 +42,7 @@ RandomState: TypeAlias = tuple[Any, Any, Any]
 
 @contextmanager
 def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) -> Iterator[None]:
-    """Patches that every eval needs."""
+    """Apply the patches that every eval needs; SAEBench's output goes to `log`, its files to `work_folder`."""
     with ExitStack() as stack:
         for patch in (
             quiet(log),
@@ -61,7 +61,7 @@ def for_every_eval(model: EvalModel, work_folder: Path, seed: int, log: Path) ->
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """Read from the Hub's cache without contacting the Hub first: each request would be retried for half a minute."""
+    """Read the Hub's cache without contacting the Hub, where each request would be retried for half a minute."""
     with (
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
@@ -70,7 +70,7 @@ def cache_only() -> Iterator[None]:
 
 
 def model_in_memory(hooked: Any) -> AbstractContextManager[Any]:
-    """Give every eval the loaded model: SAEBench would load it again each time, by official name only."""
+    """Give every eval the loaded model: SAEBench would load it again for each, and only by an official name."""
 
     def ready(*_args: Any, dtype: torch.dtype | None = None, **_kwargs: Any) -> Any:
         return hooked if dtype is None else hooked.to(dtype)
@@ -79,7 +79,7 @@ def model_in_memory(hooked: Any) -> AbstractContextManager[Any]:
 
 
 def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> AbstractContextManager[Any]:
-    """Call `on_tokens` with the number of tokens in every forward pass, also if only some blocks are run."""
+    """Call `on_tokens` with the number of tokens in every forward pass, even one that runs only some of the blocks."""
     forward = model.forward  # a module's forward hook would miss `run_with_hooks`, which calls this directly
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ def tokens_counted(model: Any, on_tokens: Callable[[int], None]) -> AbstractCont
 
 @contextmanager
 def no_shape_checks() -> Iterator[None]:
-    """Disable jaxtyping: beartype 0.18 and later rejects two uses of one dimension name in sparse probing."""
+    """Disable jaxtyping: beartype 0.18 and later reject two uses of one dimension name in sparse probing."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
@@ -105,7 +105,7 @@ def no_shape_checks() -> Iterator[None]:
 
 @contextmanager
 def restored_random_state(seed: int) -> Iterator[None]:
-    """Seed all generators and restore them afterwards: absorption ignores its `random_seed`, and core has none."""
+    """Seed all generators, and restore them at the end: absorption ignores its `random_seed`, and core has none."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         random.seed(seed)
@@ -137,9 +137,9 @@ def quiet(log: Path) -> Iterator[None]:
 
 
 def absorption_folders(probes: Path, work: Path) -> AbstractContextManager[Any]:
-    """Keep absorption's files in `probes` and `work`.
+    """Keep absorption's files in the folders `probes` and `work`.
 
-    Absorption stores probes in site-packages, by the last part of the model's name and the layer; they stay there.
+    SAEBench would keep probes in site-packages and reuse them for any model with the same last part of its name.
     """
     k_sparse, features = work / "k_sparse_probing", work / "feature_absorption"
     return mock.patch.multiple(
@@ -170,15 +170,15 @@ def reserved_memory_maps() -> AbstractContextManager[Any]:
 def short_passes(
     model: Any, position: int, memory: dict[tuple[str, ...], torch.Tensor] | None = None
 ) -> AbstractContextManager[Any]:
-    """Run only the blocks that are needed, and each batch of prompts once; results are bit-identical.
+    """Run only the blocks that are needed and, with `memory`, each batch of prompts once; results are bit-identical.
 
-    Absorption runs every block and the unembedding to read one block's output at one token of each prompt, and it runs
-    the same prompts again for every SAE.
+    SAEBench's absorption runs every block and the unembedding to read one block's output at one token of each prompt,
+    and repeats that for every SAE.
 
     Args:
         model: a HookedTransformer.
-        position: index of the token in each prompt.
-        memory: cache of activations by hook and prompts of a batch, filled here; None disables it.
+        position: index of the token that is read in each prompt.
+        memory: cache of activations by hook and prompts of a batch, filled here; None for no cache.
     """
     run_with_cache = model.run_with_cache
 
@@ -199,7 +199,7 @@ def short_passes(
 
 @contextmanager
 def ordered_vocabulary() -> Iterator[None]:
-    """Sort the vocabulary: fast tokenizers order it differently in each process, so absorption would not repeat."""
+    """Sort the vocabulary: fast tokenizers order it differently in each process, so absorption is not reproducible."""
     original = absorption_common.get_alpha_tokens
 
     def ordered(*args: Any, **kwargs: Any) -> list[str]:
@@ -216,9 +216,9 @@ def ordered_vocabulary() -> Iterator[None]:
 def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iterator[None]:
     """Make sparse probing's random draws for an SAE independent of the other SAEs and of their order.
 
-    SAEBench seeds once per SAE, and the first SAE also draws for the probes on the language model, which the others
-    read from a cache. Here every data set starts from the seed, and its SAE part from the random state after the
-    model's part, kept in `states`.
+    SAEBench seeds once per SAE. For the first SAE it also draws for the probes on the language model, whose results it
+    then caches, so later SAEs get other draws. Here the generators are seeded for every data set, and the probes on an
+    SAE always start from the random state after the probes on the model, which is kept in `states`.
     """
     run_dataset, encode = sparse_probing.run_eval_single_dataset, activation_collection.get_sae_meaned_activations
     place, is_first = ("", ""), True
@@ -232,7 +232,7 @@ def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iter
 
     def meaned(*args: Any) -> Any:
         nonlocal is_first
-        if is_first:  # the first of two calls (training texts, test texts), right after the model's part
+        if is_first:  # the first of two calls (training texts, test texts), right after the probes on the model
             set_random_state(states.setdefault(place, random_state()))
             is_first = False
         return encode(*args)
@@ -245,7 +245,7 @@ def same_draws_for_every_sae(states: dict[tuple[str, str], RandomState]) -> Iter
 
 
 def random_state() -> RandomState:
-    """State of the three generators that SAEBench draws from."""
+    """State of the generators that SAEBench draws from: Python's, NumPy's and torch's."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
 
 
@@ -259,7 +259,7 @@ def set_random_state(state: RandomState) -> None:
 
 @contextmanager
 def core_errors_raised() -> Iterator[None]:
-    """Raise the first error that core logs: core itself would continue without that result."""
+    """On exit, raise the first error that core logged: core itself logs the failure of an SAE and continues."""
     errors: list[BaseException] = []
 
     class Collect(logging.Handler):
@@ -273,9 +273,9 @@ def core_errors_raised() -> Iterator[None]:
         yield
     finally:
         core.logger.removeHandler(handler)
-    if errors and isinstance(errors[0], StopIteration):  # from SAELens' store, for a text without a single prompt
+    if errors and isinstance(errors[0], StopIteration):  # raised by SAELens' store if the text gives no prompt
         raise ValueError(
-            "the text has no rows, or gives no prompt of context_size tokens; take more text or a smaller context_size."
+            "the text has no rows, or gives no prompt of context_size tokens; use more text or a smaller context_size."
         ) from errors[0]
     if errors:
         raise errors[0]
@@ -283,29 +283,29 @@ def core_errors_raised() -> Iterator[None]:
 
 @contextmanager
 def core_inputs(model: Any, from_sae: Callable[..., Any], losses: Sequence[Any]) -> Iterator[None]:
-    """Replace core's model, store and losses: core would run the model over its text again for every SAE.
+    """Replace core's model, activation store and losses: core would run the model over its text again for every SAE.
 
     Args:
         model: stand-in for the model.
         from_sae: stand-in for `ActivationsStore.from_sae`.
-        losses: losses of every reconstruction batch, as `get_recons_loss` returns them.
+        losses: losses of each reconstruction batch, in order, as `get_recons_loss` returns them.
     """
     replaced = {
         "ActivationsStore": SimpleNamespace(from_sae=from_sae),
         "get_recons_loss": mock.Mock(side_effect=losses),
-        "gc": mock.Mock(),  # core collects garbage after every SAE: a quarter of a second each, but the model stays
+        "gc": mock.Mock(),  # core collects garbage for a quarter of a second after every SAE, but the model stays
     }
     with model_in_memory(model), mock.patch.multiple(core, **replaced), core_errors_raised():
         yield
 
 
 def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Replace `encode` and `decode`: core encodes a hook's outputs, but a transcoder has to encode its inputs."""
+    """Replace `encode` and `decode`: core encodes the activations to reconstruct, but a transcoder encodes others."""
     return mock.patch.multiple(sae, encode=encode, decode=decode)
 
 
 def two_widths() -> AbstractContextManager[Any]:
-    """Set core's encoder-decoder cosines to 0 where a transcoder's input and output widths differ."""
+    """Set encoder-decoder cosines to 0 for a transcoder whose input and output differ in width: core would fail."""
     original = core.get_featurewise_weight_based_metrics
 
     def metrics(sae: Any) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def two_widths() -> AbstractContextManager[Any]:
 
 @contextmanager
 def own_probing_datasets(own: list[ProbingDataset], sizes: tuple[int, int]) -> Iterator[None]:
-    """Add the `own` data sets: SAEBench knows only its own eight, and selects how to read one by its name."""
+    """Add the user's data sets `own`, split into `sizes`: SAEBench can read only its eight, which it knows by name."""
     by_name = {dataset.name: dataset for dataset in own}
     original = dataset_utils.get_multi_label_train_test_data
 

@@ -21,7 +21,7 @@ class ProbingDataset:
     name: str
     train: Texts
     test: Texts | None
-    """Texts for testing; None if the data has one split: `split` then draws both from `train`, without overlap."""
+    """Texts for testing; None if the data has a single split, from which `split` draws both without overlap."""
 
     @property
     def classes(self) -> list[str]:
@@ -29,14 +29,17 @@ class ProbingDataset:
         return sorted(self.train)
 
     def largest_sizes(self) -> tuple[int, int]:
-        """Largest train and test sizes that every class has texts for; as in SAEBench, a class fills half a set."""
+        """Largest train and test sizes that every class has texts for; as in SAEBench, each class fills half of a set.
+
+        Without texts for testing, a fifth of `train` is left for them.
+        """
         smallest = min(map(len, self.train.values()))
         if self.test is None:
             return 2 * (smallest * 4 // 5), 2 * (smallest - smallest * 4 // 5)
         return 2 * smallest, 2 * min(map(len, self.test.values()))
 
     def split(self, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
-        """Draw `train_size // 2` and `test_size // 2` texts of every class, in the form of SAEBench's own data sets.
+        """Draw `train_size // 2` and `test_size // 2` texts of every class; return both sets, in SAEBench's form.
 
         Raises:
             ValueError: if a class has too few texts.
@@ -70,10 +73,14 @@ def load_probing_dataset(
     text_column: str = "text",
     label_column: str = "label",
 ) -> ProbingDataset:
-    """Load labelled texts from a parquet, csv or jsonl file, a folder with `train` and `test` files, or a `Dataset`.
+    """Load labelled texts from a parquet, csv or jsonl file, a folder of such files, or a `Dataset`.
+
+    A folder holds a file `train` and, if it has a test split, a file `test`. A `DatasetDict` without `test` is tested
+    on `validation`. The name is that of the file or folder, or "dataset", unless `name` is given.
 
     Raises:
-        ValueError: if there is no such file, a column is missing, there is only one class, or a class has too few rows.
+        ValueError: if there is no such file, the split `train` or a column is missing, a row has no text or label,
+            there is only one class, the test split has other classes, or a class has too few rows.
     """
     if isinstance(source, (str, Path)):
         splits = _read(Path(source))
@@ -104,10 +111,10 @@ def load_probing_dataset(
 
 
 def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> list[ProbingDataset]:
-    """Load the data sets of all `sources`, each a path or loaded already.
+    """Load the data sets of `sources` that are paths; return them and those already loaded, in order.
 
     Raises:
-        ValueError: if two have the same name, or as `load_probing_dataset`.
+        ValueError: if two data sets have the same name, or for the same reasons as `load_probing_dataset`.
     """
     loaded = [source if isinstance(source, ProbingDataset) else load_probing_dataset(source) for source in sources]
     names = [dataset.name for dataset in loaded]
@@ -120,7 +127,7 @@ def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> lis
 
 
 def common_sizes(probing_datasets: Sequence[ProbingDataset], train_size: int, test_size: int) -> tuple[int, int]:
-    """The requested sizes, limited to what the smallest data set can fill."""
+    """The requested train and test sizes, limited to those that every data set can fill."""
     largest = [dataset.largest_sizes() for dataset in probing_datasets]
     return min(train_size, *(n for n, _ in largest)), min(test_size, *(n for _, n in largest))
 
@@ -131,7 +138,7 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
     chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
     if not path.exists() or "train" not in chosen:
         raise ValueError(
-            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train and test files."
+            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train (and test) files."
         )
     return {split: _read_file(kinds[file.suffix], file) for split, file in chosen.items()}
 
@@ -139,7 +146,7 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
 def _read_file(kind: str, file: Path) -> datasets.Dataset:
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train")  # type: ignore[return-value]
-    except (DatasetGenerationError, StopIteration) as error:  # datasets 5 raises the latter for an empty jsonl file
+    except (DatasetGenerationError, StopIteration) as error:  # datasets 5 raises StopIteration for an empty jsonl file
         raise ValueError(f"probing data {str(file)!r} has no rows or is not a complete {kind} file.") from error
 
 

@@ -1,9 +1,10 @@
-"""SAEBench's core eval for many SAEs with one pass of the language model.
+"""SAEBench's core eval for many SAEs, with one recording of the language model.
 
 Most of core's time is spent running the model: for every SAE, three times over each batch of the reconstruction part
-and once over each batch of the sparsity part. Here the model is run once (`record`); core itself then runs, unmodified,
-on each SAE, with the recording in place of model and data (`replay`). It computes, averages and writes its own results
-from the same numbers.
+and once over each batch of the sparsity part. `record` makes the passes that do not depend on the SAE only once;
+each SAE then needs one more pass over each reconstruction batch, or only its part after the hook. Core's own code runs
+on each SAE with the recording in place of model and data (`replay`), and computes, averages and writes its results from
+the same numbers.
 """
 
 import itertools
@@ -34,14 +35,14 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 
 class Site(NamedTuple):
-    """Hooks that SAEs read and reconstruct: the same hook, except for a transcoder."""
+    """The hook that SAEs read and the hook that they reconstruct, which differ only for transcoders."""
 
     inputs: str
     outputs: str
 
     @property
     def hooks(self) -> list[str]:
-        """The hooks, without duplicates."""
+        """Both hooks, or one if they are the same."""
         return list(dict.fromkeys(self))
 
 
@@ -54,17 +55,17 @@ class Recording:
     losses: list[list[Losses]]
     """Cross-entropy and KL divergence of every token, by reconstruction batch and SAE."""
     activations: Tensor
-    """Activations of the sparsity part, shape (batches, prompts, context, d_in), on disk; outputs that differ from the
-    inputs are appended to them in the last dimension."""
+    """Activations of the sparsity part, on disk, shape (batches, prompts, context, d_in). For transcoders the last
+    dimension holds the outputs too, after the inputs."""
     d_in: int
-    """Width of the inputs."""
+    """Width of the activations that SAEs read."""
     ignored: set[int | None]
     """Special tokens, excluded from all metrics."""
     failures: dict[int, Exception]
-    """Errors of SAEs that failed to reconstruct, by index; the other SAEs have their losses."""
+    """Errors of SAEs that failed to reconstruct, by the SAE's index; these have no losses."""
 
     def parts(self, activations: Tensor) -> tuple[Tensor, Tensor]:
-        """Split activations into inputs and outputs."""
+        """Split activations into inputs and outputs, which are the same unless the site is a transcoder's."""
         is_one = activations.shape[-1] == self.d_in
         return activations[..., : self.d_in], activations if is_one else activations[..., self.d_in :]
 
@@ -78,7 +79,7 @@ def record(
     config: CoreEvalConfig,
     file: Path,
 ) -> Recording:
-    """Run the model over all batches that core would draw from `store`.
+    """Run the model over all batches that core would draw from `store`, and compute the losses of `reconstructions`.
 
     Raises:
         ValueError: if the text gives no prompt.
@@ -90,7 +91,7 @@ def record(
         reconstructed = [store.get_batch_tokens(n_prompts) for _ in range(config.n_eval_reconstruction_batches)]
         store.reset_input_dataset()
         encoded = [store.get_batch_tokens(n_prompts) for _ in range(n_batches)]
-    # The sparsity part: activations. It comes first because they may not fit on the disk.
+    # The sparsity part: activations. This comes first because they may not fit on the disk.
     activations, d_in = torch.empty(0), 0
     for i, tokens in enumerate(encoded):
         inputs, *outputs = _activations(model, tokens, site)
@@ -120,10 +121,10 @@ def reconstruction_losses(
     excluded: set[int | None],
     failures: dict[int, Exception],
 ) -> list[Losses]:
-    """Losses of each SAE as core's `get_recons_loss` returns them; what does not depend on the SAE is computed once.
+    """Losses of each SAE as core's `get_recons_loss` returns them; those that no SAE changes are computed once.
 
-    Operations and their order are core's, so results are bit-identical. An SAE that raises is added to `failures`, has
-    no losses and is skipped from then on.
+    Operations and their order are core's, so results are bit-identical. The error of an SAE that raises is added to
+    `failures`; its losses are empty, and later batches skip it.
     """
     # The unmodified model, and the model with zeros at the hook.
     kept: dict[str, Tensor] = {}
@@ -200,10 +201,10 @@ def replay(recording: Recording, number: int) -> Iterator[None]:
 def observed(
     recording: Recording, sae: SAE[Any], on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Make `sae` encode the inputs of each batch that core replays (core passes the outputs), and observe it.
+    """Make `sae` encode the inputs of each replayed batch, although core passes the outputs, and report to `on_batch`.
 
-    `on_batch` is called with tokens, outputs, latent activations and reconstructions, without special tokens, so that
-    nothing is encoded twice.
+    `on_batch` is called once per batch with tokens, outputs, latent activations and reconstructions, all without
+    special tokens, so that further statistics need no second encoding.
     """
     encode, decode, batches = sae.encode, sae.decode, _sparsity_batches(recording)
     batch = next(batches)
@@ -225,7 +226,7 @@ def observed(
 
 @torch.no_grad()
 def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationStatistics:
-    """FVU, L0 and related metrics with the training-time selection, over each batch without its special tokens."""
+    """FVU, L0 and related metrics with the training-time selection, made over each batch without its special tokens."""
     result = ActivationStatistics(sae.W_dec.shape[1], sae.cfg.d_sae, sae.device)
     for batch in _sparsity_batches(recording):
         acts, reconstruction = encode_and_reconstruct(sae, batch.x[batch.keep].to(sae.device, sae.dtype))
@@ -234,7 +235,7 @@ def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationSta
 
 
 def mean_losses(recording: Recording, number: int) -> dict[str, float]:
-    """Core's reconstruction metrics for a reconstruction that core itself does not evaluate."""
+    """Core's reconstruction metrics for SAE `number`, for training SAEs, which core itself does not evaluate."""
     sums: dict[str, list[Tensor]] = {}
     for tokens, losses in zip(recording.tokens, recording.losses, strict=False):
         mask = ~_is_any(tokens, recording.ignored)
@@ -252,13 +253,13 @@ def mean_losses(recording: Recording, number: int) -> dict[str, float]:
 
 
 def site_of(sae: SAE[Any]) -> Site:
-    """Site of an SAE, which reconstructs what it reads, or of a transcoder."""
+    """The hooks that an SAE or transcoder reads and reconstructs."""
     metadata = sae.cfg.metadata
     return Site(metadata.hook_name, metadata.hook_name_out if isinstance(sae, Transcoder) else metadata.hook_name)
 
 
 def is_shareable(sae: SAE[Any]) -> bool:
-    """Whether `record` supports this SAE: not if it is on split attention heads, which core reshapes itself."""
+    """Whether `record` supports this SAE: not on one attention head or a hook such as `hook_z`, which core reshapes."""
     return sae.cfg.metadata.hook_head_index is None and not any(map(is_split, site_of(sae)))
 
 
@@ -284,7 +285,7 @@ def _activations(model: HookedTransformer, tokens: Tensor, site: Site) -> list[T
 
 def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and losses with `x` at the hook; if that is a block's output, only the later blocks are run."""
-    # With left padding the model builds its attention mask from the tokens, in full passes only.
+    # With left padding the model builds its attention mask from the tokens, which it does only in full passes.
     if hook_name.endswith(".hook_resid_post") and model.tokenizer.padding_side != "left":  # type: ignore[union-attr]
         layer = int(hook_name.split(".")[1]) + 1
         return model(x, start_at_layer=layer, tokens=tokens, return_type="both", loss_per_token=True)

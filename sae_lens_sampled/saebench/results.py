@@ -12,7 +12,7 @@ from sae_lens_sampled.saebench.sources import EvalSAE
 STAMP = "sae_lens_sampled"
 """Key of a result's fingerprints in its `sae_cfg_dict`, the only free-form part of SAEBench's format."""
 NOT_COMPUTED = -1
-"""Value that SAEBench's core and sparse probing write for a number they did not, or could not, compute."""
+"""Value that SAEBench's core and sparse probing write for a number that they did not or could not compute."""
 
 
 def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:
@@ -21,7 +21,7 @@ def result_path(output_dir: Path, eval_name: str, sae: EvalSAE) -> Path:
 
 
 def load_result(path: Path) -> dict[str, Any] | None:
-    """Load a result; None if the file is missing, truncated or of another form."""
+    """Load a result; None if the file is missing, truncated or not of SAEBench's form."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
@@ -49,8 +49,8 @@ def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
 def write_result(path: Path, result: dict[str, Any], sae: EvalSAE, stamp: dict[str, str]) -> dict[str, Any]:
     """Write a `result` atomically, with the SAE's own release and id, and return what was written.
 
-    The result's architecture, which plots show, is that of the training SAE; otherwise every exported BatchTopK or
-    Sampled-SAE would be "jumprelu".
+    Its architecture, which plots show, is the one that the SAE was trained as; otherwise every exported BatchTopK SAE
+    and Sampled-SAE would be "jumprelu".
     """
     names = {"sae_lens_release_id": sae.release, "sae_lens_id": sae.sae_id}
     cfg = result["sae_cfg_dict"] | {"architecture": sae.sae_class, STAMP: stamp}

@@ -1,4 +1,4 @@
-"""`run_evals`: SAEBench on any SAE; resumable, and writes nothing outside the output folder."""
+"""`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder and the Hub's cache."""
 
 import logging
 import math
@@ -65,34 +65,36 @@ def run_evals(
     """Run SAEBench's evals and MMCS on SAEs of any architecture; return the results by eval and SAE name.
 
     Results are written to `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json` in SAEBench's format.
-    Existing results of the same SAE, model and configuration are kept, so an interrupted run can be repeated.
+    Existing results of the same SAE, model and configuration are kept, so repeating an interrupted run resumes it.
 
     Args:
-        saes: sources as in `load_saes`: SAEs, training SAEs, folders of either, `(name, SAE)`, `(release, sae_id)`.
+        saes: sources as in `load_saes`: SAEs, training SAEs, folders of either, `(name, SAE or Path)`, or
+            `(release, sae_id)`.
         evals: any of "core", "sparse_probing", "absorption" and "mmcs".
-        model: an official TransformerLens name or a folder in Hugging Face format; None for the one that all SAEs were
-            trained on.
+        model: an official TransformerLens name or a folder in Hugging Face format; None for the model that all SAEs
+            were trained on.
         output_dir: folder for results and caches; only the Hub's own cache is written elsewhere.
-        probing_datasets: data sets for sparse probing in place of SAEBench's eight: files, folders or results of
+        probing_datasets: data sets that replace SAEBench's eight in sparse probing: files, folders or results of
             `load_probing_dataset`.
-        text: data set for core, a Hub name or a folder; None for SAEBench's openwebtext.
+        text: data set for core, as Hub name or folder; None for SAEBench's openwebtext.
         overrides: fields of SAEBench's configurations, by eval, such as `{"core": {"context_size": 64}}`.
-        model_kwargs: arguments of `from_pretrained`, such as `{"revision": "step1000"}`; None for those that the SAEs
-            were trained with, `model_from_pretrained_kwargs` in their metadata.
+        model_kwargs: arguments of `from_pretrained`, such as `{"revision": "step1000"}`; None for those of the training
+            runs (`model_from_pretrained_kwargs` in the SAEs' metadata).
         device: device to run on; None for a GPU if there is one.
-        dtype: type of model and SAEs, like SAEBench's `llm_dtype`; None for that in `model_kwargs`, or float32.
-        seed: seed for random draws.
-        offline: do not use the network; model, text and data sets that are not given are those bundled with the
+        dtype: dtype of model and SAEs, like SAEBench's `llm_dtype`; None for that in `model_kwargs`, or else float32.
+        seed: seed for random draws; core's text is always shuffled with seed 42, as in SAEBench.
+        offline: do not use the network. If model, text or probing data sets are not given, take those bundled with the
             repository.
         force_rerun: recompute and replace existing results.
         show_progress: show a progress bar over pairs of SAE and eval.
-        prepare_only: only prepare what later runs reuse (absorption's probes), and evaluate nothing.
+        prepare_only: only do the work that SAEs share, and return no results; later runs reuse absorption's probes.
 
     Raises:
-        ValueError: if an argument is invalid, or a result of another SAE, model or configuration is in the way.
-        ConnectionError: if something must be downloaded and the Hub cannot be reached.
+        ValueError: if an argument is invalid, or an existing result in `output_dir` is for another SAE, model or
+            configuration and `force_rerun` is not set.
+        ConnectionError: if something must be downloaded, but the Hub cannot be reached or `offline` is set.
         NoSpaceError: if the disk is full; finished results are kept.
-        EvalError: at the end, if SAEs could not be evaluated.
+        EvalError: at the end, if some SAEs could not be evaluated; the results of the others are kept.
     """
     overrides = overrides or {}
     _check_evals(evals, overrides)
@@ -140,7 +142,7 @@ def run_evals(
             probing_datasets=labelled,
         )
         _attach(loaded, setup)
-        # Reject unsuitable SAEs and results that would have to be replaced; comparisons are redone for other SAEs.
+        # Reject unsuitable SAEs, and existing results of other SAEs or settings. Comparisons are redone anyway.
         planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in eval_classes]
         for evaluation in planned:
             evaluation.check(loaded)
@@ -162,7 +164,7 @@ def run_evals(
 
 
 def _missing(failures: Mapping[str, Exception], n_wanted: int) -> EvalError:
-    """The error that lists the missing results by reason."""
+    """The error that lists the missing results, grouped by reason."""
     names: dict[Exception, list[str]] = {}
     for name, error in failures.items():
         names.setdefault(error, []).append(name)
@@ -254,7 +256,7 @@ def _evaluate_all(
 
 @contextmanager
 def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
-    """Context that every unit of work needs."""
+    """Patch SAEBench, show progress and report a full disk while one unit of work runs."""
     setup = evaluation.setup
     log = setup.output_dir / "artifacts" / "sae_bench.log"
     with (
@@ -267,13 +269,13 @@ def _working_on(evaluation: Eval, doing: str, progress: tqdm) -> Iterator[None]:
 
 @contextmanager
 def _tokens_shown(model: EvalModel, progress: tqdm, doing: str) -> Iterator[None]:
-    """Show next to the progress bar what is being done and how many tokens the language model has read for it."""
+    """Show beside the progress bar the current work and how many tokens the language model has read for it."""
     n_tokens, shown_at = 0, time.monotonic()
 
     def count(n: int) -> None:
         nonlocal n_tokens, shown_at
         n_tokens += n
-        if time.monotonic() > shown_at + 1:  # a terminal is slow
+        if time.monotonic() > shown_at + 1:  # writing to a terminal is slow
             shown_at = time.monotonic()
             progress.set_postfix_str(f"{doing}, {n_tokens:,} tokens")
 
@@ -283,7 +285,7 @@ def _tokens_shown(model: EvalModel, progress: tqdm, doing: str) -> Iterator[None
 
 
 def _stamps(evaluation: Eval, saes: Sequence[EvalSAE]) -> Stamps:
-    """Fingerprints for the results of one eval, by SAE name; those that all SAEs share are computed once."""
+    """Fingerprints for the results of one eval, by SAE name; those of model and configuration are computed once."""
     inputs = {"config": asdict(evaluation.config), "sae_bench": version("sae-bench")} | evaluation.inputs(saes)
     shared = {"model": evaluation.setup.model.fingerprint, "config": fingerprint_tensors({}, inputs)}
     return {sae.name: {"sae": sae.fingerprint, **shared} for sae in saes}
@@ -321,7 +323,10 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
 
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
-    """Reject sizes and counts that are not positive integers; seeds and token positions may be 0 or negative."""
+    """Reject sizes and counts that are not positive integers, and real-valued settings that are not finite numbers.
+
+    Seeds and token positions may be 0 or negative.
+    """
     defaults = asdict(EVALS[eval_name].config_class(model_name=""))
     for field, value in settings.items():
         usual = defaults[field]
@@ -333,7 +338,7 @@ def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:
-    """Attach the SAEs to the setup's model and cast them to its type, as SAEBench does, but before the recording."""
+    """Attach the SAEs to the setup's model and cast them to its dtype: SAEBench would cast only after the recording."""
     for sae in saes:
         attach(sae, setup.model)
         sae.sae.to(dtype=str_to_dtype(setup.dtype))

@@ -1,4 +1,4 @@
-"""Loading of SAEs to evaluate, from objects, exported folders, training checkpoints and Hub pairs, into one form."""
+"""Loading of SAEs to evaluate (objects, exported folders, training checkpoints, SAEs on the Hub) into one form."""
 
 import copy
 import hashlib
@@ -37,11 +37,11 @@ class EvalSAE:
     sae_id: str
     """Id of the SAE in that release; "custom_sae" if there is none, as in SAEBench."""
     sae: SAE[Any]
-    """The SAE for inference, with unit-norm decoder rows where its architecture allows that without changing it."""
+    """The SAE for inference. Its decoder rows have unit norm, unless rescaling them would change what it selects."""
     training_sae: TrainingSAE[Any] | None
-    """The training SAE that it was exported from, if given."""
+    """The training SAE that `sae` was exported from, if that was given."""
     sae_class: str
-    """The architecture it was trained as, as far as known; shown in plots."""
+    """The architecture that the SAE was trained as, or that of `sae` if unknown; shown in plots."""
     fingerprint: str
     """Hash of weights and configurations, including those of the training SAE."""
 
@@ -55,7 +55,7 @@ SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str
 
 
 class BrokenSAEError(ValueError):
-    """An SAE's weights are not finite or its thresholds are NaN; other SAEs can still be evaluated."""
+    """An SAE has non-finite weights or NaN thresholds; other SAEs can still be evaluated."""
 
     def __init__(self, name: str, reason: ValueError) -> None:
         super().__init__(f"SAE {name!r}: {reason}")
@@ -65,13 +65,14 @@ class BrokenSAEError(ValueError):
 def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE]:
     """Load the SAEs of all `sources` onto `device`.
 
-    A source is an SAE or a training SAE; a folder of either, whose name becomes the SAE's; `(name, SAE)` as in
+    A source is an SAE or a training SAE; a folder of either, which gives the SAE its name; `(name, SAE)` as in
     SAEBench, or `(name, Path)`; or two strings `(release, sae_id)`: a Hub repository or SAELens release, and the SAE's
     id in it.
 
     Raises:
-        ValueError: if `sources` is empty, two SAEs have the same name, one cannot be evaluated as it is, or `device` is
-            not available.
+        ValueError: if `sources` is empty, two SAEs have the same name, an SAE cannot be loaded, has unusable weights or
+            unfolded activation normalisation, or `device` is not available.
+        ConnectionError: if an SAE must be downloaded and the Hub is not accessible.
     """
     saes, broken = load_intact_saes(sources, device)
     if broken:
@@ -81,7 +82,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
 @interruptible()
 def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
-    """As `load_saes`, but errors of SAEs with non-finite weights or NaN thresholds are returned, not raised."""
+    """As `load_saes`, but return the errors of SAEs with non-finite weights or NaN thresholds; do not raise them."""
     check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
@@ -103,7 +104,7 @@ def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple
 
 
 def parse_source(argument: str) -> Path | tuple[str, str | Path]:
-    """Parse a source from the command line: an existing folder, NAME=FOLDER, or RELEASE:SAE_ID."""
+    """Parse a command-line source: NAME=FOLDER, RELEASE:SAE_ID, or a folder; an existing path is always a folder."""
     if Path(argument).exists():
         return Path(argument)
     name, _, folder = argument.partition("=")
@@ -114,12 +115,12 @@ def parse_source(argument: str) -> Path | tuple[str, str | Path]:
 
 
 def seed_group(release: str) -> str:
-    """The name without its seed: SAEs `topk_seed0` and `topk_seed1` are two seeds of one configuration, `topk`."""
+    """The name without its seed: `topk_seed0` and `topk_seed1` are two seeds of one configuration, `topk`."""
     return re.sub(r"(?:^|[_\-/.])seed[_\-]?\d+", "", release)
 
 
 def fingerprint_tensors(tensors: dict[str, Tensor], *configs: dict[str, Any]) -> str:
-    """16 hexadecimal digits of SHA-256 over names, types, shapes and bytes of `tensors`, and over `configs`."""
+    """First 16 hexadecimal digits of a SHA-256 of the tensors' names, dtypes, shapes and bytes, and of `configs`."""
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -179,7 +180,7 @@ def _from_object(name: str | None, sae: SAE[Any], device: str) -> EvalSAE:
 
 @contextmanager
 def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
-    """Convert an error about weights or thresholds into that SAE's `BrokenSAEError`."""
+    """Convert a `ValueError` about weights or thresholds into a `BrokenSAEError` that names the SAE."""
     try:
         yield
     except ValueError as error:
@@ -188,7 +189,7 @@ def _named(name: str | None, sae_id: str, sae: SAE[Any]) -> Iterator[None]:
 
 
 def _exported(sae: TrainingSAE[Any]) -> SAE[Any]:
-    """Export `sae` to the SAE that its users load."""
+    """Export `sae` to the inference SAE that its users load."""
     if isinstance(sae, SampledTopKTrainingSAE):
         return to_jumprelu(sae)
     with TemporaryDirectory() as folder:
@@ -203,7 +204,7 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
     tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}
-    # Without the device, which changes no result and may be the only difference between SAEs that were trained alike.
+    # Without the device, which changes no results and may be all that differs between SAEs that were trained alike.
     configs = [{key: value for key, value in each.cfg.to_dict().items() if key != "device"} for each in both]
     fingerprint = fingerprint_tensors(tensors, *configs)
     trained_as = training_sae.cfg.architecture() if training_sae is not None else None
@@ -213,11 +214,11 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
 
 @torch.no_grad()
 def _fold_decoder_norm(sae: SAE[Any]) -> None:
-    """Scale decoder rows to unit norm, as SAEBench does for SAEs from the Hub and expects of SAE objects."""
+    """Scale decoder rows to unit norm: SAEBench does so for SAEs from the Hub, and expects it of SAE objects."""
     norms = sae.W_dec.norm(dim=-1)
     if torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         return
     try:
         sae.fold_W_dec_norm()
     except NotImplementedError:
-        return  # TopK and matching pursuit select by unscaled activations: folding would change the selection
+        return  # TopK and matching pursuit select by unscaled activations, so folding would change their selection

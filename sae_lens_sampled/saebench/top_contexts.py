@@ -1,4 +1,4 @@
-"""Readable text around the largest activations of an SAE's leading latents."""
+"""The text around the largest activations of an SAE's leading latents, those with the most activation mass."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ N_CONTEXTS = 3
 REACH = 10
 """Tokens shown before and after the largest activation."""
 MAX_DENSITY = 0.1
-"""Largest density of a leading latent: a latent that is active more often is rarely about one thing."""
+"""Largest density of a leading latent; latents that are active more often rarely stand for one concept."""
 
 
 class TopActivations:
-    """Each latent's largest activation in each of the `N_CONTEXTS` batches where that is largest."""
+    """For each latent, the `N_CONTEXTS` largest of its maxima per batch, and their positions in the text."""
 
     def __init__(self, d_sae: int, device: torch.device | str) -> None:
         self.values = torch.zeros(N_CONTEXTS, d_sae, device=device)
@@ -27,7 +27,7 @@ class TopActivations:
     def update(self, tokens: Tensor, acts: Tensor) -> None:
         """Add one batch of running text: `tokens`, shape (n,), and `acts`, shape (n, d_sae)."""
         best = acts.amax(dim=0).to(self.values)
-        rising = (best > self.values[-1]).nonzero()[:, 0]  # few, after some batches: locating the maximum costs more
+        rising = (best > self.values[-1]).nonzero()[:, 0]  # few after the first batches; locating maxima costs more
         place = acts[:, rising].argmax(dim=0) + sum(map(len, self.tokens))
         values = torch.cat([self.values[:, rising], best[None, rising]])
         places = torch.cat([self.places[:, rising], place[None]])
@@ -37,7 +37,7 @@ class TopActivations:
 
 
 def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenizer: Any) -> list[dict[str, Any]]:
-    """Latents that carry the largest activation mass without being dense, with the text where they are largest."""
+    """The latents with the most activation mass that are not dense, with the text around their largest activations."""
     mass = statistics.mass.masked_fill(statistics.density > MAX_DENSITY, 0)
     latents = mass.topk(min(N_LATENTS, len(mass))).indices
     return contexts_of(latents[mass[latents] > 0], top, statistics, tokenizer)
@@ -46,7 +46,7 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
 def contexts_of(
     latents: Int[Tensor, " n"], top: TopActivations, statistics: ActivationStatistics, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Density, share of the activation mass and text of the largest activations of each of `latents`."""
+    """For each of `latents`: density, share of the activation mass, and text around its largest activations."""
     tokens = torch.cat(top.tokens).tolist()
     return [
         {

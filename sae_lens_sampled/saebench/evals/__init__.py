@@ -1,4 +1,4 @@
-"""The evals that `run_evals` knows. To add one, add a file here and a line to the table."""
+"""The evals of `run_evals`. A new one needs a file in this folder and a line in the table."""
 
 from sae_lens_sampled.saebench.evals.absorption import Absorption
 from sae_lens_sampled.saebench.evals.base import Eval
@@ -12,6 +12,6 @@ EVALS: dict[str, type[Eval]] = {
     "absorption": Absorption,
     "mmcs": Mmcs,
 }
-"""Eval classes by name, in the order in which they run: MMCS reads latent densities from core's results."""
+"""Eval classes by name, in the order in which they run: MMCS comes after core because it reads core's densities."""
 
 __all__ = ["EVALS", "Eval"]

@@ -1,4 +1,4 @@
-"""SAEBench's absorption eval, with probes of the model that later runs reuse."""
+"""SAEBench's absorption eval, with probes on the model that later runs reuse."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ LOCK = "absorption.lock"
 
 
 class Absorption(Eval):
-    """How often the latents of a first letter are silent on words that begin with it."""
+    """How often the latents for a first letter are silent on words that begin with it."""
 
     name = "absorption"
     config_class = AbsorptionEvalConfig
@@ -29,27 +29,27 @@ class Absorption(Eval):
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
         self.activations: dict[tuple[str, ...], Tensor] = {}
-        """The model's activations on the prompts, which are the same for every SAE, by hook and prompts of a batch."""
+        """Activations of the model by hook and prompts of a batch, shared by all SAEs, which get the same prompts."""
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's settings, but fast on a small model."""
+        """SAEBench's settings with those of the setup, and two that make small models fast."""
         return super().defaults() | {
             "random_seed": self.setup.seed,
             "llm_batch_size": self.setup.llm_batch_size,
             "llm_dtype": self.setup.dtype,
-            # With SAEBench's 24 a small model takes hours; results do not depend on it.
+            # With SAEBench's 24 a small model takes hours; results do not depend on this size.
             "eval_k_sparse_probe_batch_size": 512,
-            # Several times faster; needs memory for words x d_sae numbers.
+            # Several times faster, but needs memory for words x d_sae numbers.
             "precalc_k_sparse_probe_sae_acts": self.setup.d_sae <= 16384,
         }
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Reject transcoders, and hooks that absorption would not read."""
+        """Reject transcoders, and SAEs on hooks that absorption would not read."""
         for sae in saes:
             if isinstance(sae.sae, Transcoder):
-                raise ValueError(  # noqa: TRY004  like every other refusal
-                    f"{sae.name!r} is a transcoder; absorption compares decoders with directions of the encoded "
-                    "activations. Leave absorption out for it."
+                raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
+                    f"{sae.name!r} is a transcoder; absorption compares decoders with probes on the encoded "
+                    "activations, but a transcoder decodes to others. Leave absorption out for it."
                 )
             hook_name = str(sae.sae.cfg.metadata.hook_name)
             if not hook_name.endswith(".hook_resid_post"):
@@ -59,7 +59,7 @@ class Absorption(Eval):
                 )
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Train missing probes; one process trains them while the others wait."""
+        """Train the probes that are missing; one process trains them while the others wait."""
         for layer in {int(str(sae.sae.cfg.metadata.hook_name).split(".")[1]) for sae in saes}:
             folder = self._probes / self.setup.model.hooked.cfg.model_name / f"layer_{layer}"
             with FileLock(self.setup.output_dir / "artifacts" / LOCK):
@@ -67,7 +67,7 @@ class Absorption(Eval):
                     self._train_probes(layer, folder)
 
     def _train_probes(self, layer: int, folder: Path) -> None:
-        """Train the probes of a layer; `folder` appears only when it is complete."""
+        """Train the probes of a layer; `folder` is created only once they are complete."""
         hooked, unfinished = self.setup.model.hooked, self.setup.scratch / "probes"
         with (
             patches.restored_random_state(self.config.random_seed),
@@ -86,9 +86,9 @@ class Absorption(Eval):
         atomic_rename(unfinished / hooked.cfg.model_name / f"layer_{layer}", folder)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """SAEBench's result, with the recall of every letter; raises `ValueError` if too few letters have one."""
+        """Return SAEBench's result with recalls by letter; raise `ValueError` if too few letters have a good probe."""
         work = self.setup.scratch / "absorption" / sae.name
-        self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and would fail after all its work
+        self.folder.mkdir(parents=True, exist_ok=True)  # absorption does not, and would fail at the end, when it writes
         hooked, position = self.setup.model.hooked, self.config.prompt_token_pos
         with (
             patches.absorption_folders(self._probes, work),
@@ -100,19 +100,20 @@ class Absorption(Eval):
             )
         if not results:
             raise ValueError(
-                f"absorption's probes find too few first letters of words in the activations of model "
+                f"absorption's probes read too few first letters of words from the activations of model "
                 f"{self.setup.model.name!r}: fewer than min_feats_for_eval={self.config.min_feats_for_eval} letters "
                 f"have a probe with F1 above min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a "
-                "deeper layer, or lower these two."
+                "deeper layer, or lower these two settings."
             )
         result = self.written(sae)
         letters = {detail["first_letter"] for detail in result["eval_result_details"]}
         return result | {"eval_result_unstructured": {"letters": self._recall(sae, letters)}}
 
     def _recall(self, sae: EvalSAE, letters: set[str]) -> dict[str, dict[str, float]]:
-        """Recall by letter, on SAEBench's test words that begin with it.
+        """Two recalls by letter, over SAEBench's test words that begin with the letter.
 
-        The shares of these words that the letter's probe finds, and on which the latent that predicts it best fires.
+        They are the shares of these words that the letter's probe detects, and on which the latent that predicts the
+        letter best is active.
         """
         # SAEBench writes this file into its working directory.
         file = self.setup.scratch / "artifacts" / "absorption" / f"{sae.name}_{CUSTOM_SAE_ID}_k_sparse_probing.json"
@@ -124,7 +125,7 @@ class Absorption(Eval):
 
     @property
     def _probes(self) -> Path:
-        """Folder of the model's probes, which also depend on the prompt and the seed."""
+        """Folder for the probes on the model, named by the prompt and the seed, on which they also depend."""
         config = self.config
         key = fingerprint_tensors({}, {"fields": [config.prompt_template, config.prompt_token_pos, config.random_seed]})
         return self.setup.artifacts / "absorption" / f"probes_{key}"

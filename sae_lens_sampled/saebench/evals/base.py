@@ -1,4 +1,4 @@
-"""Base class of evals: configuration, inputs, and how an SAE is evaluated."""
+"""Base class of evals, and the setup that the evals of a run share."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,41 +20,41 @@ class EvalSetup:
     model: EvalModel
     output_dir: Path
     scratch: Path
-    """Folder that is deleted when the run ends, however it ends."""
+    """Folder for temporary files, deleted when the run ends, even by an error."""
     device: str
     dtype: str
-    """Type of model and SAEs, as SAEBench's `llm_dtype`."""
+    """Name of the dtype of model and SAEs, as in SAEBench's `llm_dtype`."""
     d_sae: int
     """Width of the widest SAE."""
     seed: int
     text: str
-    """Hub name or folder."""
+    """Core's data set: Hub name or folder."""
     probing_datasets: list[ProbingDataset]
 
     @property
     def llm_batch_size(self) -> int:
-        """Prompts per pass of the model: SAEBench's number, or a small one for an unknown model."""
+        """Prompts per pass of the model: SAEBench's number for the model, or 32 if it has none."""
         return LLM_NAME_TO_BATCH_SIZE.get(self.model.name, 32)
 
     @property
     def artifacts(self) -> Path:
-        """Folder for files that later runs may reuse; the fingerprint keeps different models apart."""
+        """Folder for files that later runs reuse; the fingerprint in its name keeps different models apart."""
         return self.output_dir / "artifacts" / f"{self.model.name}_{self.model.fingerprint}".replace("/", "_")
 
 
 class Eval:
-    """One eval in one `run_evals` call. Subclasses set the class variables, and override `run` and more if needed."""
+    """One eval in one `run_evals` call. Subclasses set the class variables and override at least `run`."""
 
     name: ClassVar[str]
-    """Key in `EVALS`, and the folder of its results."""
+    """Key in `EVALS`, and name of the folder for its results."""
     config_class: ClassVar[type[Any]]
-    """SAEBench's configuration, or another dataclass with a `model_name`; users override its fields."""
+    """SAEBench's configuration, or another dataclass with a `model_name`; users may override its fields."""
     compares: ClassVar[bool] = False
     """Whether an SAE's result depends on the other SAEs."""
     reads_text: ClassVar[bool] = False
-    """Whether it needs the data set `setup.text`."""
+    """Whether the eval needs the data set `setup.text`."""
     reads_probing_datasets: ClassVar[bool] = False
-    """Whether it needs labelled texts: `setup.probing_datasets`, or SAEBench's own where that is empty."""
+    """Whether the eval needs labelled texts: `setup.probing_datasets`, or SAEBench's own if that is empty."""
 
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         self.setup = setup
@@ -65,17 +65,17 @@ class Eval:
         return {"model_name": self.setup.model.name}
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Reject SAEs that cannot be evaluated, before any work."""
+        """Raise `ValueError` for SAEs that this eval does not support, before any work."""
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """Data that a result depends on besides its SAE, the model and the configuration; called once.
+        """Return what else a result depends on besides its SAE, the model and the configuration, for its fingerprint.
 
-        An entry "config" replaces the configuration.
+        An entry "config" replaces the configuration there.
         """
         return {}
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Do the work that all of `saes` share: those without a result, or all SAEs if the eval compares."""
+        """Do the work shared by `saes`: the SAEs that still lack a result, or all SAEs if `compares` is set."""
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """Evaluate one SAE; return its result in SAEBench's format."""

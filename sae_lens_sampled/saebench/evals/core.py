@@ -1,4 +1,4 @@
-"""SAEBench's core eval with one pass of the model for all SAEs, and what `run_evals` adds to its results."""
+"""SAEBench's core eval on one recording of the model for all SAEs, and the metrics that `run_evals` adds."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
 
 @dataclass(frozen=True)
 class Recorded:
-    """An SAE's recording and its indices there."""
+    """An SAE's recording, and the SAE's indices in it."""
 
     recording: recording.Recording
     exported: int
@@ -36,14 +36,14 @@ class Recorded:
 
 
 class Core(Eval):
-    """Sparsity and reconstruction, of the exported SAE and with the training-time selection."""
+    """Sparsity and reconstruction of exported SAEs and, for given training SAEs, with the training-time selection."""
 
     name = "core"
     config_class = CoreEvalConfig
     reads_text = True
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's own numbers of batches, with all optional metrics enabled."""
+        """A tenth of the batches in SAEBench's scripts (200 and 2000), and all optional metrics."""
         return super().defaults() | {
             "llm_dtype": self.setup.dtype,
             "dataset": self.setup.text,
@@ -56,18 +56,18 @@ class Core(Eval):
         }
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Reject transcoders that SAEBench would have to evaluate itself, because it knows only one hook per SAE."""
+        """Reject transcoders that cannot be recorded: SAEBench would have to run them, and knows one hook per SAE."""
         for sae in saes:
             if isinstance(sae.sae, Transcoder) and not recording.is_shareable(sae.sae):
                 raise ValueError(f"{sae.name!r} is a transcoder of attention heads; core needs those of whole hooks.")
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """A text folder is identified by its contents, not by its path."""
+        """Identify a text folder by its contents, not by its path."""
         text = Path(self.config.dataset)
         return {"config": asdict(self.config) | {"dataset": _fingerprint_files(text)}} if text.is_dir() else {}
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Record the model once for all SAEs of the same site."""
+        """Record the model once for all SAEs with the same hooks and `prepend_bos`."""
         self.recorded: dict[str, Recorded] = {}
         by_site: dict[tuple[recording.Site, Any], list[EvalSAE]] = {}
         for sae in saes:
@@ -87,7 +87,7 @@ class Core(Eval):
                 dataset_trust_remote_code=True,
             )
         store.shuffle_input_dataset(seed=42)  # as core does
-        # The training SAEs come last: core itself reads only the first ones.
+        # The training SAEs come last: core itself evaluates only the exported SAEs before them.
         training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}
         reconstructions = [functools.partial(_reconstruct, sae) for sae in [s.sae for s in saes] + [*training.values()]]
         with switched_on(hooked, site.hooks), heads_side_by_side(hooked, site.hooks):
@@ -96,8 +96,8 @@ class Core(Eval):
         self.recorded |= {sae.name: Recorded(recorded, i, places.get(sae.name)) for i, sae in enumerate(saes)}
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """Core's own result, with added statistics of the latents and metrics with the training-time selection."""
-        # An SAE on split heads: SAEBench runs the model itself, and nothing is added.
+        """Return core's own result, with statistics of the latents and metrics of the training-time selection added."""
+        # An SAE that cannot be recorded: SAEBench runs the model itself, and nothing is added.
         if sae.name not in self.recorded:
             hooks = recording.site_of(sae.sae).hooks
             with switched_on(self.setup.model.hooked, hooks), patches.core_errors_raised():
@@ -105,7 +105,7 @@ class Core(Eval):
             return self.written(sae)
         place = self.recorded[sae.name]
         _raise_failure(place.recording, place.exported)
-        # Core on the recording; statistics are collected from what it encodes.
+        # Core on the recording, with statistics collected from the batches that it encodes.
         statistics = ActivationStatistics(sae.sae.W_dec.shape[1], sae.sae.cfg.d_sae, self.setup.device)
         top = TopActivations(sae.sae.cfg.d_sae, self.setup.device)
 
@@ -123,7 +123,7 @@ class Core(Eval):
             "exported": statistics.summary(),
             "top_contexts": top_contexts(top, statistics, self.setup.model.hooked.tokenizer),
         }
-        # The same with the training-time selection.
+        # The same metrics with the training-time selection.
         if sae.training_sae is not None and place.in_training is not None:
             _raise_failure(place.recording, place.in_training)
             losses = recording.mean_losses(place.recording, place.in_training)

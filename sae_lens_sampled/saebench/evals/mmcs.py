@@ -30,7 +30,7 @@ from sae_lens_sampled.similarity import MATCH_MAX_LATENTS, Similarity, dictionar
 
 @dataclass
 class MmcsEvalConfig(BaseEvalConfig):
-    """Settings. Nothing is random and no model is run, so there is no seed, data set or batch size."""
+    """Settings of MMCS. It draws nothing at random and runs no model, so it has no seed, data set or batch size."""
 
     model_name: str = Field(default="", title="Model Name", description="Model of the SAEs; recorded, not loaded.")
     live_density: float = Field(
@@ -51,7 +51,7 @@ def _number(title: str, description: str, shown: bool = False) -> Any:
 
 @dataclass
 class MmcsMetrics(BaseMetrics):
-    """Similarity of one dictionary's rows to another, as in `similarity.OneWay`; None where it was not computed."""
+    """Similarity of one dictionary's rows to another dictionary, as in `similarity.OneWay`; None if not computed."""
 
     mmcs: float | None = _number("MMCS", "Mean over rows of the largest cosine with a row of the other", shown=True)
     mmcs_absolute: float | None = _number("Absolute MMCS", "As MMCS, with the largest absolute cosine")
@@ -64,10 +64,10 @@ class MmcsMetrics(BaseMetrics):
 
 @dataclass(kw_only=True)
 class Similarities:
-    """Similarities of two SAEs by what is compared; "reverse" is the partner's latents, found in this SAE.
+    """Similarities of two SAEs, by the rows compared; "reverse" means rows of the partner, found in this SAE.
 
-    Live categories cover the live latents of both SAEs; their fields are None without densities, or if an SAE has no
-    live latents.
+    Live categories compare only the live latents of both SAEs; their fields are None if densities are unknown or an
+    SAE has no live latents.
     """
 
     decoder: MmcsMetrics = Field(title="Decoder", description="Decoder rows", json_schema_extra=DEFAULT_DISPLAY)
@@ -90,7 +90,7 @@ class MmcsPartnerMetrics(BaseMetrics):
     n_partners: int = Field(title="Number of Partners", description="Number of SAEs over which the means are taken")
     partners_of_same_group: bool = Field(
         title="Partners of Same Group",
-        description="Whether these are the other SAEs of the group; if there are none, they are all other SAEs",
+        description="Whether these are the other SAEs of the same group; if it has no others, all other SAEs are used",
     )
     n_live: int | None = _number("Live Latents", "Live latents of this SAE; None without densities")
 
@@ -127,7 +127,7 @@ class MmcsEvalOutput(BaseEvalOutput[MmcsEvalConfig, MmcsMetricCategories, MmcsRe
 
 
 class Mmcs(Eval):
-    """Similarity to the other SAEs of the run, averaged over the seeds of the same configuration, if there are any."""
+    """Similarity to other SAEs of the run: the mean over seeds of the same configuration, or else over all others."""
 
     name = "mmcs"
     config_class = MmcsEvalConfig
@@ -140,26 +140,26 @@ class Mmcs(Eval):
         check_alike(saes)
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:
-        """All SAEs of the run, and the densities of their latents."""
+        """Return the fingerprints of all SAEs of the run, and the densities of their latents."""
         self.densities = {sae.name: self._density(sae) for sae in saes}
         return {
             "saes": {sae.name: sae.fingerprint for sae in saes},
             "densities": self.densities,
-            "categories": CATEGORIES,  # results of another form are recomputed
+            "categories": CATEGORIES,  # so that results with other categories are recomputed
         }
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Compare all pairs at once."""
+        """Compare all pairs of SAEs."""
         known = {name: density for name, density in self.densities.items() if density is not None}
         known = known if len(known) == len(saes) else {}
         self.outputs = compare_all(saes, self.config, self.setup.device, known)
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """The comparisons of one SAE."""
+        """Return the comparisons of one SAE with the others."""
         return asdict(self.outputs[sae.name])
 
     def _density(self, sae: EvalSAE) -> list[float] | None:
-        """Share of tokens on which each latent is active; None unless core was run on this SAE and counted them."""
+        """Share of tokens on which each latent is active, from core's result for this SAE; None without one."""
         result = load_result(result_path(self.setup.output_dir, Core.name, sae))
         if result is None or not is_result_of(result, sae, self.setup.model):
             return None
@@ -170,14 +170,14 @@ class Mmcs(Eval):
 def compare_all(
     saes: Sequence[EvalSAE], config: MmcsEvalConfig, device: str, densities: Mapping[str, Sequence[float]]
 ) -> dict[str, MmcsEvalOutput]:
-    """Compare each SAE with every other one; return results by SAE name. Each pair is computed once.
+    """Compare each SAE with every other one; return results by SAE name. Each pair is compared only once.
 
     The metrics of an SAE are means over the other SAEs of its group, or over all others if it is alone in its group;
     live metrics are means over the partners that have live latents. Only two SAEs need to be on `device` at a time.
 
     Args:
         saes: at least two SAEs.
-        config: which latents count as live, and which dictionaries are matched.
+        config: density above which latents are live, and size up to which dictionaries are matched.
         device: device to compute on.
         densities: share of tokens on which each latent is active, by SAE name; empty if unknown.
     """
@@ -222,7 +222,7 @@ def check_alike(saes: Sequence[EvalSAE]) -> None:
 def _compare(
     a: EvalSAE, b: EvalSAE, live_a: Tensor | None, live_b: Tensor | None, match_max_latents: int, device: str
 ) -> tuple[dict[str, MmcsMetrics], dict[str, MmcsMetrics]]:
-    """Metrics by category, of `a` with `b` as its partner and of `b` with `a`."""
+    """Metrics by category: those of `a` with `b` as its partner, and those of `b` with `a` as its partner."""
     forward, backward = {}, {}
     for part in ("decoder", "encoder"):
         rows_a, rows_b = _rows(a, part, device), _rows(b, part, device)

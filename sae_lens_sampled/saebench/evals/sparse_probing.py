@@ -1,4 +1,4 @@
-"""SAEBench's sparse probing, on its own data sets or on the user's."""
+"""SAEBench's sparse probing, on SAEBench's own data sets or on the user's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from sae_lens_sampled.saebench.sources import EvalSAE
 
 
 class SparseProbing(Eval):
-    """Accuracy of probes on a few latents."""
+    """Accuracy of probes that read only a few latents."""
 
     name = "sparse_probing"
     config_class = SparseProbingEvalConfig
@@ -24,10 +24,10 @@ class SparseProbing(Eval):
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
         self.random_states: dict[tuple[str, str], patches.RandomState] = {}
-        """States of the random generators after probing the model, by data set and hook."""
+        """States of the random generators after the probes on the model, by data set and hook."""
 
     def defaults(self) -> dict[str, Any]:
-        """SAEBench's settings; with the user's data sets, if given, and sizes that the smallest of them can fill."""
+        """SAEBench's settings; if the user gave data sets, those, with sizes that the smallest of them can fill."""
         fields = super().defaults() | {
             "random_seed": self.setup.seed,
             "llm_batch_size": self.setup.llm_batch_size,
@@ -41,7 +41,7 @@ class SparseProbing(Eval):
         return fields
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
-        """All of the user's labelled texts."""
+        """Return all of the user's labelled texts."""
         return {"probing_datasets": [asdict(dataset) for dataset in self.setup.probing_datasets]}
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
@@ -55,7 +55,7 @@ class SparseProbing(Eval):
                 )
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """SAEBench's result, which does not depend on the other SAEs that are evaluated."""
+        """Return SAEBench's result, which here does not depend on the other SAEs of the run."""
         sizes = (self.config.probe_train_set_size, self.config.probe_test_set_size)
         hooked, hooks = self.setup.model.hooked, [str(sae.sae.cfg.metadata.hook_name)]
         if sae.sae.hook_z_reshaping_mode:
@@ -72,8 +72,8 @@ class SparseProbing(Eval):
                 self.setup.device,
                 str(self.folder),
                 force_rerun=True,
-                # Shared by the SAEs of this run and then deleted: SAEBench would reuse them for any later model of
-                # this name.
+                # The model's activations, shared by the SAEs of this run and then deleted: SAEBench would reuse
+                # them for any later model of this name.
                 artifacts_path=str(self.setup.scratch / "sparse_probing"),
             )
         return self.written(sae)

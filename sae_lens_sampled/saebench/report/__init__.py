@@ -1,4 +1,4 @@
-"""The results of an output folder as an HTML page and as Markdown."""
+"""The report on an output folder's results, as an HTML page and as Markdown."""
 
 from sae_lens_sampled.saebench.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""Facts about the evaluation, and what readers must know before comparing the numbers."""
+"""Facts about the evaluation, and warnings for readers who compare the numbers."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from sae_lens_sampled.saebench.results import STAMP
 
 
 def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
-    """Model, hook, data and dates by name, as far as the results contain them."""
+    """Model, hook, data and dates by displayed name, as far as the results contain them."""
     evals = evals_of(saes)
     counts = {name: sum(name in sae.results for sae in saes) for name in evals}
     models = {_model(result) for sae in saes for result in sae.results.values()}
@@ -38,7 +38,7 @@ def facts(saes: Sequence[SAEResults]) -> dict[str, str]:
 
 
 def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[str]:
-    """Reasons why numbers are missing or not comparable, one sentence each; `unreadable` are names of result files."""
+    """Reasons why numbers are missing or not comparable, one sentence each; `unreadable` are files left out."""
     remarks = [
         f"{name} is truncated or not a result, so it is left out: run that eval again, which replaces the file, or "
         "delete it."
@@ -56,7 +56,7 @@ def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[st
     models = {model for sae in saes for model in _stamps(sae, "model")}
     if len(models) > 1:
         remarks.append(
-            f"By their fingerprints the results are from {len(models)} different models, or versions of one."
+            f"By their fingerprints the results are from {len(models)} different models, or versions of one model."
         )
     mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
     if mixed:
@@ -71,7 +71,7 @@ def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[st
 
 
 def _model(result: dict[str, Any]) -> str | None:
-    """The model's name, with the arguments of `from_pretrained` that change which model it denotes."""
+    """The model's name, with the arguments of `from_pretrained` that change which model the name denotes."""
     name = (result.get("eval_config") or {}).get("model_name")
     metadata = (result.get("sae_cfg_dict") or {}).get("metadata") or {}
     kwargs = defining_kwargs(metadata.get("model_from_pretrained_kwargs") or {})
@@ -80,15 +80,15 @@ def _model(result: dict[str, Any]) -> str | None:
 
 
 def _core_tokens(saes: Sequence[SAEResults]) -> str:
-    """Which tokens core reads and leaves out, independently of training."""
+    """Which tokens core reads and which it leaves out, whatever training read."""
     contexts = _distinct(saes, "core", "eval_config", "context_size")
     excluded = _distinct(saes, "core", "eval_config", "exclude_special_tokens_from_reconstruction")
-    of_losses = "" if excluded == [True] else "; they are reconstructed for the losses"
+    of_losses = "" if excluded == [True] else "; for the losses, these are reconstructed too"
     return f"in contexts of {', '.join(map(str, contexts))}, without pad, bos and eos tokens{of_losses}"
 
 
 def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
-    """Which tokens the SAEs were trained on, as far as their metadata say: core's FVU and L0 are on other tokens."""
+    """Which tokens the SAEs were trained on, as far as their metadata say; core's FVU and L0 are over other tokens."""
     described = []
     for sae in saes:
         metadata = sae.get("core", "sae_cfg_dict", "metadata") or {}

@@ -1,4 +1,4 @@
-"""Figures of the report, with titles and captions. A figure is left out if no SAE has the numbers for it."""
+"""Figures of the report, with titles and captions. Figures for which no SAE has the numbers are left out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sae_lens_sampled.saebench.report.results import SAEResults
 from sae_lens_sampled.saebench.report.style import is_wide
 
 PER_SAE = ("densities", "deciles", "mmcs")
-"""Figures with a line or a row for every SAE."""
+"""Keys of the figures with a line or a row for every SAE."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Figure:
     caption: str
     plot: go.Figure
     is_wide: bool
-    """Whether it needs the whole width of the page."""
+    """Whether the figure needs the whole width of the page."""
 
     def html(self, with_plotly: bool) -> Markup:
         """The plot as an HTML element; a page needs plotly.js once, with its first plot."""
@@ -41,8 +41,8 @@ class Figure:
 
 
 def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]:
-    """Figures that `saes` have the numbers for, in order. `groups` are the groups of `saes`."""
-    seeds = "Small marks are seeds, large ones their means, with 95 % intervals from three seeds on."
+    """The figures for which `saes` have the numbers, in the order of the page. `groups` are the groups of `saes`."""
+    seeds = "Small marks are seeds; large marks are their means, with 95 % intervals if there are three seeds or more."
     kinds: list[tuple[str, str, str, Callable[[], go.Figure | None]]] = [
         (
             "fvu-probing",
@@ -59,14 +59,14 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
         (
             "l0-fvu",
             "Sparsity and reconstruction",
-            f"Compare the FVU of marks at about the same L0: more active latents mostly reconstruct better. {seeds}",
+            f"Compare FVU only at about the same L0, because more active latents mostly reconstruct better. {seeds}",
             lambda: pareto_plot(groups, L0, FVU),
         ),
         (
             "densities",
             "How often latents fire",
-            "Look for latents at the far right, which fire almost everywhere; a rare latent is not a bad one. Dead "
-            "latents (never active on the evaluation text) are counted only in the legend.",
+            "Look for latents at the far right, which fire almost everywhere; that a latent fires rarely does not make "
+            "it a bad latent. Dead latents (never active on the evaluation text) are counted only in the legend.",
             lambda: density_plot(saes, groups),
         ),
         (
@@ -94,7 +94,7 @@ def figures(saes: Sequence[SAEResults], groups: Sequence[Group]) -> list[Figure]
 
 
 def _chance(key: str, saes: Sequence[SAEResults]) -> str:
-    """A sentence with the baseline of the heat map."""
+    """A sentence with the baseline of the MMCS figure; empty for other figures."""
     if key != "mmcs":
         return ""
     baselines = [value for sae in saes if (value := sae.number("mmcs", "eval_result_metrics", "decoder", "baseline"))]

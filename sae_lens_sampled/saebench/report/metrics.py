@@ -1,4 +1,4 @@
-"""Metrics of the report: where each is in the results, which direction is better, and means over seeds."""
+"""Metrics of the report: their places in the results, their better directions, and their means over seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ MMCS = ("mmcs", "eval_result_metrics")
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, which is one column of a table."""
+    """A metric, shown as one column of a table."""
 
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """The better direction; None for a condition under which the others are compared, such as L0."""
+    """The better direction; None if there is none, as for L0, at which the other metrics are compared."""
     digits: int
     independent: bool = True
-    """Whether the values of seeds are independent; if not, their spread gives no error of the mean."""
+    """Whether the values of different seeds are independent; if not, their spread gives no error of the mean."""
     complement: tuple[str, ...] = ()
-    """Path of one minus the value, for results that have nothing at `path`."""
+    """Path of one minus the metric, for results that have nothing at `path`."""
 
     @property
     def axis_title(self) -> str:
@@ -86,7 +86,7 @@ SECTIONS: dict[str, list[Metric]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """SAEs that differ in nothing but the seed."""
+    """SAEs of one class whose names differ only in the seed."""
 
     sae_class: str
     name: str
@@ -106,7 +106,7 @@ def estimate(values: Sequence[float], independent: bool = True) -> Interval:
 
 
 def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
-    """SAEs grouped by seeds; equal names in different classes are different groups."""
+    """Group SAEs whose names differ only in the seed; equal names of different classes give different groups."""
     members: dict[tuple[str, str], list[SAEResults]] = {}
     for sae in saes:
         members.setdefault((sae.sae_class, sae.group), []).append(sae)
@@ -114,7 +114,7 @@ def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
 
 
 def best_mean(metric: Metric, groups: Sequence[Group]) -> float | None:
-    """The best mean, rounded as displayed; None if no direction is better or there are not two means."""
+    """The best mean, rounded as displayed; None if no direction is better or there are fewer than two means."""
     estimates = [known for group in groups if (known := group.estimate(metric)) is not None]
     if metric.better is None or len(estimates) < 2:
         return None

@@ -1,4 +1,4 @@
-"""`write_report`: the HTML page, from the template `page.html`, and the Markdown."""
+"""`write_report`: writes the HTML page, from the template `page.html`, and the Markdown."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from sae_lens_sampled.saebench.report.tables import Table, group_tables, markdow
 
 TITLE = "SAEBench report"
 MARK_HINT = (
-    "± is half of the 95 % interval (Student's t over seeds). {} is the best mean of its column as shown, not a "
-    "significant difference."
+    "± is half of the 95 % interval (Student's t over seeds). {} marks the best displayed mean of a column, which need "
+    "not differ significantly from the others."
 )
 
 
 def write_report(output_dir: str | Path) -> Path:
-    """Write `report.html`, a self-contained file, and `report.md` into `output_dir`; return the path of the former.
+    """Write `report.html`, a self-contained file, and `report.md` into `output_dir`; return the path of `report.html`.
 
     Args:
-        output_dir: output folder of `run_evals`, or a folder of SAEBench's own results. SAEs may lack some evals.
+        output_dir: output folder of `run_evals`, or a folder of SAEBench's own results. SAEs may lack results of evals.
 
     Raises:
-        ValueError: if the folder does not exist or holds no result.
+        ValueError: if the folder does not exist or holds no readable result.
     """
     saes = read_results(output_dir)
     groups = groups_of(saes)
@@ -48,14 +48,14 @@ def write_report(output_dir: str | Path) -> Path:
 
 
 def one_line(text: str) -> str:
-    """Text with line breaks and tabs replaced by visible symbols."""
+    """`text` with line breaks and tabs replaced by visible symbols."""
     for space, sign in (("\r\n", "⏎"), ("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
         text = text.replace(space, sign)
     return text
 
 
 def visible(token: str) -> str:
-    """The token, or visible symbols for one that is only spaces."""
+    """`token`, or visible symbols if it consists only of spaces."""
     return token if token.strip(" ") else "␣" * len(token)
 
 

@@ -1,4 +1,4 @@
-"""Plots: SAEs by two metrics, statistics of each SAE's latents, and how similar the SAEs' latents are."""
+"""Plots: one metric against another, statistics of each SAE's latents, and similarities between SAEs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from sae_lens_sampled.saebench.report.style import DASHES, finish, shown, styles
 
 BINS_PER_DECADE = 5
 LEAST_SEEDS = 3
-"""Fewest seeds for error bars: with two, the interval is a dozen times as wide as the distance between them."""
+"""Fewest seeds for error bars: with two, the interval is a dozen times as wide as the distance between the two."""
 MAX_NUMBERED = 16
-"""Most SAEs for which the cells of the heat map show their numbers."""
+"""Largest number of SAEs for which the cells of the heat map show numbers."""
 
 
 def pareto_plot(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
-    """Marks of the SAEs, and the mean of each group with error bars."""
+    """Plot `y` against `x`: a mark for each SAE, and the mean of each group of several, with error bars."""
     plot, look = go.Figure(), styles(groups)
     for group in groups:
         every = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
@@ -52,7 +52,7 @@ def _add_mean(
     ys: Sequence[float],
     mark: dict[str, Any],
 ) -> None:
-    """Add the mean of the plotted marks; a seed that lacks one of the two numbers has no mark."""
+    """Add the mean of the plotted marks, which seeds that lack one of the two numbers do not have."""
     mean_x, mean_y = estimate(xs, x.independent), estimate(ys, y.independent)
     halves = [(mean.half or 0) if mean.n >= LEAST_SEEDS else 0 for mean in (mean_x, mean_y)]
     bars = [{"array": [half], "thickness": 1.5, "width": 4} for half in halves]
@@ -70,7 +70,7 @@ def _add_mean(
 
 
 def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Figure | None:
-    """Add a line at the accuracy of probing the model's own coordinates, if it is the same for all SAEs."""
+    """Add a line at the accuracy of a probe on the model's best single coordinate, if all SAEs have the same."""
     accuracies = {sae.number(*PROBING[:2], "llm", "llm_top_1_test_accuracy") for sae in saes} - {None}
     if plot is not None and len(accuracies) == 1:
         plot.add_hline(
@@ -83,7 +83,7 @@ def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Fi
 
 
 def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
-    """Outlined histograms of log10 density in shares of all latents: the bars of an SAE sum to its live share."""
+    """Outlined histograms of log10 density, in shares of all latents: an SAE's bars sum to its live share."""
     densities = {sae: np.array(known) for sae in saes if (known := _densities(sae))}
     live = {sae: np.log10(density[density > 0]) for sae, density in densities.items()}
     if not any(map(len, live.values())):
@@ -94,7 +94,7 @@ def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figu
     for sae, values in live.items():
         n_latents = len(densities[sae])
         shares = np.histogram(np.clip(values, edges[0], 0), edges)[0] / n_latents
-        # A step extends from its point to the next one; the outline starts and ends at zero.
+        # A step extends from its point to the next point; the outline starts and ends at zero.
         plot.add_scatter(
             x=[edges[0], *edges],
             y=[0, *shares, 0],
@@ -108,7 +108,7 @@ def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figu
 
 
 def decile_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figure | None:
-    """Shares of the summed activations, by tenths of the latents, from rare to frequent."""
+    """Shares of the summed activations by tenths of the latents, from those that fire least often on."""
     plot, lines = go.Figure(), _lines(groups)
     for sae in saes:
         shares = sae.get(*OURS, "exported", "mass_by_density_decile")
@@ -131,7 +131,7 @@ def decile_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figur
 
 
 def mmcs_plot(saes: Sequence[SAEResults]) -> go.Figure | None:
-    """Decoder MMCS of all ordered pairs; white is chance, the diagonal is blank."""
+    """Heat map of decoder MMCS for all ordered pairs; white is chance level, and the diagonal is blank."""
     compared = [sae for sae in saes if sae.get("mmcs", "eval_result_details")]
     if len(compared) < 2:
         return None
@@ -175,13 +175,13 @@ def _pair_text(pair: dict) -> str:
 
 
 def _densities(sae: SAEResults) -> list[float]:
-    """Densities by latent; SAEBench writes them only on request."""
+    """Densities of the latents; empty if SAEBench was not asked to compute them."""
     details = sae.get("core", "eval_result_details") or []
     return [latent["feature_density"] for latent in details if latent.get("feature_density") is not None]
 
 
 def _lines(groups: Sequence[Group]) -> dict[SAEResults, dict]:
-    """Line styles: SAEs of a group share its colour and differ in their dashes."""
+    """Line styles by SAE: the SAEs of a group share a colour and differ in their dashes."""
     look = styles(groups)
     return {
         sae: {"color": look[group].colour, "dash": DASHES[i % len(DASHES)], "width": 2}

@@ -1,6 +1,6 @@
-"""Result files of an output folder, read into one `SAEResults` per SAE, whichever evals it has.
+"""Result files of an output folder, read into one `SAEResults` per SAE, which may lack evals.
 
-SAEBench's own results can be read too; what `run_evals` adds is None for them.
+SAEBench's own results can be read too, with None for the metrics that `run_evals` adds.
 """
 
 import math
@@ -14,9 +14,9 @@ from sae_lens_sampled.saebench.results import NOT_COMPUTED, load_result
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, seed_group
 
 EVAL_NAMES = {"absorption_first_letter": "absorption"}
-"""Names of evals by the `eval_type_id` of their results, where the two differ."""
+"""Names of evals by the `eval_type_id` in their results, for those where the two differ."""
 MARKING = ("core", "sparse_probing")
-"""Evals whose results have `NOT_COMPUTED` in place of missing numbers. In MMCS, -1 is a cosine."""
+"""Evals whose results have `NOT_COMPUTED` in place of missing numbers. In MMCS, -1 may be a cosine."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class SAEResults:
     release: str
     sae_id: str
     results: dict[str, dict[str, Any]] = field(repr=False, compare=False)
-    """Results by eval, with None for what was not computed."""
+    """Results by eval, with None for numbers that were not computed."""
 
     @property
     def name(self) -> str:
-        """Name in result files and in MMCS."""
+        """Name in the names of result files and in MMCS's pairs."""
         return f"{self.release}_{self.sae_id}".replace("/", "_")
 
     @property
@@ -40,17 +40,17 @@ class SAEResults:
 
     @property
     def group(self) -> str:
-        """The label without its seed. SAEs of one release form a group only if their ids differ in the seed alone."""
+        """The label without its seeds: SAEs of one release form a group only if their ids differ in the seed alone."""
         return " ".join(filter(None, map(seed_group, self.label.split(" ")))) or self.label
 
     @property
     def sae_class(self) -> str:
-        """The architecture it was trained as; "unknown" if the results do not say."""
+        """The architecture that the SAE was trained as; "unknown" if the results do not say."""
         configs = (result.get("sae_cfg_dict") or {} for result in self.results.values())
         return next((str(cfg["architecture"]) for cfg in configs if cfg.get("architecture")), "unknown")
 
     def get(self, *path: str) -> Any:
-        """Value at `path`, an eval and the keys in its result; None where any of them is missing."""
+        """Value at `path`: an eval, then keys in its result; None if any of these is missing."""
         value: Any = self.results
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -64,10 +64,12 @@ class SAEResults:
 
 
 def read_results(output_dir: str | Path) -> list[SAEResults]:
-    """Read the SAEs of `<output_dir>/eval_results`, or of `output_dir` itself, in alphabetical order.
+    """Read the results in `<output_dir>/eval_results`, or else in `output_dir` itself; SAEs are in alphabetical order.
+
+    Of several results of one SAE and eval, the newest counts.
 
     Raises:
-        ValueError: if the folder does not exist or holds no result.
+        ValueError: if the folder does not exist or holds no readable result.
     """
     way_out = "pass the output_dir of a finished run_evals."
     if not Path(output_dir).is_dir():
@@ -86,7 +88,7 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
 
 
 def unreadable(output_dir: str | Path) -> list[str]:
-    """Names, with their folder, of result files that are truncated or of another form, and therefore left out."""
+    """Names, as `<folder>/<name>`, of result files that are left out because they are truncated or of another form."""
     return [f"{file.parent.name}/{file.name}" for file in _files(output_dir) if load_result(file) is None]
 
 
@@ -97,15 +99,15 @@ def _files(output_dir: str | Path) -> list[Path]:
 
 
 def evals_of(saes: Sequence[SAEResults]) -> list[str]:
-    """The evals that any of `saes` has, in the order in which they run."""
+    """The evals of which any of `saes` has results, in the order in which evals run."""
     names = {name for sae in saes for name in sae.results}
     return [name for name in EVALS if name in names] + sorted(names - EVALS.keys())
 
 
 def _without_markers(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` with None for what SAEBench did not compute, in its metrics and the densities of core's latents.
+    """`result` with None for numbers that SAEBench did not compute, in the metrics and the densities of core's latents.
 
-    Other details of a latent, such as a bias or a cosine, may really be -1.
+    Other details of a latent, such as a bias or a cosine, may truly be -1 and are kept.
     """
     metrics = _unmarked(result.get("eval_result_metrics"))
     details = [
@@ -113,7 +115,7 @@ def _without_markers(result: dict[str, Any]) -> dict[str, Any]:
         for latent in result.get("eval_result_details") or []
     ]
     densities = [latent["feature_density"] for latent in details if "feature_density" in latent]
-    if densities and set(densities) == {None}:  # core counts every latent as dead then
+    if densities and set(densities) == {None}:  # core then counts every latent as dead
         metrics = (metrics or {}) | {"misc_metrics": None}
     return result | {"eval_result_metrics": metrics, "eval_result_details": details}
 

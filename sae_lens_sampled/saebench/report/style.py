@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 from sae_lens_sampled.saebench.report.metrics import Group
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#444444")
-"""Okabe and Ito's colours, which the colour-blind can tell apart, with two others for yellow and black."""
+"""Okabe and Ito's colours, which the colour-blind can tell apart, with other colours for yellow and black."""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 PLAIN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-"""Characters that plotly would read as tags or entities, and the entities that it displays as these characters."""
+"""Characters that plotly would parse as tags or entities, and the entities that it displays as these characters."""
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 """The page's font, as in `page.css`."""
 GRID = "#e6e6e6"
@@ -21,7 +21,7 @@ MAX_NARROW = 6
 
 @dataclass(frozen=True)
 class Style:
-    """Look of a group: its own colour, its class's symbol."""
+    """Look of a group: a colour of its own, and the symbol of its class."""
 
     colour: str
     symbol: str
@@ -47,7 +47,7 @@ def is_wide(n_entries: int) -> bool:
 
 
 def finish(plot: go.Figure, x_title: str, y_title: str, n_entries: int = 0) -> go.Figure:
-    """Add axis titles, grid, fonts and a legend, above the plot or beside a wide one; the width is the page's."""
+    """Add axis titles, grid, fonts and a legend (above the plot, or beside a wide one); the page sets the width."""
     height = max(430, 110 + 21 * n_entries)
     legend = {"x": 1.01, "y": 1} if is_wide(n_entries) else {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     axis = {

@@ -15,15 +15,15 @@ MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "\
 CAPTIONS = {
     "Sparsity": "L0 and Gini have no better direction; compare the other metrics only at about the same L0.",
     "Reconstruction": "Of the exported SAE, and with the training-time selection if the training SAE was given.",
-    "Sparse probing": "Test accuracy of probes on the 1, 2 or 5 best latents or on all, averaged over data sets.",
+    "Sparse probing": "Test accuracy of probes on the best 1, 2 or 5 latents, or on all, averaged over data sets.",
     "Absorption": "How much of a first letter is carried by latents not its own, and how often its own are silent.",
-    "Similarity of seeds": "Both seeds of a pair share its MMCS, so their spread gives no interval.",
+    "Similarity of seeds": "Each pair of seeds enters the MMCS of both, so values are not independent: no interval.",
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of one cell."""
+    """Text of one cell, and how to display it."""
 
     text: str
     is_number: bool = True
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header; every row has the header's length."""
+    """Rows of cells under a header of the same length."""
 
     title: str
     caption: str
@@ -54,7 +54,7 @@ def group_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def sae_tables(saes: Sequence[SAEResults]) -> list[Table]:
-    """The values of each SAE."""
+    """The values of each SAE; one table per section."""
 
     def cells(sae: SAEResults, metrics: Sequence[Metric]) -> list[Cell]:
         return [Cell(_number(metric.of(sae), metric)) for metric in metrics]
@@ -66,7 +66,7 @@ def sae_tables(saes: Sequence[SAEResults]) -> list[Table]:
 
 
 def markdown_table(table: Table) -> str:
-    """The table under a heading; best values are bold."""
+    """The table in Markdown, under a heading, with best values in bold."""
     rows = [[f"**{_plain(cell.text)}**" if cell.is_best else _plain(cell.text) for cell in row] for row in table.rows]
     text = tabulate(
         rows,
@@ -85,7 +85,7 @@ def _tables(
     names: Callable[..., list[Cell]],
     cells: Callable[..., list[Cell]],
 ) -> list[Table]:
-    """One table per section, with the metrics that any SAE has."""
+    """One table per section, with the metrics that at least one SAE has."""
     tables = []
     for title, metrics in SECTIONS.items():
         shown = [metric for metric in metrics if any(metric.of(sae) is not None for sae in saes)]
