@@ -135,6 +135,7 @@ COMMANDS: dict[str, Run | str] = {
     "sae-lens-sampled calibrate": MENTIONED,
     "sae-lens-sampled eval --part 2/8": MENTIONED,
     "study/run.py --config tiny --stages report": Run(),
+    "study/run.py --status": Run("--config tiny"),
     "benchmark/run.py --config dictionaries --report": Run(),
     "bash eval/gpu.sh tests": GPU,
     "bash eval/gpu.sh bench": GPU,
