@@ -202,5 +202,5 @@ def _reporting_lost_ranks(ranks: GroupRanks) -> Iterator[None]:
     except RuntimeError as error:
         raise LostRankError(
             f"process {ranks.rank} of {ranks.count} lost contact with the others: one has ended or hangs (see their "
-            f"logs). Progress since the newest checkpoint is lost. ({error})"
+            f"logs). Resume from the newest checkpoint; progress since then is lost. ({error})"
         ) from error
