@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     $-W_{enc} \partial b$, a vector instead of a matrix."""
 
     def of(self, latents: Int[Tensor, " some"] | slice) -> "Weights":
-        """Weights of some latents, with gradient; views for a slice, else copies. For dense products: no `input_bias`."""
+        """Weights of some latents, views of a slice or copies, with gradient; no `input_bias`, for dense products."""
         norms = None if self.norms is None else self.norms[latents]
         if isinstance(latents, slice):
             return Weights(self.W_enc[:, latents], self.b_enc[latents], self.W_dec[latents], norms)
