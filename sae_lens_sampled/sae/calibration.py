@@ -21,7 +21,7 @@ from sae_lens_sampled.signals import interruptible
 MIN_TOKENS = 256
 """Fewest tokens accepted; with fewer, quantiles of rare latents would be noise."""
 MIN_SELECTIONS = 10
-"""The threshold of a latent with fewer selections is imprecise."""
+"""The threshold of a latent with fewer target firings is imprecise."""
 CHUNK_ENTRIES = 2**25
 """Pre-activations in memory at a time (128 MiB in float32)."""
 
@@ -32,20 +32,20 @@ class CalibrationReport:
 
     n_tokens: int
     target_l0: float
-    """Active latents per token that the thresholds aim at."""
+    """Number of active latents per token that the thresholds aim at."""
     l0_before: float
     """L0 of the export with the thresholds learnt in training."""
     l0_after: float
     fvu_before: float
     fvu_after: float
     mean_rate_error: float
-    """Mean over latents of |firing rate - target rate| after calibration, over the mean target rate."""
+    """Mean over latents of |firing rate - target rate| after calibration, divided by the mean target rate."""
     n_rare: int
     """Number of latents with 1 to 9 target firings."""
     mean_norm: float
     """Mean norm of the calibration tokens' inputs."""
     mean_norm_in_training: float | None
-    """Mean norm of the inputs over the last training steps; None if unknown."""
+    """Running mean norm of the inputs over the last training steps; None if unknown."""
 
 
 @torch.no_grad()
@@ -61,9 +61,9 @@ def calibrate_thresholds(
     """Export an SAE with thresholds set by quantiles over the given activations.
 
     Each batch is one selection batch, so use the batch size of training. A latent's target rate is the share of tokens
-    on which it is selected, weighted by its precision as in training (`thresholds.py`): if it is selected n times, the
-    share of its n largest activations that are selected. Equal precisions change nothing, as with a pool of all
-    latents. Memory: twice the collected batches, plus one chunk of columns.
+    on which it is selected, weighted by its precision as in training (`thresholds.py`). Here the precision of a latent
+    that is selected n times is the share of its n largest activations that are selected. Equal precisions, as with a
+    pool of all latents, change nothing. Memory: twice the collected batches, plus one chunk of columns.
 
     Args:
         sae: the trained SAE, with its activation normalisation folded in.
@@ -71,14 +71,14 @@ def calibrate_thresholds(
             a single tensor is one selection batch.
         mode: "per_latent": every latent fires at its target rate. "global": one threshold for all, at the same L0.
         target_l0: mean L0 to reach; None for the L0 of the selection. Per-latent target rates are scaled by one factor,
-            each up to the latent's number of positive activations.
+            but at most to the share of tokens on which the latent is positive.
         max_tokens: once this many tokens are collected, no further batch is read.
         show_progress: whether to show progress bars.
 
     Raises:
-        ValueError: if `sae` is of another kind or has non-finite weights; if there are fewer than 256 tokens, or they
-            have the wrong width or are not finite; if `mode`, `max_tokens` or `target_l0` is invalid; if `target_l0`
-            cannot be reached.
+        ValueError: if `sae` is not a SampledTopKTrainingSAE or has non-finite weights; if there are fewer than 256
+            tokens, or they have the wrong width or are not finite; if `mode`, `max_tokens` or `target_l0` is invalid;
+            if `target_l0` cannot be reached.
     """
     check_calibration(sae, mode, target_l0, max_tokens)
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
@@ -125,13 +125,13 @@ def check_calibration(sae: SampledTopKTrainingSAE, mode: str, target_l0: float |
 def quantile_threshold(
     column: Float[Tensor, "tokens latents"], counts: Int[Tensor, " latents"]
 ) -> Float[Tensor, " latents"]:
-    """Per-column threshold that `counts` entries exceed: halfway between the last above and the first below.
+    """Per-column threshold that `counts` entries exceed: halfway between the smallest above and the largest below.
 
-    Infinite where `counts` is 0. Entries that equal the last one above exceed it too. Thresholds are never negative, so
-    at most the positive entries exceed them.
+    Infinite where `counts` is 0. Ties with the smallest entry above exceed it too. Thresholds are never negative, so
+    only positive entries exceed them.
     """
     ordered = _descending(column.relu())
-    below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # below the last entry is only 0
+    below = torch.cat([ordered, torch.zeros_like(ordered[:1])])  # below the last entry there is only 0
     last = ordered.gather(0, (counts - 1).clamp(min=0)[None])[0]
     first = below.gather(0, counts[None])[0]
     # The midpoint may round up to the last entry, which then would not exceed it.
@@ -211,7 +211,7 @@ def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Ite
 
 
 def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Threshold of each latent that `counts` entries exceed, and its number of positive entries."""
+    """For each latent, the threshold that `counts` entries exceed, and the number of positive entries."""
     thresholds, n_positive, start = [], [], 0
     for chunk in chunks:
         thresholds.append(quantile_threshold(chunk, counts[start : start + chunk.shape[1]]))
@@ -245,8 +245,8 @@ def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
     if n_rare > 0.1 * len(live):
         needed = math.ceil(n_tokens * MIN_SELECTIONS / int(live.min()))
         warnings.warn(
-            f"{n_rare} of {len(live)} live latents are selected fewer than {MIN_SELECTIONS} times in {n_tokens:,} "
-            f"tokens, so their thresholds are rough; the rarest needs about {needed:,} tokens.",
+            f"{n_rare} of {len(live)} live latents have fewer than {MIN_SELECTIONS} target firings in {n_tokens:,} "
+            f"tokens, so their thresholds are imprecise; the rarest needs about {needed:,} tokens.",
             stacklevel=3,
         )
 
@@ -256,7 +256,7 @@ def _warn_of_other_tokens(report: CalibrationReport) -> None:
         warnings.warn(
             f"the calibration tokens have a mean norm of {report.mean_norm:.4g}, those of training had "
             f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, and the "
-            "thresholds fit these tokens. Calibrate on the training run's text if they should fit that.",
+            "thresholds fit the calibration tokens. To fit those of training, calibrate on the training run's text.",
             stacklevel=3,
         )
 

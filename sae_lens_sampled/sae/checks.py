@@ -30,7 +30,7 @@ WEIGHT_FIELDS = (
 """Fields of an SAE's config, besides its architecture, that determine the shapes and meaning of its weights."""
 
 LOSS_CHECK_STEPS = 100
-"""Steps between two checks of the loss where nothing else makes the CPU wait for it."""
+"""Number of steps between two checks of the loss, apart from logging steps, which wait for it anyway."""
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:
@@ -63,7 +63,7 @@ class StepState(NamedTuple):
     """Values that the CPU needs before a step can begin."""
 
     dead: Tensor | None
-    """Mask of dead latents: those that have not fired on any rank for long enough."""
+    """Mask of dead latents: those that have not fired on any rank for many steps."""
     n_dead: int
     n_steps: int
     """Training steps before this one."""
@@ -111,7 +111,7 @@ def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
     if n_ranks > 1 and group_size is not None and n_tokens % group_size:
         raise ValueError(
             f"each rank has {n_tokens} tokens per batch, not a multiple of pool_group_size={group_size}, so a group "
-            "would span two ranks."
+            "would span two ranks. Change one of the two."
         )
 
 
@@ -130,7 +130,7 @@ def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
 
 
 def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> None:
-    """Reject non-finite weights; in an exported SAE a threshold of +inf is allowed, it silences the latent.
+    """Reject non-finite weights; in an exported SAE, thresholds of +inf are allowed, as they silence latents.
 
     Raises:
         ValueError: naming the number of such entries in each parameter.
@@ -169,7 +169,7 @@ def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
         )
     normalized = (read_runner_config(folder).get("sae") or {}).get("normalize_activations")
     if normalized in UNFOLDED and normalized == sae["normalize_activations"]:
-        theirs = theirs | {"normalize_activations": normalized}  # "none" at the end of a run, when it is folded
+        theirs = theirs | {"normalize_activations": normalized}  # cfg.json says "none" after a run, once folded
     check_equal_fields(folder, WEIGHT_FIELDS, _with_meaning(theirs), _with_meaning(sae))
 
 
@@ -199,7 +199,7 @@ def tell_of_one_pool(fields: PoolFields) -> None:
 
 
 def warn_if_alone(ranks: Ranks) -> None:
-    """Warn if an SAE trains alone in one of several processes: each would silently train its own."""
+    """Warn if an SAE trains alone in one of several processes: each process would silently train its own."""
     count = os.environ.get("WORLD_SIZE", "").strip()
     if ranks is ALONE and count.isdecimal() and int(count) > 1:
         warnings.warn(

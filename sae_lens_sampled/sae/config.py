@@ -26,7 +26,7 @@ FIELD_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("pool_group_size", (int, NoneType), "a whole number of tokens, or None for one pool per batch"),
     ("pool_seed", (int,), "a whole number"),
 )
-"""Types of the fields. Dataclasses do not check them, and most errors would surface only in the middle of a run."""
+"""Types of fields, also in words. Dataclasses do not check them, and most errors would surface only during a run."""
 
 
 @dataclass
@@ -34,15 +34,15 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
     """
     Configuration class for training a SampledTopKTrainingSAE (Sampled-SAE, arXiv 2508.21324).
 
-    BatchTopK restricted to a candidate pool: each batch first scores every latent, keeps the best
-    `k * pool_factor` as candidates, and runs BatchTopK among these. Fields inherited from BatchTopK are
+    BatchTopK restricted to a candidate pool: in each batch, every latent is scored, the best
+    `k * pool_factor` become candidates, and BatchTopK selects among these. Fields inherited from BatchTopK are
     documented there, pool fields in PoolFields; `aux_loss_coefficient` defaults to the paper's 1/32.
 
     Args:
         step (Literal["auto", "kept", "dense"]): How a training step is computed. "dense": SAELens' own code, with all
-            of its (tokens, d_sae) matrices. "kept": on the kept entries only, with the same selection and sums that
-            are equal up to rounding. "auto": the faster one at these sizes, from measurements on CPUs; a GPU is
-            timed at the first step. The environment variable SAE_LENS_SAMPLED_STEP overrides "auto".
+            of its (tokens, d_sae) matrices. "kept": on the kept entries only, with the same selection, and sums that
+            are equal up to rounding. "auto": the faster one, on CPUs according to measurements at various sizes, on
+            GPUs by timing both at the first step. The environment variable SAE_LENS_SAMPLED_STEP overrides "auto".
         scan (Literal["auto", "full", "reduced"]): How a step on the kept entries finds them on a CPU. "full": by a
             float32 product. "reduced": by a bfloat16 product with a margin for its rounding; entries that may be kept
             are recomputed in float32, so with a pool of all latents the kept entries and their values are those of a
@@ -50,14 +50,14 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
             pool of all latents if the processor has bfloat16 instructions and the sizes make it faster, else "full".
             Always "full" under autocast and for weights that are not float32.
         inner_loss_coefficient (float): Weight of each inner reconstruction loss, used with `matryoshka_widths`. 1 is
-            SAELens' Matryoshka; a smaller weight costs less of the whole dictionary's reconstruction.
-        inner_loss_steps (int | None): Number of training steps after which the inner losses are switched off. Levels
-            for half of the training order the latents, and the rest recovers the reconstruction. None: never.
+            SAELens' Matryoshka; a smaller weight impairs the reconstruction from all latents less.
+        inner_loss_steps (int | None): Number of training steps after which the inner losses are switched off. Run for
+            half of the training, they order the latents, and the rest recovers the reconstruction. None: never.
         use_sparse_activations (bool): Whether a step on the kept entries returns `feature_acts` as a COO tensor, which
             SAELens' trainer accepts. False: a dense tensor, for custom training loops. Both carry the gradient.
         inference_threshold (Literal["per_latent", "global"]): Thresholds of the exported JumpReLU SAE. "per_latent":
-            each latent fires as often as training selected it. "global": BatchTopK's rule, one threshold for all
-            latents, so those outside the pool fire too.
+            each latent fires about as often as training selected it. "global": BatchTopK's rule, one threshold for
+            all latents, so latents outside the pool fire too.
     """
 
     aux_loss_coefficient: float = 1 / 32
@@ -147,7 +147,7 @@ def refuse_quota(config: Mapping[str, Any]) -> None:
     """Reject a checkpoint whose pools had a quota for each level, an option that was removed.
 
     Raises:
-        ValueError: naming the quota.
+        ValueError: naming the quota, if there is one.
     """
     quota = config.get("pool_quota")
     check(
@@ -158,7 +158,7 @@ def refuse_quota(config: Mapping[str, Any]) -> None:
 
 
 def check_pool_fields(cfg: PoolFields) -> None:
-    """Reject invalid values of the fields that the selection depends on.
+    """Reject invalid values of the fields of the selection and the nested levels.
 
     Raises:
         ValueError: naming the field, its value, the reason and the way out.
@@ -189,7 +189,7 @@ def check_pool_fields(cfg: PoolFields) -> None:
     )
     check(
         not (cfg.score == "uniform" and cfg.pool_sampling == "top"),
-        "score='uniform' is equal for all latents, so pool_sampling='top' has nothing to rank them by; "
+        "score='uniform' is equal for all latents that fire, so pool_sampling='top' cannot rank them; "
         "use pool_sampling='proportional'.",
     )
     check(
@@ -226,7 +226,7 @@ def _check_levels(cfg: PoolFields) -> None:
 
 
 def _is_list_of(value: Any, types: type | tuple[type, ...]) -> bool:
-    """Whether `value` is a list of at least one element, all of these types; a bool is not an int."""
+    """Whether `value` is a non-empty list whose elements are all of these types; a bool is not an int."""
     is_list = isinstance(value, list) and len(value) > 0
     return is_list and all(isinstance(element, types) and not isinstance(element, bool) for element in value)
 

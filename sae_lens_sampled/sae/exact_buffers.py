@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 def restore_buffers(module: nn.Module, originals: dict[str, Tensor]) -> None:
-    """Undo a cast of the buffers of `module`; a change of device is kept.
+    """Undo a change of dtype in the buffers of `module`; a change of device is kept.
 
     Args:
         module: the module after the cast.
-        originals: `dict(module.named_buffers())` from before it.
+        originals: `dict(module.named_buffers())` from before the cast.
     """
     for name, original in originals.items():
         owner, _, leaf = name.rpartition(".")
@@ -28,13 +28,13 @@ def restore_buffers(module: nn.Module, originals: dict[str, Tensor]) -> None:
 
 
 def pack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Replace each buffer in `state_dict` by its bytes: numbers up to 255, exact in every float dtype."""
+    """Replace each buffer in `state_dict` by its bytes: numbers up to 255, exact even in bfloat16."""
     for name, _ in module.named_buffers():
         state_dict[name] = state_dict[name].reshape(-1).contiguous().view(torch.uint8)
 
 
 ADDED_LATER = ("pool_record.input_norm", "path_choice.record")
-"""Buffers missing from checkpoints of earlier versions; they are loaded as in an untrained SAE."""
+"""Buffers missing from checkpoints of earlier versions; they are set to 0, as in an untrained SAE."""
 
 
 def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:

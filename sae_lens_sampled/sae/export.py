@@ -26,7 +26,7 @@ def to_jumprelu(
     Args:
         sae: the training SAE. An activation normalisation that is not folded yet stays in the config.
         thresholds: in units of the training SAE's `hidden_pre`; None for the learnt ones. +inf silences a latent.
-        prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original index of each latent.
+        prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original indices of the others.
 
     Raises:
         ValueError: if weights are not finite; if thresholds, given or learnt, are NaN or negative, or have the wrong
@@ -46,7 +46,7 @@ def to_jumprelu(
 
 
 def _build(cfg: SAEConfig, state_dict: dict[str, Tensor]) -> ExportedSAE:
-    """Build an SAE as SAELens loads one: on the meta device, so that it costs no memory and no random numbers."""
+    """Build an SAE as SAELens loads one: on the meta device, without extra memory or random numbers."""
     device, cfg.device = cfg.device, "meta"
     exported = get_sae_class(cfg.architecture())[0](cfg)
     assert isinstance(exported, ExportedSAE)

@@ -40,7 +40,7 @@ class ForwardPass(NamedTuple):
     """Reconstructions from the inner widths, shape (tokens, d_out) each."""
 
 
-@torch.compiler.disable()  # shapes depend on the data: traced, the graph would break at each
+@torch.compiler.disable()  # shapes depend on the data, and each would break a traced graph
 def kept_forward_pass(
     sae: RecordedSAE, sae_in: Tensor, target: Tensor, state: StepState, path: StepPath, ranks: Ranks
 ) -> ForwardPass | None:
@@ -52,14 +52,14 @@ def kept_forward_pass(
         target: activations to reconstruct, shape (..., d_out).
         state: state of this step.
         path: "columns" or "kept".
-        ranks: the processes that share the batch; `sae_in` is this one's part.
+        ranks: the processes that share the batch; `sae_in` is this process's part.
     """
     cfg, record = sae.cfg, sae.pool_record
     if path == "kept":
         lay_out_by_latent(sae.W_enc)
     x = (processed := sae.process_sae_in(sae_in)).reshape(-1, cfg.d_in)
-    # The gradient of the inputs is a matrix product that only the bias subtracted from them needs: the bias gets a
-    # vector instead, or nothing where SAELens has multiplied it by 0.
+    # The gradient of the inputs is a matrix product that only the bias subtracted from them needs: that bias gets its
+    # gradient from a vector instead, or no gradient if SAELens has multiplied it by 0.
     wanted = sae_in.requires_grad
     input_bias = sae.b_dec if cfg.apply_b_dec_to_input and not wanted else None
     if not (cfg.apply_b_dec_to_input or wanted):
@@ -111,10 +111,10 @@ def lay_out_by_latent(W_enc: nn.Parameter) -> None:
 
 
 def add_inner_losses(sae: RecordedSAE, output: TrainStepOutput, reconstructions: Sequence[Tensor]) -> None:
-    """Add SAELens' Matryoshka losses, weighted, of reconstructions from the inner widths, shape (tokens, d_out) each.
+    """Add SAELens' Matryoshka losses, weighted, for reconstructions from the inner widths, shape (tokens, d_out) each.
 
-    After `inner_loss_steps` they are still logged but added with weight 0: the record's step count, which includes
-    this step, stays on the device, and SAELens' own is one too low after a checkpoint.
+    After `inner_loss_steps` they are still logged but added with weight 0, so that the record's step count, which
+    includes this step, can stay on the device; SAELens' own is one too low after a checkpoint.
     """
     last, weight = sae.cfg.inner_loss_steps, sae.cfg.inner_loss_coefficient
     if last is not None:

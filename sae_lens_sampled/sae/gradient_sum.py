@@ -1,6 +1,6 @@
 """Gradients of one SAE over several processes, exchanged only where they can be non-zero: a small part of the weights.
 
-Except for latents in a pool, and dead ones where AuxK ran, a step's gradient is exactly 0 on every rank.
+Except for latents in a pool and, if AuxK ran, dead ones, a latent's gradients are exactly 0 on every rank.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from sae_lens_sampled.step.ranks import GroupRanks, Ranks
 from sae_lens_sampled.step.scores import SCORES, is_mergeable
 
 LATENT_DIMENSION = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-"""Dimension of the latents in a parameter; other parameters have their whole gradient exchanged."""
+"""Dimension that indexes the latents in a parameter; of other parameters the whole gradient is exchanged."""
 
 
 class GradientSum:
     """Replaces gradients by their mean over ranks, inside `backward`, once the last parameter has its gradient.
 
-    This cannot wait, since SAELens clips and steps right after `backward`. All parameters are exchanged together, so
-    that the order of exchanges is the same on all ranks, whatever the order of their gradients.
+    This cannot wait, since SAELens clips and steps right after `backward`. All gradients are exchanged together, so
+    that the order of exchanges is the same on all ranks, whatever the order in which gradients are ready.
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
@@ -35,7 +35,7 @@ class GradientSum:
     """Indices of the latents whose gradients may be non-zero in this step; None for all."""
 
     def expect(self, pool: Tensor | None, dead: Tensor | None) -> None:
-        """Set before `backward` where gradients may be non-zero; see `active_latents`."""
+        """Set, before `backward`, the latents whose gradients may be non-zero; see `active_latents`."""
         self.active = active_latents(pool, dead)
 
     def _ready(self, _parameter: Tensor) -> None:
@@ -57,7 +57,7 @@ class GradientSum:
 
 
 def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
-    """Indices of the latents that are in a pool of any rank or dead, ascending; None for all.
+    """Ascending indices of the latents that are in a pool of any rank or dead; None for all latents.
 
     Args:
         pool: indices of the candidates; None if every latent is one.
@@ -70,7 +70,7 @@ def active_latents(pool: Tensor | None, dead: Tensor | None) -> Tensor | None:
 
 
 def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
-    """The processes of a group, after broadcasting rank 0's weights and buffers to them; see `data_parallel`."""
+    """Copy rank 0's weights and buffers to all processes of a group, and return these; see `data_parallel`."""
     check_is_exact(sae.cfg)
     ranks = GroupRanks(group)
     for tensor in (*sae.parameters(), *sae.buffers()):
@@ -82,7 +82,7 @@ def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
     """Reject configs that several processes cannot compute exactly.
 
     Raises:
-        ValueError: for a registered score with one pool, and for float64.
+        ValueError: for one pool with a registered score that is not a `ColumnScore`, and for float64.
     """
     if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and not is_mergeable(cfg.score):
         raise ValueError(
@@ -90,4 +90,4 @@ def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
             f"set pool_group_size, or use one of {sorted(filter(is_mergeable, SCORES))}."
         )
     if cfg.dtype == "float64":
-        raise ValueError("several processes find their cutoff in float32; dtype='float64' trains on one only.")
+        raise ValueError("several processes find their cutoff in float32: dtype='float64' trains on one process only.")

@@ -57,8 +57,8 @@ class SampledTopKSAE(TopKSAE):
 def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
     """Load the training SAE of a checkpoint folder, with the activation normalisation saved beside it folded in.
 
-    It may have any architecture. A checkpoint from the middle of a run with `normalize_activations` other than "none"
-    is not folded yet, so that it would be wrong on raw activations.
+    The SAE may have any architecture. Without folding, a checkpoint from the middle of a run whose
+    `normalize_activations` is not "none" would be wrong on raw activations.
 
     Raises:
         ValueError: if the folder holds no readable training checkpoint, or lacks the normalisation it needs, or

@@ -1,4 +1,4 @@
-"""Choice of a training step's path by timing it, on GPUs, which have not been benchmarked."""
+"""Choice of a training step's path by timing the possible ones, on GPUs, which have not been benchmarked."""
 
 import os
 import time
@@ -17,9 +17,9 @@ from sae_lens_sampled.step.ranks import Ranks
 MEASURED_DEVICES = ("cuda",)
 """Device types that are timed; on others the constants of `kept_entries.py` decide."""
 AGAIN_AFTER_STEPS = 100
-"""Steps after which paths are timed again: about 1.3 entries per kept one exceed the bound then, 4 at first."""
+"""Steps after which paths are timed again: by then about 1.3 entries per kept one exceed the bound, at first 4."""
 DEAD_SHARE = 0.1
-"""Share of dead latents above which paths are timed again: AuxK costs the dense step more."""
+"""Share of dead latents above which paths are timed again: AuxK costs a dense step more."""
 TOLERANCE, TOLERANCE_UNDER_AUTOCAST = 1e-5, 1e-2
 """Largest allowed difference from the dense path's loss, as a share of that loss."""
 N_TIMED = 3
@@ -32,8 +32,8 @@ class PathChoice(nn.Module):
     """The path that was timed as fastest, and when to time again. Saved in checkpoints."""
 
     record: Tensor
-    """The path's place in `StepPath`, from 1 (0: not timed yet), the number of tokens, and whether it was timed after
-    `AGAIN_AFTER_STEPS` and with many dead latents; int64, shape (4,)."""
+    """The path's place in `StepPath`, from 1 (0: not timed yet), the number of tokens, whether it was timed after
+    `AGAIN_AFTER_STEPS`, and whether with many dead latents; int64, shape (4,)."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def fixed_step(step: Step) -> Step:
     """`step`, or the environment variable's value in place of "auto".
 
     Raises:
-        ValueError: if that is not a step.
+        ValueError: if the variable's value is not a step.
     """
     if step != "auto" or not (wanted := os.environ.get(VARIABLE, "").strip()):
         return step
@@ -105,7 +105,7 @@ def fastest_path(
         loss_by: computes the loss of this batch by a path, without side effects.
         paths: the possible paths, the dense one among them.
         parameters: parameters to compute gradients of.
-        ranks: the processes, which all decide by the slowest of them.
+        ranks: the processes; all decide by the times of the slowest one.
     """
     device = parameters[0].device
     measured = {path: measure(partial(loss_by, path), parameters, device) for path in paths}
@@ -123,7 +123,7 @@ def fastest_path(
     times = dict(zip(seconds, slowest, strict=True))
     fastest = min(times, key=lambda path: times[path])
     if times[fastest] == float("inf"):
-        fastest = "dense"  # whose error then ends the run
+        fastest = "dense"  # its error then ends the run
     shown = ", ".join(f"{1000 * own:,.2f} ms by {path!r}" for path, own in times.items())
     logger.info(f"sampled_topk: forward and backward take {shown}; steps take the path {fastest!r} from here on")
     return fastest

@@ -20,7 +20,7 @@ def add_skip(sae: SAE[Any], x: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def decode_inner_widths(sae: Any, x: Tensor, acts: Tensor) -> list[Tensor]:
-    """Reconstructions from the inner widths, shape (tokens, d_out), by Matryoshka's own code, which takes 2-D input.
+    """Reconstructions from the inner widths, shape (tokens, d_out), by SAELens' Matryoshka code, which takes 2-D input.
 
     Args:
         sae: a training SAE, with or without levels.

@@ -25,7 +25,7 @@ from sae_lens_sampled.step.sparse_codes import Weights
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, RateMatcher
 
 METRIC_TOKENS = 256
-"""Tokens of a batch on which the export is evaluated during training."""
+"""Number of tokens of a batch on which the export is evaluated during training."""
 
 
 class RecordedSAE(BatchTopKTrainingSAE):
@@ -38,7 +38,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
         self.pool_record = PoolRecord(cfg.d_sae, self.W_dec.device)
         self.rate_matcher = RateMatcher(cfg.d_sae, self.W_dec.device)
         self.path_choice = PathChoice(self.W_dec.device)
-        # Cost of extraction so far; it is about speed only, so it is not saved.
+        # Cost of finding kept entries so far; it concerns speed only, so it is not saved.
         self.scan_record = {"second_scans": 0, "dense_steps": 0, "extracted_per_kept": 0.0, "recomputed_per_kept": 0.0}
 
     @property
@@ -72,7 +72,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
     def learnt_thresholds(self) -> Float[Tensor, " d_sae"]:
         """Thresholds learnt in training, by the rule of `inference_threshold`, in units of `hidden_pre`.
 
-        Before the first step: BatchTopK's threshold as it is, 0 unless it was set.
+        Before the first step: BatchTopK's threshold as it is, 0 unless it was set, with a warning.
         """
         n_steps = self.pool_record.n_steps
         if n_steps == 0:
@@ -84,7 +84,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
             return self.topk_threshold.repeat(self.cfg.d_sae)
         if self.cfg.inference_threshold == "per_latent":
             return self.rate_matcher.export(n_steps, self.pool_record.pooled_within(SILENT_AFTER_STEPS))
-        # SAELens' running mean starts at 0; without this, the threshold of a short run is far too low.
+        # SAELens' running mean starts at 0; without the correction, the threshold of a short run is far too low.
         correction = 1 - (1 - self.cfg.topk_threshold_lr) ** n_steps
         return (self.topk_threshold / correction).repeat(self.cfg.d_sae)
 
@@ -157,7 +157,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
         super().fold_activation_whitening(*args, **kwargs)
-        self.pool_record.input_norm.zero_()  # the norm of whitened inputs says nothing about others
+        self.pool_record.input_norm.zero_()  # the norm of whitened inputs says nothing about raw ones
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:

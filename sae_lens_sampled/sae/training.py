@@ -73,14 +73,14 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature activations and pre-activations as in this training step, both of shape (..., d_sae)."""
+        """Feature activations and pre-activations as in the current training step, both of shape (..., d_sae)."""
         return self.encode_with_pool(x)[:2]
 
     def encode_with_pool(self, x: Tensor, ranks: Ranks = ALONE, fields: PoolFields | None = None) -> Encoded:
-        """As `encode_with_hidden_pre`, and the pool, shape (groups, n_candidates); None if every latent is in it.
+        """As `encode_with_hidden_pre`, and the pool, shape (groups, n_candidates), or None if every latent is in it.
 
         A dense step calls this; a subclass that selects in another way overrides it. `ranks` are the processes that
-        share the batch; `x` is this one's part. `fields` choose the pool; None: those after the steps so far.
+        share the batch; `x` is this process's part. `fields` choose the pool; None: those after the steps so far.
         """
         return self._encode(x, self.pool_record.n_steps, ranks, fields or self.pool_fields())
 
@@ -106,8 +106,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
         """Run one forward pass, and update the thresholds and the pool record.
 
         Raises:
-            ValueError: if `sae_in` is empty, has the wrong width or non-finite rows, before anything is changed; if the
-                loss is not finite at a step that checks it; if a subclass overrides `encode_with_hidden_pre` alone.
+            ValueError: before anything is changed, if `sae_in` is empty, has the wrong width or non-finite rows, if the
+                ranks' numbers of tokens differ or split a group, if SAE_LENS_SAMPLED_STEP is invalid, or if a subclass
+                overrides `encode_with_hidden_pre` alone; if the loss is not finite at a step that checks it.
         """
         state = read_step(step_input, self.cfg, self.pool_record.n_steps, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)
@@ -127,7 +128,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return output
 
     def choose_path(self, x: Tensor, fields: PoolFields) -> StepPath | None:
-        """Path of a step on `x` with such a pool, called once per step; None: the one timed as fastest."""
+        """Path of a step on `x` with the pool that `fields` choose; None: timing decides. Called once per step."""
         n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
         hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
@@ -137,7 +138,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return choose_path(fields, step, n_tokens, device)
 
     def _measured_path(self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState) -> StepPath:
-        """The path timed as fastest on such a batch; if needed it is timed now, on the process's own tokens."""
+        """The path timed as fastest on such a batch; if due, paths are timed now, on this process's tokens."""
         choice, when = self.path_choice, (len(x), step_input.n_training_steps, state.n_dead / self.cfg.d_sae)
         paths, costs = possible_paths(state.fields, x.device), dict(self.scan_record)
         if choice.is_due(*when) or choice.path not in paths:
@@ -146,7 +147,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 if path == "dense":
                     done = self._dense_forward_pass(step_input, x, target, state, ALONE)
                 elif (done := kept_forward_pass(self, x, target, state, path, ALONE)) is None:
-                    raise RuntimeError("too many entries exceed its bound")
+                    raise RuntimeError("too many entries exceed the bound of its scan")
                 add_inner_losses(self, done.output, done.inner)
                 return done.output.loss
 
@@ -158,7 +159,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def _has_own(self, method: str) -> bool:
         return getattr(getattr(self, method), "__func__", None) is not getattr(SampledTopKTrainingSAE, method)
 
-    @torch.compiler.disable()  # shapes depend on the data: traced, the graph would break at each
+    @torch.compiler.disable()  # shapes depend on the data, and each would break a traced graph
     def _kept_forward_pass(
         self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState
     ) -> ForwardPass | None:
@@ -172,7 +173,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         n_tokens = math.prod(x.shape) // self.cfg.d_in
         scan = choose_scan(self.cfg.scan, state.fields, n_tokens, self.W_enc) if path == "kept" else "full"
         if (path, scan) != self._announced:
-            how = "" if scan == "full" else ", with a scan in bfloat16 and kept values in float32"
+            how = "" if scan == "full" else ", with a scan in bfloat16 where possible and kept values in float32"
             logger.info(f"sampled_topk: training steps of {n_tokens} tokens on {x.device} take the path {path!r}{how}")
             self._announced = path, scan
         return None if path == "dense" else kept_forward_pass(self, x, target, state, path, self.ranks)
@@ -180,7 +181,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def _dense_forward_pass(
         self, step_input: TrainStepInput, x: Tensor, target: Tensor, state: StepState, ranks: Ranks
     ) -> ForwardPass:
-        """SAELens' forward pass, written out since it has no place for the pool or a transcoder's targets."""
+        """SAELens' forward pass, written out since the original has no place for a pool or a transcoder's targets."""
         if self._has_own("encode_with_hidden_pre") and not self._has_own("encode_with_pool"):
             raise ValueError(
                 f"{type(self).__name__} overrides encode_with_hidden_pre, but a training step calls encode_with_pool, "
@@ -208,7 +209,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @torch.no_grad()
     def _record(self, counts: StepCounts, pool: Tensor | None, dead: Tensor | None, n_tokens: int) -> None:
-        """Update all state that a step changes besides gradients, equally on all ranks."""
+        """Update all state that a step changes besides gradients, identically on all ranks."""
         if pool is not None and self.cfg.pool_group_size is not None:
             pool = self.ranks.union(pool, self.cfg.d_sae)
         if self._gradient_sum is not None:
@@ -224,7 +225,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def data_parallel(self, group: "ProcessGroup | None" = None) -> None:
         """Train on the tokens of several processes, with the same results as one process on the whole batch.
 
-        Call it on every process of `group` (None: all) after building the SAE, before the trainer. Each process then
+        Call it on every process of `group` (None: all) after building the SAE, before building the trainer. Each then
         passes its own tokens of every batch to its trainer, the same number on each: rank 0 the first ones, and so on.
         Pools, cutoff, thresholds, records and gradients are those of the whole batch on all ranks, up to the order of
         sums; losses and L0 in the trainer's metrics cover the rank's own tokens. Gradients are exchanged for the
@@ -232,7 +233,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
         copied from rank 0.
 
         Raises:
-            ValueError: for a registered score with one pool, and for float64, as the cutoff is found in float32.
+            ValueError: for one pool with a registered score that is not a `ColumnScore`, and for float64, as the cutoff
+                is found in float32.
         """
         self.ranks = join_group(self, group)
         self._gradient_sum = GradientSum(self, self.ranks)

@@ -1,4 +1,4 @@
-"""Transcoders: encode activations at one hook of a model, reconstruct those at another from them."""
+"""Transcoders: encode activations at one hook of a model and reconstruct those at another hook from the codes."""
 
 import copy
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
     Args:
         d_out (int | None): Width of the outputs. None: `d_in`.
         hook_name_out (str | None): Hook of the outputs, such as "blocks.3.hook_mlp_out", for TranscoderRunner and
-            evaluations; the hook of the inputs is the runner's `hook_name`. None: the caller's batches hold both.
+            evaluations; the hook of the inputs is the runner's `hook_name`. None: the caller makes the batches.
         skip (bool): Whether to add a linear map from inputs to outputs (arXiv 2501.18823), initialised to 0.
     """
 
@@ -57,7 +57,8 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
             self.metadata.hook_name_out = self.hook_name_out
         check(
             not self.apply_b_dec_to_input,
-            "apply_b_dec_to_input=True has no meaning for a transcoder: its decoder's bias belongs to the outputs.",
+            "apply_b_dec_to_input=True has no meaning for a transcoder: its decoder's bias belongs to the outputs. Use "
+            "False.",
         )
         check(
             self.normalize_activations == "none",
@@ -66,7 +67,8 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
         )
         check(
             self.reshape_activations == "none",
-            f"reshape_activations={self.reshape_activations!r} merges the heads of one hook; a transcoder has two.",
+            f"reshape_activations={self.reshape_activations!r} merges the heads of one hook, but a transcoder "
+            "has two hooks. Use 'none'.",
         )
         check(
             self.d_out is None or type(self.d_out) is int,
@@ -92,11 +94,11 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
     r"""A transcoder with the pools, cutoff, thresholds and nested losses of SampledTopKTrainingSAE.
 
     For inputs $x$ and outputs $y$ of the same token, activations $z = \mathrm{relu}(x W_{enc} + b_{enc})$ are selected
-    as there, and $y$ is reconstructed as $\hat y = z W_{dec} + b_{dec}$, plus $x W_{skip}^T$ with `skip`. A training
+    as in an SAE; $y$ is reconstructed as $\hat y = z W_{dec} + b_{dec}$, plus $x W_{skip}^T$ with `skip`. A training
     batch holds both side by side, `torch.cat([x, y], dim=-1)`; `encode` and `forward` take inputs only.
 
     With all latents as candidates, the default, it is a BatchTopK transcoder. It is exported as SAELens' JumpReLU
-    transcoder.
+    transcoder, with `skip` as the skip variant.
     """
 
     cfg: SampledTopKTranscoderConfig  # type: ignore[assignment]
@@ -131,7 +133,11 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of the outputs, shape (..., d_out), for inputs of shape (..., d_in)."""
+        """Reconstruction of the outputs, shape (..., d_out), for inputs of shape (..., d_in).
+
+        Raises:
+            ValueError: if `use_error_term` is set.
+        """
         if self.use_error_term:
             raise ValueError("use_error_term=True has no meaning for a transcoder, which does not see its outputs.")
         return self.hook_sae_output(encode_and_reconstruct(self, x)[1])

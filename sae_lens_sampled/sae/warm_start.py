@@ -13,7 +13,7 @@ from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
 
 SHARED_FIELDS = ("d_in", "d_sae", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "normalize_activations")
-"""Fields that determine what the weights mean; they must be equal."""
+"""Fields that determine what the weights mean; they must be equal in both SAEs."""
 
 
 @torch.no_grad()
@@ -28,12 +28,13 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
         cfg: config of the new SAE.
 
     Raises:
-        ValueError: if the SAE is of another kind, or its weights do not fit `cfg`.
+        ValueError: if the checkpoint cannot be loaded, the SAE is of another kind, or its weights do not fit `cfg`.
     """
     given = source if isinstance(source, TrainingSAE) else load_checkpoint(source, device=cfg.device)
     if isinstance(given, SampledTopKTranscoder) or isinstance(cfg, SampledTopKTranscoderConfig):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
-            "weights of SAEs and transcoders mean different things: train a transcoder from scratch."
+            "from_batchtopk does not take transcoders, since their weights and those of SAEs mean different things: "
+            "train a transcoder from scratch."
         )
     if not isinstance(given, TopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
@@ -43,7 +44,9 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
     for name in SHARED_FIELDS:
         theirs, ours = getattr(given.cfg, name), getattr(cfg, name)
         if theirs != ours:
-            raise ValueError(f"{name}={ours!r} does not fit the weights, which were trained with {theirs!r}.")
+            raise ValueError(
+                f"{name}={ours!r} does not fit the weights, which were trained with {theirs!r}; set that in cfg."
+            )
     sae = SampledTopKTrainingSAE(cfg)
     for name, parameter in sae.named_parameters():
         parameter.copy_(given.get_parameter(name))

@@ -10,10 +10,10 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights, encode_and_deco
 from sae_lens_sampled.step.triton import available
 
 MIN_DEAD = 2
-"""Ratio of dead latents to the entries each token keeps of them, up to which dense products are used: the entries are
-then a large part of the matrix."""
+"""Ratio of the number of dead latents to the entries that each token keeps of these, up to which dense products are
+used: the entries are then a large part of the matrix."""
 MIN_DEAD_ON_GPU = 24
-"""The same for kernels on a GPU. Calculated, not measured: dense float32 products at 60 TFLOP/s, rows at 5 TB/s."""
+"""The same for kernels on a GPU. Calculated, not measured: dense float32 products at 60 TFLOP/s, reads at 5 TB/s."""
 
 
 def auxiliary_loss(
@@ -25,7 +25,7 @@ def auxiliary_loss(
 ) -> Float[Tensor, ""]:
     r"""SAELens' AuxK, $c \min(n_{dead} / (w / 2), 1) \cdot \mathrm{mean} \|\hat e - e\|^2$ for the residual $e$.
 
-    The mean is over the inputs before reshaping, of width w: over single heads, where the encoder merges heads.
+    The mean is over vectors of width w, as before reshaping: over single heads, if the encoder merges heads.
     """
     if dead_reconstruction is None:
         return residual.new_zeros(())
@@ -34,7 +34,7 @@ def auxiliary_loss(
 
 
 def dead_latents(mask: Bool[Tensor, " d_sae"] | None, n_dead: int) -> Int[Tensor, " n_dead"]:
-    """Indices of the dead latents, ascending; `n_dead` is known already, so there is no wait for the device."""
+    """Ascending indices of the dead latents; since `n_dead` is given, there is no wait for the device."""
     return torch.zeros(0, dtype=torch.int64) if mask is None else torch.nonzero_static(mask, size=n_dead)[:, 0]
 
 
@@ -55,7 +55,7 @@ def dead_reconstruction(
     """Reconstruction from each token's `k_aux` largest pre-activations of dead latents, with gradient.
 
     As in SAELens, these need not be positive, and the decoder bias is not added. `weights` covers all latents,
-    `hidden_pre` the dead ones; it is None if the scan did not return it.
+    `hidden_pre` only the dead ones; None if the scan did not return it.
     """
     if by_entries(len(dead), k_aux, x.device):
         return encode_and_decode(x, weights, dead_entries(x, weights, dead, hidden_pre, k_aux)).reconstructions[0]

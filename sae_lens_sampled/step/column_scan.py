@@ -1,7 +1,7 @@
 """One pass over all pre-activations, without gradients, in chunks of columns that stay in the cache.
 
-It scores the latents, makes the counts for their thresholds, and extracts the entries above a bound. If the bound is
-below the cutoff, only these can be kept, so the (tokens, d_sae) matrix is never stored.
+It scores the latents, counts how often they exceed their thresholds, and extracts the entries above a bound. If the
+bound is below the cutoff, only these can be kept, so the (tokens, d_sae) matrix is never stored.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,10 @@ from sae_lens_sampled.step.triton import SUMS_OF_SCORE, available
 
 MAX_EXTRACTED_SHARE = 0.25
 """Largest share of all entries to extract. If more exceed the bound, the extraction is given up: it would take as long
-as a second scan with the pools known (2,048 tokens, d_sae 8,192, groups of 16 at factor 2, where 37 % exceed it)."""
+as a second scan with the pools known (measured at 2,048 tokens, d_sae 8,192, groups of 16 and factor 2, where 37 %
+exceed it)."""
 DEAD_BYTES = 256 * 2**20
-"""Largest size of the dead latents' pre-activations that a scan returns; larger ones are computed a second time."""
+"""Largest size in bytes of the dead latents' pre-activations that a scan returns; larger ones are computed again."""
 
 
 class Batch(NamedTuple):
@@ -62,11 +63,11 @@ class ColumnScan(NamedTuple):
     """Per-latent results of a batch, and the entries above the bound."""
 
     statistics: ColumnStatistics | None
-    """What the pool is chosen from; None if every latent is a candidate."""
+    """Statistics to choose the pool from; None if every latent is a candidate."""
     n_fired: Int[Tensor, " d_sae"]
     """Number of tokens with a pre-activation above the latent's threshold."""
     peak: Float[Tensor, " d_sae"]
-    """Largest activation; over all ranks if the statistics are."""
+    """Largest activation of each latent; over all ranks if the statistics are."""
     dead_pre: Float[Tensor, "n_dead tokens"] | None
     """Pre-activations of the dead latents; None if not requested, too large, or left out by a reduced scan."""
     extracted: "Extracted | None"
@@ -74,7 +75,7 @@ class ColumnScan(NamedTuple):
 
 
 class Extracted:
-    """Entries above a bound, ordered by latent and then by token; in one part per chunk, which stays in the cache."""
+    """Entries above a bound, ordered by latent and then by token, in one part per chunk of latents."""
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens, self.n_entries = n_tokens, 0
@@ -129,10 +130,10 @@ def scan_columns(
     Args:
         batch: inputs and settings; the score must go by columns or be "ridge_leverage" with one pool.
         dead: ascending indices of latents whose pre-activations to return.
-        bound: extract entries above it; the extraction is given up if it is too low. None: extract nothing.
+        bound: extract entries above this; given up if too many exceed it. None: extract nothing.
         member: the latents to extract from in each group of tokens; None for all.
-        reduced: the product in bfloat16. The extracted entries are then those that may exceed the bound, with rounded
-            values; all other results are of rounded values too, and pre-activations of dead latents are left out.
+        reduced: the product in bfloat16; None for the full one. With it, all entries that may exceed the bound are
+            extracted, with rounded values; all other results are from rounded values too, and `dead_pre` is None.
     """
     if batch.by_kernels:
         from sae_lens_sampled.step.kernel_scan import scan_by_kernels
@@ -146,7 +147,7 @@ def scan_columns(
     if dead is not None and reduced is None and 4 * len(dead) * len(x) <= DEAD_BYTES:
         dead_pre = x.new_empty(len(dead), len(x), dtype=weights.b_enc.dtype)
     for part, hidden_pre in _chunks(x, weights) if reduced is None else reduced.chunks():
-        # Before `relu_` overwrites the pre-activations: thresholds are never negative, but AuxK's entries may be.
+        # Before `relu_` overwrites the pre-activations: unlike thresholds, entries for AuxK may be negative.
         flags = torch.empty_like(hidden_pre)  # 1 and 0: torch writes floats faster than booleans
         fired = torch.gt(hidden_pre, threshold[part, None], out=flags)
         n_fired.append(fired.sum(dim=1, dtype=torch.float32).int())
@@ -196,7 +197,7 @@ def pool_statistics(batch: Batch, chunks: list[ColumnSums]) -> tuple[ColumnStati
 
 
 def _chunks(x: Tensor, weights: Weights) -> Iterator[tuple[slice, Tensor]]:
-    """Pre-activations by chunk of latents, shape (latents, tokens): a latent's are contiguous and fast to reduce."""
+    """Pre-activations by chunk of latents, shape (latents, tokens): each latent's are contiguous, fast to reduce."""
     x_t = x.T.contiguous()
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # autocast leaves float64 alone
         x_t = x_t.to(torch.get_autocast_dtype(x.device.type))  # once, not for every chunk

@@ -1,7 +1,7 @@
 """The training step on the kept entries: the results of the dense path without its (tokens, d_sae) matrices.
 
 BatchTopK keeps k entries per token, and only these have gradients. So one pass over all pre-activations extracts the
-entries that may be kept (`column_scan.py`), the kept ones are selected exactly from these, and the rest are products
+entries that may be kept (`column_scan.py`), the kept ones are selected exactly from these, and all else is products
 with a sparse matrix of k entries per token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a
 BatchTopK step, one remains for any pool, including that of all latents; if the processor has bfloat16 instructions, it
 may run in bfloat16 (`reduced_scan.py`).
@@ -31,15 +31,15 @@ Step = Literal["auto", "kept", "dense"]
 StepPath = Literal["columns", "kept", "dense"]
 
 MAX_COLUMNS_SHARE = 0.08
-"""Share of the latents up to which the columns of one pool are computed. This and the next two were measured by
-`eval/bench/training_step.py` on two CPU cores (its sections crossing_*)."""
+"""Largest share of latents in one pool for which its columns are computed. This and the next two constants were
+measured by `eval/bench/training_step.py` on two CPU cores (its sections crossing_*)."""
 MAX_DENSITY = 0.2
-"""Share of kept entries among all, up to which sparse products are faster than dense ones."""
+"""Largest share of kept entries among all for which sparse products are faster than dense ones."""
 MIN_ENTRIES = 2**16
-"""Size of the (tokens, d_sae) matrix up to which the dense path is as fast."""
+"""Number of entries of the (tokens, d_sae) matrix up to which the dense path is as fast."""
 BOUND_OVER_CUTOFF = 0.8
 """Ratio of the extraction's bound to the last batch's cutoff, which hardly ever falls this far between batches. The
-benchmark's results and the logs say how many entries exceed the bound and how often it was too high."""
+benchmark's results and the logs say how many entries exceed the bound and how often a second scan was needed."""
 SAMPLE_ROWS = 128
 """Number of tokens from which the cutoff is estimated if the last batch's cannot be used."""
 
@@ -71,7 +71,7 @@ class ScanCost(NamedTuple):
 
 
 def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
-    """Possible paths of a step on `device`; the first is the fastest unless the sizes are very small."""
+    """Possible paths of a step on `device`; the first is the one to prefer, unless `choose_path` finds it too slow."""
     n_candidates, d_sae, one_pool = cfg.n_candidates, cfg.d_sae, cfg.pool_group_size is None
     by_columns = goes_by_columns(cfg.score) or (cfg.score == "ridge_leverage" and one_pool)
     if not (by_columns or n_candidates == d_sae):
@@ -84,8 +84,8 @@ def possible_paths(cfg: PoolFields, device: torch.device) -> list[StepPath]:
 def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device) -> StepPath:
     """The path of a step: the "columns" of one small pool, the "kept" entries, or "dense".
 
-    "auto" takes the path measured to be fastest on CPUs; on other devices, one pool's columns or else "dense". On GPUs
-    with other paths, `sae/path_choice.py` times them instead.
+    "kept" takes the first possible path. "auto" takes the path measured to be fastest on CPUs; on other devices, one
+    pool's columns or else "dense". On GPUs with several possible paths, `sae/path_choice.py` times these instead.
     """
     first = possible_paths(cfg, device)[0]
     if step != "auto" or first != "kept":
@@ -100,8 +100,8 @@ def kept_step(batch: Batch, path: StepPath, dead: Int[Tensor, " n_dead"], k_aux:
     Args:
         batch: inputs and settings of the selection.
         path: "columns" or "kept".
-        dead: ascending indices of the dead latents, of which each token keeps `k_aux` entries.
-        k_aux: at most the number of dead latents.
+        dead: ascending indices of the dead latents.
+        k_aux: number of dead latents that each token keeps for AuxK, at most `len(dead)`.
     """
     x, weights, ranks, cost, bound, reduced = batch.x, batch.weights, batch.ranks, ScanCost(1, 0, 0), None, None
     if path == "kept":
@@ -155,7 +155,7 @@ def find_candidates(
         batch: inputs and settings of the selection.
         pool: the candidates; None for all latents.
         bound: the bound of the scan so far.
-        extracted: the entries that it extracted; None if they were too many.
+        extracted: the entries that this scan extracted; None if they were too many.
         reduced: the product of that scan if it was reduced; rescans are of the same kind.
     """
     x, ranks, candidates, member, cost = batch.x, batch.ranks, None, None, ScanCost(1, 0, 0)
@@ -215,7 +215,8 @@ def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entr
     """
     rank = candidates.values.nan_to_num(nan=torch.inf)
     cutoff, n_equal = ranks.cutoff(rank, n_keep)
-    # With kernels, the number of near entries is not read: the number kept is known, except on one of several ranks.
+    # With kernels, the number of entries near the cutoff is not read from the device: that of kept ones is known,
+    # except on one of several ranks.
     is_waited_for = ranks.count > 1 or not available(rank.device)
     near = (rank >= cutoff).nonzero()[:, 0] if is_waited_for else torch.arange(len(rank), device=rank.device)
     near = near[candidates.tokens[near].argsort(stable=True)]  # a token's candidates ascend by latent already
@@ -229,7 +230,7 @@ def keep_largest(candidates: Entries, n_keep: int, ranks: Ranks = ALONE) -> Entr
 def keep_columns(
     batch: Batch, pool: Int[Tensor, " n_candidates"]
 ) -> tuple[Entries, Float[Tensor, "levels tokens d_out"]]:
-    """Entries kept of the pooled columns and the reconstructions from them, by dense products, with gradient."""
+    """Entries kept in the pooled columns and the reconstructions from them, by dense products, with gradient."""
     x, part, inner_widths = batch.x, batch.weights.of(pool), batch.cfg.inner_widths
     hidden_pre = x @ part.W_enc + part.b_enc
     acts = (hidden_pre if part.norms is None else hidden_pre * part.norms).detach().relu()
@@ -239,7 +240,7 @@ def keep_columns(
     tokens, columns = indices.div(len(pool), rounding_mode="floor"), indices % len(pool)
     values = codes.flatten().gather(0, indices)
     values = values if part.norms is None else values * part.norms[columns]
-    # Columns of outer levels are zeroed: slicing would have to read from the device where a level ends in the pool.
+    # Columns of outer levels are zeroed: to slice, the host would have to wait for where a level ends in the pool.
     levels = level_of(pool, inner_widths)
     inner = [torch.where(levels <= level, codes, 0) for level in range(len(inner_widths))]
     return Entries(values, tokens, pool[columns]), torch.stack([*inner, codes]) @ part.W_dec

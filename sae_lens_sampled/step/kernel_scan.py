@@ -1,4 +1,4 @@
-"""The pass of `column_scan.py` with kernels: torch computes the products by chunk, two kernels everything else."""
+"""The pass of `column_scan.py` with kernels: torch multiplies chunk by chunk, two kernels do the rest."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ from sae_lens_sampled.step.triton.tiles import Tiles
 MAX_EXTRACTED_PER_KEPT = 16
 """Buffer capacity for extracted entries, per entry to keep: their number is unknown until the scan is over."""
 MIN_ROOM = 2**16
-"""Smallest buffer capacity, in entries."""
+"""Smallest buffer capacity, in entries, unless `MAX_EXTRACTED_SHARE` allows fewer."""
 
 
 class BufferedEntries(Extracted):
@@ -96,7 +96,7 @@ def _chunks(batch: Batch) -> Iterator[tuple[slice, Chunk]]:
     """Products by chunk of latents, all in the same memory, which stays in the cache."""
     weights, dtype = batch.weights, _product_dtype(batch.x)
     x, d_sae = batch.x.to(dtype).contiguous(), len(batch.weights.b_enc)
-    width = chunk_length(len(x), x.device) // 64 * 64  # a chunk's rows of W_enc start at whole vectors
+    width = chunk_length(len(x), x.device) // 64 * 64  # rows of a chunk of W_enc start at whole vectors
     memory = x.new_empty(len(x) * min(width, d_sae))
     for first in range(0, d_sae, width):
         part = slice(first, min(first + width, d_sae))

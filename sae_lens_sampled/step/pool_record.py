@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sae_lens_sampled.metrics import gini
 
 NORM_EMA_RATE = 0.01
-"""Weight of the newest batch in the running mean of norms."""
+"""Weight of the newest batch in the running mean of input norms."""
 
 
 class PoolRecord(nn.Module):
@@ -19,20 +19,20 @@ class PoolRecord(nn.Module):
     """
 
     n_steps: Tensor
-    """Training steps so far, int64, shape (). Also the index of the random draws of sampled pools: SAELens' own counter
-    is one too low in intermediate checkpoints."""
+    """Training steps so far, int64, shape (). Also the index of a sampled pool's random draw, for which SAELens' own
+    counter would not do: it is one too low in intermediate checkpoints."""
     selection_counts: Tensor
-    """Number of entries kept of each latent, int64, shape (d_sae,)."""
+    """Number of kept positive entries of each latent over all steps, int64, shape (d_sae,)."""
     last_pooled: Tensor
-    """The latest step, counted from 1, at which each latent was in a pool (with groups: in any group's), int64, shape
-    (d_sae,); 0 if it never was."""
+    """The latest step, counted from 1, at which each latent was in a pool (with groups: in that of any group), int64,
+    shape (d_sae,); 0 if it never was."""
     churn: Tensor
     """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
     cutoff: Tensor
     """The smallest positive activation kept in the latest batch that kept any, float32, shape ()."""
     input_norm: Tensor
-    """Running mean of the inputs' norms, float32, shape (); 0 if not yet known. Tokens with a different mean norm
-    are unlike those of training."""
+    """Running mean of the inputs' norms, float32, shape (); 0 if unknown. Tokens with a different mean norm are unlike
+    the training tokens."""
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PoolRecord(nn.Module):
 
     @property
     def pool(self) -> Bool[Tensor, " d_sae"]:
-        """The latest pool (with groups: the union of their pools); empty before the first step."""
+        """Mask of the latest pool (with groups: the union of their pools); all False before the first step."""
         return (self.last_pooled == self.n_steps) & self.ever_pooled
 
     @property
@@ -67,9 +67,9 @@ class PoolRecord(nn.Module):
         """Record one training step.
 
         Args:
-            selection_counts: number of entries of each latent that the batch kept.
+            selection_counts: number of positive entries of each latent that the batch kept.
             smallest: the smallest positive kept activation; infinite if the batch kept none.
-            pool: indices of the candidates; None if every latent was one.
+            pool: indices of the candidates; None if every latent was a candidate.
         """
         old_pool, new_pool = self.pool, torch.full_like(self.pool, pool is None)
         if pool is not None:

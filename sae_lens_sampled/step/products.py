@@ -1,7 +1,7 @@
 """Products with a sparse matrix of a few entries per row, computed by torch's CSR products or by kernels.
 
-Both torch's (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost as much as the dense product times the share of
-entries in the matrix. All are at least in float32: there are no such products in lower precision.
+Both torch's products (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost as much as the dense product times the
+density of the sparse matrix. All compute at least in float32: not all of these products exist in lower precision.
 """
 
 import functools
@@ -37,11 +37,11 @@ class Pattern:
 
     @functools.cached_property
     def column_starts(self) -> Int[Tensor, " columns_and_1"]:
-        """The same for columns, among the entries sorted by column."""
+        """Index of the first entry of every column, among the entries sorted by column, and the number of entries."""
         return _starts(self.sorted_columns, self.shape[1])
 
     def csr(self, values: Float[Tensor, " entries"]) -> Tensor:
-        """The matrix with these values."""
+        """The sparse matrix with these values."""
         return _csr(values, self.row_starts, self.columns, self.shape)
 
     def transposed_csr(self, values: Float[Tensor, " entries"]) -> Tensor:
@@ -63,7 +63,7 @@ class Products(NamedTuple):
 
 
 def products_for(values: Tensor) -> Products:
-    """The kernels where they run, else torch's products; float64 always takes torch's."""
+    """The kernels if they can run on the device of `values`, else torch's products; for float64 always torch's."""
     return _by_kernels() if available(values.device) and values.dtype != torch.float64 else BY_CSR
 
 
@@ -101,7 +101,7 @@ def _column_sums(pattern: Pattern, values: Tensor) -> Tensor:
 
 def _at_entries(pattern: Pattern, G: Tensor, W: Tensor) -> Tensor:
     G = in_float32(G)
-    # Sorted by column, so that a column's row of W stays in the cache.
+    # Sorted by column, so that the row of W that a column needs stays in the cache.
     by_column = _products_in(pattern.transposed_csr(G.new_zeros(len(pattern.order))), W.to(G.dtype), G)
     return torch.empty_like(by_column).scatter_(0, pattern.order, by_column)
 
@@ -151,7 +151,7 @@ def _csr(values: Tensor, row_starts: Tensor, columns: Tensor, shape: tuple[int, 
 
 @functools.cache
 def _silence_first_warnings() -> None:
-    # At the first CSR tensor of a process, which is this one, torch warns that CSR tensors are in beta. Torch 2.11 also
+    # When a process creates its first CSR tensor, as here, torch warns that CSR tensors are in beta. Torch 2.11 also
     # warns that invariants are not checked, whatever `check_invariants` is.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(beta state|invariant checks)", category=UserWarning)

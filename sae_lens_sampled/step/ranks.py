@@ -1,4 +1,4 @@
-"""Several processes that train one SAE: what they have to agree on, and how they reach agreement.
+"""Several processes that train one SAE: reductions and an exact selection over the tokens of all.
 
 A rank is one of the processes. Each holds its own tokens of every batch, following those of the previous rank.
 """
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes, as seen from one of them. This class is a single process: it exchanges and changes nothing.
+    """The processes, as seen from one of them. This class stands for a single process, which exchanges nothing.
 
     Every method except `n_of_all` and `own_rows` is a collective operation: a process that skips one hangs the others.
     """
@@ -52,7 +52,7 @@ class Ranks:
         return flag
 
     def union(self, pool: Int[Tensor, "groups n_candidates"], d_sae: int) -> Int[Tensor, "groups n"]:  # noqa: ARG002
-        """Indices of the latents that are in any process's pool."""
+        """Indices of the latents in any pool of any process; with one process, its pools as they are."""
         return pool
 
     def n_of_all(self, n_own: int) -> int:
@@ -60,12 +60,12 @@ class Ranks:
         return n_own * self.count
 
     def own_rows(self, rows: Int[Tensor, " rows"], n_own: int) -> tuple[slice | Tensor, Int[Tensor, " own"]]:  # noqa: ARG002
-        """Which of the batch's rows belong to this process, if each has `n_own`, and their indices among its own."""
+        """Which of the batch's `rows` belong to this process, if each has `n_own`, and their indices among its own."""
         return slice(None), rows
 
     @torch.no_grad()
     def cutoff(self, values: Float[Tensor, " entries"], n_keep: int) -> tuple[Tensor, Int[Tensor, ""]]:
-        """Cutoff of the `n_keep` largest values over all processes, and how many values equal to it this one keeps.
+        """Cutoff of the `n_keep` largest values over all processes, and how many values equal to it this process keeps.
 
         Args:
             values: this process's values, non-negative and not NaN.
@@ -77,7 +77,7 @@ class Ranks:
 
     @torch.no_grad()
     def topk_indices(self, values: Float[Tensor, "..."], n_keep: int) -> Int[Tensor, " kept"]:
-        """Flat indices of this process's values that are among the `n_keep` largest of all; NaN counts as largest."""
+        """Ascending flat indices of this process's values among the `n_keep` largest of all; NaN counts as largest."""
         return values.flatten().topk(min(n_keep, values.numel()), sorted=False).indices.sort().values
 
 
@@ -85,10 +85,10 @@ ALONE = Ranks()
 
 
 class SeveralRanks(Ranks):
-    """More than one process; subclasses define which, and how they sum and compare tensors."""
+    """More than one process; subclasses define which processes, and how these sum and compare tensors."""
 
     device = torch.device("cpu")
-    """Device on which numbers must be to be exchanged."""
+    """Device that numbers have to be moved to before they are exchanged."""
 
     @override
     def mean(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class GroupRanks(SeveralRanks):
             dist.broadcast(x, root, group=self.group)
 
     def gather(self, x: T) -> list[T]:
-        """The objects passed by all processes; anything that can be pickled."""
+        """The objects that all processes passed, in order of rank; anything that can be pickled."""
         everyone: list[Any] = [None] * self.count
         with _reporting_lost_ranks(self):
             dist.all_gather_object(everyone, x, group=self.group)
@@ -202,5 +202,5 @@ def _reporting_lost_ranks(ranks: GroupRanks) -> Iterator[None]:
     except RuntimeError as error:
         raise LostRankError(
             f"process {ranks.rank} of {ranks.count} lost contact with the others: one has ended or hangs (see their "
-            f"logs). Progress since the newest checkpoint is lost. ({error})"
+            f"logs). Resume from the newest checkpoint; progress since then is lost. ({error})"
         ) from error

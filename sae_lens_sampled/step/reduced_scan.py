@@ -1,19 +1,19 @@
-r"""A bfloat16 scan that finds every entry that a float32 step may keep, and recomputes their values in float32.
+r"""A bfloat16 scan that finds all entries that a float32 step may keep, and recomputes these in float32.
 
-The scan has to find what *may* be kept; values are needed of the kept entries only. So the product is computed in
-bfloat16, in a third of the time on a CPU with such instructions; an entry is extracted unless it lies below the bound
-by more than rounding can explain; and the entries that decide the selection are recomputed in float32.
+The scan only has to find the entries that *may* be kept; exact values matter for kept entries only. So the product is
+computed in bfloat16, in a third of the time on a CPU with bfloat16 instructions; an entry is extracted unless it lies
+below the bound by more than rounding can explain; and entries that decide the selection are recomputed in float32.
 
 **Error of a scanned entry.** Let $s_{ij} = n_j (\hat z_{ij} + b_j)$ with the product $\hat z$ of rounded factors,
 $v_{ij} = n_j (z_{ij} + b_j)$ as in a float32 step, and $P = \|x_i\| \|w_j\|$, which bounds $\sum_l |x_{il} w_{jl}|$
 (Cauchy-Schwarz). bfloat16 has 8 significant bits, so the relative error of rounding to nearest is at most
-$u = 2^{-8}$. In units of $n_j$, the two differ by at most
+$u = 2^{-8}$. In units of $n_j$, $s_{ij}$ and $v_{ij}$ differ by at most the sum of
 
 - $(2u + u^2) P$ for rounding both factors, where $2u + u^2 = 2^{-7} + 2^{-16}$;
 - $4 d\, 2^{-23} P$ for the float32 sums of both, in any order, even if they truncate;
 - $1.01 u P$ for storing $\hat z$ in bfloat16 before adding the bias. Under cancellation $\hat z$ is tiny, but it never
   exceeds 1.01 P;
-- $2^{-21} (P + |b_j|)$ for adding the bias, multiplying by $n_j$, and adding to and subtracting from $s$ below;
+- $2^{-21} (P + |b_j|)$ for adding the bias, multiplying by $n_j$, and adding $E$ to and subtracting it from $s$ below;
 - $2^{-124} (\sqrt d (\|x_i\| + \|w_j\|) + d)$ for numbers below $2^{-126}$, which the processor may flush to 0;
 
 plus $2^{-126}$. So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent. Nothing
@@ -22,12 +22,12 @@ overflows as long as no norm exceeds $2^{120}$; otherwise the scan is the full o
 **Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted, among them every entry with
 $v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of E's term
 for storing: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The others are
-recomputed in float32, and those at or below the bound are dropped, where the extraction is incomplete. If at least
-`n_keep` are left, they include the `n_keep` largest of all entries; otherwise the bound has to be lowered.
+recomputed in float32, and dropped if at or below the bound, where the extraction is incomplete. If at least `n_keep`
+are left, they include the `n_keep` largest of all entries; otherwise the bound has to be lowered.
 
-The kept entries are thus those of a float32 step, up to the order of its sums: even two float32 products differ in
-entries within 1e-6 of the cutoff. The scan is chosen by configuration, sizes, processor and batch, not by timing, so
-repeating a run on the same machine is bit-identical.
+The kept entries are thus those of a float32 step, up to the order of its sums: even two float32 products may lead to
+different kept entries within 1e-6 of the cutoff. The scan is chosen by configuration, sizes, processor and batch, not
+by timing, so a repeated run on the same machine is bit-identical.
 """
 
 import functools
@@ -48,23 +48,24 @@ from sae_lens_sampled.step.sparse_codes import Entries, Weights
 Scan = Literal["auto", "full", "reduced"]
 
 LARGEST_NORM = 2.0**120
-"""Largest norms, and products of norms, with which nothing overflows."""
+"""Norms and products of norms up to this value cannot cause an overflow."""
 NORM_ROWS = 64
 """Number of rows of a matrix whose squares are summed at a time."""
 MIN_D_IN = 256
-"""Input width from which the product is a large enough part of the scan. This and the next one are from processor times
-at initialisation on Gaussian inputs, where the margin extracts most (AMD EPYC with AVX512_BF16, one thread): the step
-up to the backward pass takes the same time at width 128, 7 % less at 256, 13 % less at 512, 19 % less at 768."""
+"""Smallest input width at which the product is a large enough part of the scan. This and `MIN_TOKENS` are from
+processor times at initialisation on Gaussian inputs, where the margin extracts most (AMD EPYC with AVX512_BF16, one
+thread): the step up to the backward pass takes the same time as with a float32 scan at width 128, 7 % less at 256,
+13 % less at 512, 19 % less at 768."""
 MIN_TOKENS = 1024
-"""Number of tokens from which the cost of rounding all weights in every step does not matter: at width 768, the time is
-12 % less at 1,024 tokens and 10 % more at 512."""
+"""Smallest number of tokens at which rounding all weights in every step pays off: at width 768, the time is 12 % less
+at 1,024 tokens and 10 % more at 512."""
 MAX_MARGIN = 0.5
 """Ratio of a typical entry's error bound to the extraction's bound, above which "auto" scans in float32: the margin
 would extract most entries."""
 
 
 class ReducedProduct(NamedTuple):
-    r"""Pre-activations in bfloat16, and their error bound: $E_{ij} = \|x_i\| a_j + c_j$."""
+    r"""Pre-activations by a bfloat16 product, and their error bound: $E_{ij} = \|x_i\| a_j + c_j$."""
 
     x: Float[Tensor, "tokens d_in"]
     weights: Weights
@@ -75,10 +76,10 @@ class ReducedProduct(NamedTuple):
     offset: Float[Tensor, " d_sae"]
     """c, per latent."""
     storage: Float[Tensor, " d_sae"]
-    """The slope's term for storing the product, which a known value replaces by a tighter one."""
+    """The slope's term for storing the product; once an entry is scanned, its value gives a tighter term."""
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "latents tokens"]]]:
-        """Pre-activations by chunk of latents, in float32, off by at most E; each overwrites the previous one."""
+        """Pre-activations by chunk of latents, in float32, off by at most E; each chunk overwrites the last."""
         W_enc, b_enc, _, norms, _ = self.weights
         (n_tokens, d_in), d_sae = self.x.shape, len(b_enc)
         width = min(chunk_length(n_tokens, self.x.device), d_sae)
@@ -94,10 +95,10 @@ class ReducedProduct(NamedTuple):
     def may_exceed(
         self, bound: Float[Tensor, ""], hidden_pre: Float[Tensor, "latents tokens"], part: slice, out: Tensor
     ) -> Bool[Tensor, "latents tokens"]:
-        r"""Where a scanned entry of these latents is above the bound, or below it by no more than E.
+        r"""Where a scanned entry of these latents is above the bound, or below it by less than E.
 
-        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding the slope and the offset cover. Norms of latents differ
-        a hundredfold: with a chunk's largest, most entries would be extracted. `out` is overwritten.
+        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding the slope and the offset cover. E is per latent: norms
+        differ a hundredfold, so a chunk's largest would extract most entries. `out` is overwritten.
         """
         below = _rounded_down(bound.double() - self.offset[part])
         largest = torch.addr(hidden_pre, self.slope[part].float(), self.x_norm.float(), out=out)
@@ -106,7 +107,7 @@ class ReducedProduct(NamedTuple):
     def exact(
         self, entries: Entries, bound: Float[Tensor, ""], n_keep: int, ranks: Ranks = ALONE
     ) -> tuple[Entries, int]:
-        """The extracted entries that can be kept and exceed the bound, with their float32 values.
+        """The extracted entries that may be kept and exceed the bound, with their float32 values.
 
         Also returns the number of values computed.
 
@@ -141,8 +142,8 @@ def reduced_product(
 ) -> ReducedProduct | None:
     """The product for a reduced scan, or None if the batch has to be scanned in float32. All ranks decide identically.
 
-    None if `scan` is "full", if norms could overflow or, unless `scan` is "reduced", if the margin would extract most
-    entries.
+    It is None if `scan` is "full", if norms are so large that something could overflow, or, for "auto", if the margin
+    would extract most entries.
     """
     if scan == "full":
         return None
@@ -167,14 +168,14 @@ def error_of(
     Args:
         w_norm: norms of the encoder's columns, rounded up; float64.
         b_enc: the encoder's bias.
-        norms: factors of the pre-activations; None for 1.
+        norms: factors that rescale the pre-activations; None for 1.
         d_in: width of the inputs.
     """
     n = torch.ones_like(w_norm) if norms is None else norms.double()
     storage = 1.01 * 2**-8 * n * w_norm
     slope = n * ((2**-7 + 2**-16 + 4 * d_in * 2**-23 + 2**-21) * w_norm + 2**-124 * math.sqrt(d_in)) + storage
     offset = n * (2**-21 * b_enc.double().abs() + 2**-124 * (math.sqrt(d_in) * w_norm + d_in)) + 2**-126
-    up = 1 + 2**-20  # they are used in float32 too
+    up = 1 + 2**-20  # slopes and offsets are used in float32 too
     return (up * slope).clamp(min=2**-126), up * offset, storage
 
 
@@ -191,12 +192,12 @@ def column_norms(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " colum
 
 
 def choose_scan(scan: Scan, cfg: PoolFields, n_tokens: int, W_enc: Float[Tensor, "d_in d_sae"]) -> Scan:
-    """How to scan: "full" in float32, "reduced" in bfloat16, "auto" for the latter unless its margin is too wide.
+    """How to scan: "full" in float32, "reduced" in bfloat16, "auto" in bfloat16 unless its margin is too wide.
 
     Chosen by rule, not by timing, so that runs are reproducible. "auto" needs a pool of all latents, a processor with
     bfloat16 instructions (AVX512_BF16, AMX; without them torch's bfloat16 product is slower) and sizes that make it
-    pay. Smaller pools would be scored by rounded activations, so they need an explicit "reduced". It is always "full"
-    under autocast, which rounds the values too, and for parameters that are not in float32.
+    pay. Smaller pools would be scored by rounded activations, so they need an explicit "reduced". The scan is always
+    "full" on other devices, under autocast, which rounds values anyway, and for weights that are not in float32.
     """
     device = W_enc.device
     if scan == "full" or W_enc.dtype != torch.float32 or torch.is_autocast_enabled(device.type):

@@ -8,8 +8,8 @@ Most scores judge each latent by its own activations, from sums over tokens and 
 `ColumnScore` is written once and works on chunks of latents, in groups, and across processes that split the tokens.
 
 `l2_norm` and `squared_l2` choose the same latents, since squaring keeps the order; they differ only under
-`pool_sampling="proportional"`. A plain L2 norm ranks a latent that is 100 on 5 % of the tokens (22.4 sqrt(B)) above
-one that is 10 on 50 % of them (7.1 sqrt(B)): to prefer the consistent one, use `perplexity` or `frequency`.
+`pool_sampling="proportional"`. The L2 norm ranks a latent with activation 100 on 5 % of the tokens (22.4 sqrt(B))
+above one with 10 on 50 % of them (7.1 sqrt(B)): to prefer the latter, use `perplexity` or `frequency`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from sae_lens_sampled.step.ranks import Ranks
 Score: TypeAlias = Callable[[Tensor, int], Tensor]
 
 LEVERAGE_ROWS = 256
-"""Rows of the sketch that `ridge_leverage` uses; its cost grows with the square of this number."""
+"""Most rows of the sketch that `ridge_leverage` uses; its cost grows with the square of this number."""
 
 
 class ColumnSums(NamedTuple):
@@ -46,16 +46,16 @@ def _no_sums(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Ten
 
 @dataclass(frozen=True)
 class ColumnScore:
-    """A score from sums over tokens and the largest activation of each latent."""
+    """A score computed from each latent's sums over tokens and its largest activation."""
 
     of: Callable[[ColumnSums], Tensor]
     """Computes the score from the sums over all tokens of a group."""
     sums: Callable[[Tensor, Tensor, Tensor | None], list[Tensor]] = _no_sums
     """Computes the sums needed besides that of the squares, from the activations, each latent's largest one, and the
-    smallest activation kept in the previous batch (None if unknown)."""
+    smallest activation kept in the previous batch (None or 0 if unknown)."""
     rescaled: Callable[..., list[Tensor]] | None = None
-    """Converts the sums to another largest activation, given the ratio of the old to the new one and the sums; None if
-    they do not depend on it."""
+    """Converts sums relative to one largest activation to another, from the ratio of the old to the new one and the
+    sums; None if they do not depend on it."""
 
     def __call__(
         self, acts: Float[Tensor, "*group tokens latents"], n_candidates: int
@@ -67,12 +67,12 @@ class ColumnScore:
     def column_sums(
         self, acts: Float[Tensor, "*group tokens latents"], last_cutoff: Tensor | None = None
     ) -> ColumnSums:
-        """The sums it needs over some tokens."""
+        """The sums over the given tokens that the score needs."""
         peak = acts.amax(dim=-2)
         return ColumnSums(acts.shape[-2], peak, (acts.square().sum(dim=-2), *self.sums(acts, peak, last_cutoff)))
 
     def merged(self, own: ColumnSums, ranks: Ranks) -> ColumnSums:
-        """The sums over the tokens of all processes, from this one's."""
+        """The sums over the tokens of all processes, from those of this process."""
         peak, (squares, *sums) = ranks.max(own.peak), own.sums
         if self.rescaled is not None:
             sums = self.rescaled(own.peak / peak.clamp(min=torch.finfo(peak.dtype).tiny), *sums)
@@ -104,10 +104,10 @@ def _concentration(sums: ColumnSums) -> Tensor:
 
 
 l2_norm = ColumnScore(lambda sums: sums.sums[0].sqrt())  # vector_norm over a middle dimension takes ten times as long
-r"""$\sqrt{\sum_i a_i^2}$: prefers latents that carry much of the batch."""
+r"""$\sqrt{\sum_i a_i^2}$: prefers latents with much activation in the batch."""
 
 squared_l2 = ColumnScore(lambda sums: sums.sums[0])
-r"""$\sum_i a_i^2$: the same order as `l2_norm`; in a sampled pool it concentrates on the largest."""
+r"""$\sum_i a_i^2$: the same order as `l2_norm`; a sampled pool concentrates more on the largest."""
 
 entropy = ColumnScore(_concentration, _share_sums, _shares_of_peak)
 r"""$1 - H(p) / \log B$ with $p = a / \sum a$: prefers specialised latents, whose mass lies on few tokens.
@@ -125,7 +125,7 @@ frequency = ColumnScore(
 """Number of tokens on which the latent is positive: prefers consistent latents, whatever their magnitude."""
 
 uniform = ColumnScore(lambda sums: (sums.peak > 0).to(sums.peak.dtype))
-"""1 for every latent that fires: a control, whose pool is chosen blindly. Only for proportional sampling."""
+"""1 for every latent that fires: a control that draws its pool blindly. Only for proportional sampling."""
 
 
 def _clipped_squares(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> list[Tensor]:  # noqa: ARG001
@@ -143,10 +143,11 @@ Without a previous batch, c is infinite. `eval/KNOWN_FEATURES.md` says where thi
 
 
 def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
-    r"""$a^T (A A^T + \lambda I)^{-1} a$: prefers latents that no others can replace.
+    r"""$a^T (A A^T + \lambda I)^{-1} a$: prefers latents that others cannot replace.
 
-    The paper's open question 1. A holds at most `LEVERAGE_ROWS` evenly strided rows of the batch, and
-    $\lambda = \|A\|_F^2 / m$ for a pool of m latents, after Cohen, Musco and Musco (arXiv 1511.07263). In [0, 1).
+    See the paper's open question 1. a is a latent's column of A, which holds at most `LEVERAGE_ROWS` evenly strided
+    rows of the batch, and $\lambda = \|A\|_F^2 / m$ for a pool of m latents, after Cohen, Musco and Musco
+    (arXiv 1511.07263). In [0, 1).
     """
     sketch = acts[..., sketch_rows(acts.shape[-2], acts.device), :]
     gram = sketch @ sketch.mT
@@ -170,9 +171,9 @@ def sketch_scores(
     device: torch.device,
     ranks: Ranks,
 ) -> Float[Tensor, " latents"]:
-    """`ridge_leverage` over the whole batch, whose tokens from `rank * n_own` on are this rank's.
+    """`ridge_leverage` over the whole batch; this rank holds the `n_own` tokens from `rank * n_own` on.
 
-    `rows_of` returns the non-negative activations of some of this rank's tokens.
+    `rows_of` returns the non-negative activations of this rank's tokens with the given indices.
     """
     rows = sketch_rows(ranks.n_of_all(n_own), device)
     places, own = ranks.own_rows(rows, n_own)
@@ -217,7 +218,10 @@ class RegisteredScore:
                 f"{tuple(acts.shape)}; it must reduce dimension -2 (the tokens) alone and return {expected}."
             )
         if scores.isnan().any():
-            raise ValueError(f"score {self.name!r} returned NaN for {int(scores.isnan().sum())} latents.")
+            raise ValueError(
+                f"score {self.name!r} returned NaN for {int(scores.isnan().sum())} latents; it must return a "
+                "number for every latent, also for one that never fires."
+            )
         return scores
 
 
@@ -239,18 +243,18 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
 
 def goes_by_columns(name: str) -> bool:
-    """Whether the score judges each latent by its own activations, as needed to score chunks of latents."""
+    """Whether the score judges each latent by its own activations alone, so that chunks of latents can be scored."""
     score = SCORES[name]
     return isinstance(score, ColumnScore) or (isinstance(score, RegisteredScore) and score.by_columns)
 
 
 def is_mergeable(name: str) -> bool:
-    """Whether the score of one pool can be computed from the tokens of several processes."""
+    """Whether scores over a batch can be computed by several processes that each hold part of its tokens."""
     return isinstance(SCORES[name], ColumnScore) or name == "ridge_leverage"
 
 
 def column_score(name: str) -> ColumnScore:
-    """The score, or `l2_norm` if it is not a `ColumnScore`: the norms and which latents fire are still needed."""
+    """The score, or `l2_norm` if it is not a `ColumnScore`, as norms and which latents fire are needed anyway."""
     score = SCORES[name]
     return score if isinstance(score, ColumnScore) else l2_norm
 
@@ -258,7 +262,7 @@ def column_score(name: str) -> ColumnScore:
 def column_sums(
     acts: Float[Tensor, "*group tokens latents"], name: str, last_cutoff: Tensor | None = None
 ) -> ColumnSums:
-    """The sums that a score needs over some tokens, at least in float32."""
+    """The sums over the given tokens that a score needs, at least in float32."""
     with without_autocast(acts.device):
         return column_score(name).column_sums(in_float32(acts), last_cutoff)
 

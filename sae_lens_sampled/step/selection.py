@@ -1,7 +1,7 @@
 """The two stages of Sampled-SAE (arXiv 2508.21324): a candidate pool from scores, then BatchTopK inside it.
 
 One pool for the whole batch means one group; with `pool_group_size=g`, every g consecutive tokens are a group with its
-own pool, the last one possibly shorter. The cutoff is batch-wide in both cases.
+own pool, and the last group may be shorter. The cutoff is batch-wide in both cases.
 """
 
 import copy
@@ -32,7 +32,7 @@ PoolSampling = Literal["top", "proportional"]
 @dataclass(kw_only=True)
 class PoolFields:
     """
-    The config fields that the selection depends on; a mixin for SAELens' configs, which have `k` and `d_sae`.
+    The config fields of the selection and the nested levels; a mixin for SAELens' configs, which have `k` and `d_sae`.
 
     Args:
         pool_factor (float | None): Candidate pool size divided by k, at least 1 (the paper's l). None, or at least
@@ -44,9 +44,9 @@ class PoolFields:
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
             without replacement, with probability proportional to the score.
         pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
-            the paper. 1 with pool_factor=1, score="l2_norm" and an integer k is per-token TopK.
-        pool_seed (int): Seed of proportional sampling. The draw is a function of this seed and the number of training
-            steps, so a resumed run repeats it.
+            the paper. Groups of 1 with pool_factor=1, score="l2_norm" and an integer k are per-token TopK.
+        pool_seed (int): Seed of proportional sampling. A draw is a function of this seed and the number of training
+            steps so far, so a resumed run repeats its draws.
         matryoshka_widths (list[int] | None): Increasing widths of nested levels, the last one d_sae. For each inner
             width w, the first w latents have their own reconstruction loss, as in SAELens' Matryoshka SAE, from the
             same kept activations. None, or only d_sae: no levels.
@@ -66,7 +66,7 @@ class PoolFields:
 
     @property
     def n_candidates(self) -> int:
-        """Size m of the pool."""
+        """Size m of each pool."""
         return count_candidates(self.k, self.pool_factor, self.d_sae)
 
     def fields_after(self, n_steps: int) -> "PoolFields":
@@ -79,7 +79,7 @@ class PoolFields:
 
     @property
     def inner_widths(self) -> list[int]:
-        """Widths of the levels inside the whole dictionary, each of which has its own loss."""
+        """Widths of the levels smaller than the whole dictionary, each of which has its own loss."""
         return (self.matryoshka_widths or [])[:-1]
 
 
@@ -88,7 +88,7 @@ class ColumnStatistics(NamedTuple):
 
     scores: Float[Tensor, "groups d_sae"]
     norms: Float[Tensor, "groups d_sae"]
-    """L2 norms: the larger one breaks ties between equal scores."""
+    """L2 norms; of latents with equal scores, the one with the larger norm is preferred."""
     alive: Bool[Tensor, "groups d_sae"]
     """Whether the latent has a positive activation."""
 
@@ -100,14 +100,14 @@ def sampled_topk(
     last_cutoff: Float[Tensor, ""] | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Float[Tensor, "tokens d_sae"], Int[Tensor, "groups n_candidates"]]:
-    """Both stages: the kept activations, 0 elsewhere, and the pools they were kept from.
+    """Run both stages; returns the activations, with 0 for those not kept, and the pools.
 
     Args:
         acts: non-negative activations.
         cfg: how to choose the pool.
         draw: index of the random draw, if the pool is sampled.
         last_cutoff: smallest activation kept in the previous batch, which scores may use; None if unknown.
-        ranks: the processes that share the batch; `acts` are this one's, and all must call this.
+        ranks: the processes that share the batch; `acts` are this process's, and all must call this.
     """
     statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, last_cutoff, ranks)
     pool = choose_pool(statistics, cfg, draw, ranks)
@@ -118,7 +118,7 @@ def sampled_topk(
 def choose_pool(
     statistics: ColumnStatistics, cfg: PoolFields, draw: Int[Tensor, ""], ranks: Ranks = ALONE
 ) -> Int[Tensor, "groups n_candidates"]:
-    """Stage one, from the statistics of a batch; see `sampled_topk`."""
+    """Stage one: the pools, from the statistics of a batch; arguments as in `sampled_topk`."""
     if cfg.pool_sampling == "proportional":
         first_group = 0 if cfg.pool_group_size is None else ranks.rank * len(statistics.scores)
         statistics = perturb_scores(statistics, cfg.pool_seed, draw, first_group)
@@ -126,7 +126,7 @@ def choose_pool(
 
 
 def count_candidates(k: float, pool_factor: float | None, d_sae: int) -> int:
-    """Size m of the pool: `k * pool_factor` rounded, at least k; d_sae for None or factors from `d_sae / k` on."""
+    """Size m of the pool: `k * pool_factor` rounded, at least k; d_sae if the factor is None or `d_sae / k` or more."""
     if pool_factor is None or pool_factor >= d_sae / k:
         return d_sae
     return min(max(math.ceil(k), round(k * pool_factor)), d_sae)
@@ -149,7 +149,7 @@ def column_statistics(
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
         last_cutoff: see `sampled_topk`.
-        ranks: the processes that share the batch; `acts` are this one's, and no group spans two processes.
+        ranks: the processes that share the batch; `acts` are this process's, and no group spans two processes.
     """
     parts = []
     for groups in _in_groups(acts, group_size):
@@ -167,7 +167,7 @@ def column_statistics(
 def merged_statistics(
     sums: ColumnSums, score: str, ranks: Ranks
 ) -> tuple[ColumnStatistics, Float[Tensor, "groups d_sae"]]:
-    """Statistics of one pool and the largest activations, over all ranks, from the sums of this one."""
+    """Statistics for one pool and the largest activations, over all ranks; `sums` are those of this rank."""
     merged = column_score(score).merged(sums, ranks)
     return statistics_of(merged, score), merged.peak
 
@@ -181,11 +181,11 @@ def statistics_of(sums: ColumnSums, score: str) -> ColumnStatistics:
 def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tensor, "groups n_candidates"]:
     """Indices of the best-scored latents of each group, in ascending order.
 
-    Latents that are not alive rank below all others. Ties go to the larger norm, then to the lower index.
+    Latents that are not alive or have a NaN score rank last. Ties go to the larger norm, then to the lower index.
     """
-    # A stable sort of all latents is slow, so find the m-th value, take all above it, and let the next criterion choose
-    # among those equal to it. The number still missing stays on the device.
-    # NaN, from broken weights, has no order: it ranks last, so that the loss becomes NaN and every index is valid.
+    # A stable sort of all latents is slow, so find the m-th largest value, take all above it, and let the next
+    # criterion choose among those equal to it. The number still missing stays on the device.
+    # NaN, from broken weights, has no order. It ranks last: all indices stay valid, and a pool of NaN gives a NaN loss.
     scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
     above, equal = _split_at_rank(scores, n_candidates)
     norms = statistics.norms.nan_to_num(0, torch.inf).masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
@@ -198,11 +198,11 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
 def perturb_scores(
     statistics: ColumnStatistics, seed: int, draw: Int[Tensor, ""], first_group: int = 0
 ) -> ColumnStatistics:
-    """Scores whose largest m are a random sample without replacement, with probability proportional to the score.
+    """Scores whose m largest are a random sample without replacement, with probability proportional to the given ones.
 
     Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Negative scores count as 0. The noise is
     a function of (seed, draw, group, latent), the same on every device; `draw` is the index of the draw and stays a
-    tensor, to avoid waiting for the device. `first_group` is the index of the first group, if other ranks precede it.
+    tensor, to avoid waiting for the device. `first_group` is the index of the first group; other ranks' may precede it.
     """
     scores = statistics.scores.double()
     log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()
@@ -228,9 +228,9 @@ def keep_top_entries(
     group_size: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Float[Tensor, "tokens d_sae"]:
-    """BatchTopK among the candidates: the `n_keep` largest entries in pooled columns stay, all others become 0.
+    """BatchTopK among the candidates: the `n_keep` largest entries of pooled latents stay, all others become 0.
 
-    If there are fewer candidate entries than `n_keep`, all stay. The gradient reaches kept entries only.
+    `n_keep` counts all ranks. If there are fewer candidate entries, all stay. The gradient reaches kept entries only.
     """
     columns = pool.repeat_interleave(group_size or len(acts), dim=0)[: len(acts)]
     candidates = acts.gather(1, columns)
@@ -241,7 +241,7 @@ def keep_top_entries(
 
 
 def _in_groups(acts: Tensor, group_size: int | None) -> Iterator[Tensor]:
-    """Views of shape (groups, tokens, d_sae): all full groups at once, then the shorter last one, if any."""
+    """Views of shape (groups, tokens, d_sae): all full groups at once, then the last group if it is shorter."""
     if group_size is None:
         yield acts[None]
         return
@@ -259,9 +259,9 @@ def _split_at_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _mask_to_indices(mask: Tensor, n_true: int) -> Tensor:
-    """Column indices of the True entries, ascending, of a (rows, n) mask with `n_true` in every row.
+    """Ascending column indices of the True entries of a (rows, n) mask that has `n_true` of them in every row.
 
-    Unlike that of `nonzero`, the shape does not depend on the data, so there is no wait for the GPU.
+    Unlike with `nonzero`, the shape does not depend on the data, so there is no wait for the GPU.
     """
     n_rows, n_columns = mask.shape
     # The last of the n_true + 1 slots collects all entries that are not chosen.

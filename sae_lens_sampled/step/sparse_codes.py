@@ -23,13 +23,13 @@ class Weights(NamedTuple):
     W_dec: Float[Tensor, "latents d_out"]
     norms: Float[Tensor, " latents"] | None
     r"""Norms of the decoder rows, if these rescale the pre-activations. They affect the selection and scale the
-    activations, but cancel in the reconstruction: $(z \|w\|)(w / \|w\|) = z w$ needs no gradient of them."""
+    activations, but cancel in the reconstruction: $(z \|w\|)(w / \|w\|) = z w$ does not depend on them."""
     input_bias: Float[Tensor, " d_in"] | None = None
-    r"""Bias subtracted from the inputs, if its gradient is needed but not theirs: it is $-W_{enc} \partial b$, a vector
-    instead of their matrix."""
+    r"""Bias subtracted from the inputs, if its gradient is needed but that of the inputs is not: the bias needs only
+    $-W_{enc} \partial b$, a vector instead of a matrix."""
 
     def of(self, latents: Int[Tensor, " some"] | slice) -> "Weights":
-        """Weights of some latents, copies or views, with gradient; for dense products, which need no `input_bias`."""
+        """Weights of some latents, views of a slice or copies, with gradient; no `input_bias`, for dense products."""
         norms = None if self.norms is None else self.norms[latents]
         if isinstance(latents, slice):
             return Weights(self.W_enc[:, latents], self.b_enc[latents], self.W_dec[latents], norms)
@@ -65,7 +65,7 @@ class Decoded(NamedTuple):
     reconstructions: Float[Tensor, "levels tokens d_out"]
     """From the latents of each inner width and, last, from all latents; without the decoder bias."""
     of_dead: Float[Tensor, "tokens d_out"] | None
-    """Reconstruction from the codes of dead latents."""
+    """Reconstruction from the codes of dead latents; None without these."""
 
 
 def encode_and_decode(
@@ -75,19 +75,20 @@ def encode_and_decode(
     inner_widths: Sequence[int] = (),
     dead: Entries | None = None,
 ) -> Decoded:
-    r"""The codes with their gradient, and the reconstructions from them: of the inner widths and of all latents.
+    r"""Attach the gradient to the codes, and reconstruct from them, for each inner width and from all latents.
 
     For codes $S$ with $s_{ij} = x_i \cdot W_{enc,j} + b_j$ at the entries and 0 elsewhere, $\hat X = S W_{dec}$ is the
     reconstruction. With $G = \partial L / \partial \hat X$ and $D = G W_{dec}^T$ at the entries: $\partial W_{dec} =
     S^T G$, $\partial W_{enc} = X^T D$, $\partial b = D^T 1$, $\partial X = D W_{enc}^T$. All at least in float32, even
-    under autocast: there are no such products in lower precision.
+    under autocast: not all of these products exist in lower precision.
 
-    Further reconstructions are blocks of rows in the same products, so that every weight has one gradient.
+    Reconstructions of inner widths and from dead latents are blocks of rows in the same products, so that the gradient
+    of each weight is computed only once.
 
     Args:
         x: inputs.
-        weights: those of all latents.
-        codes: the entries as encoded, scaled by the decoder norms if these rescale; ordered by token and then by
+        weights: weights of all latents.
+        codes: the kept entries and their values, scaled by `weights.norms` if given; ordered by token and then by
             latent.
         inner_widths: increasing; for each width w, the first w latents have their own reconstruction.
         dead: codes of dead latents, for AuxK, in the form of `codes`; no other reconstruction includes them.
@@ -98,17 +99,17 @@ def encode_and_decode(
         values, latents = torch.cat([values, dead.values]), torch.cat([latents, dead.latents])
         rows = torch.cat([rows, n_tokens + dead.tokens])
     if norms is not None:
-        # A latent whose decoder row is 0 has only zeros here; 0 / 0 would be NaN.
+        # A latent whose decoder row is 0 has only values of 0 here; 0 / 0 would be NaN.
         values = values / norms.detach().clamp(min=torch.finfo(norms.dtype).tiny)[latents]
     x = x if weights.input_bias is None else x.detach()
     pattern = Pattern(rows, latents, ((1 if dead is None else 2) * n_tokens, len(weights.b_enc)))
     values = _Encode.apply(x, weights.W_enc, weights.b_enc, weights.input_bias, values, pattern)
-    acts = values[:n_kept].to(codes.values.dtype)  # those of dead latents may have higher precision
+    acts = values[:n_kept].to(codes.values.dtype)  # values of dead latents may have higher precision
     kept = codes._replace(values=acts if norms is None else acts * norms[codes.latents])
     n_levels = len(inner_widths) + 1
     n_blocks = n_levels if dead is None else n_levels + 1
     if inner_widths:
-        # Each level is a block of what it adds to every token; dead latents come after all levels.
+        # Each level is a block of its contributions to all tokens; the block of the dead latents comes last.
         level = level_of(latents, inner_widths)
         rows = torch.where(rows < n_tokens, level * n_tokens, len(inner_widths) * n_tokens) + rows
         by_row = rows.argsort(stable=True)
@@ -120,7 +121,7 @@ def encode_and_decode(
 
 
 def level_of(latents: Int[Tensor, " some"], inner_widths: Sequence[int]) -> Int[Tensor, " some"]:
-    """Level that each latent belongs to: 0 for the first `inner_widths[0]`, and so on."""
+    """Level that each latent belongs to: 0 for the first `inner_widths[0]` latents, and so on."""
     # Not by `bucketize`, which would copy the widths to the device and wait for it.
     return sum(((latents >= width).long() for width in inner_widths), torch.zeros_like(latents))
 

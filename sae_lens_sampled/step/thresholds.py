@@ -1,12 +1,12 @@
 """Rate matching: per-latent thresholds, adjusted during training until latents fire as often as they are selected.
 
 At inference there is no batch and no pool, so a global threshold lets every latent outside the pool fire. Here each
-latent gets the threshold at which the share of tokens above it equals the share on which training selected it.
+latent gets the threshold at which it fires on as large a share of tokens as training selected it on.
 
 If pools change from batch to batch, a latent's largest activations often fall into batches whose pool lacks it: it
 would fire as often as it was selected, but on other tokens, and on activations that its decoder row was never trained
 for. So a latent's share is weighted by its precision, the share of its firings that are selections, and all shares are
-scaled to the L0 of training. Equal precisions change nothing.
+then scaled by one factor to sum to the L0 of training. Equal precisions change nothing.
 """
 
 from typing import NamedTuple
@@ -21,12 +21,12 @@ from sae_lens_sampled.step.ranks import Ranks
 THRESHOLD_STEP = 0.05
 """Long-run size of a threshold step, in units of the latent's own largest activations.
 
-It starts at 1 and falls as 1 / sqrt(number of steps): activations grow fast at first, and 0.05 would lag behind them
-for hundreds of steps, exporting several times the L0 of training. If pools change from batch to batch, smaller steps
-lag behind the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
+The size starts at 1 and falls as 1 / sqrt(number of steps): activations grow fast at first, and 0.05 would lag behind
+them for hundreds of steps, exporting several times the L0 of training. If pools change from batch to batch, smaller
+steps lag behind the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
 """
 EMA_RATE = 0.01
-"""Weight of the newest batch in the running means."""
+"""Weight of the newest batch in the running means of rates and peaks."""
 PRECISION_EMA_RATE = 0.03
 """Weight, in a latent's running precision, of the newest batch in which it fired: pools change faster than rates."""
 GAIN_STEP = 0.2
@@ -39,7 +39,7 @@ SILENT_AFTER_STEPS = 50
 """A latent that was in no pool for this many steps gets an infinite threshold at export.
 
 It is no longer trained, but keeps its weights and thus its large activations. With 100 steps instead, FVU is up to
-13 % higher (entropy and perplexity, one pool). If every latent is a candidate, none is silenced, however rare.
+13 % higher (entropy and perplexity, one pool). If every latent is a candidate, this rule silences none.
 """
 
 
@@ -49,18 +49,18 @@ class StepCounts(NamedTuple):
     n_selected: Int[Tensor, " d_sae"]
     """Number of tokens on which the latent was kept, with a positive activation."""
     n_fired: Int[Tensor, " d_sae"]
-    """Number of tokens with a pre-activation above its threshold."""
+    """Number of tokens with a pre-activation above the latent's threshold."""
     n_hits: Int[Tensor, " d_sae"]
-    """Number of tokens with both."""
+    """Number of tokens on which the latent was both kept and above its threshold."""
     peak: Float[Tensor, " d_sae"]
-    """Its largest activation, at least 0."""
+    """The latent's largest activation, at least 0."""
     smallest: Float[Tensor, ""]
     """The smallest positive activation kept of any latent; infinite if none was."""
 
 
 @torch.no_grad()
 def reduce_counts(counts: StepCounts, ranks: Ranks, peak_is_of_all: bool = False) -> StepCounts:
-    """Counts over the tokens of all ranks; `peak_is_of_all` if the peak already is."""
+    """Counts over the tokens of all ranks; `peak_is_of_all` if `counts.peak` already covers all ranks."""
     numbers = torch.stack([n.int() for n in (counts.n_selected, counts.n_fired, counts.n_hits)])
     n_selected, n_fired, n_hits = ranks.sum(numbers).long()
     peak = counts.peak if peak_is_of_all else ranks.max(counts.peak)
@@ -94,11 +94,11 @@ def count_kept(
     peak: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> StepCounts:
-    """Counts from the kept entries, and from `n_fired` and `peak` over all pre-activations."""
+    """Counts from the kept entries, with the given `n_fired` and `peak`, which cover all pre-activations."""
     positive, fired = values > 0, values > threshold[latents]
     n_selected, n_hits = (
         torch.zeros(len(threshold), dtype=torch.int64, device=latents.device).scatter_add_(0, latents, mask.long())
-        for mask in (positive, fired)  # no threshold is negative, so what fires is positive
+        for mask in (positive, fired)  # no threshold is negative, so entries above it are positive
     )
     smallest = torch.cat([torch.where(positive, values, torch.inf), values.new_full((1,), torch.inf)]).amin()
     return StepCounts(n_selected, n_fired, n_hits, peak, smallest)
@@ -120,9 +120,9 @@ class RateMatcher(nn.Module):
     precision: Tensor
     """Running mean, over batches in which the latent fires, of the share of its firings that are selections."""
     gain: Tensor
-    """Common factor of all target rates that holds the L0 of training, shape (); 1 if the weights alone hold it."""
+    """Common factor of all target rates that keeps the export at the L0 of training, shape (); 1 if none is needed."""
     peak: Tensor
-    """Running mean of the latent's largest pre-activation in a batch: its own scale."""
+    """Running mean of the latent's largest activation in a batch: the latent's own scale."""
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
@@ -142,19 +142,20 @@ class RateMatcher(nn.Module):
     ) -> None:
         r"""One step of $\theta_j \mathrel{+}= \eta M_j \mathrm{clip}((f_j - w_j r_j)/(\bar f_j + w_j \bar r_j + 1/B))$.
 
-        The weights are $w_j = g p_j \sum_i \bar r_i / \sum_i \bar p_i \bar r_i$ with the precisions p and the gain g,
-        which holds the L0: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. The step follows the latent's own
-        scale $M_j$: with the cutoff as the scale, it fails if that is near 0. The error is divided by *running* rates:
-        dividing by the batch's own would balance medians instead of means.
+        f are the firing rates and r the selection rates; bars mark running means. The weights are
+        $w_j = g \bar p_j \sum_i \bar r_i / \sum_i \bar p_i \bar r_i$ with the precisions p and the gain g, which keeps
+        the export's $\hat L_0$ at the selection's $L_0$: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. The
+        step is in units of a latent's own scale $M_j$: in units of the cutoff, it fails if that is near 0. The error
+        is divided by *running* rates: dividing by the batch's own would balance medians instead of means.
 
         Args:
-            counts: this batch's; in the first batch, those that depend on thresholds are ignored.
+            counts: counts of this batch; in the first batch, those that depend on thresholds are ignored.
             recently_pooled: whether a latent was in a pool recently (`SILENT_AFTER_STEPS`); others are exported silent.
-            cutoff: smallest activation that this batch kept; the first batch's is the initial value of all thresholds.
-            n_tokens: B.
+            cutoff: smallest activation that this batch kept; that of the first batch initialises all thresholds.
+            n_tokens: number of tokens in the batch, B.
             n_steps: number of steps before this one.
         """
-        # This batch's rates. Before the first one there are no thresholds to fire above.
+        # This batch's rates. The first batch has no thresholds yet, so its selections count as firings.
         selection_rate = counts.n_selected / n_tokens
         firing_rate = torch.where(n_steps > 0, counts.n_fired / n_tokens, selection_rate)
         hit_rate = torch.where(n_steps > 0, counts.n_hits / n_tokens, selection_rate)
@@ -172,18 +173,18 @@ class RateMatcher(nn.Module):
         step = (n_steps + 1).rsqrt().clamp(min=THRESHOLD_STEP)
         moved = (self.threshold + step * self.peak / correction * error).clamp(min=0)
         self.threshold.copy_(torch.where(n_steps > 0, moved, cutoff))
-        # The gain makes up for what the export's L0, without silent latents, lacks.
+        # The gain makes up for the difference from the export's L0, to which silent latents do not contribute.
         missing = selection_rate.sum() - firing_rate.masked_fill(~recently_pooled, 0).sum()
         total = (self.selection_rate.sum() / correction).clamp(min=MIN_SELECTION_RATE)
         self.gain.mul_(1 + GAIN_STEP * missing / total).clamp_(0.5, 100)
 
     def _weight(self) -> Float[Tensor, " d_sae"]:
-        """Target rate over selection rate: the precision, scaled so that the target rates sum to the L0."""
+        """Target rate over selection rate: the precision, scaled so that target rates sum to the L0 times the gain."""
         weighted = (self.precision * self.selection_rate).sum().clamp(min=MIN_SELECTION_RATE)
         return self.precision * self.gain * self.selection_rate.sum() / weighted
 
     def scale(self, factor: float) -> None:
-        """Follow activations that have become `factor` times as large."""
+        """Adapt to activations that have become `factor` times as large."""
         self.threshold *= factor
         self.peak *= factor
 

@@ -140,7 +140,7 @@ def test_calibration_costs_no_fvu_on_the_tokens_of_training(options, loud_first_
         float(share.strip("%)")) for share in lines["first_tokens"].split(" (expected by the training settings: ")
     )
     assert measured == pytest.approx(in_training, rel=0.1)
-    with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: these are diff"):
+    with pytest.warns(UserWarning, match=r"have a mean norm of [\d.]+, those of training had [\d.]+: the text or"):
         calibrate_thresholds(sae, [1.2 * x], show_progress=False)
 
 

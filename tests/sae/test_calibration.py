@@ -204,7 +204,7 @@ def test_the_error_of_rates_is_relative_to_the_mean_rate():
 def test_rare_latents_are_named_with_the_tokens_they_need():
     sae = trained(k=0.4, pool_factor=99)
     with pytest.warns(
-        UserWarning, match=r"live latents are selected fewer than 10 times in 300 tokens.*about 3,000 tokens"
+        UserWarning, match=r"live latents have fewer than 10 target firings in 300 tokens.*about 3,000 tokens"
     ):
         calibrate(sae, BATCHES[:3])
 
@@ -226,7 +226,7 @@ def test_an_sae_of_another_kind_is_refused_with_the_way_out():
 
 
 def test_rare_latents_are_counted_and_reported():
-    message = r"^2 of 4 live latents are selected fewer than 10 times in 1,000 tokens.* needs about 5,000 tokens\.$"
+    message = r"^2 of 4 live latents have fewer than 10 target firings in 1,000 tokens.* needs about 5,000 tokens\.$"
     with pytest.warns(UserWarning, match=message):
         _warn_of_rare_latents(torch.tensor([0, 2, 9, 10, 30]), 1000)
     sae = trained(pool_group_size=8)

@@ -184,7 +184,9 @@ def test_the_scan_is_in_bfloat16_from_there_on_where_that_is_so_without_pools(mo
         assert sae.pool_statistics()["recomputed_per_kept"] == 0
         run(sae, optimizer, [N])
     assert sae.pool_statistics()["recomputed_per_kept"] > 0
-    assert caplog.records[-1].message.endswith("path 'kept', with a scan in bfloat16 and kept values in float32")
+    assert caplog.records[-1].message.endswith(
+        "path 'kept', with a scan in bfloat16 where possible and kept values in float32"
+    )
 
 
 def test_records_and_statistics_are_of_a_pool_of_all_latents():

@@ -327,7 +327,7 @@ def test_the_log_says_which_scan(caplog):
         for _ in range(2):
             step(sae, activations(70))
     [line] = [record.message for record in caplog.records if "path" in record.message]
-    assert line.endswith("take the path 'kept', with a scan in bfloat16 and kept values in float32")
+    assert line.endswith("take the path 'kept', with a scan in bfloat16 where possible and kept values in float32")
 
 
 def test_another_scan_is_refused():

@@ -1,4 +1,4 @@
-"""GPU kernels, each next to its definition in plain torch; the modules here import triton, this one does not."""
+"""GPU kernels, each next to its definition in plain torch; the other modules here import triton, this one does not."""
 
 import functools
 import importlib
@@ -12,8 +12,8 @@ interpreted = False
 environment before triton is imported."""
 
 Sums = Literal["none", "squares", "shares", "counts", "clipped"]
-"""What a scan sums over tokens: nothing, squares, or squares and one of: shares x of the peak and x log x; the number
-of positive activations; squares of activations clipped at the last cutoff."""
+"""What a scan sums over tokens: nothing; squares; or squares and, for "shares", shares x of the peak and x log x, for
+"counts", the number of positive activations, for "clipped", squares of activations clipped at the last cutoff."""
 SUMS_OF_SCORE: dict[str, Sums] = {
     "l2_norm": "squares",
     "squared_l2": "squares",
@@ -31,7 +31,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run on `device`: it is an NVIDIA GPU and triton is installed."""
+    """Whether the kernels can run on `device`: an NVIDIA GPU of `MIN_CAPABILITY` with triton, or `interpreted`."""
     if device.type == "cuda":
         return torch.version.hip is None and _imports() and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     return interpreted and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _imports()
@@ -41,6 +41,6 @@ def available(device: torch.device) -> bool:
 def _imports() -> bool:
     try:
         importlib.import_module("triton.language")
-    except Exception:  # a triton made for another torch can fail with any error
+    except Exception:  # a triton built for another torch can fail with any error
         return False
     return True

@@ -1,4 +1,4 @@
-"""Weighted sums of a matrix's rows: decoding (rows of W_dec by token) and the weights' gradients (tokens by latent)."""
+"""Weighted sums of a matrix's rows: decoding (rows of W_dec per token) and weight gradients (tokens per latent)."""
 
 from typing import NamedTuple, no_type_check
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from sae_lens_sampled.step.triton.launch import block, launch, n_blocks, offset
 
 PART_LENGTH = 256
-"""Most entries that one program sums. A latent may fire on every token: longer segments are summed in parts, and the
-parts in order, so that repeated runs are bit-identical."""
+"""Most entries that one program sums. A latent may fire on every token, so longer segments are summed in parts, and
+the parts in order, so that repeated runs are bit-identical."""
 BLOCK_ENTRIES = 8
 BLOCK_WIDTH = 256
 

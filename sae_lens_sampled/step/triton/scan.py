@@ -1,8 +1,8 @@
 """One pass over a chunk of pre-activations: sums over tokens per latent, and entries above a bound in a fixed order.
 
 Each program handles a tile of tokens and latents. The tokens of a tile are in one group, so sums over a group's tiles
-are sums over the group. Entries to extract are counted per tile, the counts are summed up over tiles, and the entries
-are written to where their tile begins: no atomics, no waiting for the device, and the same order in every run.
+are sums over the group. Entries to extract are counted per tile, and the cumulative sum of the counts says where each
+tile writes its entries: no atomics, no waiting for the device, and the same order in every run.
 """
 
 from typing import NamedTuple, no_type_check
@@ -43,7 +43,7 @@ class TileSums(NamedTuple):
     peak: Float[Tensor, "tiles latents"]
     """Largest activation, at least 0; NaN if any is."""
     sums: Float[Tensor, "sums tiles latents"]
-    """Sums over tokens: of squares, then those of the score; shares are of the tile's own peak."""
+    """Sums over tokens: of squares, then those of the score; shares are relative to the tile's own peak."""
     which: Sums
 
     @staticmethod
@@ -55,12 +55,12 @@ class TileSums(NamedTuple):
         return TileSums(n_fired, torch.empty(shape, device=device), sums, which)
 
     def of(self, latents: slice) -> "TileSums":
-        """Views of some latents."""
+        """Views of the sums of some latents."""
         return TileSums(self.n_fired[:, latents], self.peak[:, latents], self.sums[..., latents], self.which)
 
 
 class Above(NamedTuple):
-    """Which entries are extracted: those not at or below a bound, so NaN too."""
+    """Which entries are extracted: all except those at or below a bound, so NaN too."""
 
     bound: Float[Tensor, ""]
     """Non-negative."""
@@ -98,7 +98,7 @@ def plain_hidden_pre(chunk: Chunk) -> Float[Tensor, "tokens latents"]:
 
 
 def plain_sums(chunk: Chunk, tiles: Tiles, which: Sums) -> TileSums:
-    """What `sum_tiles` writes."""
+    """The definition of the sums that `sum_tiles` writes."""
     hidden_pre, tile_of, n_fired, peaks, sums = plain_hidden_pre(chunk), tiles.of_tokens(chunk.b_enc.device), [], [], []
     for tile in range(tiles.n_tiles):
         pre = hidden_pre[tile_of == tile]
@@ -114,7 +114,7 @@ def plain_sums(chunk: Chunk, tiles: Tiles, which: Sums) -> TileSums:
 
 
 def plain_extract(chunk: Chunk, tiles: Tiles, above: Above) -> Buffers:
-    """What `extract` writes for a first chunk, with room for all entries."""
+    """The definition of what `extract` writes, for empty buffers with room for all entries."""
     acts = plain_hidden_pre(chunk).relu()
     is_above = ~(acts <= above.bound)
     if above.member is not None:
@@ -131,7 +131,8 @@ def sum_tiles(
 ) -> Int[Tensor, " all_tiles"]:
     """Write the sums of the chunk's tiles into `out`, and the dead latents' pre-activations into `dead`.
 
-    Returns the number of entries to extract from each tile; tiles of the same tokens are adjacent.
+    Returns the number of entries to extract from each tile, undefined without `above`; tiles of the same tokens are
+    adjacent.
     """
     products, n_latents = chunk.products, chunk.products.shape[1]
     n_across = n_blocks(n_latents, tiles.latents)
@@ -148,7 +149,7 @@ def sum_tiles(
 def extract(
     chunk: Chunk, tiles: Tiles, above: Above, counts: Int[Tensor, " all_tiles"], n_before: Int[Tensor, ""], out: Buffers
 ) -> Int[Tensor, ""]:
-    """Append the entries above the bound to the `n_before` entries in `out`; returns how many there are then.
+    """Append the entries above the bound to the `n_before` in `out`; returns their new number, dropped ones included.
 
     `counts` come from `sum_tiles`. Entries are ordered by tile, token and latent, so a token's ascend by latent.
     """
