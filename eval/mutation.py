@@ -9,9 +9,10 @@
 
 A mutant is a module with one change by mutmut (`pip install mutmut`): of an operator, a constant, an argument or a
 name. It is killed if a test fails or the tests take longer than `TIMEOUT_SECONDS`. mutmut itself skips decorated
-functions, which most of ours are, so mutants are run here: in a copy of the repository, by a process that has imported
-everything else and forks. Their order is random but fixed. Changes that cannot be noticed on a CPU, such as another
-`device=`, are left out. Results are stored by a hash of the mutant's code, so a module that has changed is run again.
+functions, which most of ours are, so this script runs the mutants: in a copy of the repository, each in a fork of a
+process that has already imported the dependencies. The mutants' order is random but fixed. Changes that cannot be
+noticed on a CPU, such as another `device=`, are left out. Results are stored under a hash of the mutant's code, so the
+mutants of a changed module are run again.
 """
 
 import argparse
@@ -80,22 +81,22 @@ class Mutant:
     source: str
     """The whole changed module."""
     change: str
-    """The lines that differ."""
+    """Diff from the original module, without context lines."""
 
     @property
     def key(self) -> str:
-        """Key in the results, independent of comments and types; sorting by it gives a random order."""
+        """Key in the results, a hash of module name and `_code`; sorting by it gives a random but fixed order."""
         return hashlib.sha256(f"{self.module}\n{_code(self.source)}".encode()).hexdigest()[:16]
 
     @property
     def line(self) -> str:
-        """The module and its new lines: key of the reasons, which stay valid when other lines change."""
+        """The module and its new lines: key in `REASONS`, so that a reason stays valid when other lines change."""
         added = [line[1:].strip() for line in self.change.splitlines() if line.startswith("+")]
         return f"{self.module}: {' '.join(added)}"
 
 
 def mutants(module: str) -> Iterator[Mutant]:
-    """All mutants of a module in line order, including those of decorated functions."""
+    """All distinct, noticeable mutants of a module in line order, including those of decorated functions."""
     import libcst as cst
     from libcst.metadata import MetadataWrapper
     from mutmut.mutation.file_mutation import MutationVisitor
@@ -148,7 +149,7 @@ def _noticeable(source: str) -> str:
 
 
 def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
-    """Run test files and exit the process, with status 1 if a test fails."""
+    """Run test files and exit the process, with status 0 if all tests pass and 1 otherwise."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.chdir(folder)
         sys.path.insert(0, str(folder))
@@ -161,9 +162,9 @@ def run_tests(folder: Path, names: Sequence[str], log: Path) -> None:
 
 
 def work(jobs: Any, results: Any, folder: Path) -> None:
-    """Test one mutant after another in a copy of the repository, until none is left."""
+    """Copy the repository to `folder`, and test mutants from the queue `jobs` in it until there are no more."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-    # Everything that is slow to import, except the package.
+    # Forks inherit these slow imports; the package itself must be imported anew for every mutant.
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import sae_lens  # noqa: F401
@@ -190,7 +191,7 @@ def work(jobs: Any, results: Any, folder: Path) -> None:
 
 
 def run(wanted: Sequence[Mutant], n_workers: int) -> None:
-    """Test the mutants, and append the result of each as soon as it is known."""
+    """Test the mutants in `n_workers` processes, and append each result to the file as soon as it is known."""
     spawn = multiprocessing.get_context("spawn")
     jobs, results = spawn.Queue(), spawn.Queue()
     for mutant in [*wanted, *[None] * n_workers]:

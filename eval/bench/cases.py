@@ -1,4 +1,4 @@
-"""Cases of the training-step benchmark; each row compares several in one setting."""
+"""Cases of the training-step benchmark; each row of its results compares several cases in one setting."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ SIZES = {
 }
 TRAINING_STEPS = 200
 Setting = dict[str, Any]
-"""What all cases of a row share: sizes, device, share of dead latents and whether the weights are trained."""
+"""Values shared by all cases of a row: sizes, device, share of dead latents and whether the weights are trained."""
 
 
 class Case(NamedTuple):
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """Config fields besides those of the setting."""
     config: type[TrainingSAEConfig] = SampledTopKTrainingSAEConfig
     way: str = ""
-    """How the step is computed, if ways are compared; empty if the SAE chooses."""
+    """The way to compute the step, if different ways are compared; empty to let the SAE choose."""
     package: str = ""
     """Optional package whose own training step is used; empty: SAELens' trainer."""
 
@@ -43,17 +43,18 @@ NOT_ALIKE = {
     TOPK.name: "k per token, ranked by activation times decoder norm",
     "SAELens Matryoshka": "like BatchTopK, decoded at four widths",
     DICTIONARY_LEARNING.name: (
-        "on average k per token over the batch; decoder rows are rescaled to norm 1 instead; counts dead latents itself"
+        "on average k per token over the batch, ranked by activation alone; decoder rows are rescaled to norm 1; "
+        "counts dead latents itself"
     ),
     SPARSIFY.name: (
-        "k per token, since it has no BatchTopK; decoder rows are rescaled to norm 1 instead; the loss is FVU; "
-        "clipping and Adam are not its own"
+        "k per token, since it has no BatchTopK, ranked by activation alone; decoder rows are rescaled to norm 1; "
+        "the loss is FVU; clipping and Adam are not its own"
     ),
     ALL_LATENTS.name: "like BatchTopK, with the same selection",
 }
-"""How the libraries' steps differ."""
+"""How the libraries' steps differ from each other, by case name."""
 WAYS_OF_ONE_POOL: dict[str, StepPath] = {"columns": "columns", "entries": "kept"}
-"""Step paths that no config field selects."""
+"""Step paths of a single pool, by way; no config field selects between them."""
 
 
 def matryoshka(widths: list[int]) -> Case:
@@ -88,7 +89,7 @@ def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list
     base = {"device": device, "autocast": False, "trained": False, "dead": 0.0, "training_steps": TRAINING_STEPS}
 
     def kept(case: Case) -> Case:
-        """The case forced to "kept" on a GPU, where "auto" runs most pools dense."""
+        """The case, forced to "kept" on a GPU, where "auto" would take the path that it times as fastest."""
         return forced(case, "kept") if device.startswith("cuda") else case
 
     all_latents, in_groups, one = kept(ALL_LATENTS), kept(groups(10)), one_pool(5)
@@ -116,7 +117,7 @@ def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list
             (large | {"dead": d, "trained": True}, [*wide, *(nested(case, four) for case in fast[1:])])
             for d in (0.0, 0.25)
         ],
-        # The arms of the study on SmolLM2, with about their shares of dead latents.
+        # The arms of the study on SmolLM2, with about the shares of dead latents that they have there.
         "smollm2": [
             (smollm2 | {"dead": 0.1}, [BATCHTOPK, TOPK, matryoshka(levels), all_latents, *in_study]),
             (smollm2 | {"dead": 0.9}, [BATCHTOPK, one]),
@@ -144,9 +145,9 @@ def libraries(d_sae: int, dead: float) -> list[Case]:
 
 
 def other_packages(dead: float) -> list[Case]:
-    """Cases of other packages; dictionary_learning has none with dead latents.
+    """Cases of other packages; there is none of dictionary_learning with dead latents.
 
-    It counts them itself, and forgets those that fire before it looks for them.
+    That trainer counts dead latents itself, and a latent that fires in a step no longer counts as dead in that step.
     """
     return [SPARSIFY] if dead else [DICTIONARY_LEARNING, SPARSIFY]
 
@@ -162,14 +163,17 @@ KEPT, DENSE = (forced(ALL_LATENTS, way) for way in ("kept", "dense"))
 
 
 def gpu_plan(device: str, tiny: bool = False) -> dict[str, list[tuple[Setting, list[Case]]]]:
-    """Rows to measure on a GPU, by size, the most informative first; `tiny` checks on any machine that it runs."""
+    """Rows to measure on a GPU, by section (sizes first), the most informative first in each.
+
+    `tiny` shrinks the sizes and leaves out most rows, to check on any machine that the benchmark runs.
+    """
     base = {"device": device, "autocast": False, "tf32": False, "trained": False, "training_steps": TRAINING_STEPS}
     sections: dict[str, list[tuple[Setting, list[Case]]]] = {}
     for name, size in GPU_SIZES.items():
         if tiny:
             size = size | {"tokens": 64, "d_in": 128, "d_sae": size["d_sae"] // 256, "k": 4}
         ways = [BATCHTOPK, KEPT, ALL_LATENTS]
-        if name != "131k":  # memory allows fewer there
+        if name != "131k":  # memory allows fewer cases there
             ways += [DENSE, groups(10), one_pool(5), TOPK, matryoshka(four_levels(size["d_sae"]))]
         settings = [base | size | {"dead": dead} | fields for dead in (0.0, 0.25) for fields in PRECISIONS.values()]
         if tiny:

@@ -1,17 +1,18 @@
-"""Does an exported SAE do at inference what it did in training? L0 and FVU of both, for all kinds of pools.
+"""Does an exported SAE do at inference what it did in training? L0 and FVU at each, for all kinds of pools.
 
     python eval/bench/check_export.py                     # everything: 132 SAEs, about half an hour on two CPU cores
     python eval/bench/check_export.py --quick             # a few of them, in two minutes
-    python eval/bench/check_export.py --report            # only renders eval/EXPORT.md from existing results
+    python eval/bench/check_export.py --report            # only renders the pages from existing results
 
 Trains SAEs with SAELens' trainer on the bundled language model's residual stream and on synthetic data, then compares
 on held-out data the selection of training (every batch of 512 tokens has its own pool and cutoff) with the default
 export (per-latent thresholds) and with BatchTopK's global threshold. Writes `eval/results/check_export.json` and, from
-it, `eval/EXPORT.md`; existing rows are not recomputed.
+it, `eval/EXPORT.md` and `eval/results/export.md`; existing rows are not recomputed.
 
 If a pool depends on the batch more than on the token, no thresholds can reproduce it. To show that this, and not the
-rule that sets the thresholds, is the cause, gradient descent then searches for the thresholds with the lowest FVU at
-the L0 of training ("FVU best"): what remains above training is the price of having no batch.
+rule that sets the thresholds, causes an export's higher FVU, gradient descent then searches for the thresholds with the
+lowest FVU at the L0 of training ("FVU best"): any remaining excess over the FVU of training is the price of having no
+batch.
 """
 
 import argparse
@@ -53,7 +54,10 @@ WIDTHS = [D_SAE // 8, D_SAE // 2, D_SAE]
 
 
 def settings(data: str, quick: bool) -> list[Setting]:
-    """All combinations of pool settings, and the pool of all latents, for which they coincide."""
+    """All combinations of pool settings, without and with nested levels; a few of them if `quick`.
+
+    For the pool of all latents the combinations coincide, so it comes only once.
+    """
     all_latents = {"data": data, "pool_factor": D_SAE / K, "score": "l2_norm"}
     kinds = itertools.product(("top", "proportional"), (None, 16), SCORES, (1, 5) if quick else POOL_FACTORS)
     rows = [
@@ -70,7 +74,7 @@ def settings(data: str, quick: bool) -> list[Setting]:
 
 
 def is_of(row: Setting, setting: Setting) -> bool:
-    """Whether a row is the result of a setting; a setting without `matryoshka_widths` has no levels."""
+    """Whether a row is the result of a setting; one without `matryoshka_widths` matches only rows without levels."""
     return all(row.get(name) == value for name, value in ({"matryoshka_widths": None} | setting).items())
 
 
@@ -96,7 +100,7 @@ def language_model_activations(split: str) -> Tensor:
 
 
 def batches(data: str, split: str) -> Iterator[Tensor]:
-    """Endless batches, the same for every SAE."""
+    """Endless batches of shape (512, d_in), the same for every SAE."""
     if data == "synthetic":
         model = SyntheticModel(SyntheticModelConfig(num_features=512, hidden_dim=64, seed=0))
         torch.manual_seed(0 if split == "train" else 1)
@@ -155,8 +159,8 @@ def compare(sae: SampledTopKTrainingSAE, data: str) -> dict[str, float]:
 def lowest_fvu(sae: SampledTopKTrainingSAE, train: Tensor, held_out: Tensor, target_l0: float) -> float:
     """FVU on `held_out` with the best thresholds that gradient descent on `train` finds, at the given L0.
 
-    JumpReLU with a straight-through gradient; a multiplier enforces the L0, and a common factor makes it exact at the
-    end.
+    Gradients are straight-through estimates for a JumpReLU. A Lagrange multiplier steers L0 to the target on `train`;
+    at the end, all thresholds are scaled by the factor that gives exactly this L0 on `held_out`.
     """
     sae.cfg.inference_threshold = "per_latent"
     exported = to_jumprelu(sae, prune=True)
@@ -208,8 +212,8 @@ def train_missing(wanted: list[Setting], n_processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only a few SAEs; prints them and leaves the page alone")
-    parser.add_argument("--report", action="store_true", help="only render the page")
+    parser.add_argument("--quick", action="store_true", help="only a few SAEs; print a table and leave the pages alone")
+    parser.add_argument("--report", action="store_true", help="only render the pages")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     wanted = settings("tiny_lm", args.quick) + settings("synthetic", args.quick)

@@ -47,7 +47,7 @@ def jumprelu(seed: int) -> JumpReLUSAE:
 
 
 def by_hand(saes: dict[str, JumpReLUSAE], folder: Path) -> None:
-    """One run of core per SAE, as SAEBench's own command line does it."""
+    """One run of core per SAE, as from SAEBench's own command line."""
     for name, sae in saes.items():
         core.multiple_evals(
             [(name, sae)],

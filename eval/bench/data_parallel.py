@@ -1,14 +1,14 @@
 """What several processes that train one SAE exchange per step, and whether they match a single process.
 
-    python eval/bench/data_parallel.py                                      # the JSON behind its part of eval/SPEED.md
+    python eval/bench/data_parallel.py                                      # for a section of eval/results/speed.md
     python eval/bench/data_parallel.py --device cuda --processes 1 2 4 8    # on a machine with as many GPUs
     python eval/bench/data_parallel.py --quick                              # a small SAE, to check that it runs
 
 One process trains on whole batches, and several on parts of the same batches, in SAELens' trainer. Bytes are counted
-as they are handed to torch.distributed, gradients separately. On a CPU every process has one thread, and no time is
-given for more processes than cores. Inputs are activations of the bundled language model, mapped to d_in dimensions as
-in `training_step.py`. Sums over ranks round differently from those of one process, so a near tie may keep another
-entry, after which Adam moves other weights: such entries are counted.
+as they are handed to torch.distributed, gradients separately. Every process has one CPU thread, and no time is given
+for more processes than cores. Inputs are activations of the bundled language model, mapped to d_in dimensions as in
+`training_step.py`. Sums over ranks round differently from those of one process, so at a near tie another entry may be
+kept, after which Adam moves other weights: such entries are counted.
 """
 
 import argparse
@@ -61,7 +61,10 @@ def cases(size: dict[str, int]) -> dict[str, Fields]:
 def train(
     case: Fields, size: dict[str, int], batches: torch.Tensor, rank: int, count: int, device: str
 ) -> dict[str, Any]:
-    """Train on this process's part of every batch; returns seconds, bytes exchanged, weights and buffers."""
+    """Train on this process's part of every batch; returns the seconds of each step, weights and buffers.
+
+    With several processes, also the bytes exchanged per step.
+    """
     torch.manual_seed(0)
     dims = {name: size[name] for name in ("d_in", "d_sae", "k")}
     fields = {name: value for name, value in case.items() if name != "dead"}
@@ -122,7 +125,7 @@ def work(rank: int, count: int, size: dict[str, int], kind: str, folder: Path) -
 
 
 def compare(name: str, fields: Fields, count: int, folder: Path) -> dict[str, Any]:
-    """Compare `count` processes with one: time, bytes, and differences from it and from each other."""
+    """Compare `count` processes with a single one, and with each other: time, bytes, weights and kept entries."""
     one = torch.load(folder / f"{name}_1_0.pt")
     ranks = [torch.load(folder / f"{name}_{count}_{rank}.pt") for rank in range(count)]
     weights = [rank["weights"] for rank in ranks]
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for process in processes:
                 process.join()
             if any(process.exitcode for process in processes):
-                raise SystemExit(f"one of {count} processes failed; see its output above")
+                raise SystemExit(f"at least one of {count} processes failed; its error is in the output above")
         rows = [
             compare(name, fields, count, folder)
             for name, fields in cases(size).items()

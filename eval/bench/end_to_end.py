@@ -5,7 +5,7 @@
     python eval/bench/end_to_end.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted \
         --hook blocks.6.hook_resid_post --d-sae 65536 --k 64 --device cuda
 
-Each case runs in its own `LanguageModelSAETrainingRunner`, in turns: with SAELens' activation store, and with
+The cases take turns, each in its own `LanguageModelSAETrainingRunner`: with SAELens' activation store, and with
 activations from a file (`activation_cache`), for which the language model ran once. The first step of a run, which
 fills the store, is not counted, nor is saving.
 """
@@ -48,7 +48,7 @@ DEFAULTS = {
 
 
 def measure(case: Case, args: argparse.Namespace, model: TransformerBridge, cached: Tensor | None) -> dict[str, float]:
-    """Seconds of all steps except the first: in total, in the SAE and in the language model."""
+    """Seconds for all steps except the first: in total, in the SAE's training steps and in the language model."""
     setting = {"d_in": model.cfg.d_model, "d_sae": args.d_sae, "k": args.k, "device": args.device}
     cfg = LanguageModelSAERunnerConfig(
         sae=sae_config(case, setting),

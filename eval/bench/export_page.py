@@ -22,7 +22,7 @@ KINDS = {
 
 
 def gaps(row: Setting) -> tuple[float, float]:
-    """Relative differences of the default export from training, in L0 and FVU."""
+    """Relative differences of the default export from training, first in L0, then in FVU."""
     return row["per_latent_L0"] / row["L0"] - 1, row["per_latent_FVU"] / row["FVU"] - 1
 
 
@@ -79,7 +79,7 @@ def kind_of(row: Setting) -> str:
 
 
 def draw(rows: list[Setting], file: Path) -> None:
-    """Plot L0 and FVU of each SAE's default export over those of training."""
+    """Plot L0 and FVU of each SAE's default export as ratios to those of training."""
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for kind, colour in reversed(KINDS.items()):
         of_kind = [row for row in rows if kind_of(row) == kind]

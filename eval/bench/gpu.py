@@ -7,8 +7,8 @@
     python eval/bench/gpu.py 16k --device cpu --tiny    # to check that it runs
 
 Every result goes at once into one JSON file, from which `speed.py` renders a section of SPEED.md; results in the file
-are not measured again. Each case first runs alone, for its memory; a case that fails or that ended the process is left
-out, with the reason.
+are not measured again. Each case first runs alone, to measure its memory; a case that fails or during which the process
+was killed is left out, and the reason is stored.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Save = Callable[[], None]
 
 @contextlib.contextmanager
 def precision(setting: Setting) -> Iterator[None]:
-    """Allow TF32 products if the setting has them."""
+    """Allow TF32 products inside the context if the setting asks for them, and forbid them otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if setting["tf32"] else "highest")
     try:
@@ -78,7 +78,7 @@ def measure_section(results: Results, section: str, args: argparse.Namespace, sa
 
 
 def try_alone(row: Results, cases: list[Case], save: Save) -> None:
-    """Record the memory of each case's step in the row, or why it failed."""
+    """Record in the row the memory of each case's step or why it failed; cases that have either are skipped."""
     memory, failed = row["memory_mib"], row["failed"]
     for case in cases:
         if case.name in memory or case.name in failed:
@@ -101,7 +101,7 @@ def try_alone(row: Results, cases: list[Case], save: Save) -> None:
 
 
 def tried(function: Callable[[], Any], device: str) -> tuple[Any, str | None]:
-    """The function's result and None, or None and the reason if it raises an error."""
+    """The function's result and None or, if it raises an error, None and the error as text."""
     try:
         return function(), None
     except Exception as error:
@@ -151,7 +151,7 @@ def repeats_exactly(case: Case, setting: Setting) -> bool:
 
 
 def state_after(case: Case, setting: Setting, n_steps: int = 3) -> list[torch.Tensor]:
-    """Weights, buffers and Adam's moments; these are sums of gradients and show their last bit."""
+    """Weights, buffers and Adam's moments, which sum up gradients and so show differences in a gradient's last bit."""
     runner = training_step.InSAELens(case, setting)
     batches, dead = training_step.gaussian_batches(setting), training_step.dead_latents(setting)
     for _ in range(n_steps):
@@ -181,7 +181,7 @@ def measure_profiles(results: Results, args: argparse.Namespace, save: Save) -> 
 
 
 def profile_step(case: Case, setting: Setting) -> Results:
-    """Milliseconds of a step without the profiler, of a step's kernels with it, and how often the host waits."""
+    """Milliseconds of a step without the profiler and of a step's kernels with it, and counts of `WAITING`."""
     runner = training_step.InSAELens(case, setting)
     batches, dead = training_step.gaussian_batches(setting), training_step.dead_latents(setting)
     times = []
@@ -209,10 +209,10 @@ def profile_step(case: Case, setting: Setting) -> Results:
 
 
 def read_results(file: Path, device: str) -> Results:
-    """Results so far.
+    """Results so far, or a new record of versions and machine if there is no file.
 
     Raises:
-        SystemExit: if they were measured on another machine or with other versions.
+        SystemExit: if the results were measured on another machine or with other versions.
     """
     here = {"versions": training_step.installed_versions(PACKAGES), "machine": machine(device)}
     results = json.loads(file.read_text()) if file.exists() else here

@@ -3,9 +3,9 @@
     python eval/bench/kept_sets.py    # eval/results/kept_sets.json, for eval/SPEED.md; ten minutes on two cores
 
 An SAE with a pool of all latents trains on activations of the bundled language model, at the large size of
-`training_step.py`, and scans in bfloat16. In every step, the kept entries are compared with two selections by the
-float32 values of all entries: from the products that compute the kept values, and from the dense product of a step
-without a scan.
+`training_step.py`, and scans in bfloat16. In every step, the kept entries are compared with two selections among all
+entries by their float32 values: one uses values from the products that compute the kept values, the other uses values
+from the dense product of a step without a scan.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from sae_lens_sampled import SampledTopKTrainingSAE
 from sae_lens_sampled.step.products import products_at
 
 NEAR = 1e-3
-"""Relative distance to the cutoff within which an entry's two float32 values can fall on different sides of it; far
-larger than their difference."""
+"""Relative distance below the cutoff down to which entries are recomputed; far larger than the difference between an
+entry's two float32 values, so that no entry further below can be kept."""
 
 
 def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
-    """Entries that a training run kept, and how many of them each of two float32 selections would not have kept."""
+    """Count the entries that a training run keeps, and those that each of two float32 selections would not keep."""
     torch.manual_seed(0)
     case = ALL_LATENTS._replace(fields=ALL_LATENTS.fields | {"scan": "reduced", "step": "kept"})
     sae = SampledTopKTrainingSAE(sae_config(case, setting))
@@ -54,7 +54,10 @@ def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def float32_choices(sae: SampledTopKTrainingSAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat indices of the largest k entries per token, by the kept entries' products and by a dense one; its values."""
+    """The batch's largest entries, k per token on average: by the kept entries' products, and by a dense product.
+
+    Returns the flat indices of both selections, and all values of the dense product.
+    """
     weights, inputs = sae.weights(), sae.process_sae_in(x)
     dense, n_keep = weights.hidden_pre(inputs).flatten(), int(sae.cfg.k * len(x))
     by_dense = dense.topk(n_keep).indices
@@ -67,7 +70,7 @@ def float32_choices(sae: SampledTopKTrainingSAE, x: Tensor) -> tuple[Tensor, Ten
 
 
 def flat_places(feature_acts: Tensor) -> Tensor:
-    """Flat indices of the entries of a sparse activation matrix."""
+    """Flat indices of the entries of a sparse activation matrix, shape (n_tokens, d_sae)."""
     tokens, latents = feature_acts.coalesce().indices()
     return tokens * feature_acts.shape[1] + latents
 

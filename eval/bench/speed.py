@@ -1,7 +1,7 @@
 """Renders eval/SPEED.md, all tables and the picture from the benchmarks' results; no number on the page is typed.
 
 Run it after the other scripts here and `eval/gpu.sh`: `python eval/bench/speed.py`.
-Missing results, such as those on a GPU, are reported as not measured.
+Results on a GPU may be missing and are then reported as not measured; all other results are needed.
 """
 
 import json
@@ -44,7 +44,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary_table(rows: list[Row]) -> str:
-    """Markdown table: speedup after training, a line for each pool, a column for each share of dead latents."""
+    """Markdown table: speedup over BatchTopK after training, a line per pool, a column per share of dead latents."""
     trained = [row for row in rows if row["case"]["trained"]]
     sides = [side for side in trained[0]["step_ms"] if all(side in row["step_ms"] for row in trained)]
     header = [f"{row['case']['dead']:.0%} of the latents dead" for row in trained]
@@ -58,7 +58,7 @@ def summary_table(rows: list[Row]) -> str:
 
 
 def state_of(setting: Setting) -> str:
-    """The state in which steps are measured, as text; for a GPU with the precision."""
+    """The state in which steps are measured, as text; for steps on a GPU it includes the precision."""
     state = "after 200 steps" if setting["trained"] else "at initialisation"
     if "tf32" not in setting:
         return state
@@ -66,7 +66,7 @@ def state_of(setting: Setting) -> str:
 
 
 def costs(row: Row, side: str) -> dict[str, str]:
-    """Time and memory of a case, by column."""
+    """Texts by column: a case's time, BatchTopK's time over it, and its memory."""
     milliseconds, base = row["step_ms"][side], row["step_ms"].get(BASE)
     memory = row.get("memory_mib", {}).get(side)
     return {
@@ -211,7 +211,7 @@ def gradient_bytes(n_latents: int, d_in: int) -> int:
 
 
 def groups_share(results: dict[str, Any]) -> float:
-    """Share of all gradients that groups of tokens exchange, as counted."""
+    """Bytes of gradients that a pool per group exchanged, as counted, over those of all latents' gradients."""
     counted, *_ = [row["gradient_bytes"] for row in results["rows"] if "pool_group_size" in row["fields"]]
     return counted / gradient_bytes(results["size"]["d_sae"], results["size"]["d_in"])
 
@@ -235,15 +235,15 @@ def arithmetic_table(results: dict[str, Any]) -> str:
 def render(
     steps: dict[str, Any], runs: dict[str, dict[str, Any]], ranks: dict[str, Any], gpu: dict[str, Any] | None
 ) -> dict[str, str]:
-    """Page texts by file, from the benchmarks' results; `runs` by model, with that on a GPU as "gpu", if any."""
+    """Page texts by file, from the benchmarks' results; `runs` are by model, with those on a GPU, if any, as "gpu"."""
     kept_sets, allocator = read("kept_sets"), read("bench_allocator")
 
     def allocator_ratio(side: str) -> str:
-        """A step's time without the variables over that with them."""
+        """A step's time without glibc's variables over its time with them."""
         return f"{allocator['step_ms']['default'][side] / allocator['step_ms']['kept'][side]:.2f}"
 
     def autocast_ratio(side: str) -> str:
-        """A step's time in float32 over that under autocast."""
+        """A step's time in float32 over its time under autocast."""
         return (
             f"{steps['sections']['small'][0]['step_ms'][side] / steps['sections']['autocast'][0]['step_ms'][side]:.2f}"
         )

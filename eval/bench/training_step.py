@@ -1,17 +1,17 @@
 """Cost of a training step: Sampled-SAE compared with SAELens' BatchTopK and Matryoshka, interleaved in one run.
 
     python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
-    python eval/bench/training_step.py --device cuda    # the same on a GPU, with every path forced once
-    python eval/bench/training_step.py --quick          # one small case, to check that it runs
+    python eval/bench/training_step.py --device cuda    # the same on a GPU, where most pools are forced to step="kept"
+    python eval/bench/training_step.py --quick          # one small size, to check that it runs
     python eval/bench/training_step.py --sections libraries    # only those rows, into the same JSON
 
-Steps of other libraries are measured if these are installed (`pip install dictionary-learning eai-sparsify`).
+Steps of other libraries are measured if they are installed (`pip install dictionary-learning eai-sparsify`).
 
 A step is SAELens' whole trainer step, with clipping and Adam. Its time is the median of repeats in which the cases take
-turns, so that other load on the machine affects all alike; only ratios count. `memory_mib` is a step's peak memory
-above parameters and optimiser. `product` is the bare product of inputs and encoder weights, a lower bound. Steps are
-timed at initialisation on Gaussian inputs, and after 200 steps of training on activations of the bundled language model
-(residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation).
+turns, so that other load on the machine affects all cases alike; only ratios count. `memory_mib` is a step's peak
+memory above parameters and optimiser. `product` is the bare product of inputs and encoder weights, a lower bound. Steps
+are timed at initialisation on Gaussian inputs, and after 200 steps of training on activations of the bundled language
+model (residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation).
 """
 
 import argparse
@@ -147,7 +147,8 @@ def dead_latents(setting: Setting) -> torch.Tensor:
 class InDictionaryLearning:
     """BatchTopK in the trainer of dictionary_learning, if that is installed.
 
-    Only without dead latents: it counts them itself, and forgets those that fire before it looks for them.
+    Only without dead latents: the trainer counts them itself, and a latent that fires in a step no longer counts as
+    dead in that step.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -161,7 +162,7 @@ class InDictionaryLearning:
 
 
 class InSparsify:
-    """TopK, the closest that sparsify has, with the step of its trainer, except for clipping and Adam."""
+    """sparsify's TopK, its closest to BatchTopK, in its trainer's step, except that clipping and Adam are torch's."""
 
     def __init__(self, setting: Setting) -> None:
         if setting["device"] == "cpu":
@@ -207,7 +208,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def measure(setting: Setting, cases: list[Case], repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a step and its scan record, by case; the cases take turns in every repeat."""
+    """Median milliseconds of a step, and the scan record, by case; the cases take turns in every repeat."""
     batches = real_batches(setting) if setting["trained"] else gaussian_batches(setting)
     dead, runners = dead_latents(setting), {case.name: make_runner(case, setting) for case in cases}
     times: dict[str, list[float]] = {name: [] for name in (*runners, "product")}
@@ -232,7 +233,7 @@ def peak_memory(case: Case, setting: Setting) -> float:
     """Peak MiB of a step above the memory held between steps; on a CPU in a separate process."""
     if setting["device"].startswith("cuda"):
         return own_memory(case, setting)
-    # So that glibc returns larger blocks at once and hides none.
+    # So that glibc returns freed blocks to the system at once: kept and reused, they would hide part of the peak.
     environment = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
     with environment, multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply(own_memory, (case, setting))
@@ -263,7 +264,7 @@ def _status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--quick", action="store_true", help="only one small size")
     parser.add_argument("--sections", help="comma-separated: large,small,autocast,...; others keep their results")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")

@@ -174,7 +174,7 @@ TUNING = replace(
     ks=(4,),
     n_seeds=2,
 )
-"""How the levels, pool factor and coefficient of `SMALL` were chosen, on features that it does not use."""
+"""How the levels, pool factor and coefficient of `SMALL` were chosen, on features that `SMALL` does not use."""
 
 DICTIONARIES = replace(
     SMALL,
@@ -188,8 +188,8 @@ DICTIONARIES = replace(
     },
     n_seeds=1,
 )
-"""The arms that `SMALL` and `FACTORIAL` left, on features that guided no choice: one SAE for each dictionary of
-features, so that errors include features and samples."""
+"""The arms that remained after `SMALL` and `FACTORIAL`, on features that guided no choice: with one SAE per arm and k
+for each dictionary of features, intervals cover the choice of features and samples."""
 
 INNER_16K = [128, 512, 2048]
 
@@ -246,7 +246,7 @@ PUBLISHED_16K = {
 """Results of arXiv 2602.14687 with 200M samples, by L0."""
 
 SHARES = (10, 20, 30, 40)
-"""Percentages of the dictionary in a pool of the factorial."""
+"""Pool sizes of the factorial, in percent of the dictionary."""
 SCORES = {"l2": {"score": "l2_norm"}, "winsorised": WINSORISED}
 
 
@@ -278,7 +278,7 @@ def factorial(name: str, seed: int) -> Benchmark:
 FACTORIAL = factorial("factorial", seed=44)
 """On features that no other benchmark uses."""
 FACTORIAL_CHECK = factorial("factorial_check", seed=45)
-"""The same on other features, to check what `FACTORIAL` predicts."""
+"""The same on other features, to check the predictions from `FACTORIAL`."""
 
 BENCHMARKS = {
     benchmark.name: benchmark

@@ -1,9 +1,9 @@
 """When do pools pay off? Every cell of the factorial against BatchTopK, by a rule that was set before the results.
 
 A cell is one dictionary size, k, score and share of the latents in a pool. It **wins** if its F1 and its MCC are above
-BatchTopK's, both with an interval over seeds that excludes 0, at an FVU that is at most `MAX_FVU` higher. Its seeds
-share features and samples, so intervals are over initial weights only; whether a win holds for other features is
-tested by `FACTORIAL_CHECK`.
+BatchTopK's, with intervals of both differences over seeds that exclude 0, at an FVU that is at most `MAX_FVU` higher.
+The seeds share features and samples, so intervals cover initial weights only; `FACTORIAL_CHECK` tests whether wins hold
+for other features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def wins(self) -> bool:
-        """Whether F1 and MCC are higher, intervals included, with FVU at most `MAX_FVU` higher; False for one seed."""
+        """Whether F1 and MCC are shown to be higher, with FVU at most `MAX_FVU` higher; False with only one seed."""
         f1, mcc, fvu = (self.differences[metric] for metric in METRICS)
         return (f1.low or 0) > 0 and (mcc.low or 0) > 0 and fvu.mean <= MAX_FVU
 

@@ -18,7 +18,7 @@ COLOURS = {
     "nested_light": "#009e73",
     "then_plain": "#7a5195",
 }
-"""Colours of the plotted arms; one pool, whose FVU is far from theirs, is left out."""
+"""Colours of the plotted arms; the arm with one pool is left out, because its FVU is far from theirs."""
 
 
 def draw_f1_against_fvu(summary: BenchmarkSummary, file: Path) -> None:

@@ -76,7 +76,7 @@ def render_pages(results: Path) -> dict[str, str]:
 
 
 def is_predicted(cell: Cell) -> bool:
-    """Whether the cell was predicted to win on `FACTORIAL_CHECK` before that was run, as the page says."""
+    """Whether the page predicted, before `FACTORIAL_CHECK` was run, that this cell would win on it."""
     return cell.score == "winsorised" and 9 <= cell.pool_factor <= 13 and cell.d_sae <= 256
 
 

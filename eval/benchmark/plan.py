@@ -1,4 +1,4 @@
-"""What a benchmark is: data, arms, the settings that they share, and the resulting SAEs."""
+"""The definition of a benchmark: data, arms, the settings that they share, and the SAEs to train."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -13,13 +13,13 @@ from benchmark.variants import register_variants
 
 @dataclass(frozen=True)
 class Data:
-    """Features, and the number of latents to find them."""
+    """A data set with known features, and the number of latents of the SAEs trained on it."""
 
     label: str
     features: SyntheticModelConfig
     d_sae: int
     arms: tuple[str, ...] | None = None
-    """Arms that are trained on it; None for all."""
+    """Arms that are trained on this data; None for all."""
     ks: tuple[int, ...] | None = None
     """Values of k; None for the benchmark's."""
     large: bool = False
@@ -72,7 +72,7 @@ class Benchmark:
         return self.samples // self.batch_size
 
     def settings(self) -> dict[str, Any]:
-        """Settings that results depend on, for JSON; without the choice of data, arms, k and seeds."""
+        """Settings that results depend on, as JSON values; without the choice of data, arms, k and seeds."""
         left_out = ("name", "device", "n_checkpoints", "data", "arms", "ks", "n_seeds")
         return {name: value for name, value in asdict(replace(self, data={}, arms={})).items() if name not in left_out}
 
@@ -93,12 +93,12 @@ class BenchmarkUnit:
 
     @property
     def key(self) -> tuple[str, int, str, int]:
-        """Key of its result."""
+        """Key of the SAE's result."""
         return self.data, self.k, self.arm, self.seed
 
 
 def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
-    """Every SAE, ordered by stream of samples; without those whose pool would be smaller than k."""
+    """Every SAE, ordered by stream of samples; without SAEs whose pool would have fewer than k latents."""
     for seed in range(benchmark.n_seeds):
         for data in benchmark.data:
             of_data = benchmark.data[data]

@@ -1,4 +1,4 @@
-"""Features by SynthSAEBench's recipe (arXiv 2602.14687), at its own size and at one that two CPU cores can train."""
+"""Features by SynthSAEBench's recipe (arXiv 2602.14687), at its own size and at a size that two CPU cores can train."""
 
 from dataclasses import replace
 

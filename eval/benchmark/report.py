@@ -46,7 +46,7 @@ class BenchmarkSummary:
     def difference(
         self, arm: str, other: str, k: int, metric: str, data: tuple[str, ...] = REPORTED
     ) -> Interval | None:
-        """Mean of the differences of two arms that started from the same weights."""
+        """Mean difference of two arms over pairs of SAEs that started from the same weights; None without pairs."""
         return difference_interval(self.values(arm, k, metric, data), self.values(other, k, metric, data))
 
     def table(
@@ -74,7 +74,7 @@ class BenchmarkSummary:
         return difference_interval(self.values(arm, k, metric, data), self.values(other, k, metric, data))
 
     def difference_table(self, k: int, other: str = "batchtopk") -> str:
-        """All arms minus `other`, which has its own values; bold: not 0 after Holm's correction over the table."""
+        """All arms minus `other`, whose row has its own values; bold: not 0 after Holm's correction over the table."""
         found = {
             (arm, metric): interval
             for arm in self.benchmark.arms
@@ -115,6 +115,6 @@ class BenchmarkSummary:
 
 
 def result_table(benchmark: Benchmark, folder: Path) -> ResultTable:
-    """The results of a benchmark; a folder with other settings is rejected."""
+    """The results of a benchmark; `load` and `append` raise a ValueError if the folder has other settings."""
     fields = ("data", "k", "arm", "seed")
     return ResultTable(folder / "results.jsonl", fields, {"benchmark": benchmark.settings()}, "benchmark")

@@ -4,7 +4,7 @@
     python eval/benchmark/run.py --config dictionaries --report    # only renders the pages again
     python eval/benchmark/run.py --config small                # earlier experiments, in an hour
     python eval/benchmark/run.py --config tuning               # how their settings were chosen
-    python eval/benchmark/run.py --config factorial --part 1/2 # which pools pay off at which sizes; every other stream
+    python eval/benchmark/run.py --config factorial --part 1/2 # which pools pay off at which sizes; half of the streams
     python eval/benchmark/run.py --config synth-sae-bench-16k  # the benchmark itself, 200M samples: for a GPU
     python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --arms batchtopk groups  # 5M samples, two arms
     python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --time 50000             # how long that would take
@@ -70,9 +70,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'nested*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth stream of samples")
     parser.add_argument(
-        "--time", type=int, metavar="SAMPLES", help="time the sampling and each arm for this many, and stop"
+        "--time", type=int, metavar="SAMPLES", help="time the sampling and each arm for this many samples, and stop"
     )
-    parser.add_argument("--report", action="store_true", help="compute nothing, only render the page")
+    parser.add_argument("--report", action="store_true", help="compute nothing, only render the pages")
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/benchmark_CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")
     return parser.parse_args(argv)

@@ -53,7 +53,7 @@ def features_of(data: Data, device: str, work: Path) -> tuple[SyntheticModel, Sa
 
 
 def untrained(benchmark: Benchmark, together: Sequence[BenchmarkUnit]) -> dict[str, TrainingSAE]:
-    """Untrained SAEs by arm; all of a seed have the same weights."""
+    """Untrained SAEs by arm; those of one seed start from the same weights."""
     saes = {}
     for unit in together:
         torch.manual_seed(unit.seed)
@@ -64,7 +64,7 @@ def untrained(benchmark: Benchmark, together: Sequence[BenchmarkUnit]) -> dict[s
 def new_trainer(benchmark: Benchmark, saes: dict[str, TrainingSAE], folder: Path) -> MultiSAETrainer:
     """A trainer without data, resumed from the newest complete checkpoint in `folder` that has all SAEs, if any.
 
-    Its own checkpoints are in a subfolder named after the arms.
+    It saves its own checkpoints in a subfolder named by a hash of the arms' names.
     """
     arms = hashlib.sha256(" ".join(saes).encode()).hexdigest()[:8]
     steps = benchmark.steps
@@ -92,7 +92,7 @@ def new_trainer(benchmark: Benchmark, saes: dict[str, TrainingSAE], folder: Path
 
 
 def finish_checkpoint(checkpoint_path: Path | None) -> None:
-    """Mark a checkpoint as complete, and delete the others."""
+    """Mark a checkpoint as complete, and delete the others in its folder."""
     assert checkpoint_path is not None
     (checkpoint_path / WHOLE).touch()
     for other in checkpoint_path.parent.iterdir():
@@ -101,7 +101,10 @@ def finish_checkpoint(checkpoint_path: Path | None) -> None:
 
 
 def stream(sample: Sample, batch_size: int, n_seen: int) -> Iterator[dict[str, Tensor]]:
-    """Batches that depend only on their index: the same for every arm and seed, and in a resumed run."""
+    """Batches after the first `n_seen` samples.
+
+    Each depends only on its index: batches are the same for every arm and seed, and in a resumed run.
+    """
     for batch in count(n_seen // batch_size):
         with temporary_seed(batch), torch.no_grad():
             samples = sample(batch_size)

@@ -1,6 +1,6 @@
 """Variants of the method that were tried on known features and are not in the package.
 
-`eval/results/known_features.md` says why.
+`eval/results/known_features.md` has the results that decided this.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class VariantConfig(SampledTopKTrainingSAEConfig):
     Configuration class for training a VariantSAE.
 
     Args:
-        first_pool_factor (float | None): Pool factor of the first step, from which it moves to `pool_factor` in equal
-            steps. None: `pool_factor` from the start.
-        moving_steps (int): Number of these steps.
+        first_pool_factor (float | None): Pool factor of the first training step, which then moves linearly to
+            `pool_factor`. None: `pool_factor` from the start.
+        moving_steps (int): Number of training steps that this takes.
         orthogonality (float): Weight of the mean squared cosine between different decoder rows of the pool.
     """
 
@@ -79,7 +79,7 @@ def winsorised_group(acts: Tensor, n_candidates: int, pool_factor: int) -> Tenso
 
 @cache
 def register_variants() -> None:
-    """Register the scores and the architecture in this process."""
+    """Register the variants' scores and architecture in this process."""
     for factor in (5, 10, 20):
         register_score(f"winsorised_group_{factor}", partial(winsorised_group, pool_factor=factor))
     register_sae_training_class("sampled_topk_variant", VariantSAE, VariantConfig)

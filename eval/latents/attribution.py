@@ -15,10 +15,10 @@ N_STEPS = 64
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each token of a context contributes to a latent at the last one."""
+    """What each token of a context contributes to a latent's pre-activation at the last token."""
 
     scores: Float[Tensor, " tokens"]
-    """Their sum is the difference below, up to the integration error."""
+    """Contribution of each token; the sum is `difference`, up to the integration error."""
     difference: float
     """The latent's pre-activation on the text minus that on the baseline."""
 
@@ -29,12 +29,12 @@ class Attribution:
 
     @property
     def own_share(self) -> float:
-        """Share of the last token, where the latent is active, in the absolute scores."""
+        """Share of the absolute scores that the last token has, where the latent is active."""
         return (self.scores[-1].abs() / self.scores.abs().sum()).item()
 
     @property
     def n_tokens(self) -> float:
-        """Effective number of tokens: exp of the entropy of the absolute scores; 1 if one token has them all."""
+        """Effective number of tokens: exp of the entropy of the shares in absolute scores; 1 if one token has all."""
         share = self.scores.abs() / self.scores.abs().sum()
         return torch.special.entr(share).sum().exp().item()
 
@@ -50,7 +50,7 @@ def attribute(
     """Attribution of a latent's pre-activation at the last of `tokens`; its threshold has no gradient.
 
     Args:
-        model: the language model; it is run up to the SAE's block.
+        model: the language model; only the blocks up to the SAE's are run.
         sae: an SAE on a block's output.
         latent: index of the latent.
         tokens: a context, with its beginning-of-text token if the model uses one.

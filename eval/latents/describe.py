@@ -20,9 +20,9 @@ from latents.token_alone import commonest, learn, passage_scores, token_scores
 from sae_lens_sampled.saebench.top_contexts import MAX_DENSITY
 
 REACH = 31
-"""Tokens before the active one to which a latent is attributed, and which are shown."""
+"""Number of tokens before the active one that are shown and that a latent is attributed to."""
 AFTER = 8
-"""Tokens shown after it."""
+"""Number of tokens shown after the active one."""
 
 
 def describe(
@@ -32,19 +32,19 @@ def describe(
     n_latents: int,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A row for each of the `n_latents` latents of an SAE that carry most of its activation without being dense.
+    """Rows for the `n_latents` latents of each SAE that carry most of its activation without being dense.
 
-    Latents with too few places or passages to show are skipped.
+    Latents with too few places or passages to show are skipped, and the next ones take their place.
 
     Args:
         model: the language model.
         saes: exported SAEs of one hook, by name.
-        prompts: the text; the first token of each is one of the tokenizer's own and is not counted.
+        prompts: the text; the first token of each prompt is a special token and is not counted.
         n_latents: number of latents per SAE.
         seed: seed for the draw of places and passages.
 
     Raises:
-        ValueError: if an SAE has no such latent.
+        ValueError: if an SAE has no latent to show.
     """
     [hook_name] = {str(sae.cfg.metadata.hook_name) for sae in saes.values()}
     text, rng = Text(model, prompts, states_of(model, prompts, hook_name)), random.Random(seed)
@@ -80,7 +80,7 @@ def rows_of(text: Text, sae: SAE, rng: random.Random) -> Iterator[dict[str, Any]
 def draw(
     text: Text, acts: Float[Tensor, "prompts context"], rng: random.Random
 ) -> tuple[list[Place], list[Passage]] | None:
-    """Draw places from the first half of the text and passages from the second; None if a latent has too few."""
+    """Draw places from the first half of the text and passages from the second; None if there are too few of either."""
     bands, half = bands_of(acts), text.half
 
     def around(prompt: int, at: int) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def draw(
 
 
 def looks(text: Text, sae: SAE, latent: int, places: list[Place]) -> dict[str, float]:
-    """What drives a latent at some places, and how similar the model's states there are."""
+    """Which tokens drive a latent at some places, and how similar the model's states are at these places."""
     found = [
         attribute(text.model, sae, latent, text.prompts[prompt, max(0, at - REACH) : at + 1], text.baseline)
         for prompt, at, _ in places
@@ -125,7 +125,10 @@ def told_by_token(text: Text, fires: Tensor, passages: list[Passage]) -> dict[st
 def shown(
     text: Text, acts: Float[Tensor, "prompts context"], places: list[Place], passages: list[Passage]
 ) -> dict[str, Any]:
-    """What the page shows of a latent, and what it hides: bands, activations, number of equal tokens, answers."""
+    """A latent's places and passages for the page, and the bands, activations and answers that the page hides.
+
+    `n_same_token` is the largest number of places that have the same token.
+    """
     tokens = Counter(int(text.prompts[prompt, at]) for prompt, at, _ in places)
     return {
         "n_same_token": max(tokens.values()),
@@ -161,7 +164,7 @@ def random_states(states: Float[Tensor, "prompts context d_model"], n: int, seed
 
 
 def numbers_of(true: Any) -> list[int]:
-    """Numbers, counted from 1, of the true values."""
+    """Positions, counted from 1, of the true values."""
     return [number for number, value in enumerate(true, start=1) if value]
 
 

@@ -18,7 +18,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Text:
-    """Text with the language model's states at one hook; the first token of a prompt is one of the tokenizer's own."""
+    """Text with the language model's states at one hook; the first token of each prompt is a special token."""
 
     model: HookedTransformer
     prompts: Int[Tensor, "prompts context"]
@@ -31,13 +31,13 @@ class Text:
 
     @cached_property
     def mean(self) -> Float[Tensor, " d_model"]:
-        """Mean of the states."""
+        """Mean of the states, without first tokens."""
         return self.states[:, 1:].mean(dim=(0, 1))
 
     @cached_property
     @torch.no_grad()
     def baseline(self) -> Float[Tensor, " d_model"]:
-        """Mean embedding, which stands for an empty text."""
+        """Mean embedding over an eighth of the prompts, which stands for each token of an empty text."""
         return self.model.input_to_embed(self.prompts[: len(self.prompts) // 8 + 1])[0].mean(dim=(0, 1))
 
     def decode(self, prompt: int, start: int, end: int) -> str:
@@ -64,7 +64,7 @@ class Firings:
         self.places = torch.cat(places)[order].split(counts.tolist())
         self.values = torch.cat(values)[order].split(counts.tolist())
         self.density: Float[Tensor, " d_sae"] = counts / (self.shape[0] * (self.shape[1] - 1))
-        """Share of the tokens on which each latent is active."""
+        """Share of the tokens on which each latent is active, without first tokens."""
         self.mass = torch.stack([of_latent.sum() for of_latent in self.values])
 
     def acts(self, latent: int) -> Float[Tensor, "prompts context"]:
@@ -74,7 +74,7 @@ class Firings:
         return acts.unflatten(0, self.shape)
 
     def leading(self) -> list[int]:
-        """Active latents without dense ones, in order of decreasing total activation."""
+        """Latents that are active but not dense, in order of decreasing total activation."""
         mass = self.mass.masked_fill(self.density > MAX_DENSITY, 0)
         return mass.argsort(descending=True, stable=True)[: int((mass > 0).sum())].tolist()
 

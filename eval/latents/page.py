@@ -1,4 +1,4 @@
-"""The page that a reader fills in: latents in random order, without names and without answers."""
+"""The page that a reader fills in: latents in random order, without the SAEs' names and without the answers."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def blind(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
 
 
 def write_page(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write the page; answers are kept in the browser and saved as `ratings.csv`."""
+    """Write the page; it keeps the reader's answers in the browser, and saves them as `ratings.csv` on request."""
     shown = [
         {
             "id": row["id"],

@@ -1,7 +1,7 @@
 """Which places of a text a reader sees for a latent, and which passages the reader is then asked about.
 
 Both are drawn at random from five bands of activation: the fifths, by rank, of all places where the latent is active.
-The strongest of all are often one common token; the rest of a latent's range is more informative.
+The strongest places often have the same common token; the rest of a latent's range is more informative.
 """
 
 import itertools
@@ -15,11 +15,12 @@ from torch import Tensor
 
 N_BANDS = 5
 MORE = (5, 4, 3)
-"""Bands of the additional places, which a reader sees after one from each band."""
+"""Bands of the additional places, which a reader sees after one place from each band."""
 N_SHOWN = N_BANDS + len(MORE)
 N_PASSAGES = 10
 N_POSITIVE = (3, 7)
-"""Smallest and largest number of passages on which the latent fires; drawn, so that readers cannot rely on it."""
+"""Smallest and largest number of passages on which the latent fires; the number is drawn for each latent, so that
+readers cannot rely on it."""
 PASSAGE = 16
 """Tokens of a passage; the same number of preceding tokens is shown before it."""
 
@@ -46,7 +47,7 @@ class Passage(NamedTuple):
 
     @property
     def start(self) -> int:
-        """Position of its first token in the prompt."""
+        """Position of the passage's first token in the prompt."""
         return 1 + (self.window + 1) * PASSAGE
 
 
@@ -61,7 +62,10 @@ def bands_of(acts: Float[Tensor, "prompts context"]) -> Int[Tensor, "prompts con
 
 
 def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompts passages tokens"]:
-    """All passages: the tokens after a prompt's first, cut evenly; the first, which nothing precedes, is left out."""
+    """All passages: runs of `PASSAGE` tokens that follow a prompt's first token.
+
+    The first run, which no text precedes, and an incomplete last one are left out.
+    """
     n = (values.shape[1] - 1) // PASSAGE
     return values[:, 1 : 1 + n * PASSAGE].unflatten(1, (n, PASSAGE))[:, 1:]
 
@@ -69,9 +73,9 @@ def windows(values: Shaped[Tensor, "prompts context"]) -> Shaped[Tensor, "prompt
 def shown_places(
     bands: Int[Tensor, "prompts context"], context: Callable[[int, int], Hashable], rng: random.Random
 ) -> list[Place] | None:
-    """One place of each band, then one of each band in `MORE`, both strongest first; None if there are too few.
+    """One place of each band, then one of each band in `MORE`, both strongest first; None if there are too few places.
 
-    No two are from the same prompt, and no two contexts are equal.
+    No two places are from the same prompt, and no two contexts are equal.
 
     Args:
         bands: band of every place of the text.
@@ -92,7 +96,7 @@ def asked_passages(
 ) -> list[Passage] | None:
     """Ten passages in random order, or None if there are too few; no two are from the same prompt, no two are equal.
 
-    The latent fires on some of them, which come from all bands in turn, and not on the others.
+    The latent fires on some of them, which come from the bands in turn, and not on the others.
     """
     texts = windows(tokens)
     by_band: list[list[Passage]] = [[] for _ in range(N_BANDS + 1)]

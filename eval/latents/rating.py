@@ -64,7 +64,7 @@ def rating_of(text: str | None) -> int | None:
     """The rating in a text; None if there is no text.
 
     Raises:
-        ValueError: if it is not on the scale.
+        ValueError: if the text is not on the scale.
     """
     if text and text.strip() not in map(str, SCALE):
         raise ValueError(f"rating {text!r} is not one of {', '.join(map(str, SCALE))}.")
@@ -72,10 +72,10 @@ def rating_of(text: str | None) -> int | None:
 
 
 def passages_of(text: str | None) -> frozenset[int] | None:
-    """Numbers of passages, separated by spaces; None if there are none.
+    """The passage numbers in a text, where spaces separate them; None if there are none.
 
     Raises:
-        ValueError: if there is anything else, or a number appears twice.
+        ValueError: if the text has anything else, or a number appears twice.
     """
     numbers = (text or "").split()
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
@@ -86,11 +86,11 @@ def passages_of(text: str | None) -> frozenset[int] | None:
 def score(rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]]) -> list[dict[str, Any]]:
     """Mean rating, share at the top of the scale, and accuracy on the passages, for each SAE and reader.
 
-    Accuracy is balanced accuracy. Its excess over a predictor that sees only the token is 0 for a reader who looks at
-    nothing else.
+    Accuracy is balanced accuracy. Its excess over a predictor that sees only the token is 0 for a reader who judges as
+    this predictor does.
 
     Args:
-        rows: the page's latents, with what it hides.
+        rows: the page's latents, with the SAEs and answers that the page hides.
         readers: answers by reader and id.
 
     Raises:
@@ -137,14 +137,14 @@ def check_answers(rows: Iterable[Mapping[str, Any]], reader: str, answers: Mappi
 
 
 def told_share(row: Mapping[str, Any], said: Iterable[int]) -> float:
-    """Balanced accuracy of an answer: mean share judged correctly, of passages where the latent fires and of others."""
+    """Balanced accuracy of an answer: mean of the shares judged right where the latent fires and where it does not."""
     numbers, fires, said = set(range(1, len(row["passages"]) + 1)), set(row["fires"]), set(said)
     silent = numbers - fires
     return (len(fires & said) / len(fires) + len(silent - said) / len(silent)) / 2
 
 
 def agreements(readers: Mapping[str, Mapping[str, Answer]]) -> dict[tuple[str, str], Agreement]:
-    """Agreement of each pair of readers with ratings of a common latent."""
+    """Agreement of each pair of readers who both rated some of the same latents."""
     found = {}
     for (one, of_one), (other, of_other) in itertools.combinations(readers.items(), 2):
         pairs = [(of_one[key].rating, of_other[key].rating) for key in of_one if key in of_other]

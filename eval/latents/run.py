@@ -1,12 +1,12 @@
-"""What the most active latents of some SAEs are: what drives them, what their contexts share, and a blind rating page.
+"""The most active latents of some SAEs: what drives them, how well their token predicts them, a page for blind rating.
 
     python eval/latents/run.py --saes batchtopk=FOLDER one_pool=FOLDER groups=FOLDER --out latents_output
     python eval/latents/run.py --out latents_output --score ratings_1.csv ratings_2.csv   # readers' results by SAE
 
 The SAEs are exports of one block of the language model; training checkpoints are exported first. Needs captum (the
 extra `latents`), for integrated gradients. Writes to `--out`: `page.html`, on which a reader rates latents and says on
-which passages they fire, and `latents.json`, with the SAE of each latent and the answers. A reader's own answers are a
-CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
+which passages they fire, and `latents.json`, with the SAE of each latent and the correct answers. A reader's answers
+are a CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
     """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token.
 
     Raises:
-        ValueError: if the text is shorter than asked for; read again, it would be in both halves.
+        ValueError: if the text is shorter than asked for: it would be read again, and the same text be in both halves.
     """
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
@@ -76,7 +76,8 @@ def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Te
         prompts = store.get_batch_tokens(args.tokens // args.context_size)
     if store.n_dataset_processed > len(dataset):
         raise ValueError(
-            f"--text {args.text} has fewer than --tokens {args.tokens} and would be read again; lower --tokens."
+            f"--text {args.text} has fewer tokens than --tokens {args.tokens}, so its beginning would be repeated; "
+            "lower --tokens."
         )
     return prompts
 

@@ -37,7 +37,8 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
 def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """How well the token alone predicts where the latents of each SAE fire: means over latents with 95 % intervals.
 
-    Balanced accuracy is over all places of the text, and over the passages on the page. Empty if the rows lack these.
+    Balanced accuracy is given for all places of the text and for the passages on the page. If rows lack passages, the
+    text is empty.
     """
     if not all("token_fires" in row for row in rows):
         return ""
@@ -64,7 +65,7 @@ def readers_text(
 def rating_table(
     rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]], names: Mapping[str, str]
 ) -> str:
-    """Each reader's results by SAE; those on passages only if some are answered."""
+    """Each reader's results by SAE; columns on passages only if a reader answered some."""
     results = sorted(score(rows, readers), key=lambda result: list(names).index(result["sae"]))
     header = ["SAE", "reader", "rated", "mean of 1 to 4", "one clear thing"]
     if any(result["told"] for result in results):

@@ -15,13 +15,13 @@ from latents.places import windows
 
 
 class TokenRates(NamedTuple):
-    """How often a latent fires on each token of the vocabulary, and thresholds above which firing is predicted."""
+    """How often a latent fires on each token of the vocabulary, and the thresholds for predicting that it fires."""
 
     rates: Float[Tensor, " vocabulary"]
     at_places: float
     """Lowest rate of a token on which firing is predicted."""
     in_passages: float
-    """Lowest score of a passage, see `passage_scores`, on which firing is predicted."""
+    """Lowest score of a passage (see `passage_scores`) on which firing is predicted."""
 
 
 def learn(
@@ -29,9 +29,9 @@ def learn(
 ) -> TokenRates:
     """Rates on one text, and the thresholds with the best balanced accuracy there; first tokens do not count.
 
-    Every token gets one extra occurrence, on which the latent fires at its overall rate, which is thus the rate of a
-    token that does not occur. For the thresholds, the rate at a place leaves that place out; otherwise a token that
-    occurs once would seem to be known.
+    Every token gets one extra occurrence, on which the latent fires at its overall rate; a token that does not occur
+    thus has the overall rate. To set the thresholds, the rate at a place is computed without that place; otherwise a
+    token that occurs once would seem to be known.
     """
     overall = fires[:, 1:].double().mean()
     n = torch.bincount(tokens[:, 1:].flatten(), minlength=n_vocabulary)

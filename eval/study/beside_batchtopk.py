@@ -45,7 +45,7 @@ def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
     Marks are corrected for all comparisons of the table (Holm).
 
     Args:
-        summary: of the study.
+        summary: the study's results.
         step_seconds: seconds of training steps for a million tokens, by arm.
     """
     marks = marks_of(differences(summary))
@@ -73,7 +73,7 @@ def difference_table(summary: Summary) -> str:
 
 
 def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
-    """Every arm minus `base`, by arm and column of the decision table: over pairs of SAEs or, for MMCS, of seeds."""
+    """Every arm minus `base`, by arm and column of the decision table, over pairs of SAEs (MMCS: pairs of seeds)."""
     found = {}
     for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
         difference = summary.difference(arm, base, metric)

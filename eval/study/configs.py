@@ -62,7 +62,7 @@ class Study:
     dataset: str
     """Training text: a Hub name or a folder with a split `train`."""
     held_out: str
-    """Text for core: a Hub name or a JSONL file."""
+    """Held-out text, for core, live latents and contexts: a Hub name, a JSONL file or a folder with a split `train`."""
     hook: str
     """TransformerLens' name of the hook whose activations are used."""
     d_in: int
@@ -107,15 +107,16 @@ class Study:
     n_seeds: int = 3
     """SAEs trained per arm."""
     n_stability_seeds: int = 5
-    """SAEs trained per arm for BatchTopK and for the fixed pool factor with one pool and in groups of 16, whose seeds
-    are compared."""
+    """SAEs trained per arm for BatchTopK and for the fixed pool factor, with one pool and in groups of 16: more, for
+    comparisons between seeds."""
     mixed_prompts: int = 16
     """Prompts in the activation store's mixing buffer (SAELens' `n_batches_in_buffer`)."""
     held_out_tokens: int = 65_536
     """Tokens for finding live latents and contexts; thresholds at equal L0 are set on one half and measured on the
-    other. SAEBench's evals set their own numbers."""
+    other. SAEBench's evals have their own numbers of tokens."""
     saes_per_run: int = 6
-    """SAEs trained together in one run of SAELens, from one pass of the language model: a unit of work."""
+    """Largest number of SAEs trained together in one run of SAELens, from one pass of the language model. A run is one
+    unit of work."""
     device: str = "cpu"
     """PyTorch device name."""
     arms: tuple[str, ...] = ("*",)
@@ -125,17 +126,17 @@ class Study:
     dtype: str = "float32"
     """Dtype of the language model in training and evals; in evals also of the SAEs."""
     cached: bool = False
-    """Whether activations are cached in a file, so that one pass of the model serves all arms and seeds and batches are
-    drawn from the whole text; otherwise the store mixes `mixed_prompts`."""
+    """Whether activations are cached in a file, so that one pass of the model serves all arms and seeds, and batches
+    are drawn from the whole text; otherwise the store mixes only `mixed_prompts` prompts at a time."""
     pictures: tuple[str, ...] = ("pool_factor", "pareto", "densities", "similarity", "synthetic")
     """Pictures on the page, by their names in `figures.py`."""
     absorption: dict[str, Any] = field(default_factory=dict)
-    """Overrides of absorption's configuration if it takes too long for every SAE: it is then a stage of its own,
-    for the first `absorption_seeds` SAEs of `absorption_arms`, and not among `evals`."""
+    """Overrides of absorption's configuration, if absorption takes too long for every SAE: it is then a stage of its
+    own, for the first `absorption_seeds` SAEs of each of `absorption_arms`, and not among `evals`."""
     absorption_arms: tuple[str, ...] = ()
-    """Arms with absorption."""
+    """Arms that the stage `absorption` evaluates."""
     absorption_seeds: int = 0
-    """SAEs per arm with absorption."""
+    """SAEs per arm that the stage `absorption` evaluates."""
     own_steps: bool = False
     """Whether this package's step trains SAELens' TopK, BatchTopK and Matryoshka: faster, with the same selection and
     sums equal up to rounding. They are saved and evaluated as SAELens' classes."""
@@ -144,7 +145,7 @@ class Study:
     controls: bool = False
     """Whether to include control arms with little or no training."""
     variant_of: str = ""
-    """Study whose work folder is shared: text, activations, probes and SAEs that both have in common."""
+    """Study whose work folder this one shares, with the text, activations, probes and SAEs that both have in common."""
     text: str = ""
     """Fingerprint of a user's text, in place of `dataset` and `held_out` in the settings."""
 
@@ -153,7 +154,7 @@ class Study:
         return range(self.first_seed, self.first_seed + n)
 
     def settings(self) -> dict[str, Any]:
-        """Settings that determine the results on the language model, as JSON values; not how the work is split."""
+        """Settings that determine the results on the language model, as JSON values; without how the work is split."""
         fields = {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
         # The same study in another clone has other paths.
         bundled = {name: fields[name].removeprefix(str(EXAMPLES)) for name in ("model", "dataset", "held_out")}
@@ -162,7 +163,7 @@ class Study:
             del bundled["dataset"], bundled["held_out"], fields["dataset"], fields["held_out"]
         if self.probing_tasks:
             del bundled["probing_datasets"], fields["probing_datasets"]
-        # Later fields: older results lack them, and are those of the defaults.
+        # Fields that were added later: results from before lack them, and belong to their defaults.
         later = {"dtype": "float32", "cached": False, "own_steps": False, "text": "", "probing_tasks": ""}
         for name, default in later.items():
             if fields[name] == default:

@@ -20,7 +20,7 @@ DENSE_PRODUCTS, DENSE_COPIES = 5, 8
 KEPT_OUTPUTS = 2
 """Matrices (tokens, d_sae) that SAELens' multi-SAE trainer holds for each dense SAE until the next step."""
 PROBING_PROMPTS = 36 * 2500
-"""Prompts of SAEBench's eight labelled sets, 128 tokens each; their activations are on disk while it runs."""
+"""Prompts of SAEBench's eight labelled sets, 128 tokens each; their activations are on disk during probing."""
 
 
 def format_plan(study: Study) -> str:
@@ -40,7 +40,7 @@ def format_plan(study: Study) -> str:
         f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
         f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
         f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
-        f"compare    {len(list(compared(study)))} pairs of arms, seed by seed",
+        f"compare    {len(list(compared(study)))} pairs of arms, between seeds",
         "",
         f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at a run's peak",
         *([f"disk       {gib(2 * tokens * study.d_in)} of activations"] if study.cached else []),
@@ -64,9 +64,9 @@ def sae_parameters(study: Study) -> int:
 
 
 def memory(study: Study, run: Sequence[Unit]) -> int:
-    """Peak bytes of a training run, which needs more than the other stages.
+    """Peak bytes of a training run, which needs more memory than the other stages.
 
-    They are for the model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense
+    These are the model, the mixed activations twice, weights with gradients and Adam's moments, outputs of the dense
     SAEs, and one dense step.
     """
     model = str_to_dtype(study.dtype).itemsize * study.model_parameters
@@ -77,7 +77,7 @@ def memory(study: Study, run: Sequence[Unit]) -> int:
 
 
 def probing_scratch(study: Study) -> int:
-    """Bytes on disk while built labelled sets or SAEBench's own are probed; a user's small ones do not count."""
+    """Bytes on disk while the built tasks or SAEBench's own sets are probed; 0 for the small `probing_datasets`."""
     if study.probing_splits:
         n_prompts = study.probing_splits * len(TASKS) * 2 * sum(N_ROWS.values())
         n_tokens = study.evals["sparse_probing"].get("context_length", 128)
@@ -86,7 +86,7 @@ def probing_scratch(study: Study) -> int:
 
 
 def training_flops(study: Study) -> float:
-    """Floating point operations of all training runs: the passes of the model, and the SAEs' products."""
+    """Floating point operations of all training runs: the language model's passes, and the SAEs' products."""
     tokens = study.steps * study.batch_size
     per_product = 2 * tokens * study.d_in * study.d_sae
     products = sum(products_of(study, unit) for run in runs(study) for unit in run)

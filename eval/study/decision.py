@@ -1,7 +1,8 @@
 """Which setting is recommended: a rule that was written down before the SAEs it judges were trained.
 
-A setting is recommended instead of BatchTopK if it is shown to be worse by no more than a margin in what everyone
-needs, and better in at least one thing that pools are used for. Only SAEs of previously unseen seeds count.
+A setting is recommended instead of BatchTopK if it is shown to be worse by no more than a margin in the metrics that
+everyone needs, and better in at least one metric that pools are used for. Only SAEs of seeds that were not seen when
+the rule was written count.
 """
 
 import itertools
@@ -17,9 +18,9 @@ BASE = "batchtopk"
 CANDIDATES = (RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name(5, GROUPED), pool_name(5, None))
 """The settings that the rule is applied to."""
 MARGINS = {"fvu": 0.02, "absorption_full": 0.03, "dead": 0.02}
-"""How much worse than BatchTopK counts as no worse: for FVU a share of BatchTopK's, otherwise a difference."""
+"""Largest excess over BatchTopK that counts as no worse: for FVU a share of BatchTopK's, otherwise a difference."""
 GAINS = {"mmcs": 1, "absorption_full": -1, "probing_1": 1}
-"""Metrics, in at least one of which a setting must be better, and the sign of an improvement."""
+"""Metrics, of which a setting must be better in at least one, and the sign of an improvement."""
 ALPHA = 0.05
 """Accepted probability of a false statement, over all settings and metrics of a kind; half of it on each side."""
 NAMES = {
@@ -49,7 +50,10 @@ class Verdict:
 
 
 def verdicts(summary: Summary) -> list[Verdict]:
-    """Verdicts on the settings that have all results; p-values are corrected over these."""
+    """Verdicts on the settings that have all results.
+
+    p-values are corrected over these settings and all metrics of a kind, those with margins and those with gains.
+    """
     found = {arm: of_arm for arm in CANDIDATES if len(of_arm := differences(summary, arm)) == len(NAMES)}
     worse = holm(
         {(arm, name): _p(found[arm][name].p_at_least(bound)) for arm in found for name, bound in MARGINS.items()}
@@ -75,7 +79,10 @@ def recommended(summary: Summary) -> Verdict | None:
 
 
 def differences(summary: Summary, arm: str) -> dict[str, Interval]:
-    """Differences from BatchTopK over pairs of SAEs (FVU: as a share of BatchTopK's; MMCS: over pairs of seeds)."""
+    """Differences from BatchTopK over pairs of SAEs (FVU: as a share of BatchTopK's; MMCS: over pairs of seeds).
+
+    Metrics with fewer than three independent values are left out.
+    """
     found = {name: summary.difference(arm, BASE, name) for name in NAMES if name != "fvu"}
     fvu, base = summary.values(arm, "fvu"), summary.values(BASE, "fvu")
     ratios = [fvu[seed] / base[seed] - 1 for seed in fvu if seed in base]
@@ -97,5 +104,5 @@ def verdict_table(summary: Summary) -> str:
 
 
 def _p(p: float | None) -> float:
-    assert p is not None  # there are at least three seeds
+    assert p is not None  # `differences` keeps only metrics with at least three values
     return p

@@ -1,4 +1,4 @@
-"""Stage `compare`: how much of one arm's dictionary is found again in another's, and in its own with another seed."""
+"""Stage `compare`: how much of an arm's dictionary recurs in another arm's, and in its own with another seed."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,7 +24,7 @@ from study.training import language_model
 PARTNER = 0.7
 """Decoder cosine above which a latent counts as found again."""
 N_UNMATCHED = 4
-"""Number of latents without a partner that are kept per pair of arms."""
+"""Maximum number of latents without a partner that are stored per pair of arms."""
 
 
 class Dictionary:
@@ -67,7 +67,7 @@ class Dictionaries:
 
 
 def compare(storage: Storage, dictionaries: Dictionaries, arm: Arm, other: Arm) -> None:
-    """Compare two arms, seed by seed; never SAEs of one seed, which start from the same weights."""
+    """Compare two arms over pairs of SAEs with different seeds: SAEs of one seed start from the same weights."""
     pairs = [
         compare_pair(dictionaries[a], dictionaries[b]) | {"seeds": [a.seed, b.seed]}
         for a, b in _pairs(storage.study, arm, other)
@@ -110,7 +110,7 @@ def overlap(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> float
 
 
 def unmatched_contexts(a: Dictionary, b: Dictionary) -> list[dict[str, Any]]:
-    """The latents of `b` without a partner in `a` that carry most mass and are not dense, with their contexts."""
+    """The non-dense latents of `b` without a partner in `a` that carry most mass, with their contexts."""
     without_partner = max_cosines(b.rows, a.rows).a < PARTNER
     sparse = b.statistics.density[b.live] <= MAX_DENSITY
     latents = b.live[without_partner & sparse]

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what the exported SAEs do on the language model, one result for each."""
+"""Stage `evaluate`: evaluates the exported SAEs on the language model, with one result per SAE."""
 
 import math
 import statistics
@@ -25,7 +25,10 @@ DENSITY_EDGES = [edge / 4 for edge in range(-18, 1)]
 
 
 def evaluate(storage: Storage, units: Sequence[Unit]) -> list[str]:
-    """Run SAEBench on the exports of `units`, and keep what the report needs; returns why SAEs are left out."""
+    """Run SAEBench on the exports of `units`, and store the results that the report needs.
+
+    Returns the reasons why SAEs with unusable weights, if any, were left out.
+    """
     study = storage.study
     calibration, unseen = halves(text_activations(storage)[1])
     folders = {unit.trained: storage.sae(unit) for unit in units}
@@ -108,7 +111,7 @@ def _fault(sae: TrainingSAE[Any], folder: Path) -> str | None:
 
 
 def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """SAEBench's metrics, and those that we add to its core, under our names."""
+    """SAEBench's metrics, and those that this package adds to its core, under this study's names."""
     by_name: dict[str, Any] = {}
     if "core" in results:
         core, ours = results["core"]["eval_result_metrics"], results["core"]["eval_result_unstructured"]
@@ -155,7 +158,7 @@ def letters(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def density(core: dict[str, Any]) -> dict[str, Any]:
-    """Histogram of how often the latents fire."""
+    """Histogram of how often the latents fire, without those that never do."""
     log_density = torch.tensor(
         [math.log10(latent["feature_density"]) for latent in core["eval_result_details"] if latent["feature_density"]],
         dtype=torch.double,
@@ -166,7 +169,7 @@ def density(core: dict[str, Any]) -> dict[str, Any]:
 
 
 def halves(x: Tensor, n_tokens: int = 1024) -> tuple[Tensor, Tensor]:
-    """Two parts of a text, both spread over all of it: alternating stretches of `n_tokens` tokens."""
+    """Split a text into two parts of alternating stretches of `n_tokens` tokens, so that both cover all of it."""
     stretches = x.split(n_tokens)
     return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
 
@@ -179,7 +182,7 @@ def batches_of_training(study: Study, arm: Arm, x: Tensor) -> list[Tensor]:
 
 
 def in_training(study: Study, arm: Arm, sae: TrainingSAE[Any], unseen: Tensor) -> dict[str, float]:
-    """L0 and FVU of the selection of training."""
+    """L0 and FVU of the SAE with its selection of training, on batches like those of training."""
     of_batches = l0_and_fvu(sae, batches_of_training(study, arm, unseen))
     return {f"{name}_in_training": value for name, value in of_batches.items()}
 

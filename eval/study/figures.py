@@ -75,7 +75,7 @@ def draw_pool_factor(summary: Summary, file: Path) -> None:
 
 
 def draw_densities(summary: Summary, file: Path) -> None:
-    """Plot how often latents fire, means over seeds: pools on the left; scores, or levels if none, on the right."""
+    """Plot how often latents fire, means over seeds: pools on the left, scores (without any: levels) on the right."""
     fixed = summary.study.fixed_pool_factor
     smallest = min(summary.study.pool_factors)
     pools = [pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED), RECOMMENDED]

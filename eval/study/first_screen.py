@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from study.curves import draw_metric, summaries_of_curve
 
 PICTURE = Path("results") / "first_screen.png"
-"""In `eval/`."""
+"""Path in `eval/`."""
 SIDES = {
     "SAELens BatchTopK": ("SAELens BatchTopK", "k", "s"),
     "all latents": ("ours: BatchTopK's selection", "#009e73", "^"),

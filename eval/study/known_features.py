@@ -1,4 +1,4 @@
-"""SAELens' synthetic data with known features, also with many thousand features."""
+"""SAELens' synthetic data with known features, made faster where there are many thousand features."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from torch import Tensor
 from sae_lens_sampled.files import atomic_path
 
 ROWS = 64
-"""Samples generated at a time on a CPU: with 16,384 features these stay in the cache, which halves the time."""
+"""Samples generated at a time on a CPU: few enough that with 16,384 features they stay in the processor's cache, which
+halves the time."""
 
 
 @cache
@@ -49,7 +50,7 @@ def orthogonalized(vectors: Tensor, num_steps: int, lr: float) -> Tensor:
     """SAELens' `orthogonalize_embeddings`, with the gradient of its loss in closed form.
 
     The loss is sum_{i != j} <e_i, e_j>^2 + n sum_i (|e_i|^2 - 1)^2. Its gradient needs only E^T E, which is (width,
-    width), not (features, features). Equal up to rounding.
+    width), not (features, features). The result equals SAELens' up to rounding.
     """
     vectors = (vectors / vectors.norm(dim=1, keepdim=True)).requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=lr)
@@ -67,7 +68,7 @@ def orthogonalized(vectors: Tensor, num_steps: int, lr: float) -> Tensor:
 def sample_with_features(data: SyntheticModel, n_samples: int) -> tuple[Tensor, Tensor]:
     """Samples, shape (n_samples, hidden_dim), and their features, shape (n_samples, num_features).
 
-    They are SAELens', but drawn in parts on a CPU, so they differ from those of `data.sample` with the same seed.
+    SAELens draws them, but on a CPU in parts, so that there they differ from those of `data.sample` with the same seed.
     """
     if data.device != "cpu":
         return data.sample_with_features(n_samples)

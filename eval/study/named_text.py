@@ -13,7 +13,7 @@ from study.probing_tasks import NOVELS, with_probing_tasks
 from study.storage import SETTINGS
 
 EVERY = 20
-"""Every how many files, in alphabetical order, one is held out."""
+"""One of this many files, in alphabetical order, is held out."""
 CHARACTERS = 2000
 """Minimum length of a passage, the unit that is shuffled."""
 TITLES = "titles.json"
@@ -21,7 +21,7 @@ TITLES = "titles.json"
 
 
 def with_text(study: Study, text: str, work: Path) -> Study:
-    """The study on a text: a folder of .txt files, some of which are held out, or a Hub data set.
+    """The study on another text: a folder of .txt files, some of which are held out, or a Hub data set for training.
 
     Raises:
         ValueError: if the folder has fewer than two text files, or lacks novels of the study's probing tasks.
@@ -43,9 +43,9 @@ def with_text(study: Study, text: str, work: Path) -> Study:
 
 
 def with_text_of_results(study: Study, results: Path) -> Study:
-    """The study on the text and the labelled sets of its results, if these are of a text that the user supplied.
+    """The study with the text, labelled sets and evals of its existing results, if a user supplied their text.
 
-    To show the results, neither is needed, nor are the current evals; to compute any, the text itself is.
+    This is enough to show the results. Computing new ones needs the text itself, see `with_text`.
     """
     file = results / SETTINGS
     settings = json.loads(file.read_text())["language_model"] if file.exists() else {}
@@ -63,7 +63,7 @@ def with_text_of_results(study: Study, results: Path) -> Study:
 def keep_titles(study: Study, results: Path) -> None:
     """Copy the titles of both parts of the study's text, and of its probing tasks, next to its results.
 
-    A Hub data set has none.
+    A Hub data set has no titles.
     """
     files = [Path(study.dataset).parent / TITLES] if study.text else []
     files += [Path(study.probing_datasets[0]).parent / NOVELS] if study.probing_tasks and study.probing_datasets else []
@@ -86,7 +86,7 @@ def split(files: list[Path], folder: Path) -> None:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Runs of whole lines with at least `CHARACTERS` characters in total, and the rest."""
+    """Runs of whole lines with at least `CHARACTERS` characters each, and the shorter rest unless it is blank."""
     passage = ""
     for line in text.splitlines(keepends=True):
         passage += line

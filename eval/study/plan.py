@@ -23,9 +23,9 @@ THEN_PLAIN = "nested_10_then_plain"
 RECOMMENDED = "pool_10_groups_16"
 """The arm that the README recommends."""
 THEN_ALL = "pool_10_groups_16_then_all"
-"""The same, with every latent a candidate in the last tenth of the training."""
+"""The same arm, with every latent a candidate in the last tenth of the training."""
 WINSORISED = "winsorised_10_groups_16_then_all"
-"""The setting that finds the most known features; it too ends with every latent a candidate."""
+"""The arm with the setting that finds the most known features; it too ends with every latent a candidate."""
 ITSELF = (THEN_PLAIN, RECOMMENDED, THEN_ALL, WINSORISED)
 """Arms that are compared only with themselves, between seeds."""
 FROZEN, SHORT = "frozen_decoder", "short"
@@ -43,15 +43,15 @@ class Arm:
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of `config` besides those that all arms share."""
     shuffled: bool = True
-    """Whether a batch has shuffled tokens from some dozens of prompts, not consecutive ones from one text."""
+    """Whether a batch has shuffled tokens from many prompts, not consecutive tokens from a few."""
     frozen_decoder: bool = False
     """Whether the decoder keeps its random initialisation; encoder and biases are trained."""
     steps_share: float = 1.0
-    """Share of the study's steps that it is trained for, with its own schedule."""
+    """Share of the study's steps that the arm is trained for, with its own schedule."""
     width_over_k: float | None = None
-    """d_sae over k, if not the study's: the pool factor at which a single pool is as wide."""
+    """d_sae over k, if d_sae is not the study's: the pool factor at which one pool has as many latents."""
     exported_from: str | None = None
-    """Name of the arm whose SAEs are exported, with a global threshold at the study's k instead of their own ones."""
+    """Name of the arm whose SAEs are exported, with a global threshold at L0 k instead of their own thresholds."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Unit:
 
     @property
     def trained(self) -> str:
-        """Name of the SAE that is trained for it."""
+        """Name of the trained SAE that this one is exported from."""
         return f"{self.arm.exported_from or self.arm.name}_seed{self.seed}"
 
     @property
     def key(self) -> tuple[str, int]:
-        """Key of its results."""
+        """Key of the SAE's results."""
         return self.arm.name, self.seed
 
 
 def arms(study: Study) -> list[Arm]:
-    """All arms, the most important first."""
+    """All arms of the study, the most important first."""
     sampled, n, more = SampledTopKTrainingSAEConfig, study.n_seeds, study.n_stability_seeds
     fixed, widths = study.fixed_pool_factor, nested_widths(study.d_sae)
     plan = [
@@ -136,10 +136,10 @@ def arms(study: Study) -> list[Arm]:
 
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Reject a pattern of `--arms` that matches no arm, which would leave out what the user wanted.
+    """Reject a pattern of `--arms` that matches no arm: a wanted arm would be left out silently.
 
     Raises:
-        ValueError: if there is one; the message lists all arms.
+        ValueError: if a pattern matches none of `names`; the message lists all arms.
     """
     known = list(dict.fromkeys(names))
     for pattern in patterns:
@@ -169,7 +169,7 @@ def score_name(score: str, size: int | None) -> str:
 
 
 def width(arm: Arm, k: float, d_sae: int) -> int:
-    """Number of the arm's latents if the other arms have `d_sae`."""
+    """Number of the arm's latents in a study whose d_sae is `d_sae`."""
     if arm.width_over_k is None:
         return d_sae
     return SampledTopKTrainingSAEConfig(d_in=2, d_sae=d_sae, k=k, pool_factor=arm.width_over_k).n_candidates
@@ -230,7 +230,11 @@ def absorption_units(study: Study) -> list[Unit]:
 
 
 def synthetic_units(study: Study) -> list[Unit]:
-    """Every SAE on synthetic data, except arms of consecutive tokens (the data have no order) and of other exports."""
+    """Every SAE on synthetic data.
+
+    Without arms with consecutive tokens, because these data have no order, and without arms that only export the SAEs
+    of another one.
+    """
     return [
         Unit(arm, seed)
         for arm in arms(study)
@@ -240,7 +244,7 @@ def synthetic_units(study: Study) -> list[Unit]:
 
 
 def runs(study: Study) -> list[list[Unit]]:
-    """The SAEs to train, by run; those of a seed see the same activations, whichever run they are in."""
+    """The SAEs to train, by run; SAEs of one seed see the same activations, whichever run they are in."""
     seeds: dict[tuple[int, bool, float], list[Unit]] = {}
     for unit in units(study):
         if unit.arm.exported_from is None:
@@ -257,7 +261,7 @@ def sweep(study: Study) -> list[Arm]:
 
 
 def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
-    """The pairs of arms whose dictionaries are compared, each with itself too."""
+    """The pairs of arms whose dictionaries are compared, including each arm with itself."""
     fixed = study.fixed_pool_factor
     names = ["batchtopk", "topk", "matryoshka", *(narrow_name(factor) for factor in NARROW)]
     names += [pool_name(fixed, size) for size in (None, GROUPED)]

@@ -1,9 +1,9 @@
 """Tables of sparse probing: how far arms are from BatchTopK, and how certain that is.
 
 Every SAE of an arm is probed on every split of every task. SAEs of one seed are a pair, and seeds are crossed with
-tasks: whatever an arm gains by chance at one seed or on one task shows in many cells. A difference therefore gets two
-intervals. The one over seeds, of means over all tasks, is about new SAEs on these tasks. The one over tasks, of means
-over all splits and seeds, is about other tasks with these SAEs. Splits share texts and never count as repeats.
+tasks: a gain that an arm has by chance at one seed or on one task shows in many cells. A difference therefore gets two
+intervals. The interval over seeds, from means over all tasks, is for new SAEs on these tasks. The interval over tasks,
+from means over all splits and seeds, is for other tasks with these SAEs. Splits share texts and never count as repeats.
 """
 
 import re
@@ -44,13 +44,13 @@ class Comparison:
     accuracy: Interval
     """Mean over tasks, with an interval over seeds."""
     over_seeds: Interval | None
-    """Difference, with an interval for other seeds of these tasks; None for BatchTopK itself."""
+    """Difference, with an interval for other seeds on these tasks; None for BatchTopK itself."""
     over_tasks: Interval | None
-    """The same difference, with an interval for other tasks of these seeds."""
+    """The same difference, with an interval for other tasks with these seeds; None for BatchTopK itself."""
 
     @property
     def p(self) -> float | None:
-        """The larger of both p-values; None without repeats."""
+        """The larger of the two p-values; None for BatchTopK itself, or if there is only one seed or task."""
         p_values = [interval.p for interval in (self.over_seeds, self.over_tasks) if interval is not None]
         return None if not p_values or None in p_values else max(p for p in p_values if p is not None)
 
@@ -104,10 +104,10 @@ def adjusted_p_values(found: Mapping[tuple[str, int], Comparison]) -> dict[tuple
 
 
 def difference_table(summary: Summary, k: int) -> str:
-    """Accuracy of probes on `k` latents with its interval over seeds, and both intervals of its difference.
+    """Accuracy of probes on `k` latents, a row for each arm, and its difference from BatchTopK's with both intervals.
 
-    A row for each arm. The p-value is for a difference that holds for other seeds and for other tasks: the larger of
-    both, adjusted over all arms and k.
+    The accuracy has an interval over seeds. The p-value is for a difference that holds for other seeds and for other
+    tasks: the larger of the two p-values, adjusted over all arms and k.
     """
     found = comparisons(summary)
     adjusted = adjusted_p_values(found)

@@ -41,7 +41,7 @@ class Task:
     novels: Mapping[str, tuple[str, ...]]
     """Novels by label, `Author_Title_Year`; about a third of each label's are for the test."""
     find: Finder
-    """Where the texts of a label come from."""
+    """Finds the texts of a label in one of its novels."""
 
     def test_novels(self) -> list[set[str]]:
         """Every choice of test novels, a third of each label's; labels with the same novels share the choice."""
@@ -119,7 +119,7 @@ TASKS = {
             "Corelli_Innocent_1914 Doyle_Lost_1912 Lawrence_Peacock_1911",
         }
     ),
-    # The files of all other tasks have paragraphs; these have double quotation marks too.
+    # The files of all tasks have paragraphs; those of the next two also mark speech with double quotation marks.
     "dialogue": _from_same_novels(
         ("dialogue", "narration"),
         _dialogue,
@@ -153,10 +153,10 @@ TASKS = {
 
 
 def with_probing_tasks(study: Study, novels: Path, work: Path) -> Study:
-    """The study with `probing_splits` splits of each task, built in the work folder.
+    """The study with `probing_splits` splits of each task, built in the folder `work`; unchanged if it has none.
 
     Raises:
-        ValueError: if the folder `novels` lacks any that are needed, or they have too few texts.
+        ValueError: if the folder `novels` lacks a novel of the tasks, or the novels have too few texts.
     """
     if not study.probing_splits:
         return study
@@ -175,7 +175,7 @@ def write_tasks(novels: Path, folder: Path, n_splits: int) -> None:
     """Write `TASK_splitI/{train,test}.jsonl` for each task and split, and which novels are in which part.
 
     Raises:
-        ValueError: if the folder `novels` lacks any that are needed, or they have too few texts.
+        ValueError: if the folder `novels` lacks a novel of the tasks, or the novels have too few texts.
     """
     check_novels(novels)
     novels_of: dict[str, dict[str, list[str]]] = {}
@@ -194,7 +194,7 @@ def check_novels(folder: Path) -> None:
     """Reject a folder that lacks novels of the tasks.
 
     Raises:
-        ValueError: if it does; the message lists the missing files.
+        ValueError: if files are missing; the message lists them.
     """
     files = sorted(
         {f"{title}.txt" for task in TASKS.values() for of_label in task.novels.values() for title in of_label}
@@ -218,7 +218,7 @@ def find_texts(task: Task, novels: Path) -> dict[Source, list[Text]]:
 
 
 def held_out(name: str, n_splits: int) -> list[set[str]]:
-    """Test novels of each split of a task; a choice repeats only after all others."""
+    """Test novels of each split of a task; a choice of novels repeats only after all others were used."""
     choices = TASKS[name].test_novels()
     random.Random(f"{SEED}/{name}").shuffle(choices)
     return list(itertools.islice(itertools.cycle(choices), n_splits))
@@ -228,12 +228,12 @@ def split_rows(name: str, texts: Mapping[Source, list[Text]], test: Collection[s
     """Rows of both parts of a split, in random order.
 
     Args:
-        name: name of the split; other names give other draws.
+        name: name of the split, which seeds the draws.
         texts: texts by label and novel.
         test: test novels.
 
     Raises:
-        ValueError: if a label has too few texts.
+        ValueError: if a label has too few texts for a part.
     """
     parts: dict[str, Rows] = {}
     for part, n_rows in N_ROWS.items():
@@ -250,10 +250,10 @@ def split_rows(name: str, texts: Mapping[Source, list[Text]], test: Collection[s
 
 
 def draw(sources: Sequence[Sequence[str]], n: int, name: str) -> list[str]:
-    """Draw `n` texts, the same number from each source as far as it has them, independently for each `name`.
+    """Draw `n` texts, taking one from each source in turn until it has no more; `name` seeds the draw.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: if the sources have fewer than `n` texts.
     """
     generator = random.Random(f"{SEED}/{name}")
     in_turns = itertools.zip_longest(*(generator.sample(source, len(source)) for source in sources))

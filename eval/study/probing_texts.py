@@ -23,7 +23,10 @@ def is_clean(text: str) -> bool:
 
 
 def narration(novel: str) -> Iterator[str]:
-    """Consecutive sentences of paragraphs without speech, whose middle sentences have no quotation marks."""
+    """Consecutive sentences of paragraphs without any quotation mark.
+
+    Paragraphs with speech are skipped as a whole, because the middle sentences of a speech have no quotation marks.
+    """
     for paragraph in paragraphs(novel):
         if not SPEECH.search(paragraph):
             yield from filter(is_clean, passages(paragraph, N_WORDS))
@@ -53,7 +56,7 @@ def spoken(novel: str) -> Iterator[str]:
 
 
 def paragraphs(novel: str) -> Iterator[str]:
-    """Paragraphs, on one line each: lines of a file without wrapping, otherwise the blocks between blank lines."""
+    """Paragraphs, on one line each: the lines of a file without wrapping, the blocks between blank lines of others."""
     is_wrapped = max(map(len, novel.splitlines()), default=0) <= LONG_LINE
     parts = re.split(r"\n\s*\n", novel) if is_wrapped else novel.splitlines()
     return (" ".join(part.split()) for part in parts)
@@ -69,7 +72,8 @@ def _usable(words: list[str]) -> list[str]:
 class DecidingWords:
     """Deciding words of a label: its texts have some of them, and none of the other label's.
 
-    Those of test texts are in no training text: a probe on a latent for a single word is no better than chance.
+    No training text has deciding words of test texts, so a probe on a latent for a single word is no better than
+    chance.
     """
 
     train: frozenset[str]

@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 check_device(study.device)
                 if study.text and not args.text:
-                    sys.exit("missing results need the text that the existing ones are from; give it with --text.")
-                with interruptible():  # SAELens' runs leave their signal handlers to the next stage
+                    sys.exit("missing results must be computed on the text of the existing ones; pass it with --text.")
+                with interruptible():  # SAELens' runs leave their signal handlers installed for the next stage
                     stage.do(storage, items)
     except (NoSpaceError, NoDeviceError) as error:
         sys.exit(str(error))
@@ -89,11 +89,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=[PREPARE, *STAGES, REPORT],
         default=[*STAGES, REPORT],
-        help="default: all but prepare, which builds what the other stages' processes would wait for",
+        help="default: all but prepare, which builds shared inputs that other stages' processes would wait for",
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage")
-    parser.add_argument("--status", action="store_true", help="print what is done and what is missing, and stop")
+    parser.add_argument("--status", action="store_true", help="print items done and parts with work left, and stop")
     parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
     parser.add_argument("--text", help="training text: a folder of .txt files, some held out, or a Hub data set")

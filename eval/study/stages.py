@@ -19,8 +19,8 @@ from study.text import held_out
 from study.training import cached_activations, language_model, train
 
 EXPORTS_TOGETHER = 30
-"""Number of exports in one run of SAEBench, which runs the model once for all of them. Finished results survive a kill,
-but enter the study's table when the portion ends."""
+"""Number of exports in one run of SAEBench, which runs the model once for all of them. SAEBench's finished results
+survive a kill, but enter the study's table only when the whole portion has ended."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Stage:
 
 
 def to_do(stage: Stage, storage: Storage, arms: Sequence[str], part: Part) -> list[Any]:
-    """The items of one process that have no result.
+    """The items that a process still has to compute.
 
     Args:
         stage: the stage.
         storage: where the results are.
         arms: patterns of names; other arms are left out.
-        part: the process's part of everything planned, so that processes agree on who does what, whenever they start.
+        part: the process's part of all planned items, finished or not, so that processes split them alike whenever they
+            start.
     """
     mine = part.of(planned(stage, storage, arms))
     return list(filter(stage.missing(storage), mine)) if mine else []
@@ -89,7 +90,7 @@ def _without_result(of_storage: Callable[[Storage], ResultTable]) -> Callable[[S
 
 
 def _untrained(storage: Storage) -> Callable[[Unit], bool]:
-    """The SAEs that are not trained and that some missing result needs."""
+    """The SAEs that a missing result needs and that are not trained yet."""
     evaluated, comparisons = storage.evaluations.load(), storage.comparisons.load()
     needed = {unit.trained for unit in units(storage.study) if unit.key not in evaluated}
     if absorbed := absorption_units(storage.study):
@@ -117,11 +118,11 @@ def _train(storage: Storage, some_runs: list[list[Unit]]) -> None:
 
 
 def _evaluate(storage: Storage, some_units: list[Unit]) -> None:
-    """Exports of a portion share passes of the language model."""
+    """Evaluate exports in portions, each of which shares passes of the language model."""
     portions = [some_units[i : i + EXPORTS_TOGETHER] for i in range(0, len(some_units), EXPORTS_TOGETHER)]
     faults = [fault for portion in tqdm(portions, desc="Evaluating") for fault in evaluate(storage, portion)]
     if faults:
-        sys.exit("\n".join(dict.fromkeys(faults)))  # nor can they be compared
+        sys.exit("\n".join(dict.fromkeys(faults)))  # the next stage could not compare these SAEs either
 
 
 def _synthetic(storage: Storage, some_units: list[Unit]) -> None:
@@ -146,7 +147,7 @@ def _prepare(storage: Storage, _: list[Study]) -> None:
 
 
 PREPARATION = Stage(lambda study, _: [study], lambda _: lambda _: True, _prepare)
-"""Builds what all processes need and all but one would wait for: model, activations, absorption's probes."""
+"""Builds shared inputs, for which all processes but one would wait: model, text, activations, absorption's probes."""
 STAGES = {
     "train": Stage(_plan_runs, _any_untrained, _train),
     "evaluate": Stage(_plan_units(units), _without_result(lambda storage: storage.evaluations), _evaluate),

@@ -16,7 +16,7 @@ from study.plan import Unit
 
 Key = tuple[Any, ...]
 SETTINGS = "settings.json"
-"""Name of the file beside the results that says what they depend on."""
+"""Name of the file beside the results with the settings that they depend on."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ResultTable:
     key_fields: tuple[str, ...]
     """The fields that identify a result."""
     settings: dict[str, dict[str, Any]]
-    """All settings of the study, by section (what depends on them); written once, next to the tables."""
+    """All settings of the study, by section (the results that depend on them); written once, next to the tables."""
     section: str
     """The section of the settings that these results depend on."""
 
@@ -39,7 +39,7 @@ class ResultTable:
         """Results, by the values of the key fields.
 
         Raises:
-            ValueError: if the folder has results of other settings.
+            ValueError: if the folder has results from other settings.
         """
         lines, _, _ = (self.file.read_bytes() if self.file.exists() else b"").rpartition(b"\n")
         results = [json.loads(line) for line in lines.splitlines()]
@@ -51,7 +51,7 @@ class ResultTable:
         """Add a result; if another process has added it meanwhile, that one is kept.
 
         Raises:
-            ValueError: if the existing results are of other settings.
+            ValueError: if the existing results are from other settings.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(rounded(result)).encode() + b"\n"
@@ -94,13 +94,13 @@ class Storage:
 
     study: Study
     results: Path
-    """Results, a table for each stage; pictures."""
+    """Results, one table per stage, and pictures."""
     work: Path
-    """SAEs, SAEBench's own files, caches. An existing folder is complete."""
+    """SAEs, SAEBench's own files and caches. The folder of an SAE, a text or probing tasks exists only if complete."""
 
     @property
     def device(self) -> str:
-        """The device that results are computed on, as they name it."""
+        """Name of the device that results are computed on, as stored with them."""
         device = torch.device(self.study.device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -126,7 +126,7 @@ class Storage:
 
     @property
     def cache(self) -> Path:
-        """Folder of what depends on the settings; other settings have another folder."""
+        """Folder for files that depend on the settings; other settings have another folder."""
         return self.work / _fingerprint(self.study.settings())
 
     @property
@@ -138,15 +138,15 @@ class Storage:
 
     @property
     def sae_bench(self) -> Path:
-        """Folder of SAEBench's results and of what it caches for models; shared too, as caches are kept per model."""
+        """Folder of SAEBench's results and of its caches, which are per model; studies in one work folder share it."""
         return self.work / "sae_bench"
 
     def release(self, unit: Unit) -> str:
-        """Name of an SAE in that folder, with its study and settings, so that no other study has the same."""
+        """Name of an SAE in `sae_bench`, with its study and settings, so that no other study uses the same name."""
         return f"{self.study.name}_{self.cache.name}_{unit.name}"
 
     def sae(self, unit: Unit) -> Path:
-        """Folder of a trained SAE."""
+        """Folder of the trained SAE that `unit` is exported from."""
         return self.cache / "saes" / unit.trained
 
     def _table(self, stage: str, key_fields: tuple[str, ...], section: str) -> ResultTable:
@@ -161,7 +161,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Round all numbers in nested containers to 6 significant digits: more are noise and differ between machines."""
+    """Round all floats in nested containers to 6 significant digits: more digits are noise that differs by machine."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -39,9 +39,9 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
         device=study.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    torch.manual_seed(unit.seed)  # the SAE starts from the same weights in every arm
+    torch.manual_seed(unit.seed)  # so that the SAE starts from the same weights in every arm
     runner = SyntheticSAERunner(cfg, override_synthetic_model=data)
-    torch.manual_seed(unit.seed)  # and the data are the same
+    torch.manual_seed(unit.seed)  # so that every arm sees the same data
     trained = runner.run().sae
     metrics = evaluate_on_synthetic_data(trained, data, synthetic.eval_samples, synthetic.batch_size, study.device)
     pools = trained.pool_statistics() if isinstance(trained, SampledTopKTrainingSAE) else {}

@@ -19,7 +19,10 @@ CHUNK = 4096
 
 
 def held_out(storage: Storage) -> str:
-    """The text that core runs on: a Hub name or a folder. Core reads the split `train`, so a file is copied to one."""
+    """The text that core runs on: a Hub name or a folder.
+
+    Core reads the split `train`, so a single file is copied into a folder, as this split.
+    """
     text = storage.study.held_out
     if not Path(text).is_file():
         return text
@@ -33,7 +36,11 @@ def held_out(storage: Storage) -> str:
 
 @torch.no_grad()
 def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
-    """Held-out tokens, shape (n_tokens,), and their activations, shape (n_tokens, d_in), without special tokens."""
+    """Held-out tokens, shape (n_tokens,), and their activations, shape (n_tokens, d_in), without special tokens.
+
+    Raises:
+        ValueError: if the text is too short for a single prompt.
+    """
     study = storage.study
     n_tokens = study.held_out_tokens
     model = language_model(study)

@@ -21,7 +21,7 @@ from study.storage import Storage
 
 
 def train(storage: Storage, units: Sequence[Unit]) -> None:
-    """Train and save the SAEs of one seed.
+    """Train and save `units`, SAEs of one seed, in one run.
 
     All SAEs of a seed start from the same weights and see the same activations in the same order, whichever run they
     are trained in.
@@ -40,7 +40,7 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
         runner.activations_store.get_multi_hook_data_loader = lambda: provider
     else:
         runner.activations_store.shuffle_input_dataset(seed=seed, buffer_size=1000)
-        torch.manual_seed(seed)  # mixes the activations
+        torch.manual_seed(seed)  # the store mixes activations with torch's generator
     with live_bar():
         trained = runner.run()
     for name, sae in trained.items():
@@ -87,7 +87,7 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
 
 
 def new_sae(study: Study, unit: Unit) -> TrainingSAE:
-    """An untrained SAE; equal for all arms of a seed."""
+    """An untrained SAE; SAEs of one seed and shape start from the same weights."""
     torch.manual_seed(unit.seed)
     sae = _new(trained_config(study, unit.arm, unit.seed))
     if unit.arm.frozen_decoder:
@@ -96,7 +96,7 @@ def new_sae(study: Study, unit: Unit) -> TrainingSAE:
 
 
 def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
-    """A trained SAE as its arm's class, if it was trained with this package's step instead."""
+    """A trained SAE in its arm's own class, converted if this package's class trained it instead."""
     config = sae_config(study, unit.arm, unit.seed)
     if type(config) is type(sae.cfg):
         return sae

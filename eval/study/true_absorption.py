@@ -11,7 +11,7 @@ from sae_lens.util import cosine_similarities, temporary_seed
 from study.known_features import sample_with_features
 
 MIN_COSINE = 0.6
-"""Cosine of a decoder row with a feature above which the latent counts as the feature's."""
+"""Cosine between a decoder row and a feature above which the latent counts as the feature's."""
 SEED = 1
 """Seed of the samples, which differ from those of other metrics."""
 
@@ -24,17 +24,17 @@ def true_absorption(sae: SAE[Any], data: SyntheticModel, n_samples: int, batch_s
     Its latent is the one whose decoder row has the largest cosine with it, if that is above `MIN_COSINE`. Of such a
     parent, over samples in which it is active:
 
-    - recall with a child: the share of those with an active child on which the latent fires;
-    - recall without a child: the same of those without one;
-    - absorbed: the second less the first. 1: any child silences the latent, which then means "the parent but none of
-      its children", while the latents of children have absorbed the parent. 0: children make no difference. Below 0:
-      it fires more often with them.
+    - recall with a child: among the samples with an active child, the share on which the latent fires;
+    - recall without a child: the same share among the samples without one;
+    - absorbed: recall without a child minus recall with a child. 1: any child silences the latent, which then means
+      "the parent but none of its children", while the latents of children have absorbed the parent. 0: children make no
+      difference. Below 0: the latent fires more often with them.
 
     Returns means over the parents that have a latent and were seen both with a child and without one, and the number of
-    these parents. This is not SAEBench's absorption, which trains probes for first letters on a language model and
-    looks for latents that stand in for the probe's; it needs no probes and no wide model. It says nothing about parents
-    without a latent, about which latents do fire, or how strongly. A latent that never fires counts as absorbing
-    nothing, with recalls of 0.
+    these parents; only the number if it is 0. This is not SAEBench's absorption, which trains probes for first letters
+    on a language model and looks for latents that stand in for the probe's; the measure here needs no probes and no
+    wide model. It says nothing about parents without a latent, about which other latents fire, or how strongly. For a
+    latent that never fires, both recalls and absorbed are 0.
     """
     assert data.hierarchy is not None
     children = children_of(data.hierarchy.roots)
@@ -69,7 +69,7 @@ def true_absorption(sae: SAE[Any], data: SyntheticModel, n_samples: int, batch_s
 
 
 def children_of(roots: Sequence[HierarchyNode]) -> dict[int, list[int]]:
-    """Children of every feature that has some; a node without a feature stands for its own children."""
+    """Children of every feature that has some; the children of a node without a feature count as its parent's."""
     children: dict[int, list[int]] = {}
     for node in _nodes(roots):
         below = list(_features_below(node))

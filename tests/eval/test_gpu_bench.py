@@ -213,7 +213,7 @@ def page_of(results):
     if results is not None:
         runs["gpu"] = runs["bundled"]
     page = speed.render(speed.read("bench_training_step"), runs, speed.read("bench_data_parallel"), results)["SPEED.md"]
-    assert ("nothing is measured yet" in page[:200]) == (results is None)
+    assert ("nothing has been measured yet" in page[:200]) == (results is None)
     return page[page.index("## On a GPU") : page.index("## Which path")]
 
 

@@ -285,5 +285,5 @@ def test_a_text_that_would_be_read_twice_is_refused(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} words " * 90}) + "\n" for n in range(3)))
     options = ["--text", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"text.jsonl has fewer than --tokens 32768 and would be read again"):
+    with pytest.raises(ValueError, match=r"text.jsonl has fewer tokens than --tokens 32768, so its beginning would be"):
         script.main(["--saes", f"one={tmp_path / 'sae'}", *options])
