@@ -9,7 +9,7 @@ from benchmark.figures import draw_f1_against_fvu
 from benchmark.report import BenchmarkSummary, result_table
 from pages import interval_text, render
 from study import tables
-from study.plan import GROUPED, pool_name
+from study.plan import GROUPED, WINSORISED, pool_name
 from study.storage import Storage
 from study.studies import STUDIES
 from study.summary import Summary, shown
@@ -64,6 +64,7 @@ def render_pages(results: Path) -> dict[str, str]:
         "published": PUBLISHED_16K,
         "shuffled_groups": pool_name(model.study.fixed_pool_factor, GROUPED),
         "model": model,
+        "winsorised": WINSORISED,
         "tables": tables,
         "k": K,
         "less": less,
