@@ -65,7 +65,7 @@ class RecordedSAE(BatchTopKTrainingSAE):
         return batch, batch
 
     def pool_statistics(self) -> dict[str, float]:
-        """Statistics of the pools so far, as logged in training. See the README's table."""
+        """Statistics of the pools so far, as logged in training; docs/training.md explains them."""
         of_pools = {name: statistic(self.pool_record).item() for name, statistic in POOL_STATISTICS.items()}
         return of_pools | self.scan_record
 

@@ -107,8 +107,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
         Raises:
             ValueError: before anything is changed, if `sae_in` is empty, has the wrong width or non-finite rows, if the
-                ranks' numbers of tokens differ or split a group, if SAE_LENS_SAMPLED_STEP is invalid, or if a subclass
-                overrides `encode_with_hidden_pre` alone; if the loss is not finite at a step that checks it.
+                ranks have different numbers of tokens or a group would span two of them, if SAE_LENS_SAMPLED_STEP is
+                invalid, or if a subclass overrides `encode_with_hidden_pre` alone. After the update, if the loss is not
+                finite, which only some steps check.
         """
         state = read_step(step_input, self.cfg, self.pool_record.n_steps, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)

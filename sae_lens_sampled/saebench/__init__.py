@@ -8,8 +8,8 @@ try:
 except ModuleNotFoundError as error:
     package = "SAEBench" if error.name == "sae_bench" else error.name
     raise ModuleNotFoundError(
-        f"sae_lens_sampled.saebench needs {package}: pip install 'sae-lens-sampled[eval]' (without a GPU, see "
-        "docs/evaluation.md).",
+        f"sae_lens_sampled.saebench needs {package}: pip install 'sae-lens-sampled[eval]', or '.[eval]' in a "
+        "clone (without a GPU, see docs/evaluation.md).",
         name=error.name,
     ) from error
 

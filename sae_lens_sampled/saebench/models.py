@@ -173,8 +173,8 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
         if of_token is None:
             raise ValueError(
                 f"SAE {sae.name!r} uses hook {hook_name!r}, where model {model.name!r} has activations of shape "
-                f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, with no row for each token"
-                + ("." if metadata.hook_head_index is None else f" and hook_head_index={metadata.hook_head_index}.")
+                f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, without one row per token"
+                + ("." if metadata.hook_head_index is None else f" or a head {metadata.hook_head_index}.")
             )
         if of_token.numel() != width:
             raise ValueError(

@@ -93,7 +93,7 @@ OTHERS = {  # hooks of the bundled model that HookedTransformer lacks, and what 
         ("ln2.hook_out", "mlp.hook_in", "mlp.in.hook_in", "post_attention_layernorm"), "blocks.1.ln2.hook_normalized"
     ),
     **dict.fromkeys(("attn.hook_cos", "attn.hook_sin", "attention.query_key_value"), "model 'tiny_lm'"),
-    **dict.fromkeys(("attn.hook_attn_scores", "attn.hook_pattern"), "no row for each token"),
+    **dict.fromkeys(("attn.hook_attn_scores", "attn.hook_pattern"), "without one row per token"),
 }
 
 
@@ -181,7 +181,7 @@ def test_what_a_pass_of_the_model_shows_to_be_wrong_is_reported(bundled):
     heads = "blocks.1.attn.hook_result"
     assert attached(heads, 128, bundled.eval, hook_head_index=3) == (heads, None)
     _, why = attached(heads, 128, bundled.eval, hook_head_index=4)
-    assert why.endswith("of shape (5, 4, 128) for 5 tokens, with no row for each token and hook_head_index=4.")
+    assert why.endswith("of shape (5, 4, 128) for 5 tokens, without one row per token or a head 4.")
     _, why = attached(heads, 128, bundled.eval)
     assert why == (
         f"SAE 'one_custom_sae' has d_in=128, but {heads} of model 'tiny_lm' is 512 wide: the SAE was trained on "

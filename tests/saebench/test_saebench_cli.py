@@ -54,7 +54,7 @@ print(json.dumps(results))
 
 
 def test_without_the_extra_a_command_says_how_to_install_it_and_the_others_work():
-    install = "pip install 'sae-lens-sampled[eval]' (without a GPU, see docs/evaluation.md)."
+    install = "pip install 'sae-lens-sampled[eval]', or '.[eval]' in a clone (without a GPU, see docs/evaluation.md)."
     *refused, (status, _) = run_without(
         ("sae_bench", "eval", "folder"),
         ("sae_bench", "report", "folder"),

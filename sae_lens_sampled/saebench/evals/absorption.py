@@ -100,10 +100,9 @@ class Absorption(Eval):
             )
         if not results:
             raise ValueError(
-                f"absorption's probes read too few first letters of words from the activations of model "
-                f"{self.setup.model.name!r}: fewer than min_feats_for_eval={self.config.min_feats_for_eval} letters "
-                f"have a probe with F1 above min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a "
-                "deeper layer, or lower these two settings."
+                f"absorption cannot be measured on model {self.setup.model.name!r}: fewer than min_feats_for_eval="
+                f"{self.config.min_feats_for_eval} first letters have a probe with F1 above min_GT_probe_f1="
+                f"{self.config.min_GT_probe_f1}. Use a larger model or a deeper layer, or lower these two settings."
             )
         result = self.written(sae)
         letters = {detail["first_letter"] for detail in result["eval_result_details"]}
