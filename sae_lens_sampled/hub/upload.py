@@ -144,7 +144,8 @@ def _send(files: Mapping[str, Path], folders: Mapping[str, Path], repo_id: str, 
         present = api.get_paths_info(repo_id, possible) if info else []
     if private and info and not info.private:
         raise ValueError(
-            f"{repo_id!r} exists and is public; make it private in its settings, or upload without private=True (--private)."
+            f"{repo_id!r} exists and is public; make it private in its settings, or upload without private=True "
+            "(--private)."
         )
     remote = {file.path: file for file in present if isinstance(file, RepoFile)}
     same = {path for path, file in remote.items() if path in files and _is_same(file, files[path])}

@@ -2,9 +2,9 @@
 
 BatchTopK keeps k entries per token on average, and only these have gradients. So one pass over all pre-activations
 extracts the entries that may be kept (`column_scan.py`), the kept ones are selected exactly from these, and all else is
-products with a sparse matrix of k entries per token (`sparse_codes.py`). Of the six products of size tokens x d_in x d_sae in a
-BatchTopK step, one remains for any pool, including that of all latents; if the processor has bfloat16 instructions, it
-may run in bfloat16 (`reduced_scan.py`).
+products with a sparse matrix of k entries per token (`sparse_codes.py`). Of the six products of size
+tokens x d_in x d_sae in a BatchTopK step, one remains for any pool, including that of all latents; if the processor has
+bfloat16 instructions, it may run in bfloat16 (`reduced_scan.py`).
 
 If the whole batch shares a single small pool, the cutoff is near 0 and nearly every positive entry exceeds it. In that
 case the pooled columns are recomputed with gradient: they contain all entries that can be kept.
