@@ -19,7 +19,7 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"pool_factor": 0.9}, "pool_factor=0.9 must be finite and at least 1: each token keeps k=3"),
         ({"pool_factor": float("inf")}, "With pool_factor=None every latent is a candidate."),
         ({"score": "l3"}, "score='l3' must be one of l2_norm, squared_l2, entropy, perplexity, frequency, "),
-        ({"score": "uniform"}, "pool_sampling='top' has nothing to rank them by; use pool_sampling='proportional'."),
+        ({"score": "uniform"}, "pool_sampling='top' cannot rank them; use pool_sampling='proportional'."),
         ({"pool_sampling": "random"}, "pool_sampling='random' must be one of top, proportional."),
         ({"pool_group_size": 0}, "pool_group_size=0 must be at least 1 token, or None for one pool per batch."),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' does not work with SAELens'"),
