@@ -102,8 +102,8 @@ class Absorption(Eval):
             raise ValueError(
                 f"absorption cannot be measured on model {self.setup.model.name!r}: fewer than "
                 f"min_feats_for_eval={self.config.min_feats_for_eval} letters have a probe with F1 above "
-                f"min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a deeper layer, or lower these two "
-                "settings."
+                f"min_GT_probe_f1={self.config.min_GT_probe_f1}. Use a larger model or a deeper layer, or lower these "
+                "two settings."
             )
         result = self.written(sae)
         letters = {detail["first_letter"] for detail in result["eval_result_details"]}
