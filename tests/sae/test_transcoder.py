@@ -204,7 +204,7 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
         ({"pool_factor": "4"}, "pool_factor='4' is a str; it must be a number, or None for every latent."),
         ({"d_out": 1}, "d_out // 2 dead latents per token and divides by that number."),
         ({"k": 0}, "k=0 must be above 0 and at most d_sae=40."),
-        ({"pool_factor": 0.5}, "pool_factor=0.5 must be finite and at least 1"),
+        ({"pool_factor": 0.5}, "pool_factor=0.5 must be at least 1"),
     ],
     ids=str,
 )
