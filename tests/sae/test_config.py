@@ -77,7 +77,20 @@ def test_fields_are_checked_when_a_dict_is_read():
 
 
 def test_an_infinite_pool_factor_means_every_latent_because_command_lines_have_no_none():
-    flags = "--architecture sampled_topk --d_in 8 --d_sae 16 --k 2 --pool_factor inf --dataset_path x".split()
+    flags = [
+        "--architecture",
+        "sampled_topk",
+        "--d_in",
+        "8",
+        "--d_sae",
+        "16",
+        "--k",
+        "2",
+        "--pool_factor",
+        "inf",
+        "--dataset_path",
+        "x",
+    ]
     for cfg in (_parse_cfg_args(flags).sae, config(pool_factor=float("inf"))):
         assert cfg.pool_factor is None
         assert cfg.n_candidates == cfg.d_sae
