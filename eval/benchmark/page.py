@@ -55,6 +55,7 @@ def render_pages(results: Path) -> dict[str, str]:
         "small": small,
         "tuning": tuning,
         "large": large,
+        "at_16k": lambda arm, metric: shown(large.mean(arm, large.benchmark.ks[0], metric, ("features_42",)), metric),
         "cells": found,
         "check_cells": checked,
         "other_cells": [cell for cell in on_check if cell not in checked],
