@@ -34,6 +34,8 @@ SYNTHETIC = {
     "F1": "f1",
     "uniqueness": "uniqueness",
     "dead": "dead",
+    "recall with a child": "recall_with_child",
+    "absorbed": "absorbed",
 }
 FIRING = {"live": (-math.inf, 0.0), "often": (-1.0, 0.0), "rarely": (-math.inf, -3.0)}
 """From and to which log10 of the share of tokens latents are counted, as edges of the histogram."""
