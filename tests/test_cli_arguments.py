@@ -107,8 +107,8 @@ COUNTS = (
     "k",
 )
 FLAGS_OF_TRAIN = [*COUNTS, "n_batches_in_buffer", "pool_factor", "pool_group_size", "lr", "n_checkpoints"]
-TAKEN = {("n_checkpoints", "0"), ("lr", "0")}
-"""Values that are accepted: no checkpoint but the last, and a learning rate that trains nothing."""
+TAKEN = {("n_checkpoints", "0"), ("lr", "0"), ("pool_factor", "1e400")}
+"""Accepted values: no checkpoint but the last, a learning rate that trains nothing, and inf for every latent."""
 
 
 @pytest.mark.parametrize("flag", FLAGS_OF_TRAIN)
