@@ -1,13 +1,14 @@
 #!/bin/bash
-# Everything that is measured on a GPU, in two calls of at most four minutes:
+# All measurements on a GPU, in two calls of at most four minutes each:
 #
-#     bash eval/gpu.sh tests            # tests/test_gpu.py, steps at d_sae 16k, repeats to the last bit, a profile
+#     bash eval/gpu.sh tests            # tests/test_gpu.py, steps at d_sae 16k, bitwise repeats, a profile
 #     bash eval/gpu.sh bench            # steps at 65k and 131k, whole runs, torch's own sparse products
-#     bash eval/gpu.sh --wheels FOLDER tests        # installs these first, for a machine without a network
-#     bash eval/gpu.sh --device cpu --tiny bench    # to see that it runs
+#     bash eval/gpu.sh --wheels FOLDER tests        # install these wheels first, on a machine without a network
+#     bash eval/gpu.sh --device cpu --tiny bench    # check that it runs
 #
-# Results go to $OUT, else to eval/results, as soon as there are any; what is done already, in either, is skipped. A part
-# has a time of its own, so one that hangs does not take it from the others. gpu_parts.txt says how each ended.
+# Results are written to $OUT, or to eval/results if it is unset, as they come; parts that are finished in either are
+# skipped. Each part has its own time limit, so that one that hangs does not delay the others. gpu_parts.txt says how each
+# ended.
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3} results=eval/results device=cuda tiny=() run=() call="" seconds=230
 while [ $# -gt 0 ]; do
@@ -33,7 +34,7 @@ if [ "$wheels" ]; then
     export PYTHONPATH=$PYTHONPATH:$folder
 fi
 
-# Runs a command for at most so many seconds, unless it has ended well before; again if it lost its GPU to a failed kernel.
+# Run a command with a time limit in seconds, unless it succeeded before; once more if a failed kernel cost it the GPU.
 part() {
     local name=$1 limit=$2 status=75 start=$SECONDS left
     shift 2
@@ -49,7 +50,7 @@ part() {
     [ "$status" = 0 ] || failed=1
 }
 
-# A part of bench/gpu.py.
+# Run one part of bench/gpu.py.
 measure() {
     part "$1" "$2" "$python" eval/bench/gpu.py "$1" --device "$device" --out "$out/bench_gpu.json" "${tiny[@]}"
 }

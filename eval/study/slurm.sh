@@ -1,14 +1,14 @@
 #!/bin/bash
 #SBATCH --gpus=1
-# A study on a cluster, as Slurm arrays; run it on the login node, with bash:
+# Submits a study to a cluster as Slurm arrays; run it with bash on the login node:
 #
-#     bash eval/study/slurm.sh pythia-160m              # 8 tasks a stage, each with a GPU
+#     bash eval/study/slurm.sh pythia-160m              # 8 tasks per stage, one GPU each
 #     PARTS=16 STAGES="evaluate compare" bash eval/study/slurm.sh pythia-160m --arms "pool_5*"
-#     python eval/study/run.py --config pythia-160m --stages prepare     # before it, where tasks have no network
+#     python eval/study/run.py --config pythia-160m --stages prepare     # first, if tasks have no network
 #     python eval/study/run.py --config pythia-160m --status --part 1/8
 #
-# A stage begins when all tasks of the one before have ended, well or not. Run it again if something is missing: what is
-# there is not computed again.
+# A stage starts when all tasks of the previous one have ended, even if some failed. Run it again if results are
+# missing: finished ones are not recomputed.
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
     exec python "$RUN" "$@" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
 fi
