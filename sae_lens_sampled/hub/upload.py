@@ -85,11 +85,10 @@ def upload_to_hub(
 def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
-        valid = repo_id.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', using only letters, digits, '-', '_' and '.'.")
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', as the Hub allows it: {error}") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r} must be 'user/name'.")
     if not saes:
         raise ValueError("there is no SAE to upload; saes maps each sae_id to an SAE or a folder.")
     for sae_id in saes:
@@ -126,7 +125,7 @@ def _check_secrets(files: Mapping[str, Path]) -> None:
 
 def _write(files: Mapping[str, Path], target: Path) -> str:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"dry_run_folder={str(target)!r} is not empty; choose a new one.")
+        raise ValueError(f"dry_run_folder={str(target)!r} is not an empty folder; choose a new one.")
     for path, file in files.items():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / path)

@@ -26,7 +26,7 @@ def adopt_store(store: ActivationsStore, store_class: type[ActivationsStore]) ->
 
 
 def load_position_from(store: ActivationsStore, file_name: str) -> None:
-    """Load the position in the text from `file_name`: SAELens has one file, but each of several processes its own."""
+    """Make `load_from_checkpoint` read `file_name`: SAELens has one file, but each of several processes has its own."""
     store.load_from_checkpoint = lambda checkpoint_path: store.load(str(Path(checkpoint_path) / file_name))
 
 

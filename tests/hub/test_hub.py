@@ -80,7 +80,7 @@ def test_a_dry_run_writes_what_an_upload_would_send_and_asks_nothing(server, tmp
     assert server.requests == []
     upload_to_hub(saes, REPO)
     assert snapshot(tmp_path / "out") == server.repos[REPO].files
-    with pytest.raises(ValueError, match=r"dry_run_folder=.* is not empty; choose a new one"):
+    with pytest.raises(ValueError, match=r"dry_run_folder=.* is not an empty folder; choose a new one"):
         upload_to_hub(saes, REPO, dry_run_folder=tmp_path / "out")
 
 

@@ -18,7 +18,7 @@ MAX_NUMBERED = 16
 
 
 def pareto_plot(groups: Sequence[Group], x: Metric, y: Metric) -> go.Figure | None:
-    """Plot `y` against `x`: a mark for each SAE, and the mean of each group of several, with error bars."""
+    """Plot `y` against `x`: a mark for each SAE, and the mean of each group, with error bars for three and more."""
     plot, look = go.Figure(), styles(groups)
     for group in groups:
         every = [(sae.label, x.of(sae), y.of(sae)) for sae in group.saes]
