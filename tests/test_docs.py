@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import D_IN, D_SAE, K, activations, randomise, step_input
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
 import sae_lens_sampled
 from bundled import TINY_LM
-from sae_lens_sampled import SCORES
+from sae_lens_sampled import SCORES, SampledTopKTrainingSAE
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("docs_links", ROOT / "docs" / "links.py")
@@ -106,3 +109,28 @@ def test_every_public_name_is_on_a_page_and_in_an_example():
     for name in sae_lens_sampled.__all__:
         assert name in described, name
         assert re.search(rf"\b{name}\b", used), name
+
+
+@pytest.mark.parametrize("step", ["dense", "kept"])
+def test_the_recipe_for_a_batchtopk_script_trains_the_same_sae(step):
+    page = (ROOT / "docs" / "training.md").read_text()
+    code = page.split("## From a BatchTopK script")[1].split("```python\n")[1].split("```")[0]
+    sizes = f"d_in={D_IN}, d_sae={D_SAE}, k={K}"
+    assert "d_in=768, d_sae=16384, k=64" in code
+    cfg = eval(code.strip().replace("d_in=768, d_sae=16384, k=64", sizes), vars(sae_lens_sampled))
+    cfg.step = step
+    ours = SampledTopKTrainingSAE(cfg)
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+    optimizers = []
+    for sae in (ours, theirs):
+        randomise(sae)
+        optimizers.append(torch.optim.Adam(sae.parameters(), lr=3e-3))
+    for number in range(20):
+        given = step_input(activations(64, seed=number), n_dead=number % 9, step=number)
+        for sae, optimizer in zip((ours, theirs), optimizers, strict=True):
+            sae.training_forward_pass(given).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold, rtol=1e-4, atol=0)

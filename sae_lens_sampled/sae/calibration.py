@@ -211,7 +211,7 @@ def _columns(sae: SampledTopKTrainingSAE, x: Tensor, show_progress: bool) -> Ite
 
 
 def _quantile_thresholds(chunks: Iterator[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For each latent, the threshold that `counts` entries exceed, and the number of positive entries."""
+    """Thresholds that `counts` entries of each latent exceed, and the numbers of positive entries, shape (d_sae,)."""
     thresholds, n_positive, start = [], [], 0
     for chunk in chunks:
         thresholds.append(quantile_threshold(chunk, counts[start : start + chunk.shape[1]]))

@@ -190,7 +190,8 @@ def check_equal_fields(folder: Path, names: Sequence[str], theirs: Mapping[str, 
 
 def tell_of_one_pool(fields: PoolFields) -> None:
     """Log what one pool per batch, the paper's setting, does to the other latents, and the alternatives."""
-    if fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
+    is_fixed_choice = fields.pool_sampling == "top"  # a pool that is drawn at random does not freeze
+    if is_fixed_choice and fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
         logger.info(
             f"sampled_topk: one pool of {fields.n_candidates:,} of {fields.d_sae:,} latents per batch, as in the paper."
             " Such a pool soon stays the same, and latents outside it die. pool_factor=10, pool_group_size=16 lets "

@@ -17,7 +17,7 @@ MAX_DENSITY = 0.1
 
 
 class TopActivations:
-    """For each latent, the `N_CONTEXTS` largest of its maxima per batch, and their positions in the text."""
+    """The `N_CONTEXTS` largest batch maxima of each latent, and their positions in the text."""
 
     def __init__(self, d_sae: int, device: torch.device | str) -> None:
         self.values = torch.zeros(N_CONTEXTS, d_sae, device=device)
@@ -46,7 +46,7 @@ def top_contexts(top: TopActivations, statistics: ActivationStatistics, tokenize
 def contexts_of(
     latents: Int[Tensor, " n"], top: TopActivations, statistics: ActivationStatistics, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """For each of `latents`: density, share of the activation mass, and text around its largest activations."""
+    """Density, share of the activation mass and text around the largest activations, for each of `latents`."""
     tokens = torch.cat(top.tokens).tolist()
     return [
         {

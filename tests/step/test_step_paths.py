@@ -156,7 +156,14 @@ def test_the_path_is_said_once(caplog):
 
 
 @pytest.mark.parametrize(
-    ("fields", "is_told"), [({}, True), ({"pool_group_size": 16}, False), ({"pool_factor": None}, False)], ids=str
+    ("fields", "is_told"),
+    [
+        ({}, True),
+        ({"pool_group_size": 16}, False),
+        ({"pool_factor": None}, False),
+        ({"pool_sampling": "proportional"}, False),
+    ],
+    ids=str,
 )
 def test_what_one_pool_does_is_logged_once_with_the_alternatives(fields, is_told, caplog):
     sae = an_sae(**fields)
