@@ -5,7 +5,7 @@
 
 trains a transcoder with a skip connection for each MLP of the small language model in `examples/tiny_lm`, offline,
 passes the transcoders to circuit-tracer, and prints the latents with the largest direct effects on the most likely next
-word; about a minute on two CPU cores. A second call reuses the transcoders. Needs the extra `eval`.
+word; about a minute on two CPU cores. A second call reuses the transcoders. Needs the `eval` extra.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A page of the ten most specialised latents of an SAE on the bundled model, made by sae-dashboard.
 
-    python examples/dashboard.py      # needs the extra `dashboard`, in an environment of its own: examples/README.md
+    python examples/dashboard.py      # needs the `dashboard` extra, in an environment of its own: examples/README.md
 
 trains briefly and writes `dashboard_output/dashboard.html`, offline, in about a minute on two CPU cores; the page
 loads D3 and Plotly when opened. Of the latents that fire at least `MIN_FIRINGS` times on held-out text, it shows those

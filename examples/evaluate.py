@@ -3,7 +3,7 @@
     python examples/evaluate.py
 
 Trains on the small language model in `examples/tiny_lm`, runs SAEBench's core, sparse probing and absorption and the
-cross-seed MMCS, and writes `evaluate_output/report.html` and `report.md`. Needs the extra `eval`. On other models and
+cross-seed MMCS, and writes `evaluate_output/report.html` and `report.md`. Needs the `eval` extra. On other models and
 with SAEBench's own data sets: `sae-lens-sampled eval --help`.
 """
 

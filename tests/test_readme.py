@@ -29,9 +29,8 @@ def test_what_it_says_of_speed_is_what_was_measured():
     pools = [side for side in steps[0] if side not in ("SAELens BatchTopK", "SAELens Matryoshka", "product")]
     ratios = [step["SAELens BatchTopK"] / step[side] for step in steps for side in pools]
     assert (int(min(ratios)), int(max(ratios))) == (4, 10)
-    assert "four to ten times as fast at d_sae 16k as SAELens' step of BatchTopK. Measured on CPUs only" in " ".join(
-        README.split()
-    )
+    claim = "On CPUs, at d_sae 16k after 200 steps, it is four to ten times as fast as SAELens' BatchTopK; a whole run"
+    assert claim in " ".join(README.split())
 
 
 def test_the_buffer_of_the_first_run_holds_two_batches():

@@ -85,7 +85,7 @@ def evaluate_absorption(storage: Storage, units: Sequence[Unit]) -> None:
 
 
 def train_probes(storage: Storage, settings: dict[str, Any]) -> None:
-    """Train absorption's probes, which depend only on the language model and serve all SAEs."""
+    """Train absorption's probes, which depend on no SAE and serve all of them."""
     study = storage.study
     untrained = new_sae(study, Unit(arms(study)[0], study.first_seed))
     untrained.cfg.metadata.hook_name = study.hook

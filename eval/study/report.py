@@ -29,7 +29,7 @@ LATENTS_OF = {
 
 
 def write_report(storage: Storage, eval_folder: Path) -> Path:
-    """Write pictures and tables next to the results, and the page in `eval/` if the results are the committed ones."""
+    """Write pictures and tables next to the results, and the pages in `eval/` if these are the committed ones."""
     summary = Summary(storage)
     storage.results.mkdir(parents=True, exist_ok=True)
     for name in storage.study.pictures:

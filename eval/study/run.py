@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 check_device(study.device)
                 if study.text and not args.text:
-                    sys.exit("missing results must be computed on the text of the existing ones; pass it with --text.")
+                    sys.exit("pass --text: missing results must be computed on the text of the existing ones.")
                 with interruptible():  # SAELens' runs leave their signal handlers installed for the next stage
                     stage.do(storage, items)
     except (NoSpaceError, NoDeviceError) as error:

@@ -86,7 +86,7 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', as the Hub allows it: {error}") from error
+        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', a name that the Hub accepts: {error}") from error
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} must be 'user/name'.")
     if not saes:
@@ -102,7 +102,7 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
 def _check_evaluation(
     evaluation: Mapping[str, Mapping[str, float]], saes: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """The numbers as plain Python numbers, which YAML can write."""
+    """Check `evaluation`, and return its numbers as int or float, which YAML can write."""
     for sae_id, numbers in evaluation.items():
         if sae_id not in saes:
             raise ValueError(f"evaluation has {sae_id!r}, which is not among the SAEs: {', '.join(saes)}.")

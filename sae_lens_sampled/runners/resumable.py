@@ -166,7 +166,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
 
 def with_newest_checkpoint(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
-    """The config, or if it resumes, a copy that resumes from the complete checkpoint that `find_checkpoint` returns.
+    """`cfg`, or if it has a `resume_from_checkpoint`, a copy with the checkpoint that `find_checkpoint` finds there.
 
     Raises:
         ValueError: if there is none; the message names the newest complete one beside the folder, if any.

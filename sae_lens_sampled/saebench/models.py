@@ -168,7 +168,10 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
     activations = model.passes[tuple(widths)]
     for hook_name, (name, width) in widths.items():
         if hook_name not in activations:
-            raise ValueError(f"SAE {sae.name!r} uses hook {hook_name!r}, which does not run in model {model.name!r}.")
+            raise ValueError(
+                f"SAE {sae.name!r} uses hook {hook_name!r}, which never fires in model {model.name!r}; "
+                "leave this SAE out."
+            )
         of_token = _of_one_token(activations[hook_name], n_tokens, metadata.hook_head_index)
         if of_token is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`run_evals`: SAEBench on any SAE, resumable, with nothing written outside the output folder and the Hub's cache."""
+"""`run_evals`: resumable SAEBench on any SAE; writes to the output folder, the Hub's cache and temporary files only."""
 
 import logging
 import math
@@ -73,7 +73,7 @@ def run_evals(
         evals: any of "core", "sparse_probing", "absorption" and "mmcs".
         model: an official TransformerLens name or a folder in Hugging Face format; None for the model that all SAEs
             were trained on.
-        output_dir: folder for results and caches; only the Hub's own cache is written elsewhere.
+        output_dir: folder for results and caches; only temporary files and the Hub's cache are written elsewhere.
         probing_datasets: data sets that replace SAEBench's eight in sparse probing: files, folders or results of
             `load_probing_dataset`.
         text: data set for core, as Hub name or folder; None for SAEBench's openwebtext.

@@ -117,12 +117,12 @@ In [0, 1]; 0 for a latent that never fires, and for every latent if there is onl
 perplexity = ColumnScore(
     lambda sums: torch.where(sums.peak > 0, _shannon_entropy(sums).exp(), 0), _share_sums, _shares_of_peak
 )
-r"""$\exp H(p)$ with $p = a / \sum a$: prefers consistent latents; the effective number of tokens a latent fires on."""
+r"""$\exp H(p)$ with $p = a / \sum a$: the effective number of tokens a latent fires on; prefers latents with many."""
 
 frequency = ColumnScore(
     lambda sums: sums.sums[1], lambda acts, _peak, _last_cutoff: [(acts > 0).sum(dim=-2).to(acts.dtype)]
 )
-"""Number of tokens on which the latent is positive: prefers consistent latents, whatever their magnitude."""
+"""Number of tokens on which the latent is positive: prefers latents that fire on many, however weakly."""
 
 uniform = ColumnScore(lambda sums: (sums.peak > 0).to(sums.peak.dtype))
 """1 for every latent that fires: a control that draws its pool blindly. Only for proportional sampling."""

@@ -59,7 +59,9 @@ class Core(Eval):
         """Reject transcoders that cannot be recorded: SAEBench would have to run them, and knows one hook per SAE."""
         for sae in saes:
             if isinstance(sae.sae, Transcoder) and not recording.is_shareable(sae.sae):
-                raise ValueError(f"{sae.name!r} is a transcoder of attention heads; core needs those of whole hooks.")
+                raise ValueError(
+                    f"{sae.name!r} is a transcoder of attention heads, which core cannot evaluate; leave core out."
+                )
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
         """Identify a text folder by its contents, not by its path."""

@@ -114,7 +114,7 @@ def groups_of(saes: Sequence[SAEResults]) -> list[Group]:
 
 
 def best_mean(metric: Metric, groups: Sequence[Group]) -> float | None:
-    """The best mean, rounded as displayed; None if no direction is better or there are fewer than two means."""
+    """The best mean, rounded as displayed; None if neither higher nor lower is better, or with fewer than two means."""
     estimates = [known for group in groups if (known := group.estimate(metric)) is not None]
     if metric.better is None or len(estimates) < 2:
         return None
