@@ -111,7 +111,7 @@ BLOCK_10 = replace(
     ),
     absorption_arms=(
         *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
-        *("pool_5", "winsorised_10_groups_16_then_all", "frozen_decoder", "short"),
+        *("pool_5", "winsorised_10_groups_16_then_all", "pool_5_groups_16", "frozen_decoder", "short"),
     ),
     absorption_seeds=5,
     saes_per_run=3,

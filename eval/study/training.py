@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import str_to_dtype
@@ -60,7 +65,7 @@ def cached_activations(storage: Storage) -> Tensor:
 
 
 def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool) -> MultiSAETrainingRunnerConfig:
-    steps = round(units[0].arm.steps_share * study.steps)
+    steps = steps_of(study, units[0])
     return MultiSAETrainingRunnerConfig(
         saes={unit.name: trained_config(study, unit.arm, unit.seed) for unit in units},
         hook_names=study.hook,
@@ -77,7 +82,7 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
         lr=study.lr,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
-        dead_feature_window=study.dead_window,
+        dead_feature_window=round(units[0].arm.steps_share * study.dead_window),
         seed=seed,
         device=study.device,
         checkpoint_path=None,
@@ -95,15 +100,29 @@ def new_sae(study: Study, unit: Unit) -> TrainingSAE:
     return sae
 
 
+def steps_of(study: Study, unit: Unit) -> int:
+    """Training steps of an SAE."""
+    return round(unit.arm.steps_share * study.steps)
+
+
 def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
-    """A trained SAE in its arm's own class, converted if this package's class trained it instead."""
+    """A trained SAE in its arm's own class, converted if this package's class trained it instead.
+
+    SAELens exports BatchTopK with a running mean of cutoffs that starts at 0. After a tenth of the steps it is still far
+    too low, and more than k latents per token would fire, so it is corrected.
+    """
     config = sae_config(study, unit.arm, unit.seed)
     if type(config) is type(sae.cfg):
-        return sae
-    config.metadata = sae.cfg.metadata
-    of_arm = _new(config)
-    missing, _ = of_arm.load_state_dict(sae.state_dict(), strict=False)
-    assert not missing, missing
+        of_arm = sae
+    else:
+        config.metadata = sae.cfg.metadata
+        of_arm = _new(config)
+        missing, _ = of_arm.load_state_dict(sae.state_dict(), strict=False)
+        assert not missing, missing
+    if unit.arm.steps_share < 1:
+        assert isinstance(config, BatchTopKTrainingSAEConfig)
+        reached = 1 - (1 - config.topk_threshold_lr) ** steps_of(study, unit)
+        of_arm.get_buffer("topk_threshold").div_(reached)
     return of_arm
 
 

@@ -39,7 +39,19 @@ def test_controls_have_a_decoder_as_it_was_drawn_and_a_tenth_of_the_steps(tmp_pa
     untrained, trained = new_sae(study.study, frozen), load_checkpoint(study.sae(frozen))
     assert torch.equal(trained.W_dec, untrained.W_dec)
     assert not torch.equal(trained.W_enc, untrained.W_enc)
-    assert training.runner_config(study.study, [short], 3, shuffled=True).training_tokens == 2 * 512
+    settings = training.runner_config(study.study, [short], 3, shuffled=True)
+    assert (settings.training_tokens, settings.dead_feature_window) == (2 * 512, round(study.study.dead_window / 10))
+
+
+@pytest.mark.parametrize("own_steps", [True, False])
+def test_the_threshold_of_a_control_with_few_steps_is_not_that_of_a_running_mean_from_zero(own_steps, tmp_path):
+    """After 2 steps, SAELens' running mean of rate 0.01 has reached 2 % of the cutoffs, and nearly all latents fire."""
+    study = replace(smoke(BLOCK_10), steps=20, own_steps=own_steps)
+    for name, share in (("short", 1 - 0.99**2), ("batchtopk", 1)):
+        unit = unit_of(name, 3, study)
+        sae = new_sae(study, unit)
+        sae.topk_threshold.fill_(0.5)
+        assert training.saved_as(study, unit, sae).topk_threshold.item() == pytest.approx(0.5 / share)
 
 
 def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
