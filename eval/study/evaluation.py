@@ -122,6 +122,8 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "dead": ours["exported"]["dead_share"],
             "gini": ours["exported"]["gini"],
         }
+        if selected := ours.get("in_training"):  # the same tokens with the selection of training
+            by_name |= {"fvu_of_selection": selected["fvu"], "l0_of_selection": selected["l0"]}
     if "sparse_probing" in results:
         probing = results["sparse_probing"]
         names = {k: f"sae_top_{k}_test_accuracy" for k in sorted(probing["eval_config"]["k_values"])}

@@ -1,5 +1,6 @@
 """The study in several processes and after kills: the results are those of one undisturbed process."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -162,6 +163,16 @@ def copy_probes(whole, folder):
     """Copy absorption's probes, which are slow to train. Another test covers their training by several processes."""
     artifacts = next(whole.rglob("sae_bench/artifacts"))
     shutil.copytree(artifacts, folder / artifacts.relative_to(whole))
+
+
+def test_an_export_is_compared_with_the_selection_of_training_on_the_same_tokens(whole):
+    results = {(r["arm"], r["seed"]): r["metrics"] for r in map(json.loads, results_of(whole)["evaluate.jsonl"])}
+    for (arm, _), measured in results.items():
+        if arm == "pool_5":
+            assert measured["l0_of_selection"] == pytest.approx(SMOKE.k)  # the threshold's L0 only comes near
+            assert measured["fvu_of_selection"] != measured["fvu"]
+        else:  # exported with a threshold of its own, so there is no training SAE beside it
+            assert "l0_of_selection" not in measured
 
 
 def test_a_study_that_was_killed_ends_with_the_same_results(whole, tmp_path):
