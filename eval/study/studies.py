@@ -115,6 +115,7 @@ BLOCK_10 = replace(
     ),
     absorption_seeds=5,
     saes_per_run=3,
+    evals=SMOLLM2.evals | {"core": SMOLLM2.evals["core"] | {"n_eval_reconstruction_batches": 8}},
 )
 """The study that decides the recommendation."""
 SPLIT_10 = replace(
@@ -124,7 +125,7 @@ SPLIT_10 = replace(
     absorption_arms=("batchtopk", "pool_10_groups_16"),
 )
 """Absorption of two of its arms with up to ten splits of a letter, as in SAEBench."""
-SHORT_EVALS = {"core": SMOLLM2.evals["core"]}
+SHORT_EVALS = {"core": BLOCK_10.evals["core"]}
 CURVE = tuple(
     replace(
         BLOCK_10,
