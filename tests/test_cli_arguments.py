@@ -43,7 +43,7 @@ OF_EVAL = {
         'core.context_size="two"': "core.context_size='two' must be",
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
-    "--evals": {"core, mmcz": "'mmcz'", ",": "must be some of"},
+    "--evals": {"core, mmcz": "'mmcz'", ",": "must be one or more of"},
     "--device": {"cuda:99": "there is no device='cuda:99'"},
     "--dtype": {"float7": "dtype='float7'"},
 }

@@ -58,7 +58,7 @@ def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
     metrics = runner.evaluator(made, runner.activations_store, ActivationScaler())
     assert metrics["sparsity"]["l0"] == 8
     assert metrics["reconstruction_quality"]["cossim"] > 0.1
-    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder of attention heads; core needs those of"):
+    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder from or to attention heads, which core"):
         run_small([("heads", made)], ["core"], tmp_path)
 
 
