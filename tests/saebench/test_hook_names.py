@@ -199,7 +199,7 @@ def test_a_flag_that_the_evaluated_model_cannot_have_is_reported():
     _, why = attached("blocks.1.attn.hook_attn_in", 48, EvalModel("grouped", hooked, ""))
     assert why.startswith(
         "SAE 'one_custom_sae' cannot be evaluated on model 'grouped': blocks.1.hook_attn_in needs use_attn_in, which "
-        "this model does not have: Can't use attn_in with GroupedQueryAttention"
+        "this model does not support; choose another hook. (Can't use attn_in with GroupedQueryAttention"
     )
 
 
