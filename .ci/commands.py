@@ -204,8 +204,8 @@ def differences() -> list[str]:
     unknown = [command for command in where if command not in COMMANDS]
     gone = [command for command in COMMANDS if command not in where]
     return [
-        *(f"{where[command]} has a command that is not in COMMANDS: {command}" for command in unknown),
-        *(f"no document has the command any more: {command}" for command in gone),
+        *(f"{where[command]} has a command that is not in COMMANDS; add it there: {command}" for command in unknown),
+        *(f"no document has this command of COMMANDS any more; remove it: {command}" for command in gone),
     ]
 
 

@@ -52,7 +52,10 @@ def main() -> None:
             if not PERMISSIVE.search(text) and not (name == "sae-bench" and text == UNSTATED):
                 unknown.append(f"{name}: {text}")
     if unknown:
-        sys.exit("Check these licences:\n" + "\n".join(unknown))
+        sys.exit(
+            "Not known to be compatible with MIT; check these, and add them to PERMISSIVE if they are:\n"
+            + "\n".join(unknown)
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ "$call" ] || { echo "tests or bench?" >&2 && exit 2; }
+[ "$call" ] || { echo "Say what to run: tests or bench" >&2 && exit 2; }
 out=${OUT:-$results} failed=0
 mkdir -p "$out"
 for file in bench_gpu.json bench_end_to_end_gpu.json gpu_parts.txt; do

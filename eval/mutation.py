@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--sample", type=int, help="mutants per module; default: all")
+    parser.add_argument("--sample", type=int, help="largest number of mutants per module; default: all")
     parser.add_argument("--survivors", action="store_true")
     parser.add_argument("--again", action="store_true", help="rerun the survivors with the current tests")
     parser.add_argument("--report", action="store_true")

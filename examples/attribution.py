@@ -81,7 +81,7 @@ def main() -> None:
     try:
         import circuit_tracer
     except ModuleNotFoundError:
-        sys.exit("this needs circuit-tracer: pip install --no-deps 'circuit-tracer>=0.5,<0.6'")
+        sys.exit("attribution needs circuit-tracer: pip install --no-deps 'circuit-tracer>=0.5,<0.6'")
     folders = transcoders(args, TransformerBridge.boot_transformers(args.model, device=args.device))
     hooked = load_model(args.model, args.device).hooked
     tokens = hooked.to_tokens(args.prompt, prepend_bos=True)[0]
@@ -89,7 +89,7 @@ def main() -> None:
     words = [hooked.to_string(token) for token in tokens]
     target, share = graph.logit_targets[0].token_str, graph.logit_probabilities[0]
     print(f"\n{''.join(words)!r} continues with {target!r}, with probability {share:.0%}.")
-    print(f"Of {len(graph.active_features):,} active latents, these have the largest direct effects on its logit:\n")
+    print(f"Of {len(graph.active_features):,} active latents, these directly raise or lower that token's logit most:\n")
     first_logit = len(graph.adjacency_matrix) - len(graph.logit_targets)
     effects = graph.adjacency_matrix[first_logit, : len(graph.selected_features)]
     print(f"{'block':>6}{'token':>16}{'latent':>8}{'activation':>12}{'effect':>9}")

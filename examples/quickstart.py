@@ -207,9 +207,11 @@ def draw(rows: dict[str, dict[str, float]], densities: dict[str, Tensor], saes: 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; changes other defaults")
+    parser.add_argument("--model", default=str(TINY_LM), help="smollm2, a Hub name or a folder; sets other defaults")
     parser.add_argument("--dataset", default=str(TINY_LM / "text"), help="Hub name or folder with a validation split")
-    parser.add_argument("--hook", help="default: block 2 for the bundled model, block 10 for smollm2, else block 6")
+    parser.add_argument(
+        "--hook", help="default: hook_resid_post of block 2 (bundled model), 10 (smollm2) or 6 (others)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

@@ -39,7 +39,7 @@ def smollm2_folder() -> Path:
     folder = cache / "sae_lens_sampled" / f"smollm2-135m-instruct-{package.version}"
     if not folder.is_dir():
         [gguf] = [Path(str(file.locate())) for file in package.files or () if file.suffix == ".gguf"]
-        print(f"Writing SmolLM2-135M-Instruct to {folder}, once ...", flush=True)
+        print(f"Converting SmolLM2-135M-Instruct to {folder}, only this once ...", flush=True)
         with atomic_path(folder) as unfinished:
             convert(gguf, unfinished)
     return folder

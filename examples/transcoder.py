@@ -141,7 +141,7 @@ def hooks(block: int) -> tuple[str, str]:
 def main() -> None:
     arguments = parser(__doc__, Path("transcoder_output"))
     arguments.add_argument("--block", type=int, default=3)
-    arguments.add_argument("--eval-batches", type=int, default=10, help="batches of 16 contexts each")
+    arguments.add_argument("--eval-batches", type=int, default=10, help="evaluation batches, of 16 contexts each")
     args = arguments.parse_args()
     model = TransformerBridge.boot_transformers(args.model, device=args.device)
     hook_in, hook_out = hooks(args.block)

@@ -42,7 +42,10 @@ ModelKwargs = Annotated[
         help="Arguments of from_pretrained as a JSON object; default: those of the training run.",
     ),
 ]
-Sources = Annotated[list[str], typer.Argument(help="Folders of SAEs or checkpoints, NAME=FOLDER, or RELEASE:SAE_ID.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(help="SAEs: FOLDER of an SAE or a checkpoint, NAME=FOLDER, or RELEASE:SAE_ID for one on the Hub."),
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -89,20 +92,20 @@ def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a sampled_topk training checkpoint.")],
     dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: as in training.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: that of the training run.")] = None,
     model_kwargs: ModelKwargs = None,
-    mode: Annotated[str, typer.Option(help="per_latent or global.")] = "per_latent",
-    target_l0: Annotated[float | None, typer.Option(help="Target L0; default: the selection's own L0.")] = None,
+    mode: Annotated[str, typer.Option(help="per_latent, or global: one threshold for all latents.")] = "per_latent",
+    target_l0: Annotated[float | None, typer.Option(help="Target L0; default: that of training's selection.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
-    batch_size: Annotated[int, typer.Option(help="Tokens per selection batch, as in training.", min=1)] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Tokens per selection batch; use that of training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Set the thresholds of a trained SAE by quantiles over a data set, and save it for inference.
+    """Set a trained SAE's thresholds to quantiles of its activations on a data set, and save it for inference.
 
     Token settings and, by default, the model are those of the training run, as recorded in the checkpoint.
     """
     if out.exists():
-        raise typer.BadParameter(f"{out} already exists; nothing is overwritten.")
+        raise typer.BadParameter(f"{out} already exists; nothing is overwritten. Choose another --out.")
     with exit_on(ValueError, OSError):
         lines = calibrate_command.calibrate(
             checkpoint,
@@ -126,8 +129,8 @@ def upload(
     folders: Annotated[
         list[str], typer.Argument(help="Folders of exported SAEs or of training checkpoints, or NAME=FOLDER.")
     ],
-    repo_id: Annotated[str, typer.Option(help="Hub repository, user/name.")],
-    dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here and upload nothing.")] = None,
+    repo_id: Annotated[str, typer.Option(help="Hub repository, as user/name.")],
+    dry_run: Annotated[Path | None, typer.Option(help="Write card and folders here, upload nothing.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace these SAEs' files and the card on the Hub.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
 ) -> None:
@@ -135,7 +138,7 @@ def upload(
     named = [_named_folder(argument) for argument in folders]
     saes = dict(named)
     if len(saes) < len(named):
-        raise typer.BadParameter("two folders have the same name, which would be the sae_id of both; pass NAME=FOLDER.")
+        raise typer.BadParameter("two folders have the same name, which would be both SAEs' sae_id; pass NAME=FOLDER.")
     with exit_on(ValueError, OSError, sae_lens_sampled.HubError):
         where = sae_lens_sampled.upload_to_hub(saes, repo_id, dry_run_folder=dry_run, force=force, private=private)
     typer.echo(f"Written to {where}" if dry_run else f"Uploaded to {where}")
@@ -152,8 +155,8 @@ def _named_folder(argument: str) -> tuple[str, Path]:
 @app.command("eval")
 def evaluate(
     saes: Sources,
-    evals: Annotated[str, typer.Option(help="Any of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
-    model: Annotated[str | None, typer.Option(help="Official name or folder; default: as in training.")] = None,
+    evals: Annotated[str, typer.Option(help="Some of core,sparse_probing,absorption,mmcs.")] = "core,sparse_probing",
+    model: Annotated[str | None, typer.Option(help="TransformerLens name or folder; default: as in training.")] = None,
     model_kwargs: ModelKwargs = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for results and caches.")] = Path("sae_bench_results"),
     text: Annotated[str | None, typer.Option(help="Data set for core; default: SAEBench's openwebtext.")] = None,
@@ -162,11 +165,11 @@ def evaluate(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Field of SAEBench's configuration, such as core.context_size=64; repeatable."),
+        typer.Option("--set", help="Set a field of an eval's configuration, such as core.context_size=64; repeatable."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of model and SAEs; default: as the model in training, or float32.")
+        str | None, typer.Option(help="Dtype of model and SAEs; default: the model's in training, else float32.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     offline: Annotated[
@@ -174,7 +177,7 @@ def evaluate(
     ] = False,
     force_rerun: Annotated[bool, typer.Option("--force-rerun", help="Replace existing results.")] = False,
     part: Annotated[
-        str, typer.Option(help="Such as 2/8: every eighth SAE from the second on, for several processes on one folder.")
+        str, typer.Option(help="Such as 2/8: every eighth SAE from the second on, for processes that share a folder.")
     ] = "1/1",
 ) -> None:
     """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
@@ -183,7 +186,7 @@ def evaluate(
     with exit_on(ValueError, OSError, EvalError):
         mine, wanted = parse_part(part).of(saes), [name.strip() for name in evals.split(",") if name.strip()]
         if len(mine) < len(saes) and "mmcs" in wanted:
-            raise typer.BadParameter("mmcs compares all SAEs; run it by itself when all parts have finished.")
+            raise typer.BadParameter("mmcs compares all SAEs; run it without --part once all parts have finished.")
         if not mine:
             raise typer.BadParameter(f"--part {part} of {len(saes)} SAEs selects none; use fewer parts.")
         run_evals(
@@ -211,7 +214,9 @@ def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
         where, equals, value = setting.partition("=")
         eval_name, dot, name = where.partition(".")
         if not equals or not dot:
-            raise typer.BadParameter(f"--set {setting} is not of the form EVAL.FIELD=VALUE.")
+            raise typer.BadParameter(
+                f"--set {setting} is not of the form EVAL.FIELD=VALUE, such as core.context_size=64."
+            )
         try:
             parsed = json.loads(value)
         except json.JSONDecodeError:
@@ -222,11 +227,11 @@ def _overrides(settings: list[str]) -> dict[str, dict[str, Any]]:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="output_dir of `eval`, or a folder of SAEBench's own results.")],
+    folder: Annotated[Path, typer.Argument(help="--output-dir of `eval`, or a folder of SAEBench's own results.")],
 ) -> None:
     """Write a report of results: tables over seeds, Pareto plots, firing densities, MMCS, top contexts.
 
-    The folder gets `report.html`, a self-contained file, and `report.md`.
+    It is written into the folder as `report.html`, a self-contained file, and `report.md`.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import write_report
@@ -287,5 +292,5 @@ def _training_step(device: torch.device) -> str:
         return "the fastest path, timed at the first step"
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
-    small = "one small pool by its columns, " if choose_path(single, "auto", 4096, device) == "columns" else ""
-    return f"{small}others dense: torch has no sparse kernels for this device"
+    small = "on the columns of one small pool, else " if choose_path(single, "auto", 4096, device) == "columns" else ""
+    return f"{small}dense: torch has no sparse kernels for this device"

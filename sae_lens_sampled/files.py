@@ -44,9 +44,9 @@ def check_writable(path: Path, name: str) -> None:
     """
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{name}={str(path)!r} cannot be a folder: {str(nearest)!r} is a file.")
+        raise ValueError(f"{name}={str(path)!r} cannot be a folder: {str(nearest)!r} is a file. Use another path.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={str(path)!r} cannot be written: {str(nearest)!r} is read-only.")
+        raise ValueError(f"{name}={str(path)!r} cannot be written: {str(nearest)!r} is not writable. Use another path.")
 
 
 def check_new(path: Path, name: str) -> None:
@@ -56,7 +56,7 @@ def check_new(path: Path, name: str) -> None:
         ValueError: also if it exists.
     """
     if path.exists():
-        raise ValueError(f"{name}={str(path)!r} already exists; nothing is overwritten.")
+        raise ValueError(f"{name}={str(path)!r} already exists; nothing is overwritten. Use another path.")
     check_writable(path, name)
 
 

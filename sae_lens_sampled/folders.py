@@ -31,7 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} holds no SAE: it has no readable {SAE_CFG_FILENAME}.") from error
+        raise ValueError(
+            f"{str(folder)!r} holds no SAE: it has no readable {SAE_CFG_FILENAME}; pass a folder that has one."
+        ) from error
     if not isinstance(cfg, dict):
         raise ValueError(f"{str(folder)!r} holds no SAE: its {SAE_CFG_FILENAME} is not a JSON object.")  # noqa: TRY004
     return cfg
@@ -63,7 +65,7 @@ def check_folded(normalize_activations: str | None, name: str) -> None:
     if normalize_activations in UNFOLDED:
         raise ValueError(
             f"{name} has normalize_activations={normalize_activations!r}, which is not folded into its weights yet, so "
-            "its reconstructions would be wrong; sae_lens_sampled.load_checkpoint(folder) folds it."
+            "its reconstructions would be wrong; load it with sae_lens_sampled.load_checkpoint(folder), which folds it."
         )
 
 

@@ -108,7 +108,7 @@ def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> M
     if a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(
             f"dictionaries of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; "
-            "both need rows, of the same length."
+            "each must have at least one row, and all rows the same length."
         )
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     of_a = torch.full((2, len(a)), -torch.inf, dtype=dtype, device=a.device)

@@ -215,7 +215,7 @@ def test_command_line_starts_with_transformer_lens_2_which_has_no_bridge(monkeyp
 
 @pytest.mark.parametrize(
     ("has_mkl", "words"),
-    [(True, "on the kept entries"), (False, "one small pool by its columns, others dense: torch has no")],
+    [(True, "on the kept entries"), (False, "on the columns of one small pool, else dense: torch has no")],
 )
 def test_info_says_how_a_step_is_done(monkeypatch, has_mkl, words):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)

@@ -20,7 +20,7 @@ RUN = {
 }
 OF_CALIBRATE = {
     "--batch-size": {"0": "--batch-size", "-1": "--batch-size", "10000000": "larger than max_tokens=1000000"},
-    "--max-tokens": {"0": "--max-tokens", "-1": "--max-tokens", "10**15": "GB of memory; use fewer"},
+    "--max-tokens": {"0": "--max-tokens", "-1": "--max-tokens", "10**15": "GB of memory; lower max_tokens"},
     "--target-l0": {
         "0": "above 0 and at most d_sae=192",
         "-1": "above 0",
@@ -43,7 +43,7 @@ OF_EVAL = {
         'core.context_size="two"': "core.context_size='two' must be",
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
-    "--evals": {"core, mmcz": "'mmcz'", ",": "must be some of"},
+    "--evals": {"core, mmcz": "'mmcz'", ",": "must be one or more of"},
     "--device": {"cuda:99": "there is no device='cuda:99'"},
     "--dtype": {"float7": "dtype='float7'"},
 }
@@ -128,8 +128,8 @@ def test_a_buffer_smaller_than_a_batch_is_refused_with_one_that_is_not(tiny_lm, 
     with pytest.raises(SystemExit):
         app(["train", *train_arguments(tiny_lm, tmp_path, n_batches_in_buffer=8, train_batch_size_tokens=512)])
     err = capfd.readouterr().err
-    assert "n_batches_in_buffer=8 prompts are 256 tokens, fewer than the train_batch_size_tokens=512 of a batch" in err
-    assert "to mix two batches set it to 32." in err
+    assert "n_batches_in_buffer=8 prompts hold 256 tokens, fewer than one batch of train_batch_size_tokens=512" in err
+    assert "for a buffer that mixes two batches, set it to 32." in err
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -144,7 +144,7 @@ def test_an_output_path_that_cannot_be_a_folder_is_refused_before_the_work(name,
     itself = refusal(invoke(name, folders, tmp_path / "afile"))
     assert ("already exists" if name == "calibrate" else "afile' is a file.") in itself
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
-    assert "' is read-only." in refusal(invoke(name, folders, tmp_path / "new" / "x"))
+    assert "' is not writable." in refusal(invoke(name, folders, tmp_path / "new" / "x"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile"]
 
 

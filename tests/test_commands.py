@@ -50,8 +50,8 @@ def test_a_command_that_is_new_and_one_that_is_gone_are_reported(monkeypatch):
     monkeypatch.setattr(commands, "documented", lambda: {ROOT / "README.md": ["make tea"]})
     monkeypatch.setattr(commands, "COMMANDS", {"make coffee": "nobody drinks it"})
     assert commands.differences() == [
-        "README.md has a command that is not in COMMANDS: make tea",
-        "no document has the command any more: make coffee",
+        "README.md has a command that is not in COMMANDS; add it there: make tea",
+        "no document has this command of COMMANDS any more; remove it: make coffee",
     ]
 
 

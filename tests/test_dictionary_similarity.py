@@ -166,11 +166,11 @@ def test_baseline_of_a_large_dictionary_is_what_random_rows_reach():
 def test_incomparable_saes_are_reported_in_one_sentence():
     a = dictionary(5)
     with pytest.raises(
-        ValueError, match=r"^dictionaries of shapes \(5, 7\) and \(5, 6\) cannot be compared; both need"
+        ValueError, match=r"^dictionaries of shapes \(5, 7\) and \(5, 6\) cannot be compared; each must"
     ):
         dictionary_similarity(a, dictionary(5, d_in=6))
     with pytest.raises(
-        ValueError, match=r"^dictionaries of shapes \(0, 7\) and \(5, 7\) cannot be compared; both need"
+        ValueError, match=r"^dictionaries of shapes \(0, 7\) and \(5, 7\) cannot be compared; each must"
     ):
         dictionary_similarity(a[:0], a)
     for value in (math.nan, math.inf):

@@ -219,7 +219,7 @@ def read_results(file: Path, device: str) -> Results:
     if {name: results[name] for name in here} != here:
         raise SystemExit(
             f"{file} was measured on {results['machine']} with {results['versions']}, but this is {here['machine']} "
-            f"with {here['versions']}; move it aside first."
+            f"with {here['versions']}; move the file away first."
         )
     return results
 
@@ -261,5 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Out of time."))
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM, as at a time limit; finished results are saved.")
+    )
     main()

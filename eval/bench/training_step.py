@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="only one small size")
-    parser.add_argument("--sections", help="comma-separated: large,small,autocast,...; others keep their results")
+    parser.add_argument("--sections", help="measure only these, such as large,small; others keep their results")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")
     args = parser.parse_args()

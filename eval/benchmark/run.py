@@ -68,11 +68,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=BENCHMARKS, required=True)
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'nested*'")
-    parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth stream of samples")
+    parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth stream of samples from the second on")
     parser.add_argument(
         "--time", type=int, metavar="SAMPLES", help="time the sampling and each arm for this many samples, and stop"
     )
-    parser.add_argument("--report", action="store_true", help="compute nothing, only render the pages")
+    parser.add_argument(
+        "--report", action="store_true", help="compute nothing, only render the pages from existing results"
+    )
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/benchmark_CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")
     return parser.parse_args(argv)

@@ -54,7 +54,7 @@ def describe(
         if not of_sae:
             raise ValueError(
                 f"SAE {name!r}: no latent that is active on at most {MAX_DENSITY:.0%} of the tokens fires often enough "
-                "to show places and passages; use more text."
+                "for the places and passages that the page shows; use more text (--tokens)."
             )
         rows += [{"sae": name, **row} for row in of_sae]
     return rows

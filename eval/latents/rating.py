@@ -52,7 +52,7 @@ def read_answers(file: Path) -> dict[str, Answer]:
     answers = {}
     for line in lines:
         if line["id"] in answers:
-            raise ValueError(f"{file}: latent {line['id']} appears twice.")
+            raise ValueError(f"{file} has two rows for latent {line['id']}; keep one.")
         try:
             answers[line["id"]] = Answer(rating_of(line["rating"]), passages_of(line.get("fires")))
         except ValueError as error:
@@ -127,7 +127,10 @@ def check_answers(rows: Iterable[Mapping[str, Any]], reader: str, answers: Mappi
     """Raise a ValueError if an answer is about a latent or a passage that is not on the page."""
     n_passages = {row["id"]: len(row.get("passages", [])) for row in rows}
     if unknown := answers.keys() - n_passages.keys():
-        raise ValueError(f"{reader} has answers for latents that are not on this page: {', '.join(sorted(unknown))}.")
+        raise ValueError(
+            f"{reader} has answers for latents that are not on this page: {', '.join(sorted(unknown))}. Use the folder "
+            "of the page that was rated."
+        )
     for latent, answer in answers.items():
         wrong = [number for number in answer.fires or () if not 1 <= number <= n_passages[latent]]
         if wrong:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_page(rows, args.out / "page.html")
     names = {name: name for name in saes}
     print(f"{table(rows, names)}\n\n{token_table(rows, names)}")
-    print(f"\nTo rate: {args.out / 'page.html'}")
+    print(f"\nPage to rate: {args.out / 'page.html'}")
 
 
 def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Tensor:
@@ -88,11 +88,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(TINY_LM), help="smollm2, an official TransformerLens name or a folder")
     parser.add_argument("--text", default=str(HELD_OUT_TEXT), help="a JSONL file, a folder or a Hub data set")
     parser.add_argument("--latents", type=int, default=50, help="latents per SAE")
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of the text")
+    parser.add_argument("--tokens", type=int, default=32_768, help="number of tokens to read")
     parser.add_argument("--context-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="for all draws and for the order on the page")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws and of the order on the page")
     parser.add_argument("--out", type=Path, default=Path("latents_output"))
-    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="readers' answers: print results by SAE")
+    parser.add_argument(
+        "--score", type=Path, nargs="+", metavar="CSV", help="print the results of readers' answers, by SAE"
+    )
     args = parser.parse_args(argv)
     if not args.score and not args.saes:
         parser.error("--saes NAME=FOLDER or --score CSV is required")

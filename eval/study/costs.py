@@ -39,10 +39,10 @@ def format_plan(study: Study) -> str:
         f"{tokens * len(trained):,} through SAEs",
         f"evaluate   {len(units(study))} exports: {', '.join(study.evals)}; "
         f"thresholds, live latents and contexts from {study.held_out_tokens:,} tokens",
-        f"synthetic  {len(synthetic_units(study))} SAEs of {samples:,} samples",
+        f"synthetic  {len(synthetic_units(study))} SAEs, each trained on {samples:,} samples",
         f"compare    {len(list(compared(study)))} pairs of arms, between seeds",
         "",
-        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at a run's peak",
+        f"memory     {gib(max(memory(study, run) for run in runs(study)))} of the device at the peak of a run",
         *([f"disk       {gib(2 * tokens * study.d_in)} of activations"] if study.cached else []),
         f"disk       {gib(len(trained) * 4 * sae_parameters(study))} of SAEs, "
         f"{gib(probing_scratch(study))} while probing, and a few MiB of results",

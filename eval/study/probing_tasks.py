@@ -259,5 +259,5 @@ def draw(sources: Sequence[Sequence[str]], n: int, name: str) -> list[str]:
     in_turns = itertools.zip_longest(*(generator.sample(source, len(source)) for source in sources))
     texts = [text for turn in in_turns for text in turn if text is not None]
     if len(texts) < n:
-        raise ValueError(f"the probing task {name} has {len(texts)} usable texts but needs {n}.")
+        raise ValueError(f"the probing task {name} has {len(texts)} usable texts but needs {n}; use complete novels.")
     return texts[:n]

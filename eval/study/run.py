@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 check_device(study.device)
                 if study.text and not args.text:
-                    sys.exit("pass --text: missing results must be computed on the text of the existing ones.")
+                    sys.exit(
+                        "some results are missing; to compute them, pass the same --text as for the existing ones."
+                    )
                 with interruptible():  # SAELens' runs leave their signal handlers installed for the next stage
                     stage.do(storage, items)
     except (NoSpaceError, NoDeviceError) as error:
@@ -89,15 +91,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=[PREPARE, *STAGES, REPORT],
         default=[*STAGES, REPORT],
-        help="default: all but prepare, which builds shared inputs that other stages' processes would wait for",
+        help="default: all but prepare, which builds shared inputs first, so that no process waits for another",
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
-    parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage")
-    parser.add_argument("--status", action="store_true", help="print items done and parts with work left, and stop")
+    parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage from the second on")
+    parser.add_argument("--status", action="store_true", help="print finished items and unfinished parts, and stop")
     parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
     parser.add_argument("--text", help="training text: a folder of .txt files, some held out, or a Hub data set")
-    parser.add_argument("--device", help="cpu or cuda; default: the config's")
+    parser.add_argument("--device", help="cpu or cuda; default: that of the study")
     parser.add_argument("--work-dir", type=Path, help="SAEs and caches; default: study_output/CONFIG")
     parser.add_argument("--results-dir", type=Path, help="default: eval/results/study_CONFIG")
     return parser.parse_args(argv)

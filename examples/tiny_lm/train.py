@@ -35,7 +35,7 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 def read_texts(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("*.txt"))
     if len(files) < 2:
-        raise SystemExit(f"{folder} holds {len(files)} .txt files; at least 2 are needed, one of them to hold out.")
+        raise SystemExit(f"{folder} holds {len(files)} .txt files; at least 2 are needed, because one is held out.")
     return {file.name: file.read_text(encoding="utf-8-sig") for file in files}
 
 
@@ -215,7 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
     parser.add_argument("--spelling-rows", type=int, default=8, help="rows of each batch that are first-letter lines")
     parser.add_argument("--direct-share", type=float, default=0.5, help="share of these lines that are only 'word W'")
-    parser.add_argument("--init-from", type=Path, help="go on from a model that this script has trained")
+    parser.add_argument("--init-from", type=Path, help="continue from a model trained by this script")
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

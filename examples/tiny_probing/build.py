@@ -156,7 +156,7 @@ def sample(texts: list[str], n: int, name: str, seed: int) -> list[str]:
         ValueError: if there are fewer.
     """
     if len(texts) < n:
-        raise ValueError(f"{name} has {len(texts)} usable texts, {n} are needed; give the folder of the whole source.")
+        raise ValueError(f"{name} has {len(texts)} usable texts but needs {n}; pass the complete source.")
     return random.Random(f"{seed}/{name}").sample(texts, n)
 
 
@@ -228,8 +228,8 @@ def write(rows: Rows, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("novels", type=Path, help="folder of the novels, .txt files")
-    parser.add_argument("labelled", type=Path, help="folder of sentence_polarity/ and subjectivity/")
+    parser.add_argument("novels", type=Path, help="folder with the novels as .txt files")
+    parser.add_argument("labelled", type=Path, help="folder with sentence_polarity/ and subjectivity/")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

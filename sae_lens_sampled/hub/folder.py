@@ -39,7 +39,7 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
             if (source / file).exists():
                 shutil.copy(source / file, target / file)
     if not isinstance(sae, SAE):
-        raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or a folder.")  # noqa: TRY004
+        raise ValueError(f"a {type(sae).__name__} cannot be uploaded; pass an SAELens SAE or its folder.")  # noqa: TRY004
     if isinstance(sae, SampledTopKTrainingSAE):
         _exported(sae, name).save_model(target)
     elif isinstance(sae, TrainingSAE):
@@ -86,8 +86,8 @@ def _checked(folder: Path, name: str) -> Path:
     cfg = read_config(folder)
     if cfg.get("architecture") == "sampled_topk":
         raise ValueError(
-            f"{name} has training weights and loads only with sae_lens_sampled; upload the training SAE or its "
-            "checkpoint instead, which are exported as JumpReLU."
+            f"{name} has training weights and loads only with sae_lens_sampled; pass the training SAE or its "
+            "checkpoint instead, which is then exported as a JumpReLU SAE."
         )
     check_folded(cfg.get("normalize_activations"), name)
     try:

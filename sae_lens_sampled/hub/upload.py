@@ -86,16 +86,16 @@ def _check_names(saes: Mapping[str, Any], repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} must be 'user/name', a name that the Hub accepts: {error}") from error
+        raise ValueError(f"repo_id={repo_id!r} must have the form 'user/name' and be a valid name: {error}") from error
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id={repo_id!r} must be 'user/name'.")
+        raise ValueError(f"repo_id={repo_id!r} must have the form 'user/name'.")
     if not saes:
-        raise ValueError("there is no SAE to upload; saes maps each sae_id to an SAE or a folder.")
+        raise ValueError("saes is empty; pass at least one SAE or folder, with its sae_id as key.")
     for sae_id in saes:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", sae_id):
             raise ValueError(
-                f"sae_id={sae_id!r} must be a relative folder of letters, digits, '-', '_' and '.', each "
-                "name beginning with a letter, digit or '_'."
+                f"sae_id={sae_id!r} must be a relative path such as 'layer_6/seed_0': names of letters, digits, '-', "
+                "'_' and '.' that begin with a letter, digit or '_', separated by '/'."
             )
 
 
@@ -119,7 +119,7 @@ def _check_secrets(files: Mapping[str, Path]) -> None:
     for path, file in files.items():
         if file.suffix != ".safetensors" and SECRET.search(file.read_text(encoding="utf-8")):
             raise ValueError(
-                f"{path} would publish what looks like a Hub token; remove it (see model_from_pretrained_kwargs) first."
+                f"{path} would publish what looks like a Hub token; remove it first (see model_from_pretrained_kwargs)."
             )
 
 
@@ -199,10 +199,12 @@ def _reason(error: BaseException, repo_id: str) -> str:
         return f"your token may not write to {repo_id!r} (403): it needs write permission for that user or organisation"
     if status == 409:
         return (
-            f"{repo_id!r} exists but is not visible, or is being changed by someone else (409): wait, or check its name"
+            f"{repo_id!r} exists but you cannot see it, or someone else is changing it (409): check its name, or wait"
         )
     if status is not None:
-        return f"the Hub answered {status}" + (", a server error: try again later" if status >= 500 else "")
+        return f"the Hub answered with HTTP status {status}" + (
+            ", a server error: try again later" if status >= 500 else ""
+        )
     message = str(root).partition("\n")[0].rstrip(".")
     return f"the connection to the Hub failed ({type(root).__name__}: {message})"
 

@@ -52,7 +52,7 @@ def text_store(
     text = f"dataset={dataset!r}" if isinstance(dataset, (str, Path)) else "dataset"
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         if "train" not in dataset:
-            raise ValueError(f"dataset has no split 'train', only {sorted(dataset)}; pass one of them instead.")
+            raise ValueError(f"dataset has no split 'train', only {sorted(dataset)}; pass one of these splits.")
         dataset = dataset["train"]
     with reporting_short_text(text):
         return ActivationsStore(
@@ -166,9 +166,9 @@ def _reporting_early_end(store: ActivationsStore, done: Mapping[str, int], n_tok
     except StopIteration as error:
         n_prompts = store.store_batch_size_prompts
         raise ValueError(
-            f"the text has about {done['tokens']:,} tokens, but {n_tokens:,} are needed; it ends before "
-            f"{done['prompts'] + n_prompts:,} prompts of context_size={store.context_size} tokens, {n_prompts} per "
-            "pass of the model. Use more text, fewer tokens, or fewer prompts per pass."
+            f"the text yields about {done['tokens']:,} tokens, but n_tokens={n_tokens:,} are needed: it ends before "
+            f"{done['prompts'] + n_prompts:,} prompts of context_size={store.context_size} tokens, and the model reads "
+            f"{n_prompts} at a time. Use more text, a smaller n_tokens, or fewer prompts at a time."
         ) from error
 
 

@@ -60,8 +60,8 @@ def calibrate(
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  a wrong folder, not a wrong type
-            f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, not a sampled_topk one; "
-            "sae_lens_sampled.from_batchtopk converts it."
+            f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, but only sampled_topk SAEs can be "
+            "calibrated; sae_lens_sampled.from_batchtopk converts TopK, BatchTopK and Matryoshka training SAEs."
         )
     check_calibration(sae, mode, target_l0, max_tokens)
     _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
@@ -80,8 +80,8 @@ def calibrate(
         exported.save_model(unfinished)
     if expected is not None and differs(share, expected):
         warnings.warn(
-            f"{share:.1%} of the calibration tokens are the first of their prompt, but {expected:.1%} by the settings "
-            "of the training run: the thresholds fit the calibration tokens, not those of training.",
+            f"{share:.1%} of the calibration tokens are the first of their prompt, but {expected:.1%} of the training "
+            "tokens, by the settings of the run: the thresholds fit the calibration tokens, not those of training.",
             stacklevel=2,
         )
     return _lines(report, settings, share, expected)
@@ -132,8 +132,8 @@ def _check_memory(max_tokens: int, width: int) -> None:
     needed, memory = 2 * 4 * width * max_tokens, _memory()
     if memory is not None and needed > memory:
         raise ValueError(
-            f"max_tokens={max_tokens} of {width} numbers each need {needed / 1e9:,.0f} GB, but this machine has "
-            f"{memory / 1e9:,.0f} GB of memory; use fewer, for example {memory // (16 * width):,}."
+            f"max_tokens={max_tokens} tokens of {width} numbers each need {needed / 1e9:,.0f} GB, but this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; lower max_tokens, for example to {memory // (16 * width):,}."
         )
 
 

@@ -204,7 +204,10 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
     for name in ("dataset", "cached_activation_dataset"):
         whole = getattr(store, name)
         if isinstance(whole, Dataset) and len(whole) < count:
-            raise ValueError(f"the text has {len(whole)} rows, too few for each of {count} processes to read some.")
+            raise ValueError(
+                f"the text or activation cache has {len(whole)} rows, fewer than the {count} processes, which each "
+                "need at least one; use more text or fewer processes."
+            )
         if whole is not None:
             setattr(store, name, split_dataset_by_node(whole, rank, count))
     if store.dataset is not None:
@@ -221,15 +224,18 @@ def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> No
     """
     if not isinstance(cfg.sae, SampledTopKTrainingSAEConfig):
         raise ValueError(  # noqa: TRY004  a wrong flag, not a wrong type
-            f"architecture={cfg.sae.architecture()!r} trains on one process only; sampled_topk trains on {count}, and "
-            "with pool_factor=d_sae / k it is BatchTopK."
+            f"architecture={cfg.sae.architecture()!r} trains on one process only, but there are {count}; use "
+            "sampled_topk, which is BatchTopK with pool_factor=d_sae / k."
         )
     if cfg.compile_sae:
-        raise ValueError("compile_sae trains on one process only: exchanges between processes cannot be compiled.")
+        raise ValueError(
+            "compile_sae=True works on one process only, because exchanges between processes cannot be compiled; set "
+            "it to False."
+        )
     if cfg.train_batch_size_tokens % count:
         raise ValueError(
-            f"train_batch_size_tokens={cfg.train_batch_size_tokens} is not a multiple of the {count} processes, "
-            "which must all have the same number of tokens."
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens} is not a multiple of {count}, the number of "
+            "processes, which must all get equally many tokens; change the batch size or the number of processes."
         )
     check_groups(cfg.train_batch_size_tokens // count, cfg.sae.pool_group_size, count)
     check_is_exact(cfg.sae)
@@ -245,7 +251,7 @@ def check_same_number(checkpoint: Path, count: int) -> None:
     if saved != count:
         raise ValueError(
             f"resume_from_checkpoint={str(checkpoint)!r} is from {saved} process{'es' * (saved > 1)}, each with its "
-            f"own position in the text, and cannot be resumed with {count}."
+            f"own position in the text, so it cannot be resumed with {count}; start as many as before."
         )
 
 

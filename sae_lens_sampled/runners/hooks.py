@@ -79,11 +79,14 @@ def _check_exclusive(model: Any, flags: Mapping[str, str]) -> None:
         if other is None:
             continue
         if other in flags:
-            raise ValueError(f"{hook_name} needs {flag} and {flags[other]} needs {other}, which exclude each other.")
+            raise ValueError(
+                f"{hook_name} needs {flag} and {flags[other]} needs {other}, which exclude each other; replace one of "
+                "the two hooks."
+            )
         if getattr(model.cfg, other, False):
             raise ValueError(
-                f"{hook_name} needs {flag}, which excludes {other}, but that is on: "
-                f"call set_{other}(False) on the model first."
+                f"{hook_name} needs {flag}, which excludes {other}, but the model has the latter on: "
+                f"call set_{other}(False) on it first."
             )
 
 
@@ -91,7 +94,9 @@ def _set(model: Any, flag: str, hook_name: str) -> None:
     try:
         getattr(model, f"set_{flag}")(True)
     except (AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{hook_name} needs {flag}, which this model does not have: {error}") from error
+        raise ValueError(
+            f"{hook_name} needs {flag}, which this model does not support; choose another hook. ({error})"
+        ) from error
 
 
 @contextmanager

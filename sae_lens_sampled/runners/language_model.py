@@ -79,8 +79,8 @@ def dtype_of(kwargs: Mapping[str, Any]) -> str | None:
         return str(str_to_dtype(str(named[0]).removeprefix("torch."))).removeprefix("torch.")
     except ValueError as error:
         raise ValueError(
-            f"model_from_pretrained_kwargs has dtype={named[0]!r}, which is not a dtype; pass the run's own, "
-            "such as dtype='bfloat16'."
+            f"model_from_pretrained_kwargs has dtype={named[0]!r}, which is not a dtype; pass that of the "
+            "training run, such as dtype='bfloat16'."
         ) from error
 
 
@@ -137,7 +137,7 @@ def load_model_of_run(
     """
     name = model or metadata.model_name
     if name is None:
-        raise ValueError("the metadata of this SAE has no model_name: name the model (model=..., --model).")
+        raise ValueError("the metadata of this SAE has no model_name; pass the model (model=..., --model).")
     kwargs = model_kwargs_of(metadata) if kwargs is None else meaningful_kwargs(kwargs)
     class_name = metadata.model_class_name or "HookedTransformer"
     if class_name != "HookedTransformer":
@@ -189,7 +189,8 @@ def _check_folder(folder: Path, kwargs: Mapping[str, Any]) -> None:
     if not (inner / "config.json").exists():
         raise ValueError(
             f"model folder {str(folder)!r} has no {inner.relative_to(folder) / 'config.json'}; it must be in Hugging "
-            "Face format" + (", with the subfolder of model_from_pretrained_kwargs." if inner != folder else ".")
+            "Face format"
+            + (", with the subfolder that model_from_pretrained_kwargs names." if inner != folder else ".")
         )
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(
@@ -209,8 +210,8 @@ def _neutral_folder() -> Path:
                 return folder
             folder.rmdir()
     raise ValueError(
-        f"TMPDIR={tempfile.gettempdir()!r} is not writable or has a part that TransformerLens takes for an "
-        "architecture; use another."
+        f"TMPDIR={tempfile.gettempdir()!r} is not writable, or its path contains a name, such as gemma, from which "
+        "TransformerLens infers an architecture; set TMPDIR to another folder."
     )
 
 

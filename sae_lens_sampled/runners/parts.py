@@ -27,5 +27,5 @@ def parse_part(text: str) -> Part:
     """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"--part {text}: must be of the form 2/8, with the first number from 1 to the second.")
+        raise ValueError(f"--part {text}: must be of the form 2/8, for part 2 of 8; parts are counted from 1.")
     return Part(int(index), int(count))

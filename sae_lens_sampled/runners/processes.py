@@ -38,7 +38,9 @@ def rank_of_process() -> int:
     """
     rank, count = _from_environment("RANK", 0), number_of_processes()
     if rank >= count:
-        raise ValueError(f"RANK={rank} in the environment is not below WORLD_SIZE={count}: ranks start at 0.")
+        raise ValueError(
+            f"RANK={rank} in the environment is not below WORLD_SIZE={count}: ranks start at 0. torchrun sets both."
+        )
     return rank
 
 
@@ -52,8 +54,8 @@ def own_device(device: str) -> str:
         return device
     if device != "cuda":
         raise ValueError(
-            f"device={device!r}: several processes train on 'cpu', or on 'cuda', which gives each process on a machine "
-            "its own GPU."
+            f"device={device!r} cannot be used by several processes; set it to 'cpu', or to 'cuda', which gives each "
+            "process on a machine its own GPU."
         )
     return f"cuda:{_from_environment('LOCAL_RANK', 0)}"
 
@@ -121,7 +123,10 @@ def _reporting_waits() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"process {rank} of {count} did not find {others} at {where}. ({error})") from error
+        raise LostRankError(
+            f"process {rank} of {count} did not find {others} at {where}; start each with this address and its own "
+            f"RANK. ({error})"
+        ) from error
     finally:
         joined.set()
         thread.join()

@@ -158,8 +158,9 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         """
         if trainer.n_training_samples < trainer.cfg.total_training_samples:
             raise ValueError(
-                f"{self.cfg.resume_from_checkpoint} is the end of a run, with normalize_activations folded into its "
-                "weights, which cannot be trained further; resume from an earlier checkpoint."
+                f"resume_from_checkpoint={self.cfg.resume_from_checkpoint} is the final checkpoint of a run, with "
+                "normalize_activations folded into its weights, so it cannot be trained further; resume from an "
+                "earlier checkpoint."
             )
         trainer.set_final_sae_metadata()
         return trainer.sae

@@ -47,8 +47,8 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     buffer = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     if buffer < cfg.train_batch_size_tokens:
         raise ValueError(
-            f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts are {buffer} tokens, fewer than the "
-            f"train_batch_size_tokens={cfg.train_batch_size_tokens} of a batch; to mix two batches set it to "
+            f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts hold {buffer} tokens, fewer than one batch of "
+            f"train_batch_size_tokens={cfg.train_batch_size_tokens}; for a buffer that mixes two batches, set it to "
             f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))}."
         )
 
@@ -73,12 +73,14 @@ def one_token(
     """
     for hook_name, field in hooks.items():
         if hook_name not in model.hook_dict:
-            raise ValueError(f"{field}={hook_name!r} is not a hook of {model_name}.")
+            raise ValueError(f"{field}={hook_name!r} is not a hook of {model_name}; model.hook_dict lists them.")
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     activations = one_pass(model, token, hooks, **model_kwargs)
     for hook_name, field in hooks.items():
         if hook_name not in activations:
-            raise ValueError(f"{field}={hook_name!r} is a hook of {model_name} that does not run or yields no tensor.")
+            raise ValueError(
+                f"{field}={hook_name!r} is a hook of {model_name} that does not fire or yields no tensor; use another."
+            )
     return activations
 
 
@@ -94,11 +96,13 @@ def check_width(activations: Mapping[str, Tensor], d_in: int, head: int | None, 
         if head is not None and (acts.ndim < 2 or head >= len(acts)):
             raise ValueError(
                 f"hook_head_index={head} is out of range: {hook_name} has activations of shape {tuple(acts.shape)} per "
-                "token."
+                "token. None reads all heads."
             )
         width += acts.numel() if head is None else acts[head].numel()
     if width != d_in:
-        raise ValueError(f"d_in={d_in}, but {' and '.join(activations)} of {model_name} is {width} wide.")
+        raise ValueError(
+            f"d_in={d_in}, but {' and '.join(activations)} of {model_name} is {width} wide; change d_in or the hook."
+        )
 
 
 def check_same_activations(folder: Path, cfg: LanguageModelSAERunnerConfig[Any], own_model: bool) -> None:

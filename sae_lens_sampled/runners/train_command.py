@@ -56,7 +56,9 @@ def train(arguments: Sequence[str]) -> int:
             stack.close()  # closes the bar before anything is printed
             if is_first:
                 checkpoint = None if runner is None else runner.checkpoint
-                done = "before its first step" if checkpoint is None else f"with all progress saved in {checkpoint}"
+                done = (
+                    "without new progress to save" if checkpoint is None else f"with all progress saved in {checkpoint}"
+                )
                 command = format_command(arguments, checkpoint)
                 typer.echo(f"Stopped by {interrupted.signal_name} {done}. Continue with\n{command}", err=True)
             return interrupted.exit_status
@@ -90,8 +92,8 @@ def _announce(arguments: Sequence[str], cfg: LanguageModelSAERunnerConfig[Any], 
     if cfg.resume_from_checkpoint is not None:
         _link_into(run_folder, Path(cfg.resume_from_checkpoint))
     typer.echo(
-        f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} (--n_checkpoints), and one if Ctrl-C or SIGTERM stops "
-        f"the run. Resume from the newest with\n{format_command(arguments, run_folder)}",
+        f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} (--n_checkpoints), and another if Ctrl-C or SIGTERM "
+        f"stops the run. Resume from the newest with\n{format_command(arguments, run_folder)}",
         err=True,
     )
 
@@ -127,6 +129,6 @@ def _configure(arguments: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         cfg = _parse_cfg_args(arguments)
     except ZeroDivisionError as error:
         names = "train_batch_size_tokens, wandb_log_frequency and feature_sampling_window"
-        raise ValueError(f"one of {names} is 0, but SAELens divides by each.") from error
+        raise ValueError(f"one of {names} is 0, but SAELens divides by each; set it to at least 1.") from error
     check_run(cfg)
     return with_newest_checkpoint(cfg)

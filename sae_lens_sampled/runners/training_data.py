@@ -70,8 +70,8 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
     for name in ("context_size", "prepend_bos"):
         if name not in known:
             raise ValueError(
-                f"the metadata of this SAE has no {name}, so which tokens it was trained on is unknown; set "
-                f"sae.cfg.metadata.{name} first."
+                f"the metadata of this SAE has no {name}, so the tokens that it was trained on are unknown; set "
+                f"sae.cfg.metadata.{name} to the value of the training run (for a saved SAE, in its cfg.json)."
             )
     if "seqpos_slice" in known:
         known["seqpos_slice"] = tuple(known["seqpos_slice"])

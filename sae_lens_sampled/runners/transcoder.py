@@ -44,7 +44,7 @@ class TranscoderRunner(DataParallelRunner):
         if not isinstance(self.sae, SampledTopKTranscoder) or self.sae.cfg.batch_parts != cfg.sae.batch_parts:
             raise ValueError(
                 f"the SAE to train is a {type(self.sae).__name__} with {self.sae.cfg.batch_parts}, but the config asks "
-                f"for a transcoder with {cfg.sae.batch_parts}."
+                f"for a transcoder with {cfg.sae.batch_parts}; change one of the two."
             )
         hooks = [cfg.hook_name, cfg.sae.hook_name_out]
         if isinstance(self.model, HookedProxyLM):  # SAELens has set it up for the input hook only
@@ -107,7 +107,7 @@ class _OutputsSAE:
 
     def encode(self, _outputs: Tensor) -> Tensor:
         if self.passed is None:
-            raise ValueError("no inputs have arrived since the last ones were encoded: run the model first.")
+            raise ValueError("encode was called without new inputs: run the model before each call.")
         self.inputs, self.passed = self.passed.to(self.transcoder.device), None
         return self.transcoder.encode(self.inputs)
 
@@ -130,7 +130,10 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
     hook_in, hook_out = hooks = hooks_of(transcoder)
     for name in hooks:
         if name not in model.hook_dict:
-            raise ValueError(f"this {type(transcoder).__name__} uses hook {name!r}, which the model does not have.")
+            raise ValueError(
+                f"this {type(transcoder).__name__} uses hook {name!r}, which the model does not have; pass the model "
+                "that it was trained on."
+            )
     if is_one_place(model, hook_in, hook_out):
         raise ValueError(_told_of_one_place(hook_in, hook_out))
     view, have_come = _OutputsSAE(transcoder), False
@@ -142,7 +145,9 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
     def check(_hook: Any, _arguments: Any) -> None:
         nonlocal have_come
         if not have_come:
-            raise ValueError(f"{hook_out} comes before {hook_in}; outputs must come after inputs.")
+            raise ValueError(
+                f"{hook_out} comes before {hook_in}, but a transcoder's output hook must come after its input."
+            )
         have_come = False
 
     whole = [hook_in] if is_split(hook_out) else hooks
@@ -183,7 +188,7 @@ def unnamed_hook(sae: SAE[Any], name: str) -> str:
     """Error message for metadata that lacks the name of a hook."""
     return (
         f"the metadata of this {type(sae).__name__} has no {name}; set sae.cfg.metadata.{name} to the hook that it was "
-        "trained on; for a saved SAE, set it in the metadata of its cfg.json."
+        "trained on (for a saved SAE, in the metadata of its cfg.json)."
     )
 
 
@@ -199,14 +204,17 @@ def _check_config(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     sae = cfg.sae
     if not isinstance(sae, SampledTopKTranscoderConfig):
         raise ValueError(  # noqa: TRY004  of a flag
-            f"architecture={sae.architecture()!r} reads one hook; LanguageModelSAETrainingRunner trains it."
+            f"architecture={sae.architecture()!r} is not sampled_topk_transcoder, the only one that TranscoderRunner "
+            "trains; use LanguageModelSAETrainingRunner."
         )
     if sae.hook_name_out is None:
-        raise ValueError("hook_name_out is None: name the hook whose activations are to be reconstructed.")
+        raise ValueError("hook_name_out is None; set it to the hook whose activations are to be reconstructed.")
     if cfg.hook_head_index is not None:
-        raise ValueError(f"hook_head_index={cfg.hook_head_index}: a transcoder uses whole hooks, not single heads.")
+        raise ValueError(
+            f"hook_head_index={cfg.hook_head_index} must be None for a transcoder, which reads whole hooks, not heads."
+        )
     if cfg.use_cached_activations:
-        raise ValueError("use_cached_activations=True: SAELens caches one hook, but a transcoder reads two.")
+        raise ValueError("use_cached_activations=True caches one hook, but a transcoder reads two; set it to False.")
 
 
 def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -223,9 +231,12 @@ def check_outputs(model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any
     if outputs.shape[:2] != inputs.shape[:2]:
         raise ValueError(
             f"{cfg.hook_name} and {name} have activations of shapes {tuple(inputs.shape)} and {tuple(outputs.shape)} "
-            "for one token: a transcoder needs the same tokens at both."
+            "for one token: a transcoder needs hooks with one row per token."
         )
     if outputs[0, 0].numel() != width:
-        raise ValueError(f"d_out={width}, but {name} of {cfg.model_name} is {outputs[0, 0].numel()} wide.")
+        raise ValueError(f"d_out={width}, but {name} of {cfg.model_name} is {outputs[0, 0].numel()} wide; change one.")
     if next(iter(cache)) != cfg.hook_name:
-        raise ValueError(f"{name} comes before {cfg.hook_name} in {cfg.model_name}; outputs must come after inputs.")
+        raise ValueError(
+            f"{name} comes before {cfg.hook_name} in {cfg.model_name}, but a transcoder's output hook must come after "
+            "its input hook; choose a later hook_name_out."
+        )

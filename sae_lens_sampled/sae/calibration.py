@@ -158,8 +158,8 @@ def scale_counts(
     room = n_positive.masked_fill(counts == 0, 0)
     if room.sum() < n_total:
         raise ValueError(
-            f"target_l0 asks for {n_total:,} active entries over the calibration tokens, but the selected "
-            f"latents have only {int(room.sum()):,} positive ones; choose a smaller target_l0."
+            f"target_l0 asks for {n_total:,} active entries over the calibration tokens, but the latents "
+            f"that are ever selected have only {int(room.sum()):,} positive entries; choose a smaller target_l0."
         )
     low, high = 0.0, float(n_total) + 1
     for _ in range(100):
@@ -246,7 +246,7 @@ def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
         needed = math.ceil(n_tokens * MIN_SELECTIONS / int(live.min()))
         warnings.warn(
             f"{n_rare} of {len(live)} live latents have fewer than {MIN_SELECTIONS} target firings in {n_tokens:,} "
-            f"tokens, so their thresholds are imprecise; the rarest needs about {needed:,} tokens.",
+            f"tokens, so their thresholds are imprecise; for the rarest, use about {needed:,} tokens.",
             stacklevel=3,
         )
 
@@ -254,9 +254,9 @@ def _warn_of_rare_latents(counts: Tensor, n_tokens: int) -> None:
 def _warn_of_other_tokens(report: CalibrationReport) -> None:
     if report.mean_norm_in_training is not None and differs(report.mean_norm, report.mean_norm_in_training):
         warnings.warn(
-            f"the calibration tokens have a mean norm of {report.mean_norm:.4g}, those of training had "
-            f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, and the "
-            "thresholds fit the calibration tokens. To fit those of training, calibrate on the training run's text.",
+            f"the activations to calibrate on have a mean norm of {report.mean_norm:.4g}, those of training had "
+            f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, and the thresholds fit "
+            "the former. For thresholds that fit training, calibrate with the training run's text and model.",
             stacklevel=3,
         )
 

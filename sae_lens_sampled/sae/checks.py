@@ -91,7 +91,7 @@ def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, rank
     if most != fewest:
         raise ValueError(
             f"the ranks have between {fewest} and {most} tokens at training step {step_input.n_training_steps}, "
-            "but all must have the same number."
+            "but each must have the same number."
         )
     if n_bad:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_groups(n_tokens: int, group_size: int | None, n_ranks: int) -> None:
     if n_ranks > 1 and group_size is not None and n_tokens % group_size:
         raise ValueError(
             f"each rank has {n_tokens} tokens per batch, not a multiple of pool_group_size={group_size}, so a group "
-            "would span two ranks. Change one of the two."
+            "would span two ranks. Change the batch size or pool_group_size."
         )
 
 
@@ -205,7 +205,7 @@ def warn_if_alone(ranks: Ranks) -> None:
     if ranks is ALONE and count.isdecimal() and int(count) > 1:
         warnings.warn(
             f"WORLD_SIZE={count}, but each process trains its own SAE, on its own tokens only. To train one SAE "
-            "on the tokens of all, use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "
+            "on the tokens of all processes, use `torchrun -m sae_lens_sampled train` or DataParallelRunner, or call "
             "sae.data_parallel() before building the trainer.",
             stacklevel=2,
         )

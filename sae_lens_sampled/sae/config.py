@@ -178,8 +178,8 @@ def check_pool_fields(cfg: PoolFields) -> None:
     check(0 < cfg.k <= cfg.d_sae, f"k={cfg.k} must be above 0 and at most d_sae={cfg.d_sae}.")
     check(
         cfg.pool_factor is None or cfg.pool_factor >= 1,
-        f"pool_factor={cfg.pool_factor} must be at least 1: each token keeps k={cfg.k} entries of k * pool_factor "
-        "candidates. With None (inf on the command line) every latent is a candidate.",
+        f"pool_factor={cfg.pool_factor} must be at least 1: the k={cfg.k} entries kept per token are from "
+        "k * pool_factor candidates. With None (inf on the command line) every latent is a candidate.",
     )
     check(
         cfg.score in SCORES,
@@ -202,7 +202,7 @@ def check_pool_fields(cfg: PoolFields) -> None:
     check(
         cfg.pool_steps is None or cfg.n_candidates < cfg.d_sae,
         f"pool_steps={cfg.pool_steps} has no effect with pool_factor={cfg.pool_factor}: each of the "
-        f"d_sae={cfg.d_sae} latents is a candidate from the first step. Leave out one of the two.",
+        f"d_sae={cfg.d_sae} latents is a candidate from the first step. Leave out pool_steps or change pool_factor.",
     )
     _check_levels(cfg)
 

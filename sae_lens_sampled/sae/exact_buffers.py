@@ -53,7 +53,7 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
             raise ValueError(
                 f"this checkpoint does not fit the sampled_topk SAE: {name!r} is {found}, expected "
                 f"{buffer.numel() * buffer.element_size()} bytes. The file holds {sorted(state_dict)[:4]} and so on; "
-                "an SAE exported for inference cannot be trained further."
+                "load a training checkpoint of this config: an SAE exported for inference cannot be trained further."
             )
         state_dict[name] = unpack(packed, buffer.dtype).view(buffer.shape)
 

@@ -67,7 +67,9 @@ def _prune(sae: ExportedSAE) -> ExportedSAE:
     kept = sae.threshold.isfinite().nonzero().flatten()
     n_dropped = sae.cfg.d_sae - len(kept)
     if len(kept) == 0:
-        raise ValueError(f"none of the {sae.cfg.d_sae} latents can fire, so pruning would leave nothing.")
+        raise ValueError(
+            f"none of the {sae.cfg.d_sae} latents can fire, so pruning would leave nothing; export with prune=False."
+        )
     logger.warning(f"pruning drops {n_dropped} of {sae.cfg.d_sae} latents, which cannot fire")
     state_dict = sae.state_dict() | {
         "W_enc": sae.W_enc[:, kept].contiguous(),

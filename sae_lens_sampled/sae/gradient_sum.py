@@ -86,8 +86,10 @@ def check_is_exact(cfg: SampledTopKTrainingSAEConfig) -> None:
     """
     if cfg.pool_group_size is None and cfg.n_candidates < cfg.d_sae and not is_mergeable(cfg.score):
         raise ValueError(
-            f"the registered score {cfg.score!r} of one pool cannot be computed across processes; "
+            f"the registered score {cfg.score!r} cannot be computed across processes for one pool per batch; "
             f"set pool_group_size, or use one of {sorted(filter(is_mergeable, SCORES))}."
         )
     if cfg.dtype == "float64":
-        raise ValueError("several processes find their cutoff in float32: dtype='float64' trains on one process only.")
+        raise ValueError(
+            "dtype='float64' trains on one process only: several processes find the cutoff in float32. Use 'float32'."
+        )

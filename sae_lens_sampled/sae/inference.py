@@ -93,5 +93,6 @@ def _fold_normalisation(sae: TrainingSAE, folder: Path) -> None:
     else:
         raise ValueError(
             f"{str(folder)!r} was trained with normalize_activations={sae.cfg.normalize_activations!r}, but its "
-            f"{ACTIVATION_SCALER_CFG_FILENAME} is missing or empty; without it the SAE cannot be used."
+            f"{ACTIVATION_SCALER_CFG_FILENAME} is missing or empty; without it the SAE cannot be used. Load another "
+            "checkpoint."
         )

@@ -77,8 +77,8 @@ class RecordedSAE(BatchTopKTrainingSAE):
         n_steps = self.pool_record.n_steps
         if n_steps == 0:
             warnings.warn(
-                "this SAE has taken no training step (of training_forward_pass), so it has learnt no thresholds; all "
-                f"are {self.topk_threshold.item():g}. calibrate_thresholds(sae, activations) sets them from data.",
+                "this SAE has taken no training step (no call of training_forward_pass), so no thresholds are learnt; "
+                f"all are {self.topk_threshold.item():g}. Set them with calibrate_thresholds(sae, activations).",
                 stacklevel=4,
             )
             return self.topk_threshold.repeat(self.cfg.d_sae)

@@ -186,7 +186,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         if self._has_own("encode_with_hidden_pre") and not self._has_own("encode_with_pool"):
             raise ValueError(
                 f"{type(self).__name__} overrides encode_with_hidden_pre, but a training step calls encode_with_pool, "
-                "which returns the pool too; override that as well."
+                "which returns the pool too; override encode_with_pool as well."
             )
         feature_acts, hidden_pre, pool = self.encode_with_pool(x, ranks, state.fields)
         sae_out = add_skip(self, x, self.decode(feature_acts))

@@ -139,5 +139,7 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
             ValueError: if `use_error_term` is set.
         """
         if self.use_error_term:
-            raise ValueError("use_error_term=True has no meaning for a transcoder, which does not see its outputs.")
+            raise ValueError(
+                "use_error_term=True has no meaning for a transcoder, which does not see its targets; set it to False."
+            )
         return self.hook_sae_output(encode_and_reconstruct(self, x)[1])

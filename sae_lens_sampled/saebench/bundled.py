@@ -19,7 +19,7 @@ def bundled(path: Path) -> Path:
     """
     if not path.exists():
         raise ValueError(
-            f"offline: a model, text and probing data sets that are not given are taken from the repository's examples "
+            f"offline=True takes a model, text or probing data sets that are not passed from the repository's examples "
             f"folder, but {path} does not exist; clone the repository, or pass your own."
         )
     return path

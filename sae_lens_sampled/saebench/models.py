@@ -71,7 +71,7 @@ def common_model(saes: Sequence[EvalSAE]) -> str:
     """
     names = {sae.name: sae.sae.cfg.metadata.model_name for sae in saes}
     if len(set(names.values())) > 1 or None in names.values():
-        raise ValueError(f"the metadata of the SAEs do not name one common model: {names}; pass model=...")
+        raise ValueError(f"the metadata of the SAEs do not name one common model: {names}; pass model=... (--model).")
     return str(next(iter(names.values())))
 
 
@@ -88,7 +88,8 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
         if defining_kwargs(kwargs) != defining_kwargs(wanted):
             raise ValueError(
                 f"{sae.name!r} was trained on a model with model_from_pretrained_kwargs={kwargs}, but {first.name!r} "
-                f"on one with {wanted}; evaluate SAEs of one model at a time, or pass model_kwargs=... for all."
+                f"on one with {wanted}; use SAEs of one model at a time or, to evaluate all on the same, pass "
+                "model_kwargs=... (--model-kwargs)."
             )
     return wanted
 
@@ -104,7 +105,7 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
         (model, sae), (other_model, other_sae), *_ = names.items()
         raise ValueError(
             f"{sae!r} was trained on {model!r}, but {other_sae!r} on {other_model!r}: dictionaries of different models "
-            "have nothing in common."
+            "have nothing in common. Compare SAEs of one model."
         )
     common_model_kwargs(saes)
 
@@ -119,13 +120,16 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
-        raise ValueError(f"SAE {sae.name!r} has no hook_name in its metadata; set sae.cfg.metadata.hook_name.")
+        raise ValueError(
+            f"SAE {sae.name!r} has no hook_name in its metadata; set sae.cfg.metadata.hook_name to its hook."
+        )
     metadata.hook_name = _hook_in(model, sae, metadata.hook_name)
     widths = {metadata.hook_name: ("d_in", sae.sae.cfg.d_in)}
     if isinstance(sae.sae, Transcoder):
         if metadata.hook_name_out is None:
             raise ValueError(
-                f"transcoder {sae.name!r} has no hook_name_out in its metadata, so its output hook is unknown."
+                f"transcoder {sae.name!r} has no hook_name_out in its metadata; set sae.cfg.metadata.hook_name_out to "
+                "the hook that it reconstructs."
             )
         metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out)
         widths[metadata.hook_name_out] = ("d_out", sae.sae.cfg.d_out)
@@ -145,9 +149,13 @@ def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
         return known
     of_hook = f"SAE {sae.name!r} uses hook {hook_name!r}"
     if not is_in_block(hook_name):
-        raise ValueError(f"{of_hook}; SAEBench supports only hooks inside a block, blocks.N....")
+        raise ValueError(f"{of_hook}; SAEBench supports only hooks inside a block (blocks.N.*): leave this SAE out.")
     nearest = nearest_hook(hook_name)
-    way_out = f"; the nearest is {nearest}: train an SAE on that" if nearest in model.hooked.hook_dict else ""
+    way_out = (
+        f"; the nearest is {nearest}: train an SAE on that"
+        if nearest in model.hooked.hook_dict
+        else "; leave this SAE out"
+    )
     raise ValueError(f"{of_hook}, which model {model.name!r} of TransformerLens does not have{way_out}.")
 
 
@@ -177,17 +185,21 @@ def _check_pass(model: EvalModel, sae: EvalSAE, widths: Mapping[str, tuple[str, 
             raise ValueError(
                 f"SAE {sae.name!r} uses hook {hook_name!r}, where model {model.name!r} has activations of shape "
                 f"{tuple(activations[hook_name].shape[1:])} for {n_tokens} tokens, without one row per token"
-                + ("." if metadata.hook_head_index is None else f" or a head {metadata.hook_head_index}.")
+                + (
+                    "; leave it out."
+                    if metadata.hook_head_index is None
+                    else f" or a head {metadata.hook_head_index}; leave it out."
+                )
             )
         if of_token.numel() != width:
             raise ValueError(
                 f"SAE {sae.name!r} has {name}={width}, but {hook_name} of model {model.name!r} is {of_token.numel()} "
-                f"wide: the SAE was trained on another model ({metadata.model_name})."
+                f"wide: the SAE was trained on another model or hook (model_name={metadata.model_name}); check both."
             )
     if next(iter(activations)) != metadata.hook_name:
         raise ValueError(
-            f"transcoder {sae.name!r} writes {metadata.hook_name_out}, which comes before {metadata.hook_name} in "
-            f"model {model.name!r}; outputs must come after inputs."
+            f"transcoder {sae.name!r} reconstructs {metadata.hook_name_out}, which comes before its input hook "
+            f"{metadata.hook_name} in model {model.name!r}, but must come after it; leave this transcoder out."
         )
 
 

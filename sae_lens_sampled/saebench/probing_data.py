@@ -89,7 +89,7 @@ def load_probing_dataset(
         splits = dict(source) if isinstance(source, datasets.DatasetDict) else {"train": source}
         name = name or "dataset"
     if "train" not in splits:
-        raise ValueError(f"probing data set {name!r} has no split 'train', only {sorted(splits)}.")
+        raise ValueError(f"probing data set {name!r} has no split 'train', only {sorted(splits)}; rename a split.")
     held_out = splits.get("test", splits.get("validation"))
     train = _by_class(name, splits["train"], text_column, label_column)
     test = None if held_out is None else _by_class(name, held_out, text_column, label_column)
@@ -97,9 +97,14 @@ def load_probing_dataset(
         if by_class is not None and not by_class:
             raise ValueError(f"probing data set {name!r} has no rows in its split {split!r}.")
     if len(train) < 2:
-        raise ValueError(f"column {label_column!r} of probing data set {name!r} has only one class, {min(train)!r}.")
+        raise ValueError(
+            f"column {label_column!r} of probing data set {name!r} has only one class, {min(train)!r}; use two or more."
+        )
     if test is not None and set(test) != set(train):
-        raise ValueError(f"probing data set {name!r} has test classes {sorted(test)}, which are not those of train.")
+        raise ValueError(
+            f"probing data set {name!r} has test classes {sorted(test)}, but other training classes; both splits must "
+            "have the same."
+        )
     dataset = ProbingDataset(name, train, test)
     if min(dataset.largest_sizes()) < 2 * MIN_ROWS:
         rarest = min(train, key=lambda label: len(train[label]))
@@ -138,7 +143,8 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
     chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
     if not path.exists() or "train" not in chosen:
         raise ValueError(
-            f"probing data {str(path)!r} is not a parquet, csv or jsonl file, nor a folder with train (and test) files."
+            f"probing data {str(path)!r} is neither a parquet, csv or jsonl file nor a folder with one named train "
+            "(and one named test)."
         )
     return {split: _read_file(kinds[file.suffix], file) for split, file in chosen.items()}
 

@@ -299,13 +299,15 @@ def _check_results(stamps: Mapping[str, Stamps], saes: Sequence[EvalSAE], setup:
             if result is not None and not is_same(result, by_sae[sae.name]):
                 raise ValueError(
                     f"{path} holds the result of another {differences(result, by_sae[sae.name])}; "
-                    "choose another output_dir, or pass force_rerun=True to replace it."
+                    "choose another output_dir, or pass force_rerun=True (--force-rerun) to replace it."
                 )
 
 
 def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> None:
     if not evals or not {*evals, *overrides} <= EVALS.keys():
-        raise ValueError(f"evals={list(evals)} and the keys of overrides must be some of {list(EVALS)}.")
+        raise ValueError(
+            f"evals={list(evals)} must be one or more of {list(EVALS)}; overrides (--set) may have only these as keys."
+        )
     arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
     for name, settings in overrides.items():
         known = sorted(field.name for field in fields(EVALS[name].config_class))
@@ -319,7 +321,7 @@ def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]
                 )
         _check_numbers(name, settings)
         if name not in evals:
-            raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}.")
+            raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}; leave it out.")
 
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:

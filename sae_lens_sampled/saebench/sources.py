@@ -148,7 +148,8 @@ def _load(source: SAESource, device: str) -> EvalSAE:
             return _describe(name, where, SAE.from_pretrained(name, where, device=device), None)
         except LocalEntryNotFoundError as error:
             raise ConnectionError(
-                f"SAE {where!r} of {name!r} must be downloaded, but the Hub is not accessible."
+                f"SAE {where!r} of {name!r} must be downloaded, but the Hub cannot be reached or offline is set; pass "
+                "a local folder."
             ) from error
     return _from_object(name, where, device)
 

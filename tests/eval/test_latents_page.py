@@ -206,7 +206,7 @@ def test_answers_are_read_with_what_was_left_out(tmp_path):
         ("id,rating\n001,3.0\n", r"latent 001: rating '3.0' is not one of"),
         ("id,mark\n001,4\n", "must have the columns id and rating"),
         ("", "must have the columns id and rating"),
-        ("id,rating\n001,4\n001,3\n", "latent 001 appears twice"),
+        ("id,rating\n001,4\n001,3\n", "has two rows for latent 001; keep one"),
         ("id,rating,fires\n001,4,2;5\n", "latent 001: fires '2;5' must be distinct passage numbers separated by"),
         ("id,rating,fires\n001,4,2 2\n", "latent 001: fires '2 2' must be distinct passage numbers"),
         ("id,rating,fires\n001,4,-2\n", "latent 001: fires '-2' must be distinct passage numbers"),

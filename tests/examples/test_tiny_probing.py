@@ -238,7 +238,7 @@ def test_script_is_deterministic_and_seeded(monkeypatch, sources, tmp_path):
 
 def test_too_small_a_source_is_refused(monkeypatch, sources, tmp_path):
     monkeypatch.setattr(build, "TRAIN_LABEL_ROWS", 401)
-    with pytest.raises(ValueError, match="positive has 500 usable texts, 501 are needed; give the folder of the whole"):
+    with pytest.raises(ValueError, match="positive has 500 usable texts but needs 501; pass the complete source"):
         build.build(*sources, seed=0)
 
 

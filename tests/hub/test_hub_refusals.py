@@ -26,11 +26,20 @@ FAULTS = {
     "may not write": (Fault("POST", "/preupload/", 403), rf"may not write to '{REPO}' \(403\)"),
     "exists unseen": (
         Fault("POST", "/repos/create", 409),
-        rf"'{REPO}' exists but is not visible, or is being .* \(409\)",
+        rf"'{REPO}' exists but you cannot see it, or .* \(409\): check its name",
     ),
-    "changed meanwhile": (Fault("POST", "/commit/", 409), rf"'{REPO}' exists but .*, or is being changed .* \(409\)"),
-    "storage fails": (Fault("PUT", "/lfs/", 500), "the Hub answered 500, a server error: try again later"),
-    "second SAE fails": (Fault("POST", "/commit/", 503, after=1), "the Hub answered 503, a server error"),
+    "changed meanwhile": (
+        Fault("POST", "/commit/", 409),
+        rf"'{REPO}' exists but .*, or someone else is changing it \(409\)",
+    ),
+    "storage fails": (
+        Fault("PUT", "/lfs/", 500),
+        "the Hub answered with HTTP status 500, a server error: try again later",
+    ),
+    "second SAE fails": (
+        Fault("POST", "/commit/", 503, after=1),
+        "the Hub answered with HTTP status 503, a server error",
+    ),
     "dropped in the weights": (Fault("PUT", "/lfs/", None), r"connection to the Hub failed \(\w+: "),
     "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"to the Hub failed \(\w+: "),
     "dropped at the card": (Fault("POST", "/validate-yaml", None), r"to the Hub failed \(\w+: "),
@@ -92,14 +101,14 @@ def test_a_token_in_a_config_stops_the_upload(server):
     "repo_id", ["sweep", "a/b/c", "alice/", "/sweep", "alice/swe ep", "alice/-sweep", "alice/x.git", ""]
 )
 def test_a_repo_id_of_another_form_is_refused(repo_id, server):
-    with pytest.raises(ValueError, match=f"repo_id='{repo_id}' must be 'user/name'"):
+    with pytest.raises(ValueError, match=f"repo_id='{repo_id}' must have the form 'user/name'"):
         upload_to_hub({"a": sampled_sae()}, repo_id)
     assert server.requests == []
 
 
 @pytest.mark.parametrize("sae_id", ["", "/etc", "../up", "a/../b", "a//b", "a b", "."])
 def test_an_sae_id_that_is_no_folder_is_refused(sae_id, server):
-    with pytest.raises(ValueError, match=f"sae_id={re.escape(repr(sae_id))} must be a relative folder"):
+    with pytest.raises(ValueError, match=f"sae_id={re.escape(repr(sae_id))} must be a relative path"):
         upload_to_hub({sae_id: sampled_sae()}, REPO)
     assert server.requests == []
 
@@ -154,7 +163,7 @@ def test_a_folder_that_is_no_sae_is_refused(kind, sentence, server, tmp_path):
 @pytest.mark.parametrize(
     ("saes", "fields", "sentence"),
     [
-        (dict, {}, "there is no SAE to upload"),
+        (dict, {}, "saes is empty; pass at least one SAE or folder"),
         (lambda: {"a": torch.nn.Linear(2, 3)}, {}, "a Linear cannot be uploaded"),
         (
             lambda: {"a": SampledTopKTrainingSAE(config(normalize_activations="covariance_whitening"))},

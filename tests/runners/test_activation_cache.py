@@ -97,14 +97,16 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
 
 
 def test_text_that_is_too_short_is_refused(store, tmp_path):
-    with pytest.raises(ValueError, match=r"the text has about [\d,]+ tokens, but 100,000 are needed; it ends before"):
+    with pytest.raises(ValueError, match=r"the text yields about [\d,]+ tokens, but n_tokens=100,000 are needed: it"):
         cache_activations(store(n_texts=10), 100_000, tmp_path, SETTINGS)
     known = json.loads((tmp_path / PROGRESS).read_text())["tokens"]
     assert len(cache_activations(store(n_texts=10), known, tmp_path, SETTINGS)) == known > 100
 
 
 def test_text_that_does_not_fill_a_pass_is_refused_with_what_it_takes(store, tmp_path):
-    with pytest.raises(ValueError, match=r"the text has about 0 tokens, but 5 are needed; it ends before 30 prompts"):
+    with pytest.raises(
+        ValueError, match=r"yields about 0 tokens, but n_tokens=5 are needed: it ends before 30 prompts"
+    ):
         cache_activations(store(n_texts=1, prompts=30), 5, tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
@@ -188,12 +190,12 @@ def test_a_model_is_known_by_a_sample_of_its_weights():
         (0, {}, "n_tokens=0 must be a whole number of at least 1."),
         (-5, {}, "n_tokens=-5 must be a whole number of at least 1."),
         (1e3, {}, "n_tokens=1000.0 must be a whole number of at least 1."),
-        (100, {"d_in": 64}, "d_in=64, but blocks.1.hook_resid_post of the model is 128 wide."),
+        (100, {"d_in": 64}, "d_in=64, but blocks.1.hook_resid_post of the model is 128 wide; change d_in or the hook."),
         (100, {"hook_name": "blocks.9.hook_resid_post"}, "hook_name='blocks.9.hook_resid_post' is not a hook of the"),
         (
             100,
             {"hook_name": "blocks.1.ln1.hook_scale"},
-            "d_in=128, but blocks.1.ln1.hook_scale of the model is 1 wide.",
+            "d_in=128, but blocks.1.ln1.hook_scale of the model is 1 wide; change d_in or the hook.",
         ),
         (100, {"prompts": 0}, "prompts=0 must be a whole number of at least 1."),
         (100, {"context_size": -1}, "context_size=-1 must be a whole number of at least 1."),
@@ -232,7 +234,7 @@ def test_the_train_split_of_several_is_read(language_model, tmp_path):
     cached = cache_activations(text_store(language_model, splits, hook, **sizes), 60, tmp_path, SETTINGS)
     want = text_store(language_model, texts, hook, **sizes).get_filtered_llm_batch()
     assert torch.equal(cached[: len(want)], want[:60].bfloat16())
-    with pytest.raises(ValueError, match=r"^dataset has no split 'train', only \['test'\]; pass one of them instead"):
+    with pytest.raises(ValueError, match=r"^dataset has no split 'train', only \['test'\]; pass one of these splits"):
         text_store(language_model, DatasetDict({"test": texts}), hook, **sizes)
     with pytest.raises(ValueError, match=r"^dataset has no rows; use another text\.$"):
         text_store(language_model, Dataset.from_dict({"text": []}), hook, **sizes)

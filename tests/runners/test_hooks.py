@@ -142,7 +142,7 @@ def test_an_evaluation_refuses_outputs_before_inputs_in_the_first_pass(models, t
     with pytest.raises(ValueError, match="are the same hook"), as_sae_on_outputs(sae, model):
         pass
     sae.cfg.metadata.hook_name = "blocks.9.hook_in"
-    told = r"uses hook 'blocks\.9\.hook_in', which the model does not have\.$"
+    told = r"uses hook 'blocks\.9\.hook_in', which the model does not have; pass the model that it was"
     with pytest.raises(ValueError, match=told), as_sae_on_outputs(sae, model):
         pass
     model(TOKEN)  # no hook is left on the model
@@ -167,20 +167,20 @@ def test_flags_are_on_for_as_long_as_hooks_need_them(models, kind, end):
 
 def test_a_flag_that_cannot_be_switched_on_is_named(models):
     with pytest.raises(
-        ValueError, match=r"^blocks\.1\.hook_attn_in needs use_attn_in, which this model does not have: "
+        ValueError, match=r"^blocks\.1\.hook_attn_in needs use_attn_in, which this model does not support; "
     ):
         switch_on(models["grouped"], ["blocks.1.hook_attn_in"])
     both = ["blocks.1.hook_attn_in", "blocks.1.hook_q_input"]
     with pytest.raises(ValueError, match=r"use_attn_in and .* needs use_split_qkv_input, which exclude each other"):
         switch_on(models["hooked"], both)
-    told = "which excludes use_split_qkv_input, but that is on: call set_use_split"
+    told = "which excludes use_split_qkv_input, but the model has the latter on: call set_use_split"
     with switched_on(models["hooked"], both[1:]), pytest.raises(ValueError, match=told):
         switch_on(models["hooked"], both[:1])
     assert switch_on(models["auto"], ["some.hook_mlp_in"]) == []
 
 
 def test_a_hook_that_never_runs_is_reported(models, tiny_lm):
-    told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not run or yields no tensor\.$"
+    told = r"^hook_name='blocks\.2\.attn\.hook_rot_k' is a hook of .* that does not fire or yields no tensor; use"
     with pytest.raises(ValueError, match=told):
         check_hook(models["bridge"], config(tiny_lm, "blocks.2.attn.hook_rot_k", "blocks.2.hook_mlp_out"))
 

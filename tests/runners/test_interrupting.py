@@ -244,7 +244,7 @@ def test_the_end_of_a_normalised_run_is_not_normalised_again(arguments, tmp_path
     again = SAE.load_from_disk(tmp_path / "output")
     for name, tensor in ended.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    with pytest.raises(TrainError, match="is the end of a run, with normalize_activations folded"):
+    with pytest.raises(TrainError, match="is the final checkpoint of a run, with normalize_activations"):
         train([*command, "--training_tokens", "2048"])
 
 

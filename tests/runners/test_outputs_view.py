@@ -34,7 +34,7 @@ def test_called_it_reconstructs_the_outputs_from_the_inputs_that_passed(model, t
         assert torch.equal(got, want)
         model(torch.arange(6)[None])
         assert torch.equal(view.forward(cache[OUT]), want)
-        with pytest.raises(ValueError, match=r"^no inputs have arrived since the last ones were encoded"):
+        with pytest.raises(ValueError, match=r"^encode was called without new inputs"):
             view(cache[OUT])
 
 
@@ -45,7 +45,7 @@ def test_a_copy_is_made_and_refuses_to_encode_what_never_passed_it(copied, model
         assert other.cfg.metadata.hook_name == OUT
         assert torch.equal(other.W_dec, transcoder.W_dec)
         model(torch.arange(6)[None])
-        with pytest.raises(ValueError, match=r"^no inputs have arrived since the last ones were encoded"):
+        with pytest.raises(ValueError, match=r"^encode was called without new inputs"):
             other.encode(torch.empty(0))
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = view.nothing_of_the_kind

@@ -153,7 +153,7 @@ def test_unknown_token_settings_are_assumed_and_named(tmp_path):
     for missing in ("context_size", "prepend_bos"):
         metadata = SAEMetadata(context_size=16, prepend_bos=True)
         metadata[missing] = None
-        with pytest.raises(ValueError, match=rf"^the metadata of this SAE has no {missing}, so which tokens"):
+        with pytest.raises(ValueError, match=rf"^the metadata of this SAE has no {missing}, so the tokens"):
             token_settings(metadata, tmp_path)
 
 
@@ -212,12 +212,12 @@ def test_the_model_is_that_of_the_run(class_name, hook, kwargs, two_models):
 
 def test_kwargs_that_cannot_be_had_are_refused_in_a_sentence(two_models):
     metadata = SAEMetadata(model_name=str(two_models), model_from_pretrained_kwargs={"subfolder": "step7"})
-    with pytest.raises(ValueError, match=r"has no step7/config.json; .* the subfolder of model_from_pretrained_kwargs"):
+    with pytest.raises(ValueError, match=r"has no step7/config.json; .* the subfolder that model_from_pretrained"):
         load_model_of_run(metadata, ["blocks.2.hook_resid_post"])
     metadata.model_from_pretrained_kwargs = {"checkpoint_value": 3}
     with pytest.raises(ValueError, match=r"cannot be loaded with .*'checkpoint_value': 3.*; pass other model_kwargs"):
         load_model_of_run(metadata, ["blocks.2.hook_resid_post"])
-    with pytest.raises(ValueError, match=r"^the metadata of this SAE has no model_name: name the model"):
+    with pytest.raises(ValueError, match=r"^the metadata of this SAE has no model_name; pass the model"):
         load_model_of_run(SAEMetadata(), [])
 
 
@@ -228,5 +228,5 @@ def test_only_kwargs_that_make_it_another_model_count():
     assert meaningful_kwargs({"revision": "step3", "fold_ln": True}) == {"fold_ln": True, "revision": "step3"}
     assert dtype_of({"torch_dtype": "torch.bfloat16"}) == dtype_of({"dtype": torch.bfloat16}) == "bfloat16"
     assert dtype_of({}) is None
-    with pytest.raises(ValueError, match=r"has dtype='auto', which is not a dtype; pass the run's own, such as dtype"):
+    with pytest.raises(ValueError, match=r"has dtype='auto', which is not a dtype; pass that of the training run"):
         dtype_of({"torch_dtype": "auto"})

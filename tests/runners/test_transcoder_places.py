@@ -20,12 +20,15 @@ from sae_lens_sampled.cli import app
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hook_name_out": None}, "hook_name_out is None: name the hook whose activations are to be reconstructed."),
+        (
+            {"hook_name_out": None},
+            "hook_name_out is None; set it to the hook whose activations are to be reconstructed.",
+        ),
         ({"hook_name_out": "gpt_neox.layers.9.mlp"}, "hook_names not found as submodules of the model: "),
         ({"d_out": 64}, "d_out=64, but gpt_neox.layers.2.mlp of "),
         ({"hook_name": "gpt_neox.layers.2.mlp.act"}, "d_in=128, but gpt_neox.layers.2.mlp.act of "),
-        ({"hook_head_index": 1}, "hook_head_index=1: a transcoder uses whole hooks, not single heads."),
-        ({"use_cached_activations": True}, "use_cached_activations=True: SAELens caches one hook, but a transcoder"),
+        ({"hook_head_index": 1}, "hook_head_index=1 must be None for a transcoder"),
+        ({"use_cached_activations": True}, "use_cached_activations=True caches one hook, but a transcoder"),
     ],
     ids=str,
 )
@@ -58,7 +61,7 @@ def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
     metrics = runner.evaluator(made, runner.activations_store, ActivationScaler())
     assert metrics["sparsity"]["l0"] == 8
     assert metrics["reconstruction_quality"]["cossim"] > 0.1
-    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder of attention heads; core needs those of"):
+    with pytest.raises(ValueError, match="'heads_custom_sae' is a transcoder from or to attention heads, which core"):
         run_small([("heads", made)], ["core"], tmp_path)
 
 
@@ -86,7 +89,9 @@ def test_hooks_that_are_not_named_are_reported(tiny_lm, bridge, tmp_path):
 def test_an_sae_is_not_for_this_runner_nor_a_transcoder_for_saelens_own(tiny_lm):
     sae = runner_config(tiny_lm)
     sae.sae = SampledTopKTranscoderConfig.__mro__[1](d_in=128, d_sae=256, k=8)
-    with pytest.raises(ValueError, match="architecture='sampled_topk' reads one hook; LanguageModelSAETrainingRunner"):
+    with pytest.raises(
+        ValueError, match="architecture='sampled_topk' is not sampled_topk_transcoder, the only one that"
+    ):
         TranscoderRunner(sae)
     with pytest.raises(
         ValueError, match=r"\(256, 128\) must have last dimension d_in \+ d_out=256: .*, as TranscoderRunner"

@@ -165,7 +165,7 @@ def test_bad_input_is_reported_in_one_sentence():
             calibrate(sae, batches)
     with pytest.raises(ValueError, match=r"^mode='mean' must be 'per_latent' or 'global'\.$"):
         calibrate(sae, BATCHES, mode="mean")
-    with pytest.raises(ValueError, match="have only 2 positive ones"):  # those that were never selected have more
+    with pytest.raises(ValueError, match="have only 2 positive entries"):  # those that were never selected have more
         scale_counts(torch.tensor([2, 0]), torch.tensor([2, 5]), 3)
     with pytest.raises(ValueError, match=r"^target_l0=0 must be above 0 and at most d_sae=40\.$"):
         calibrate(sae, BATCHES, target_l0=0)
@@ -226,7 +226,7 @@ def test_an_sae_of_another_kind_is_refused_with_the_way_out():
 
 
 def test_rare_latents_are_counted_and_reported():
-    message = r"^2 of 4 live latents have fewer than 10 target firings in 1,000 tokens.* needs about 5,000 tokens\.$"
+    message = r"^2 of 4 live latents have fewer than 10 target firings in 1,000 tokens.*, use about 5,000 tokens\.$"
     with pytest.warns(UserWarning, match=message):
         _warn_of_rare_latents(torch.tensor([0, 2, 9, 10, 30]), 1000)
     sae = trained(pool_group_size=8)

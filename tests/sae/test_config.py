@@ -17,7 +17,7 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         ({"k": -1.5}, "k=-1.5 must be above 0 and at most d_sae=40."),
         ({"k": 41}, "k=41 must be above 0 and at most d_sae=40."),
         ({"k": float("nan")}, "k=nan must be above 0"),
-        ({"pool_factor": 0.9}, "pool_factor=0.9 must be at least 1: each token keeps k=3"),
+        ({"pool_factor": 0.9}, "pool_factor=0.9 must be at least 1: the k=3 entries kept per"),
         ({"pool_factor": float("nan")}, "With None (inf on the command line) every latent is a candidate."),
         ({"score": "l3"}, "score='l3' must be one of l2_norm, squared_l2, entropy, perplexity, frequency, "),
         ({"score": "uniform"}, "pool_sampling='top' cannot rank them; use pool_sampling='proportional'."),
@@ -37,7 +37,7 @@ from sae_lens_sampled import SampledTopKTrainingSAEConfig
         (
             {"pool_steps": 9, "pool_factor": None},
             "pool_steps=9 has no effect with pool_factor=None: each of the d_sae=40 latents is a candidate from the "
-            "first step. Leave out one of the two.",
+            "first step. Leave out pool_steps or change pool_factor.",
         ),
         ({"pool_steps": 9, "pool_factor": 13.2}, "pool_steps=9 has no effect with pool_factor=13.2: each"),
         ({"score": None}, "score=None is a NoneType; it must be the name of a score."),

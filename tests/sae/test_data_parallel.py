@@ -162,7 +162,7 @@ def test_ranks_with_different_numbers_of_tokens_all_stop():
     x = torch.randn(18, 12)
     errors = on_ranks(read_rows, [x[:5], x[5:10], x[10:]])
     assert {str(error) for error in errors} == {
-        "the ranks have between 5 and 8 tokens at training step 0, but all must have the same number."
+        "the ranks have between 5 and 8 tokens at training step 0, but each must have the same number."
     }
 
 
@@ -170,7 +170,7 @@ def test_settings_that_cannot_be_exact_are_refused():
     register_score("of_ones_own", lambda acts, _: acts.sum(dim=-2), by_columns=True)
     try:
         sae = sampled_sae(score="of_ones_own")
-        with pytest.raises(ValueError, match=r"registered score 'of_ones_own' of one pool .*; set pool_"):
+        with pytest.raises(ValueError, match=r"registered score 'of_ones_own' cannot be .*; set pool_"):
             sae.data_parallel()
     finally:
         SCORES.pop("of_ones_own")

@@ -186,7 +186,7 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
     with pytest.warns(DeprecationWarning, match="use_error_term"):
         made.use_error_term = True
     with pytest.raises(
-        ValueError, match=r"^use_error_term=True has no meaning for a transcoder, which does not see its"
+        ValueError, match=r"^use_error_term=True has no meaning for a transcoder, which does not see its targets"
     ):
         made(x)
 

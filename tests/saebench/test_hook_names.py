@@ -181,11 +181,11 @@ def test_what_a_pass_of_the_model_shows_to_be_wrong_is_reported(bundled):
     heads = "blocks.1.attn.hook_result"
     assert attached(heads, 128, bundled.eval, hook_head_index=3) == (heads, None)
     _, why = attached(heads, 128, bundled.eval, hook_head_index=4)
-    assert why.endswith("of shape (5, 4, 128) for 5 tokens, without one row per token or a head 4.")
+    assert why.endswith("of shape (5, 4, 128) for 5 tokens, without one row per token or a head 4; leave it out.")
     _, why = attached(heads, 128, bundled.eval)
     assert why == (
         f"SAE 'one_custom_sae' has d_in=128, but {heads} of model 'tiny_lm' is 512 wide: the SAE was trained on "
-        "another model (x)."
+        "another model or hook (model_name=x); check both."
     )
     _, why = attached("gpt_neox.layers.9.mlp", 128, bundled.eval)
     assert why.startswith("SAE 'one_custom_sae' uses hook 'gpt_neox.layers.9.mlp', which model 'tiny_lm' of Transf")
@@ -199,7 +199,7 @@ def test_a_flag_that_the_evaluated_model_cannot_have_is_reported():
     _, why = attached("blocks.1.attn.hook_attn_in", 48, EvalModel("grouped", hooked, ""))
     assert why.startswith(
         "SAE 'one_custom_sae' cannot be evaluated on model 'grouped': blocks.1.hook_attn_in needs use_attn_in, which "
-        "this model does not have: Can't use attn_in with GroupedQueryAttention"
+        "this model does not support; choose another hook. (Can't use attn_in with GroupedQueryAttention"
     )
 
 
@@ -219,6 +219,6 @@ def test_transcoders_whose_outputs_come_first_are_refused(bundled):
     with pytest.raises(ValueError) as error:  # noqa: PT011  compared below
         attach(transcoder("blocks.1.mlp.hook_out", "blocks.1.hook_in"), bundled.eval)
     assert str(error.value) == (
-        "transcoder 'one_custom_sae' writes blocks.0.hook_resid_post, which comes before blocks.1.hook_mlp_out in "
-        "model 'tiny_lm'; outputs must come after inputs."
+        "transcoder 'one_custom_sae' reconstructs blocks.0.hook_resid_post, which comes before its input hook "
+        "blocks.1.hook_mlp_out in model 'tiny_lm', but must come after it; leave this transcoder out."
     )

@@ -189,12 +189,12 @@ def test_saes_above_match_max_latents_are_not_matched():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d_sae": 24}, r"^'b_custom_sae' has d_sae=24, but 'a_custom_sae' has d_sae=40; run"),
-        ({"d_in": 9}, r"^'b_custom_sae' has d_in=9, but 'a_custom_sae' has d_in=12; run"),
+        ({"d_sae": 24}, r"^'b_custom_sae' has d_sae=24, but 'a_custom_sae' has d_sae=40; compare"),
+        ({"d_in": 9}, r"^'b_custom_sae' has d_in=9, but 'a_custom_sae' has d_in=12; compare"),
         (
             {"hook_name": "blocks.2.hook_z"},
             r"^'b_custom_sae' has hook_name='blocks.2.hook_z', but 'a_custom_sae' has "
-            r"hook_name='blocks.1.hook_resid_post'; run the eval on SAEs of one width and one hook at a time\.$",
+            r"hook_name='blocks.1.hook_resid_post'; compare only SAEs of the same width and hook\.$",
         ),
     ],
 )

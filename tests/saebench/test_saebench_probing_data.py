@@ -55,7 +55,7 @@ def test_splits_are_balanced_random_and_disjoint(rows):
     [
         (
             lambda rows: [row | {"label": "a"} for row in rows],
-            r"^column 'label' of probing data set 'mine' has only one class, 'a'\.$",
+            r"^column 'label' of probing data set 'mine' has only one class, 'a'; use two or more\.$",
         ),
         (
             lambda rows: rows[:60],
@@ -78,9 +78,9 @@ def test_splits_that_do_not_fit_are_reported(rows):
             datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()}), "mine"
         )
 
-    with pytest.raises(ValueError, match=r"has test classes \['a'\], which are not those of train\.$"):
+    with pytest.raises(ValueError, match=r"has test classes \['a'\], but other training classes; both"):
         load(train=rows[:100], test=[row for row in rows[100:] if row["label"] == "a"])
-    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]\.$"):
+    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]; rename a split\.$"):
         load(test=rows)
     with pytest.raises(ValueError, match=r"has a row without text or label: None, 'a'\.$"):
         load(train=[{"text": None, "label": "a"}, *rows])
@@ -101,5 +101,5 @@ def test_sizes_that_a_class_cannot_fill_are_reported_with_what_is_needed(rows):
 
 
 def test_invalid_data_is_reported(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a parquet, csv or jsonl file, nor a folder with train"):
+    with pytest.raises(ValueError, match=r"is neither a parquet, csv or jsonl file nor a folder with one"):
         load_probing_dataset(tmp_path / "none.jsonl")

@@ -59,12 +59,12 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
 
 
 def test_where_there_is_no_result_one_sentence_says_so(tmp_path):
-    way_out = "pass the output_dir of a finished run_evals."
+    way_out = "pass the output_dir of a finished run_evals (--output-dir of `eval`)."
     cases = {"nowhere": f"is not a folder; {way_out}", "empty": f"holds no *_eval_results.json; {way_out}"}
     (tmp_path / "empty").mkdir()
     broken = write_core(tmp_path / "broken", "topk")
     broken.write_text("[]")
-    cases["broken"] = f"holds no readable *_eval_results.json, but core/{broken.name}; {way_out}"
+    cases["broken"] = f"holds no readable *_eval_results.json, only the broken core/{broken.name}; {way_out}"
     for name, said in cases.items():
         result = CliRunner().invoke(app, ["report", str(tmp_path / name)])
         assert result.exit_code == 1

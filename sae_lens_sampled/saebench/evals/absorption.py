@@ -48,8 +48,8 @@ class Absorption(Eval):
         for sae in saes:
             if isinstance(sae.sae, Transcoder):
                 raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
-                    f"{sae.name!r} is a transcoder; absorption compares decoders with probes on the encoded "
-                    "activations, but a transcoder decodes to others. Leave absorption out for it."
+                    f"{sae.name!r} is a transcoder; absorption compares decoder rows with probes on the activations "
+                    "that are encoded, but a transcoder reconstructs others. Leave absorption out for it."
                 )
             hook_name = str(sae.sae.cfg.metadata.hook_name)
             if not hook_name.endswith(".hook_resid_post"):

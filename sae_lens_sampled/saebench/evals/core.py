@@ -60,7 +60,8 @@ class Core(Eval):
         for sae in saes:
             if isinstance(sae.sae, Transcoder) and not recording.is_shareable(sae.sae):
                 raise ValueError(
-                    f"{sae.name!r} is a transcoder of attention heads, which core cannot evaluate; leave core out."
+                    f"{sae.name!r} is a transcoder from or to attention heads, which core cannot evaluate; leave core "
+                    "out for it."
                 )
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002

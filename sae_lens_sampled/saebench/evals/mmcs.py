@@ -215,7 +215,7 @@ def check_alike(saes: Sequence[EvalSAE]) -> None:
             if value != values[0]:
                 raise ValueError(
                     f"{sae.name!r} has {field}={value!r}, but {saes[0].name!r} has {field}={values[0]!r}; "
-                    "run the eval on SAEs of one width and one hook at a time."
+                    "compare only SAEs of the same width and hook."
                 )
 
 

@@ -71,7 +71,7 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
     Raises:
         ValueError: if the folder does not exist or holds no readable result.
     """
-    way_out = "pass the output_dir of a finished run_evals."
+    way_out = "pass the output_dir of a finished run_evals (--output-dir of `eval`)."
     if not Path(output_dir).is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is not a folder; {way_out}")
     finished = [result for file in _files(output_dir) if (result := load_result(file))]
@@ -82,7 +82,11 @@ def read_results(output_dir: str | Path) -> list[SAEResults]:
         by_sae.setdefault(sae, {})[EVAL_NAMES.get(name, name)] = _without_markers(result) if name in MARKING else result
     if not by_sae:
         broken = unreadable(output_dir)
-        what = f"no readable *_eval_results.json, but {', '.join(broken)}" if broken else "no *_eval_results.json"
+        what = (
+            f"no readable *_eval_results.json, only the broken {', '.join(broken)}"
+            if broken
+            else "no *_eval_results.json"
+        )
         raise ValueError(f"output_dir={str(output_dir)!r} holds {what}; {way_out}")
     return [SAEResults(release, sae_id, results) for (release, sae_id), results in sorted(by_sae.items())]
 
