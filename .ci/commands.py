@@ -5,8 +5,8 @@
     .venv/bin/python .ci/commands.py --list           # what would be run, and why the others are not
 
 The commands are read from the documents, and `COMMANDS` says how to make each of them small, or why it is not run here.
-A command that is not in `COMMANDS` is an error, as is one there that no document has any more. They run in a copy of
-the repository, with a Hub server on this machine.
+Both must have the same commands: one that only a document or only `COMMANDS` has is an error. They run in a copy of the
+repository, with a Hub server on this machine.
 """
 
 import argparse
