@@ -96,7 +96,7 @@ def calibrate(
     model_kwargs: ModelKwargs = None,
     mode: Annotated[str, typer.Option(help="per_latent, or global: one threshold for all latents.")] = "per_latent",
     target_l0: Annotated[float | None, typer.Option(help="Target L0; default: that of training's selection.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
+    max_tokens: Annotated[int, typer.Option(help="Number of tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per selection batch; use that of training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:

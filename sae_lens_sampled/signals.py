@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions when stopping loses nothing; Python's handlers where SAELens has left its own."""
+"""Raise SIGINT and SIGTERM as exceptions, only where stopping loses nothing; replace handlers that SAELens leaves."""
 
 import signal
 import threading

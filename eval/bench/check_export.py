@@ -74,7 +74,7 @@ def settings(data: str, quick: bool) -> list[Setting]:
 
 
 def is_of(row: Setting, setting: Setting) -> bool:
-    """Whether a row is the result of a setting; one without `matryoshka_widths` matches only rows without levels."""
+    """Whether a row is the result of a setting. Without `matryoshka_widths`, a setting has only rows without levels."""
     return all(row.get(name) == value for name, value in ({"matryoshka_widths": None} | setting).items())
 
 

@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latents", type=int, default=50, help="latents per SAE")
     parser.add_argument("--tokens", type=int, default=32_768, help="number of tokens to read")
     parser.add_argument("--context-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws and of the order on the page")
+    parser.add_argument("--seed", type=int, default=0, help="seed for all draws and for the order on the page")
     parser.add_argument("--out", type=Path, default=Path("latents_output"))
     parser.add_argument(
         "--score", type=Path, nargs="+", metavar="CSV", help="print the results of readers' answers, by SAE"

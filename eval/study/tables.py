@@ -139,7 +139,7 @@ def probing_table(summary: Summary) -> str:
 
 
 def threshold_table(summary: Summary) -> str:
-    """L0 and FVU on unseen text of exports that differ in the thresholds alone."""
+    """L0 and FVU of exports that differ in the thresholds alone, on unseen text."""
     header = ["", *(f"{name}: {metric}" for name in VARIANTS for metric in ("L0", "FVU"))]
     rows = [
         [

@@ -161,8 +161,11 @@ def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column:
         if column not in rows.column_names:
             raise ValueError(f"probing data set {name!r} has no column {column!r}, only {rows.column_names}.")
     texts: Texts = {}
-    for text, label in zip(rows[text_column], rows[label_column], strict=True):
+    for row, (text, label) in enumerate(zip(rows[text_column], rows[label_column], strict=True), start=1):
         if not isinstance(text, str) or label is None:
-            raise ValueError(f"probing data set {name!r} has a row without text or label: {text!r}, {label!r}.")
+            raise ValueError(
+                f"probing data set {name!r}: row {row} must have a string as text, and a label, but has {text!r} and "
+                f"{label!r}; remove or complete it."
+            )
         texts.setdefault(str(label), []).append(text)
     return texts

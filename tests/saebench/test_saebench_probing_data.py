@@ -82,7 +82,7 @@ def test_splits_that_do_not_fit_are_reported(rows):
         load(train=rows[:100], test=[row for row in rows[100:] if row["label"] == "a"])
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]; rename a split\.$"):
         load(test=rows)
-    with pytest.raises(ValueError, match=r"has a row without text or label: None, 'a'\.$"):
+    with pytest.raises(ValueError, match=r"row 1 must have a string as text, and a label, but has None and 'a'; "):
         load(train=[{"text": None, "label": "a"}, *rows])
     both = load(train=rows[:100], test=rows[100:], unsupervised=rows)
     test = both.split(100, 60, seed=3)[1]

@@ -40,7 +40,7 @@ class SAEResults:
 
     @property
     def group(self) -> str:
-        """The label without its seeds: SAEs of one release form a group only if their ids differ in the seed alone."""
+        """The label without its seeds, the same for SAEs whose labels differ in the seed alone."""
         return " ".join(filter(None, map(seed_group, self.label.split(" ")))) or self.label
 
     @property
@@ -103,7 +103,7 @@ def _files(output_dir: str | Path) -> list[Path]:
 
 
 def evals_of(saes: Sequence[SAEResults]) -> list[str]:
-    """The evals of which any of `saes` has results, in the order in which evals run."""
+    """The evals for which any of `saes` has results: in the order in which evals run, then unknown ones."""
     names = {name for sae in saes for name in sae.results}
     return [name for name in EVALS if name in names] + sorted(names - EVALS.keys())
 
