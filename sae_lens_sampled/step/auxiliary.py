@@ -78,10 +78,10 @@ def dead_entries(
 ) -> Entries:
     """Each token's `k_aux` largest pre-activations of dead latents; see `dead_reconstruction`."""
     if hidden_pre is not None:
-        blocks = [hidden_pre]
+        blocks = [hidden_pre.T.contiguous()]  # topk reads a token's values many times, which takes longer with strides
     else:  # possibly too large to store, so computed for some tokens at a time
         n_rows, part = chunk_length(len(dead), x.device, at_least=16), weights.of(dead)
-        blocks = (part.hidden_pre(rows).T for rows in x.split(n_rows))
-    largest, chosen = zip(*(block.topk(k_aux, dim=0, sorted=False) for block in blocks), strict=True)
+        blocks = (part.hidden_pre(rows) for rows in x.split(n_rows))
+    largest, chosen = zip(*(block.topk(k_aux, dim=1, sorted=False) for block in blocks), strict=True)
     tokens = torch.arange(len(x), device=x.device).repeat_interleave(k_aux)
-    return Entries(torch.cat(largest, 1).T.flatten(), tokens, dead[torch.cat(chosen, 1)].T.flatten())
+    return Entries(torch.cat(largest).flatten(), tokens, dead[torch.cat(chosen)].flatten())
