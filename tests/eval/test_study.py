@@ -63,7 +63,7 @@ def test_the_dry_run_says_what_it_would_take():
     trained = sum(len(run) for run in runs(PYTHIA))
     assert f"{trained} SAEs in {len(runs(PYTHIA))} runs" in text
     assert f"{len(units(PYTHIA))} exports" in text
-    assert f"{len(synthetic_units(PYTHIA))} SAEs of 512,000 samples" in text
+    assert f"{len(synthetic_units(PYTHIA))} SAEs, each trained on 512,000 samples" in text
     assert f"{50_000 * 4096 * trained:,} through SAEs" in text
     assert all(f"\n{arm.name} " in text for arm in arms(PYTHIA))
     assert "GPU hours" in text
