@@ -6,7 +6,8 @@ checkpoint looks complete even if the process was killed while writing it; and w
 seeks its position in the text while another thread is already reading on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
 from torch import Tensor
 from typing_extensions import override
 
@@ -60,15 +64,36 @@ class ResumableTrainer(SAETrainer[Any, Any]):
             return super().save_checkpoint(unfinished.name, unfinished.parent, wandb_aliases)
 
 
-class WholeHookEvaluator(LLMSaeEvaluator[Any]):
+class ChangedModelEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens' evaluation on a changed model, which no prefetching thread runs meanwhile.
+
+    SAELens pauses that thread too, but only within its own `__call__`.
+    """
+
+    def changed(self, sae: TrainingSAE[Any]) -> AbstractContextManager[TrainingSAE[Any]]:
+        """Context in which the model is changed; it yields the SAE to evaluate."""
+        raise NotImplementedError
+
+    @override
+    def __call__(
+        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: ActivationScaler
+    ) -> dict[str, Any]:
+        paused = data_provider.paused() if isinstance(data_provider, PrefetchingIterator) else nullcontext()
+        with paused, self.changed(sae) as evaluated:
+            # SAELens uses the data provider only to pause it, and the lock cannot be taken twice.
+            return super().__call__(evaluated, iter(()), activation_scaler)
+
+
+class WholeHookEvaluator(ChangedModelEvaluator):
     """SAELens' evaluation, with the heads of any hook side by side, as the SAE was trained on them."""
 
     @override
-    def __call__(self, sae: TrainingSAE[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    @contextmanager
+    def changed(self, sae: TrainingSAE[Any]) -> Iterator[TrainingSAE[Any]]:
         metadata = sae.cfg.metadata
         whole = metadata.hook_head_index is None and not is_split(str(metadata.hook_name))
         with heads_side_by_side(self.model, [str(metadata.hook_name)] if whole else []):
-            return super().__call__(sae, *args, **kwargs)
+            yield sae
 
 
 class ResumableRunner(LanguageModelSAETrainingRunner):

@@ -2,17 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAE, TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.training.types import DataProvider
 from torch import Tensor
 from transformer_lens.HookedTransformer import HookedRootModule  # type: ignore[attr-defined]  # where SAELens has it
 from typing_extensions import override
@@ -20,6 +17,7 @@ from typing_extensions import override
 from sae_lens_sampled.runners.data_parallel import DataParallelRunner
 from sae_lens_sampled.runners.hooks import heads_side_by_side, is_one_place, is_split, switch_on, switched_on
 from sae_lens_sampled.runners.patches import adopt_store
+from sae_lens_sampled.runners.resumable import ChangedModelEvaluator
 from sae_lens_sampled.runners.run_checks import one_token
 from sae_lens_sampled.sae.reconstruction import add_skip
 from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder, SampledTopKTranscoderConfig
@@ -63,15 +61,12 @@ class TranscoderRunner(DataParallelRunner):
         self.sae.cfg.metadata.hook_name_out = self.cfg.sae.hook_name_out
 
 
-class TranscoderEvaluator(LLMSaeEvaluator[Any]):
+class TranscoderEvaluator(ChangedModelEvaluator):
     """SAELens' evaluation of the model with outputs reconstructed from inputs."""
 
     @override
-    def __call__(
-        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: ActivationScaler
-    ) -> dict[str, Any]:
-        with as_sae_on_outputs(sae, self.model) as view:
-            return super().__call__(view, data_provider, activation_scaler)
+    def changed(self, sae: TrainingSAE[Any]) -> AbstractContextManager[TrainingSAE[Any]]:
+        return as_sae_on_outputs(sae, self.model)
 
 
 class _StoreOfBoth(ActivationsStore):

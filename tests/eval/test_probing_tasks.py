@@ -207,5 +207,7 @@ def test_texts_are_drawn_in_turns_from_all_novels():
     assert Counter(text[0] for text in drawn) == {"a": 4, "b": 2, "c": 4}
     assert draw(sources, 10, "task/train/label") == drawn
     assert set(draw(sources, 10, "other/train/label")) != set(drawn)
-    with pytest.raises(ValueError, match=r"the probing task t/test/x has 42 usable texts but needs 43; use complete novels\."):
+    with pytest.raises(
+        ValueError, match=r"the probing task t/test/x has 42 usable texts but needs 43; use complete novels\."
+    ):
         draw(sources, 43, "t/test/x")
