@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pages import interval_text, markdown_table
 from sae_lens_sampled.confidence import Interval, holm
-from study import plan
+from study import plan, probing_tables
+from study.plan import BASE
 from study.summary import Summary
 
 DECISION = {
@@ -72,14 +74,24 @@ def difference_table(summary: Summary) -> str:
     return markdown_table(["", *DECISION], rows)
 
 
-def differences(summary: Summary, base: str = "batchtopk") -> dict[tuple[str, str], Interval]:
-    """Every arm minus `base`, by arm and column of the decision table, over pairs of SAEs (MMCS: pairs of seeds)."""
+def differences(summary: Summary) -> dict[tuple[str, str], Interval]:
+    """Every arm minus BatchTopK, by arm and column of the decision table."""
     found = {}
     for arm, (name, metric) in itertools.product(summary.arms, DECISION.items()):
-        difference = summary.difference(arm, base, metric)
-        if arm != base and difference is not None:
-            found[arm, name] = difference
+        if arm != BASE and (of_arm := difference(summary, arm, metric)) is not None:
+            found[arm, name] = of_arm
     return found
+
+
+def difference(summary: Summary, arm: str, metric: str) -> Interval | None:
+    """An arm minus BatchTopK over pairs of SAEs (MMCS: over pairs of seeds).
+
+    A p-value of probing is of a difference that holds for other seeds and for other tasks.
+    """
+    probing = re.fullmatch(r"probing_(\d+)", metric)
+    if probing is not None:
+        return probing_tables.difference(summary, arm, int(probing[1]))
+    return summary.difference(arm, BASE, metric)
 
 
 def marks_of(found: Mapping[tuple[str, str], Interval]) -> dict[tuple[str, str], str]:

@@ -2,19 +2,24 @@
 
 A setting is recommended instead of BatchTopK if it is shown to be worse by no more than a margin in the metrics that
 everyone needs, and better in at least one metric that pools are used for. Only SAEs of seeds that were not seen when
-the rule was written count.
+the rule was written count, and only when all of them have results.
+
+Before the first of them was evaluated, one condition was added: a gain in probing must hold for other tasks too, not
+only for other seeds.
 """
 
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from scipy import stats
+
 from pages import interval_text, markdown_table
 from sae_lens_sampled.confidence import Interval, holm, mean_interval
-from study.plan import GROUPED, RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name
-from study.summary import Summary
+from study.beside_batchtopk import difference
+from study.plan import BASE, GROUPED, RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name
+from study.summary import MMCS, Summary
 
-BASE = "batchtopk"
 CANDIDATES = (RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name(5, GROUPED), pool_name(5, None))
 """The settings that the rule is applied to."""
 MARGINS = {"fvu": 0.02, "absorption_full": 0.03, "dead": 0.02}
@@ -50,11 +55,13 @@ class Verdict:
 
 
 def verdicts(summary: Summary) -> list[Verdict]:
-    """Verdicts on the settings that have all results.
+    """Verdicts on all settings; none while a result is missing.
 
-    p-values are corrected over these settings and all metrics of a kind, those with margins and those with gains.
+    p-values are corrected over all settings and all metrics of a kind, those with margins and those with gains.
     """
-    found = {arm: of_arm for arm in CANDIDATES if len(of_arm := differences(summary, arm)) == len(NAMES)}
+    if missing(summary):
+        return []
+    found = {arm: differences(summary, arm) for arm in CANDIDATES}
     worse = holm(
         {(arm, name): _p(found[arm][name].p_at_least(bound)) for arm in found for name, bound in MARGINS.items()}
     )
@@ -78,16 +85,33 @@ def recommended(summary: Summary) -> Verdict | None:
     return min(passed, key=lambda verdict: (-len(verdict.better), verdict.differences["fvu"].mean), default=None)
 
 
-def differences(summary: Summary, arm: str) -> dict[str, Interval]:
-    """Differences from BatchTopK over pairs of SAEs (FVU: as a share of BatchTopK's; MMCS: over pairs of seeds).
+def missing(summary: Summary) -> list[str]:
+    """The settings, and BatchTopK, that lack the result of a seed in a metric; all of them in a study of two seeds."""
+    return [arm for arm in (BASE, *CANDIDATES) if not _is_complete(summary, arm)]
 
-    Metrics with fewer than three independent values are left out.
-    """
-    found = {name: summary.difference(arm, BASE, name) for name in NAMES if name != "fvu"}
+
+def _is_complete(summary: Summary, arm: str) -> bool:
+    seeds = set(summary.study.seeds(summary.study.n_seeds))
+    pairs = set(itertools.combinations(sorted(seeds), 2))
+    return (
+        len(seeds) > 2
+        and all(set(summary.values(arm, name)) == seeds for name in NAMES if name != MMCS)
+        and set(summary.similarities(arm, arm, "forward", MMCS)) == pairs
+    )
+
+
+def differences(summary: Summary, arm: str) -> dict[str, Interval]:
+    """Differences from BatchTopK over pairs of SAEs (FVU: as a share of BatchTopK's; MMCS: over pairs of seeds)."""
+    found = {name: difference(summary, arm, name) for name in NAMES}
     fvu, base = summary.values(arm, "fvu"), summary.values(BASE, "fvu")
-    ratios = [fvu[seed] / base[seed] - 1 for seed in fvu if seed in base]
-    found["fvu"] = mean_interval(ratios) if ratios else None
-    return {name: found[name] for name in NAMES if (interval := found[name]) is not None and interval.n > 2}
+    found["fvu"] = mean_interval([fvu[seed] / base[seed] - 1 for seed in fvu])
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def standard_errors_needed(summary: Summary) -> float:
+    """Distance from a margin, in standard errors, at which the first step of the correction shows "no worse"."""
+    n_tests = len(CANDIDATES) * len(MARGINS)
+    return float(stats.t.isf(ALPHA / 2 / n_tests, summary.study.n_seeds - 1))
 
 
 def verdict_table(summary: Summary) -> str:
@@ -104,5 +128,5 @@ def verdict_table(summary: Summary) -> str:
 
 
 def _p(p: float | None) -> float:
-    assert p is not None  # `differences` keeps only metrics with at least three values
-    return p
+    """A p-value; 1 where there are too few values for one, so that nothing is shown."""
+    return 1.0 if p is None else p

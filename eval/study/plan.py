@@ -12,6 +12,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens_sampled import SampledTopKTrainingSAEConfig
 from study.configs import Study
 
+BASE = "batchtopk"
+"""The arm that the others are compared with."""
 GROUPED = 16
 """Group size of the arms that vary something else."""
 NARROW = (3, 5)

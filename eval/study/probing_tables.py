@@ -8,14 +8,14 @@ from means over all splits and seeds, is for other tasks with these SAEs. Splits
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pages import interval_text, markdown_table
 from sae_lens_sampled.confidence import Interval, cluster_means, clustered_interval, difference_interval, holm
+from study.plan import BASE
 from study.summary import Summary
 
-BASELINE = "batchtopk"
 SET_NAME = re.compile(r"(?P<task>.+?)(?:_split(?P<split>\d+))?(?:_results)?")
 SIGNIFICANT = 0.05
 """Adjusted p-value up to which a difference stands out."""
@@ -87,6 +87,18 @@ def compare(accuracy: Mapping[Cell, float], baseline: Mapping[Cell, float] | Non
     )
 
 
+def difference(summary: Summary, arm: str, k: int) -> Interval | None:
+    """An arm's accuracy with `k` latents minus BatchTopK's, over seeds; its p-value is that of `Comparison`.
+
+    None if one of them was not probed with `k` latents.
+    """
+    probed = [summary.on_model.get(name, {}) for name in (arm, BASE)]
+    if any(k not in probed_ks(results.values()) for results in probed):
+        return None
+    compared = compare(*(accuracies(results, k) for results in probed))
+    return None if compared.over_seeds is None else replace(compared.over_seeds, p=compared.p)
+
+
 def comparisons(summary: Summary) -> dict[tuple[str, int], Comparison]:
     """Comparisons of all probed arms, by arm and k."""
     probed = {arm: by_seed for arm, by_seed in summary.on_model.items() if probed_ks(by_seed.values())}
@@ -94,7 +106,7 @@ def comparisons(summary: Summary) -> dict[tuple[str, int], Comparison]:
     for k in probed_ks(result for by_seed in probed.values() for result in by_seed.values()):
         cells = {arm: accuracies(by_seed, k) for arm, by_seed in probed.items()}
         for arm in cells:
-            found[arm, k] = compare(cells[arm], None if arm == BASELINE else cells.get(BASELINE))
+            found[arm, k] = compare(cells[arm], None if arm == BASE else cells.get(BASE))
     return found
 
 
