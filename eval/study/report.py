@@ -72,6 +72,7 @@ def render_pages(eval_folder: Path) -> dict[str, str]:
         "time": {arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
         "export": export_gaps(real),
         "decision": decision,
+        "decided": decided,
         "verdicts": decision.verdict_table(decided) if decision.verdicts(decided) else "",
         "firing": partial(tables.firing, real),
         "excluded": probing_excluded(summaries[TINY.name]),
