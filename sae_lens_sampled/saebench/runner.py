@@ -1,11 +1,10 @@
 """`run_evals`: resumable SAEBench on any SAE; writes to the output folder, the Hub's cache and temporary files only."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
 from sae_lens_sampled.saebench.models import EvalModel, attach, common_model, common_model_kwargs, load_model
 from sae_lens_sampled.saebench.network import check_network
+from sae_lens_sampled.saebench.overrides import check_evals
 from sae_lens_sampled.saebench.probing_data import ProbingDataset, load_probing_datasets
 from sae_lens_sampled.saebench.results import differences, is_same, load_result, result_path, write_result
 from sae_lens_sampled.saebench.sources import EvalSAE, SAESource, fingerprint_tensors, load_intact_saes
@@ -97,7 +97,7 @@ def run_evals(
         EvalError: at the end, if some SAEs could not be evaluated; the results of the others are kept.
     """
     overrides = overrides or {}
-    _check_evals(evals, overrides)
+    check_evals(evals, overrides)
     check_writable(Path(output_dir), "output_dir")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1, the range of numpy's generator.")
@@ -301,42 +301,6 @@ def _check_results(stamps: Mapping[str, Stamps], saes: Sequence[EvalSAE], setup:
                     f"{path} holds the result of another {differences(result, by_sae[sae.name])}; "
                     "choose another output_dir, or pass force_rerun=True (--force-rerun) to replace it."
                 )
-
-
-def _check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> None:
-    if not evals or not {*evals, *overrides} <= EVALS.keys():
-        raise ValueError(
-            f"evals={list(evals)} must be one or more of {list(EVALS)}; overrides (--set) may have only these as keys."
-        )
-    arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
-    for name, settings in overrides.items():
-        known = sorted(field.name for field in fields(EVALS[name].config_class))
-        for field in settings:
-            if field in arguments:
-                raise ValueError(f"overrides[{name!r}] sets {field!r}; pass {arguments[field]}=... instead.")
-            if field not in known:
-                raise ValueError(
-                    f"overrides[{name!r}] sets {field!r}, which is not among the fields of its configuration: "
-                    f"{sorted(known)}."
-                )
-        _check_numbers(name, settings)
-        if name not in evals:
-            raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}; leave it out.")
-
-
-def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
-    """Reject sizes and counts that are not positive integers, and real-valued settings that are not finite numbers.
-
-    Seeds and token positions may be 0 or negative.
-    """
-    defaults = asdict(EVALS[eval_name].config_class(model_name=""))
-    for field, value in settings.items():
-        usual = defaults[field]
-        is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
-        if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-            raise ValueError(f"{eval_name}.{field}={value!r} must be a positive integer.")
-        if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
-            raise ValueError(f"{eval_name}.{field}={value!r} must be a finite number.")
 
 
 def _attach(saes: Sequence[EvalSAE], setup: EvalSetup) -> None:

@@ -1,4 +1,4 @@
-"""Which path a step takes, what it reads, and what it costs."""
+"""How a step is computed, what it reads, and what it costs."""
 
 import copy
 import math

@@ -13,7 +13,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_sampled.files import atomic_rename
-from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench import patches, random_draws
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE, fingerprint_tensors
 
@@ -70,7 +70,7 @@ class Absorption(Eval):
         """Train the probes of a layer; `folder` is created only once they are complete."""
         hooked, unfinished = self.setup.model.hooked, self.setup.scratch / "probes"
         with (
-            patches.restored_random_state(self.config.random_seed),
+            random_draws.restored_random_state(self.config.random_seed),
             patches.ordered_vocabulary(),
             patches.reserved_memory_maps(),
             patches.short_passes(hooked, self.config.prompt_token_pos),

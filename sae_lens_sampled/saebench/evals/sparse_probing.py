@@ -8,7 +8,7 @@ import sae_bench.evals.sparse_probing.main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
 from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
-from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench import patches, random_draws
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.probing_data import common_sizes
 from sae_lens_sampled.saebench.sources import EvalSAE
@@ -23,7 +23,7 @@ class SparseProbing(Eval):
 
     def __init__(self, setup: EvalSetup, overrides: Mapping[str, Any]) -> None:
         super().__init__(setup, overrides)
-        self.random_states: dict[tuple[str, str], patches.RandomState] = {}
+        self.random_states: dict[tuple[str, str], random_draws.RandomState] = {}
         """States of the random generators after the probes on the model, by data set and hook."""
 
     def defaults(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class SparseProbing(Eval):
             switched_on(hooked, hooks),
             heads_side_by_side(hooked, hooks),
             patches.own_probing_datasets(self.setup.probing_datasets, sizes),
-            patches.same_draws_for_every_sae(self.random_states),
+            random_draws.same_draws_for_every_sae(self.random_states),
         ):
             sparse_probing.run_eval(
                 self.config,
