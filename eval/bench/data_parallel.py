@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for process in processes:
                 process.join()
             if any(process.exitcode for process in processes):
-                raise SystemExit(f"at least one of {count} processes failed; its error is in the output above")
+                raise SystemExit(f"the run on {count} process(es) failed; the error is in the output above")
         rows = [
             compare(name, fields, count, folder)
             for name, fields in cases(size).items()

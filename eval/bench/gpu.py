@@ -6,9 +6,10 @@
     python eval/bench/gpu.py profile                    # where a step's time goes, by kernel
     python eval/bench/gpu.py 16k --device cpu --tiny    # to check that it runs
 
-Every result goes at once into one JSON file, from which `speed.py` renders a section of SPEED.md; results in the file
-are not measured again. Each case first runs alone, to measure its memory; a case that fails or during which the process
-was killed is left out, and the reason is stored.
+Every result goes at once into one JSON file, from which `speed.py` renders a section of SPEED.md. Training steps that
+are in the file are not measured again; `repeats` and `profile` always are. Each case of the training steps first runs
+alone, to measure its memory; a case that fails or during which the process was killed is left out, and the reason is
+stored.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python eval/bench/kept_sets.py    # eval/results/kept_sets.json, for eval/SPEED.md; ten minutes on two cores
 
-An SAE with a pool of all latents trains on activations of the bundled language model, at the large size of
-`training_step.py`, and scans in bfloat16. In every step, the kept entries are compared with two selections among all
-entries by their float32 values: one uses values from the products that compute the kept values, the other uses values
-from the dense product of a step without a scan.
+An SAE with a pool of all latents trains on activations of the bundled language model, at the size "large" of
+`cases.py`, and scans in bfloat16. In every step, the kept entries are compared with two selections among all entries by
+their float32 values: one uses values from the products that compute the kept values, the other uses values from the
+dense product of a step without a scan.
 """
 
 import argparse

@@ -47,7 +47,8 @@ def attribute(
     baseline: Float[Tensor, " d_model"],
     n_steps: int = N_STEPS,
 ) -> Attribution:
-    """Attribution of a latent's pre-activation at the last of `tokens`; its threshold has no gradient.
+    """Attribution of a latent's pre-activation at the last of `tokens`, not of its activation, whose threshold has no
+    gradient.
 
     Args:
         model: the language model; only the blocks up to the SAE's are run.

@@ -37,8 +37,8 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
 def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """How well the token alone predicts where the latents of each SAE fire: means over latents with 95 % intervals.
 
-    Balanced accuracy is given for all places of the text and for the passages on the page. If rows lack passages, the
-    text is empty.
+    Balanced accuracy is given for all places in the second half of the text (rates by token are learnt on the first)
+    and for the passages on the page. If a row lacks passages, returns an empty string.
     """
     if not all("token_fires" in row for row in rows):
         return ""

@@ -108,8 +108,8 @@ def steps_of(study: Study, unit: Unit) -> int:
 def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
     """A trained SAE in its arm's own class, converted if this package's class trained it instead.
 
-    SAELens exports BatchTopK with a running mean of cutoffs that starts at 0. After a tenth of the steps it is far
-    too low, and more than k latents per token would fire, so it is corrected.
+    The threshold of an arm that trains for only a share of the steps is corrected: SAELens exports BatchTopK with a
+    running mean of cutoffs that starts at 0 and is still far too low then, so more than k latents per token would fire.
     """
     config = sae_config(study, unit.arm, unit.seed)
     if type(config) is type(sae.cfg):

@@ -60,8 +60,9 @@ def calibrate(
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  a wrong folder, not a wrong type
-            f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, but only sampled_topk SAEs can be "
-            "calibrated; sae_lens_sampled.from_batchtopk converts TopK, BatchTopK and Matryoshka training SAEs."
+            f"checkpoint={str(checkpoint)!r} holds a {sae.cfg.architecture()} SAE, but only sampled_topk SAEs and "
+            "transcoders can be calibrated here. For a TopK, BatchTopK or Matryoshka checkpoint, call in Python: "
+            "calibrate_thresholds(from_batchtopk(checkpoint, cfg), activations)."
         )
     check_calibration(sae, mode, target_l0, max_tokens)
     _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))

@@ -119,8 +119,9 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
     of the model that the hooks need are set inside the context.
 
     Raises:
-        ValueError: if the metadata names no output hook, both names are of the same hook, or the model does not have a
-            hook or cannot switch it on; in a pass of the model and in `encode`, if inputs do not come before outputs.
+        ValueError: if the metadata does not name both hooks, both names are of the same hook, or the model does not
+            have a hook or cannot switch it on; in a pass of the model, if outputs come before inputs; in `encode`, if
+            the model has not run since the last call.
     """
     hook_in, hook_out = hooks = hooks_of(transcoder)
     for name in hooks:

@@ -96,8 +96,8 @@ def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, rank
     if n_bad:
         raise ValueError(
             f"{n_bad} of {ranks.n_of_all(most)} rows of sae_in are not finite at training step "
-            f"{step_input.n_training_steps}; training stopped before any weight was changed. Look for overflow in "
-            "the language model (float16?) or exclude the offending tokens."
+            f"{step_input.n_training_steps}; training stopped before this batch changed any weight. Look for overflow "
+            "in the language model (float16?) or exclude the offending tokens."
         )
     return StepState(dead, n_dead, n_before, cfg.fields_after(n_before))
 

@@ -124,8 +124,11 @@ def fastest_path(
     fastest = min(times, key=lambda path: times[path])
     if times[fastest] == float("inf"):
         fastest = "dense"  # its error then ends the run
-    shown = ", ".join(f"{1000 * own:,.2f} ms by {path!r}" for path, own in times.items())
-    logger.info(f"sampled_topk: forward and backward take {shown}; steps take the path {fastest!r} from here on")
+    shown = ", ".join(f"{1000 * own:,.2f} ms by {path!r}" for path, own in times.items() if own < float("inf"))
+    logger.info(
+        f"sampled_topk: forward and backward take {shown or 'no finite time'}; steps take the path {fastest!r} until "
+        "paths are timed again"
+    )
     return fastest
 
 

@@ -7,17 +7,17 @@ below the bound by more than rounding can explain; and entries that decide the s
 **Error of a scanned entry.** Let $s_{ij} = n_j (\hat z_{ij} + b_j)$ with the product $\hat z$ of rounded factors,
 $v_{ij} = n_j (z_{ij} + b_j)$ as in a float32 step, and $P = \|x_i\| \|w_j\|$, which bounds $\sum_l |x_{il} w_{jl}|$
 (Cauchy-Schwarz). bfloat16 has 8 significant bits, so the relative error of rounding to nearest is at most
-$u = 2^{-8}$. In units of $n_j$, $s_{ij}$ and $v_{ij}$ differ by at most the sum of
+$u = 2^{-8}$. $s_{ij}$ and $v_{ij}$ differ by at most $2^{-126}$ plus $n_j$ times the sum of
 
 - $(2u + u^2) P$ for rounding both factors, where $2u + u^2 = 2^{-7} + 2^{-16}$;
 - $4 d\, 2^{-23} P$ for the float32 sums of both, in any order, even if they truncate;
 - $1.01 u P$ for storing $\hat z$ in bfloat16 before adding the bias. Under cancellation $\hat z$ is tiny, but it never
   exceeds 1.01 P;
 - $2^{-21} (P + |b_j|)$ for adding the bias, multiplying by $n_j$, and adding $E$ to and subtracting it from $s$ below;
-- $2^{-124} (\sqrt d (\|x_i\| + \|w_j\|) + d)$ for numbers below $2^{-126}$, which the processor may flush to 0;
+- $2^{-124} (\sqrt d (\|x_i\| + \|w_j\|) + d)$ for numbers below $2^{-126}$, which the processor may flush to 0.
 
-plus $2^{-126}$. So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent. Nothing
-overflows as long as no norm exceeds $2^{120}$; otherwise the scan is the full one.
+So the error is at most $E_{ij} = \|x_i\| a_j + c_j$, with a slope and an offset per latent. The scan is the full one if
+a norm, a pre-activation's bound $n_j P$ or a scaled bias $n_j |b_j|$ could exceed $2^{120}$, so nothing overflows.
 
 **Why nothing is missed.** Entries with $s_{ij} > \mathrm{bound} - E_{ij}$ are extracted, among them every entry with
 $v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of E's term

@@ -45,8 +45,8 @@ class PoolFields:
             without replacement, with probability proportional to the score.
         pool_group_size (int | None): Number of consecutive tokens that share a pool. None: one pool per batch, as in
             the paper. Groups of 1 with pool_factor=1, score="l2_norm" and an integer k are per-token TopK.
-        pool_seed (int): Seed of proportional sampling. A draw is a function of this seed and the number of training
-            steps so far, so a resumed run repeats its draws.
+        pool_seed (int): Seed of proportional sampling. The random numbers of a step depend only on this seed and the
+            number of training steps so far, so a resumed run repeats its draws.
         matryoshka_widths (list[int] | None): Increasing widths of nested levels, the last one d_sae. For each inner
             width w, the first w latents have their own reconstruction loss, as in SAELens' Matryoshka SAE, from the
             same kept activations. None, or only d_sae: no levels.

@@ -64,7 +64,7 @@ def test_the_median_of_passes_after_the_first_decides_and_one_line_says_it(clock
     [line] = [record.message for record in caplog.records]
     assert line == (
         "sampled_topk: forward and backward take 2.00 ms by 'kept', 3.00 ms by 'dense'; steps take the path 'kept' "
-        "from here on"
+        "until paths are timed again"
     )
     assert chosen({"kept": clock.way(0.0, 0.004), "dense": clock.way(9.0, 0.003)}) == "dense"
 
