@@ -73,14 +73,15 @@ def load_probing_dataset(
     text_column: str = "text",
     label_column: str = "label",
 ) -> ProbingDataset:
-    """Load labelled texts from a parquet, csv or jsonl file, a folder of such files, or a `Dataset`.
+    """Load labelled texts from a parquet, csv, jsonl or json file, a folder of such files, or a `Dataset`.
 
     A folder holds a file `train` and, if it has a test split, a file `test`. A `DatasetDict` without `test` is tested
-    on `validation`. The name is that of the file or folder, or "dataset", unless `name` is given.
+    on `validation`. The name is that of the file or folder, without its ending, or "dataset", unless `name` is given.
 
     Raises:
-        ValueError: if there is no such file, the split `train` or a column is missing, a row has no text or label,
-            there is only one class, the test split has other classes, or a class has too few rows.
+        ValueError: if there is no such file, or it is incomplete, the split `train` or a column is missing, a split has
+            no rows, a row has no text or label, there is only one class, the test split has other classes, or a class
+            has too few rows.
     """
     if isinstance(source, (str, Path)):
         splits = _read(Path(source))
@@ -95,7 +96,7 @@ def load_probing_dataset(
     test = None if held_out is None else _by_class(name, held_out, text_column, label_column)
     for split, by_class in {"train": train, "test": test}.items():
         if by_class is not None and not by_class:
-            raise ValueError(f"probing data set {name!r} has no rows in its split {split!r}.")
+            raise ValueError(f"probing data set {name!r} has no rows for {split!r}.")
     if len(train) < 2:
         raise ValueError(
             f"column {label_column!r} of probing data set {name!r} has only one class, {min(train)!r}; use two or more."
@@ -109,8 +110,9 @@ def load_probing_dataset(
     if min(dataset.largest_sizes()) < 2 * MIN_ROWS:
         rarest = min(train, key=lambda label: len(train[label]))
         raise ValueError(
-            f"probing data set {name!r} has too few rows: class {rarest!r} has {len(train[rarest])} to train on; at "
-            f"least {MIN_ROWS} per class are needed for training and {MIN_ROWS} for testing."
+            f"probing data set {name!r} has too few rows: the rarest training class, {rarest!r}, has "
+            f"{len(train[rarest])}; at least {MIN_ROWS} per class are needed for training and {MIN_ROWS} for testing "
+            "(without a test split, a fifth of the rows are for testing)."
         )
     return dataset
 
@@ -143,8 +145,8 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
     chosen = {split: file for split, file in files.items() if file.suffix in kinds and split in ("train", "test")}
     if not path.exists() or "train" not in chosen:
         raise ValueError(
-            f"probing data {str(path)!r} is neither a parquet, csv or jsonl file nor a folder with one named train "
-            "(and one named test)."
+            f"probing data {str(path)!r} is neither a parquet, csv, jsonl or json file nor a folder with one named "
+            "train (and, if there is a test split, one named test)."
         )
     return {split: _read_file(kinds[file.suffix], file) for split, file in chosen.items()}
 

@@ -113,5 +113,5 @@ def test_probing_data_without_rows_is_reported(tmp_path):
             "train": Dataset.from_list([{"text": "a", "label": 0}]),
             empty: Dataset.from_dict({"text": [], "label": []}),
         }
-        with pytest.raises(ValueError, match=rf"^probing data set 'dataset' has no rows in its split '{empty}'\.$"):
+        with pytest.raises(ValueError, match=rf"^probing data set 'dataset' has no rows for '{empty}'\.$"):
             load_probing_dataset(DatasetDict(splits))

@@ -59,7 +59,8 @@ def test_splits_are_balanced_random_and_disjoint(rows):
         ),
         (
             lambda rows: rows[:60],
-            r"^probing data set 'mine' has too few rows: class 'a' has 30 .*at least 20 per class .* 20 for testing\.$",
+            r"^probing data set 'mine' has too few rows: the rarest training class, 'a', has 30; at least 20 per class "
+            r".* 20 for testing \(without a test split, a fifth of the rows are for testing\)\.$",
         ),
         (
             lambda rows: [{"words": row["text"]} for row in rows],
@@ -101,5 +102,5 @@ def test_sizes_that_a_class_cannot_fill_are_reported_with_what_is_needed(rows):
 
 
 def test_invalid_data_is_reported(tmp_path):
-    with pytest.raises(ValueError, match=r"is neither a parquet, csv or jsonl file nor a folder with one"):
+    with pytest.raises(ValueError, match=r"is neither a parquet, csv, jsonl or json file nor a folder with one"):
         load_probing_dataset(tmp_path / "none.jsonl")
