@@ -19,7 +19,7 @@ def bundled(path: Path) -> Path:
     """
     if not path.exists():
         raise ValueError(
-            f"offline=True takes a model, text or probing data sets that are not passed from the repository's examples "
-            f"folder, but {path} does not exist; clone the repository, or pass your own."
+            f"with offline=True, a model, text or probing data sets that are not passed come from the repository's "
+            f"examples folder, but {path} does not exist; clone the repository, or pass your own."
         )
     return path

@@ -52,7 +52,7 @@ def load_model(
     `kwargs` are further arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs.
 
     Raises:
-        ValueError: if `model` is neither, the folder has no config or no tokenizer, or the arguments are invalid.
+        ValueError: if `model` is neither, the folder has no config or no tokenizer, or the model cannot be loaded.
     """
     kwargs = meaningful_kwargs(kwargs or {})
     hooked = load_hooked_transformer(model, device, dtype, kwargs)
@@ -88,8 +88,8 @@ def common_model_kwargs(saes: Sequence[EvalSAE]) -> dict[str, Any]:
         if defining_kwargs(kwargs) != defining_kwargs(wanted):
             raise ValueError(
                 f"{sae.name!r} was trained on a model with model_from_pretrained_kwargs={kwargs}, but {first.name!r} "
-                f"on one with {wanted}; use SAEs of one model at a time or, to evaluate all on the same, pass "
-                "model_kwargs=... (--model-kwargs)."
+                f"on one with {wanted}; use SAEs of one model at a time or, for `run_evals` (`eval`), pass "
+                "model_kwargs=... (--model-kwargs) to evaluate all on the same."
             )
     return wanted
 
@@ -114,9 +114,9 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     """Fill in the SAE's metadata for SAEBench, with the hook names that `model` uses.
 
     Raises:
-        ValueError: if a hook of the SAE is missing in its metadata, is not in the model or cannot be switched on there,
-            has another width or does not have a row for each token, or if a transcoder's outputs come before its
-            inputs.
+        ValueError: if a hook of the SAE is missing in its metadata, is not in a block of the model, cannot be switched
+            on or never runs there, has another width or not a row for each token (or no such head), or if a
+            transcoder's outputs come before its inputs.
     """
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
@@ -143,7 +143,7 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
 
 
 def _hook_in(model: EvalModel, sae: EvalSAE, hook_name: str) -> str:
-    """Return the name that `model` uses for a hook of the SAE; raise `ValueError` if `model` has no such hook."""
+    """Return the name that `model` uses for a hook of the SAE; raise `ValueError` if no block of it has such a hook."""
     known = transformer_lens_hook(hook_name, model.hooked.cfg.original_architecture)
     if known in model.hooked.hook_dict and re.match(r"blocks\.\d+\.", known):
         return known

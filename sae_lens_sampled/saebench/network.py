@@ -51,7 +51,7 @@ def check_network(
         why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
         raise ConnectionError(
             f"{', '.join(missing)} must be downloaded, but {why}; pass a local model folder, text=FOLDER and "
-            "probing_datasets=[...], or pass none of them and set offline=True to use those in the repository."
+            "probing_datasets=[...] or, for SAEs of the model in the repository, none of them and offline=True."
         )
     return reachable
 

@@ -12,7 +12,8 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
     """Check names of evals, and names and numbers of the fields that `overrides` sets in their configurations.
 
     Raises:
-        ValueError: if a name is unknown, a field is an argument of `run_evals`, or a number is out of range.
+        ValueError: if no eval is named, a name is unknown, `overrides` has an eval that is not in `evals`, a field is
+            an argument of `run_evals`, or a number is out of range.
     """
     if not evals or not {*evals, *overrides} <= EVALS.keys():
         raise ValueError(
@@ -37,7 +38,7 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
     """Reject sizes and counts that are not positive integers, and real-valued settings that are not finite numbers.
 
-    Seeds and token positions may be 0 or negative.
+    Other fields, such as seeds, token positions and those that are None by default, are not checked.
     """
     defaults = asdict(EVALS[eval_name].config_class(model_name=""))
     for field, value in settings.items():

@@ -53,7 +53,7 @@ class Recording:
     tokens: list[Tensor]
     """All batches: first those of the reconstruction part, then those of the sparsity part."""
     losses: list[list[Losses]]
-    """Cross-entropy and KL divergence of every token, by reconstruction batch and SAE."""
+    """Cross-entropy (without the last token) and KL divergence of tokens, by reconstruction batch and SAE."""
     activations: Tensor
     """Activations of the sparsity part, on disk, shape (batches, prompts, context, d_in). For transcoders the last
     dimension holds the outputs too, after the inputs."""
@@ -62,7 +62,7 @@ class Recording:
     ignored: set[int | None]
     """Special tokens, excluded from all metrics."""
     failures: dict[int, Exception]
-    """Errors of SAEs that failed to reconstruct, by the SAE's index; these have no losses."""
+    """Errors of SAEs that failed to reconstruct, by the SAE's index; these have no losses from that batch on."""
 
     def parts(self, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Split activations into inputs and outputs, which are the same unless the site is a transcoder's."""
@@ -284,7 +284,7 @@ def _activations(model: HookedTransformer, tokens: Tensor, site: Site) -> list[T
 
 
 def _continue_from(model: HookedTransformer, tokens: Tensor, hook_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and losses with `x` at the hook; if that is a block's output, only the later blocks are run."""
+    """Logits and losses with `x` at the hook; after a block's output, only the later blocks are run if possible."""
     # With left padding the model builds its attention mask from the tokens, which it does only in full passes.
     if hook_name.endswith(".hook_resid_post") and model.tokenizer.padding_side != "left":  # type: ignore[union-attr]
         layer = int(hook_name.split(".")[1]) + 1

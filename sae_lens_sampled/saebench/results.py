@@ -10,7 +10,7 @@ from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.sources import EvalSAE
 
 STAMP = "sae_lens_sampled"
-"""Key of a result's fingerprints in its `sae_cfg_dict`, the only free-form part of SAEBench's format."""
+"""Key of a result's fingerprints in its `sae_cfg_dict`, which may hold any keys in SAEBench's format."""
 NOT_COMPUTED = -1
 """Value that SAEBench's core and sparse probing write for a number that they did not or could not compute."""
 
@@ -41,7 +41,7 @@ def is_same(result: dict[str, Any], stamp: dict[str, str]) -> bool:
 
 
 def differences(result: dict[str, Any], stamp: dict[str, str]) -> str:
-    """Which of SAE, model and configuration differ, in words."""
+    """Which of SAE, model and configuration differ, in words; all if the result has no fingerprints."""
     present = _stamp(result)
     return " and ".join(what for what, fingerprint in stamp.items() if present.get(what) != fingerprint)
 

@@ -36,7 +36,7 @@ DEFAULT_TEXT = "Skylion007/openwebtext"
 
 Result = dict[str, Any]
 Stamps = dict[str, dict[str, str]]
-"""Fingerprints of everything that a result depends on, by SAE name."""
+"""Fingerprints of the SAE, model and configuration (with data) that results are computed from, by SAE name."""
 
 
 class EvalError(RuntimeError):
@@ -64,8 +64,9 @@ def run_evals(
 ) -> dict[str, dict[str, Result]]:
     """Run SAEBench's evals and MMCS on SAEs of any architecture; return the results by eval and SAE name.
 
-    Results are written to `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json` in SAEBench's format.
-    Existing results of the same SAE, model and configuration are kept, so repeating an interrupted run resumes it.
+    Results are written to `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json` in SAEBench's format
+    ("/" in names becomes "_"). Existing results of the same SAE, model and configuration are kept, so repeating an
+    interrupted run resumes it.
 
     Args:
         saes: sources as in `load_saes`: SAEs, training SAEs, folders of either, `(name, SAE or Path)`, or
@@ -90,11 +91,13 @@ def run_evals(
         prepare_only: only do the work that SAEs share, and return no results; later runs reuse absorption's probes.
 
     Raises:
-        ValueError: if an argument is invalid, or an existing result in `output_dir` is for another SAE, model or
-            configuration and `force_rerun` is not set.
+        ValueError: if an argument is invalid, an SAE does not fit the model or an eval, or an existing result in
+            `output_dir` is for another SAE, model or configuration and `force_rerun` is not set (MMCS's is replaced).
         ConnectionError: if something must be downloaded, but the Hub cannot be reached or `offline` is set.
+        OSError: if the Hub has no such SAE.
         NoSpaceError: if the disk is full; finished results are kept.
-        EvalError: at the end, if some SAEs could not be evaluated; the results of the others are kept.
+        EvalError: if some SAEs could not be evaluated, at the end, or at once if none can be; the results of the others
+            are kept.
     """
     overrides = overrides or {}
     check_evals(evals, overrides)
@@ -142,7 +145,7 @@ def run_evals(
             probing_datasets=labelled,
         )
         _attach(loaded, setup)
-        # Reject unsuitable SAEs, and existing results of other SAEs or settings. Comparisons are redone anyway.
+        # Reject unsuitable SAEs, and existing results of other SAEs or settings. Such comparisons are replaced instead.
         planned = [eval_class(setup, overrides.get(eval_class.name, {})) for eval_class in eval_classes]
         for evaluation in planned:
             evaluation.check(loaded)
@@ -182,7 +185,7 @@ def _network(
     probing_datasets: Sequence[ProbingDataset],
     offline: bool,
 ) -> AbstractContextManager[None]:
-    """Context that uses the Hub, or only its cache if the Hub is unavailable; raises if the cache lacks something."""
+    """Context that uses the Hub, or only its cache if the Hub is unavailable; raises if that cache lacks something."""
     needed_text = text if any(eval_class.reads_text for eval_class in eval_classes) else None
     reads_labelled_texts = any(eval_class.reads_probing_datasets for eval_class in eval_classes)
     default_datasets = reads_labelled_texts and not probing_datasets
@@ -298,7 +301,7 @@ def _check_results(stamps: Mapping[str, Stamps], saes: Sequence[EvalSAE], setup:
             result = load_result(path)
             if result is not None and not is_same(result, by_sae[sae.name]):
                 raise ValueError(
-                    f"{path} holds the result of another {differences(result, by_sae[sae.name])}; "
+                    f"{path} holds a result that does not match this {differences(result, by_sae[sae.name])}; "
                     "choose another output_dir, or pass force_rerun=True (--force-rerun) to replace it."
                 )
 

@@ -37,7 +37,7 @@ class EvalSAE:
     sae_id: str
     """Id of the SAE in that release; "custom_sae" if there is none, as in SAEBench."""
     sae: SAE[Any]
-    """The SAE for inference. Its decoder rows have unit norm, unless rescaling them would change what it selects."""
+    """The SAE for inference. Its decoder rows have unit norm, unless SAELens cannot rescale them."""
     training_sae: TrainingSAE[Any] | None
     """The training SAE that `sae` was exported from, if that was given."""
     sae_class: str
@@ -55,7 +55,7 @@ SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str
 
 
 class BrokenSAEError(ValueError):
-    """An SAE has non-finite weights or NaN thresholds; other SAEs can still be evaluated."""
+    """An SAE has unusable weights or thresholds; other SAEs can still be evaluated."""
 
     def __init__(self, name: str, reason: ValueError) -> None:
         super().__init__(f"SAE {name!r}: {reason}")
@@ -71,8 +71,9 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
     Raises:
         ValueError: if `sources` is empty, two SAEs have the same name, an SAE cannot be loaded, has unusable weights or
-            unfolded activation normalisation, or `device` is not available.
+            thresholds or unfolded activation normalisation, or `device` is not available.
         ConnectionError: if an SAE must be downloaded and the Hub is not accessible.
+        OSError: if the Hub has no such repository or SAE.
     """
     saes, broken = load_intact_saes(sources, device)
     if broken:
@@ -82,7 +83,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
 @interruptible()
 def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
-    """As `load_saes`, but return the errors of SAEs with non-finite weights or NaN thresholds; do not raise them."""
+    """As `load_saes`, but return the errors of SAEs with unusable weights or thresholds; do not raise them."""
     check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
@@ -222,4 +223,4 @@ def _fold_decoder_norm(sae: SAE[Any]) -> None:
     try:
         sae.fold_W_dec_norm()
     except NotImplementedError:
-        return  # TopK and matching pursuit select by unscaled activations, so folding would change their selection
+        return  # folding would change what TopK and matching pursuit select; temporal SAEs have no folding

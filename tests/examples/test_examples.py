@@ -133,7 +133,7 @@ def test_evaluate_takes_two_seeds_through_every_eval_to_the_report(tmp_path, mon
     assert (tmp_path / "evaluate_output" / "report.html").stat().st_size > 1_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate_output"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--steps", "2", "--seeds", "1", "--d-sae", "192"])
-    with pytest.raises(SystemExit, match="holds the result of another sae; choose another output_dir"):
+    with pytest.raises(SystemExit, match="holds a result that does not match this sae; choose another output_dir"):
         evaluate.main()
 
 

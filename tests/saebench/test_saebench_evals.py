@@ -45,7 +45,7 @@ def test_another_eval_is_one_file_and_one_line_in_the_table(bias, tmp_path):
     assert run_evals(saes, ["bias"], **run) == first
     assert bias.calls == ["inputs"]
     for changed in ({"overrides": {"bias": {"factor": 3.0}}}, {"seed": 7}):
-        with pytest.raises(ValueError, match="holds the result of another config; choose another output_dir"):
+        with pytest.raises(ValueError, match="does not match this config; choose another output_dir"):
             run_evals(saes, ["bias"], **{**run, **changed})
     again = run_evals(saes, ["bias"], **run, overrides={"bias": {"factor": 3.0}}, force_rerun=True)
     assert again["bias"]["a_seed1_custom_sae"]["eval_result_metrics"]["bias"]["largest"] == 7.5

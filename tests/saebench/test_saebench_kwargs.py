@@ -68,9 +68,9 @@ def test_sparse_probing_and_absorption_get_this_model_too(saes, tmp_path, monkey
 
 def test_a_result_of_other_kwargs_is_not_taken_for_this_one(saes, tmp_path):
     run_small(with_kwargs(saes, {}, "sampled_seed0"), ["core"], tmp_path)
-    with pytest.raises(ValueError, match="holds the result of another sae and model"):
+    with pytest.raises(ValueError, match="holds a result that does not match this sae and model"):
         run_small(with_kwargs(saes, KWARGS, "sampled_seed0"), ["core"], tmp_path)
-    with pytest.raises(ValueError, match="holds the result of another model;"):
+    with pytest.raises(ValueError, match="holds a result that does not match this model;"):
         run_small(with_kwargs(saes, {}, "sampled_seed0"), ["core"], tmp_path, model_kwargs=KWARGS)
 
 

@@ -69,7 +69,7 @@ def test_results_of_another_sae_model_or_configuration_are_not_replaced(saes, tm
         ("sae", [("batchtopk", saes[0][1])], {}),
         ("config", saes[2:3], {"overrides": {"core": SMALL["core"] | {"context_size": 40}}}),
     ):
-        with pytest.raises(ValueError, match=rf"batchtopk_custom_sae_eval.*holds the result of another {changed}; "):
+        with pytest.raises(ValueError, match=rf"batchtopk_custom_sae_eval.*does not match this {changed}; "):
             run_small(other_saes, ["core"], tmp_path, **fields)
 
 
@@ -202,7 +202,7 @@ def test_another_text_or_other_labelled_texts_are_another_configuration(saes, tm
         (tmp_path / "mine" / "test.jsonl", evals[1]),
     ):
         changed.write_text("".join(changed.read_text().splitlines(keepends=True)[1:]))
-        with pytest.raises(ValueError, match="holds the result of another config"):
+        with pytest.raises(ValueError, match="holds a result that does not match this config"):
             run_small(saes[2:3], [eval_name], tmp_path / "out", **fields | {"text": tmp_path / "elsewhere"})
 
 
