@@ -1,4 +1,4 @@
-"""The text around the largest activations of an SAE's leading latents, those with the most activation mass."""
+"""The text around the largest activations of an SAE's leading latents: those, not dense, with the most mass."""
 
 from typing import Any
 

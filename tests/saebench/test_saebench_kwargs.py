@@ -136,7 +136,7 @@ def test_the_report_names_the_model_with_its_kwargs(saes, tmp_path):
     run_small(with_kwargs(saes, KWARGS, "sampled_seed0"), ["core"], tmp_path)
     text = write_report(tmp_path).with_suffix(".md").read_text()
     assert "tiny_lm (center_writing_weights=True, fold_ln=True)" in text
-    assert "without pad, bos and eos tokens" in text
+    assert "pad, bos and eos tokens are left out" in text
 
 
 def test_a_source_as_on_a_command_line_keeps_its_kwargs(saes, tmp_path):

@@ -223,7 +223,7 @@ def stamped(**stamp):
 @pytest.mark.parametrize(
     ("fields", "note"),
     [
-        ({"sae_cfg_dict": stamped(sae="b", model="x")}, "The evals of one were run on different weights."),
+        ({"sae_cfg_dict": stamped(sae="b", model="x")}, "The evals of one were run on different weights or configs."),
         (
             {"sae_cfg_dict": stamped(sae="a", model="y")},
             "By their fingerprints the results are from 2 different models",

@@ -21,7 +21,7 @@ LOCK = "absorption.lock"
 
 
 class Absorption(Eval):
-    """How often the latents for a first letter are silent on words that begin with it."""
+    """How far other latents stand in for the latents of a first letter, on words that begin with it."""
 
     name = "absorption"
     config_class = AbsorptionEvalConfig
@@ -125,7 +125,7 @@ class Absorption(Eval):
 
     @property
     def _probes(self) -> Path:
-        """Folder for the probes on the model, named by the prompt and the seed, on which they also depend."""
+        """Folder for the probes on the model, named by prompt, token position and seed, on which they also depend."""
         config = self.config
         key = fingerprint_tensors({}, {"fields": [config.prompt_template, config.prompt_token_pos, config.random_seed]})
         return self.setup.artifacts / "absorption" / f"probes_{key}"

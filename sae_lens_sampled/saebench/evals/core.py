@@ -1,4 +1,4 @@
-"""SAEBench's core eval on one recording of the model for all SAEs, and the metrics that `run_evals` adds."""
+"""SAEBench's core eval on one recording of the model per hook, and the metrics that `run_evals` adds."""
 
 import functools
 import hashlib
@@ -99,7 +99,7 @@ class Core(Eval):
         self.recorded |= {sae.name: Recorded(recorded, i, places.get(sae.name)) for i, sae in enumerate(saes)}
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
-        """Return core's own result, with statistics of the latents and metrics of the training-time selection added."""
+        """Return core's own result; if recorded, with statistics of the latents and of the training-time selection."""
         # An SAE that cannot be recorded: SAEBench runs the model itself, and nothing is added.
         if sae.name not in self.recorded:
             hooks = recording.site_of(sae.sae).hooks

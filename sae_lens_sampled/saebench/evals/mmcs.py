@@ -159,7 +159,7 @@ class Mmcs(Eval):
         return asdict(self.outputs[sae.name])
 
     def _density(self, sae: EvalSAE) -> list[float] | None:
-        """Share of tokens on which each latent is active, from core's result for this SAE; None without one."""
+        """Share of tokens on which each latent is active, from core's result for this SAE; None if not computed."""
         result = load_result(result_path(self.setup.output_dir, Core.name, sae))
         if result is None or not is_result_of(result, sae, self.setup.model):
             return None

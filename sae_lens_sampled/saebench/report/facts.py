@@ -56,16 +56,16 @@ def notes(saes: Sequence[SAEResults], unreadable: Sequence[str] = ()) -> list[st
     models = {model for sae in saes for model in _stamps(sae, "model")}
     if len(models) > 1:
         remarks.append(
-            f"By their fingerprints the results are from {len(models)} different models, or versions of one model."
+            f"By their fingerprints the results are from {len(models)} different models, or versions or dtypes of one."
         )
     mixed = [sae.label for sae in saes if len(_stamps(sae, "sae")) > 1]
     if mixed:
-        remarks.append(f"The evals of {_listed(mixed)} were run on different weights.")
+        remarks.append(f"The evals of {_listed(mixed)} were run on different weights or configs.")
     path = ("mmcs", "eval_result_metrics", "partners", "partners_of_same_group")
     alone = [sae.label for sae in saes if sae.get(*path) is False]
     if alone:
         remarks.append(
-            f"MMCS of {_listed(alone)} is with SAEs of other configurations, because there is no second seed."
+            f"MMCS of {_listed(alone)} is with SAEs of other configurations, because no second seed was compared."
         )
     return remarks
 
@@ -84,11 +84,11 @@ def _core_tokens(saes: Sequence[SAEResults]) -> str:
     contexts = _distinct(saes, "core", "eval_config", "context_size")
     excluded = _distinct(saes, "core", "eval_config", "exclude_special_tokens_from_reconstruction")
     of_losses = "" if excluded == [True] else "; for the losses, these are reconstructed too"
-    return f"in contexts of {', '.join(map(str, contexts))}, without pad, bos and eos tokens{of_losses}"
+    return f"in contexts of {', '.join(map(str, contexts))}; pad, bos and eos tokens are left out{of_losses}"
 
 
 def _tokens_of_training(saes: Sequence[SAEResults]) -> str:
-    """Which tokens the SAEs were trained on, as far as their metadata say; core's FVU and L0 are over other tokens."""
+    """Which tokens the SAEs were trained on, as far as their metadata say; core's may be others."""
     described = []
     for sae in saes:
         metadata = sae.get("core", "sae_cfg_dict", "metadata") or {}

@@ -52,7 +52,7 @@ def _add_mean(
     ys: Sequence[float],
     mark: dict[str, Any],
 ) -> None:
-    """Add the mean of the plotted marks, which seeds that lack one of the two numbers do not have."""
+    """Add the mean of the plotted marks; a seed that lacks one of the two numbers has no mark."""
     mean_x, mean_y = estimate(xs, x.independent), estimate(ys, y.independent)
     halves = [(mean.half or 0) if mean.n >= LEAST_SEEDS else 0 for mean in (mean_x, mean_y)]
     bars = [{"array": [half], "thickness": 1.5, "width": 4} for half in halves]
@@ -70,7 +70,7 @@ def _add_mean(
 
 
 def with_model_line(plot: go.Figure | None, saes: Sequence[SAEResults]) -> go.Figure | None:
-    """Add a line at the accuracy of a probe on the model's best single coordinate, if all SAEs have the same."""
+    """Add a line at the accuracy of a probe on the model's best single coordinate, if it is the same in all results."""
     accuracies = {sae.number(*PROBING[:2], "llm", "llm_top_1_test_accuracy") for sae in saes} - {None}
     if plot is not None and len(accuracies) == 1:
         plot.add_hline(
@@ -101,7 +101,7 @@ def density_plot(saes: Sequence[SAEResults], groups: Sequence[Group]) -> go.Figu
             line=lines[sae] | {"shape": "hv"},
             mode="lines",
             name=f"{shown(sae.label)}: {n_latents - len(values)} of {n_latents} dead",
-            hovertemplate="%{y:.1%} of latents from 10^%{x:.1f} on<extra></extra>",
+            hovertemplate="%{y:.1%} of latents in the bin from 10^%{x:.1f}<extra></extra>",
         )
     plot.update_yaxes(tickformat=".0%", rangemode="tozero")
     return finish(plot, "log10 of the share of tokens on which a latent is active", "share of latents", len(saes))

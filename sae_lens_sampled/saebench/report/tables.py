@@ -16,7 +16,7 @@ CAPTIONS = {
     "Sparsity": "L0 and Gini have no better direction; compare the other metrics only at about the same L0.",
     "Reconstruction": "Of the exported SAE, and with the training-time selection if the training SAE was given.",
     "Sparse probing": "Test accuracy of probes on the best 1, 2 or 5 latents, or on all, averaged over data sets.",
-    "Absorption": "How much of a first letter is carried by latents not its own, and how often its own are silent.",
+    "Absorption": "How much of a first letter other latents carry, and how often one does while its own are silent.",
     "Similarity of seeds": "Each pair of seeds enters the MMCS of both, so values are not independent: no interval.",
 }
 
