@@ -189,7 +189,7 @@ DICTIONARIES = replace(
     n_seeds=1,
 )
 """The arms that remained after `SMALL` and `FACTORIAL`, on features that guided no choice: with one SAE per arm and k
-for each dictionary of features, intervals cover the choice of features and samples."""
+for each dictionary of features, intervals cover the choice of features, but not the seeds of weights and samples."""
 
 INNER_16K = [128, 512, 2048]
 
@@ -237,7 +237,7 @@ SYNTH_SAE_BENCH_16K_CPU = replace(
     n_checkpoints=20,
     device="cpu",
 )
-"""The same with a fortieth of the samples, for two CPU cores."""
+"""The same with a fortieth of the samples, at one k and seed, for two CPU cores."""
 
 PUBLISHED_16K = {
     25: {"BatchTopK": {"f1": 0.7316, "mcc": 0.7574}, "Matryoshka": {"f1": 0.8793, "mcc": 0.7927}},

@@ -60,7 +60,7 @@ class Benchmark:
     dead_window: int
     """Training steps without firing after which a latent counts as dead."""
     eval_samples: int
-    """Fresh samples that an SAE is evaluated on."""
+    """Samples that an SAE is evaluated on; those of the first training batch may be among them."""
     aux_loss_coefficient: float
     """Weight of the auxiliary loss, in every arm."""
     n_checkpoints: int = 0
@@ -88,7 +88,7 @@ class BenchmarkUnit:
 
     @property
     def stream(self) -> tuple[str, int, int]:
-        """Key shared by all arms that see the same samples."""
+        """Key shared by the arms that are trained together, on one pass over the samples."""
         return self.data, self.k, self.seed
 
     @property
@@ -98,7 +98,7 @@ class BenchmarkUnit:
 
 
 def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
-    """Every SAE, ordered by stream of samples; without SAEs whose pool would have fewer than k latents."""
+    """Every SAE, ordered by stream; without SAEs whose pool would have fewer than k latents."""
     for seed in range(benchmark.n_seeds):
         for data in benchmark.data:
             of_data = benchmark.data[data]
@@ -110,7 +110,7 @@ def units(benchmark: Benchmark) -> Iterator[BenchmarkUnit]:
 
 
 def streams(benchmark: Benchmark) -> list[list[BenchmarkUnit]]:
-    """Every SAE, grouped by the samples that it sees."""
+    """Every SAE, grouped by `stream`."""
     together: dict[tuple[str, int, int], list[BenchmarkUnit]] = {}
     for unit in units(benchmark):
         together.setdefault(unit.stream, []).append(unit)

@@ -10,7 +10,8 @@
     python eval/benchmark/run.py --config synth-sae-bench-16k-cpu --time 50000             # how long that would take
 
 All arms of a seed start from the same weights; all SAEs of a data set see the same samples. A second call resumes where
-the first left off: finished results are never recomputed, and a killed run continues from its last checkpoint.
+the first left off: finished results are never recomputed, and a killed run continues from its last checkpoint, if its
+benchmark has any (`n_checkpoints`).
 Processes with different `--arms` or `--part` may share the folders.
 """
 
@@ -76,7 +77,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report", action="store_true", help="compute nothing, only render the pages from existing results"
     )
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: study_output/benchmark_CONFIG")
-    parser.add_argument("--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG")
+    parser.add_argument(
+        "--results-dir", type=Path, help="default: eval/results/benchmark_CONFIG; if given, no pages are rendered"
+    )
     return parser.parse_args(argv)
 
 

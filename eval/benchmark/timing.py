@@ -15,8 +15,8 @@ from pages import markdown_table
 def time_plan(benchmark: Benchmark, arms: Collection[str], n_samples: int, work: Path) -> str:
     """Table of the time that sampling and arms take for `n_samples`, and for the whole benchmark.
 
-    Every stream of the first seed is timed. Evaluation is not included, nor is the auxiliary loss, because there are no
-    dead latents in the first `dead_window` steps.
+    Every stream of the first seed is timed. Evaluation is not included, nor, in the first `dead_window` steps, is the
+    auxiliary loss, because no latent counts as dead yet.
     """
     rows, total = [], 0.0
     n_steps = max(n_samples // benchmark.batch_size, 1)

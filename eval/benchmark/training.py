@@ -1,4 +1,4 @@
-"""Trains and evaluates the arms that see the same samples; a killed run continues from its last checkpoint."""
+"""Trains and evaluates the arms of a stream; a killed run continues from its last checkpoint, if there is one."""
 
 import hashlib
 import shutil

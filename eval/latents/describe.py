@@ -39,7 +39,7 @@ def describe(
     Args:
         model: the language model.
         saes: exported SAEs of one hook, by name.
-        prompts: the text; the first token of each prompt is a special token and is not counted.
+        prompts: the text; the first token of each prompt, a special token if the model uses one, is not counted.
         n_latents: number of latents per SAE.
         seed: seed for the draw of places and passages.
 

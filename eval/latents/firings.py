@@ -18,7 +18,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Text:
-    """Text with the language model's states at one hook; the first token of each prompt is a special token."""
+    """Text with the language model's states at one hook; the first token of each prompt is not counted."""
 
     model: HookedTransformer
     prompts: Int[Tensor, "prompts context"]
@@ -37,7 +37,7 @@ class Text:
     @cached_property
     @torch.no_grad()
     def baseline(self) -> Float[Tensor, " d_model"]:
-        """Mean embedding over an eighth of the prompts, which stands for each token of an empty text."""
+        """Mean embedding over about an eighth of the prompts, which stands for each token of an empty text."""
         return self.model.input_to_embed(self.prompts[: len(self.prompts) // 8 + 1])[0].mean(dim=(0, 1))
 
     def decode(self, prompt: int, start: int, end: int) -> str:

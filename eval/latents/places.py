@@ -1,6 +1,7 @@
 """Which places of a text a reader sees for a latent, and which passages the reader is then asked about.
 
-Both are drawn at random from five bands of activation: the fifths, by rank, of all places where the latent is active.
+Places, and passages on which the latent fires, are drawn at random from five bands of activation: the fifths, by rank,
+of all places where it is active.
 The strongest places often have the same common token; the rest of a latent's range is more informative.
 """
 

@@ -36,14 +36,14 @@ class Agreement(NamedTuple):
     exact: float
     """Share of them with the same rating."""
     kappa: float
-    """Cohen's kappa with quadratic weights: 1 for equal ratings, 0 for chance agreement."""
+    """Cohen's kappa with quadratic weights: 1 for equal ratings (NaN if all are one number), 0 for chance agreement."""
 
 
 def read_answers(file: Path) -> dict[str, Answer]:
     """Answers by id, from a CSV with the columns `id`, `rating` and, if passages were asked about, `fires`: "2 5 7".
 
     Raises:
-        ValueError: if a column is missing, a latent appears twice, or an answer is invalid.
+        ValueError: if a column or every row is missing, a latent appears twice, or an answer is invalid.
     """
     with file.open(newline="", encoding="utf-8-sig") as stream:
         lines = list(csv.DictReader(stream))

@@ -3,7 +3,7 @@
     python eval/latents/run.py --saes batchtopk=FOLDER one_pool=FOLDER groups=FOLDER --out latents_output
     python eval/latents/run.py --out latents_output --score ratings_1.csv ratings_2.csv   # readers' results by SAE
 
-The SAEs are exports of one block of the language model; training checkpoints are exported first. Needs captum (the
+The SAEs are exports on one block's output in the model; training checkpoints are exported first. Needs captum (the
 extra `latents`), for integrated gradients. Writes to `--out`: `page.html`, on which a reader rates latents and says on
 which passages they fire, and `latents.json`, with the SAE of each latent and the correct answers. A reader's answers
 are a CSV with the columns `id`, `rating` and `fires`, such as `001,3,2 5 7`.
@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Tensor:
-    """Text that the SAEs were not trained on, shape (prompts, context), each prompt with its first token.
+    """Prompts from `--text`, by default held out from training, shape (prompts, context), with their first tokens.
 
     Raises:
-        ValueError: if the text is shorter than asked for: it would be read again, and the same text be in both halves.
+        ValueError: if the text gives no prompt, or is shorter than asked for: its beginning would be in both halves.
     """
     of_file = {"path": "json", "data_files": args.text} if Path(args.text).is_file() else {"path": args.text}
     dataset = load_dataset(**of_file, split="train")
