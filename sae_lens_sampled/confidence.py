@@ -36,7 +36,7 @@ class Interval:
 
     @property
     def half(self) -> float | None:
-        """Half of the width of a mean's confidence interval; that of a correlation is not symmetric: its upper part."""
+        """Half of the width of a mean's confidence interval; for a correlation, only its part above the estimate."""
         return None if self.high is None else self.high - self.mean
 
     def p_at_least(self, bound: float) -> float | None:

@@ -126,7 +126,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def reserve(file: Path, n_bytes: int, what: str) -> None:
-    """Create a file for a memory map, allocated where the system can: a write on a full disk would kill the process.
+    """Create a file for a memory map, fully allocated where possible: a write on a full disk would kill the process.
 
     Raises:
         NoSpaceError: if the bytes do not fit; the message names `what` they are for, and no file is left.
