@@ -89,14 +89,14 @@ def train(context: typer.Context) -> None:
 
 @app.command()
 def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a sampled_topk training checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of sampled_topk or its transcoder, a folder.")],
     dataset: Annotated[str, typer.Option(help="Hub name or folder of the text to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated JumpReLU SAE; must not exist yet.")],
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: that of the training run.")] = None,
     model_kwargs: ModelKwargs = None,
     mode: Annotated[str, typer.Option(help="per_latent, or global: one threshold for all latents.")] = "per_latent",
     target_l0: Annotated[float | None, typer.Option(help="Target L0; default: that of training's selection.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Number of tokens to calibrate on.", min=MIN_TOKENS)] = 1_000_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to use, rounded up to batches.", min=MIN_TOKENS)] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per selection batch; use that of training.", min=1)] = 4096,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
@@ -167,9 +167,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", help="Set a field of an eval's configuration, such as core.context_size=64; repeatable."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if available, else cpu.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of model and SAEs; default: the model's in training, else float32.")
+        str | None, typer.Option(help="Dtype of model and SAEs; default: that in the model's arguments, else float32.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 42,
     offline: Annotated[
@@ -249,7 +249,8 @@ def mmcs(
 
     For every ordered pair: the mean over the first SAE's latents of the largest cosine with a latent of the second, for
     decoder and encoder vectors; from decoders alone, the same with |cosine|, the shares of latents whose largest cosine
-    is above 0.7 and 0.9, the one-to-one matched mean of |cosine|, and the mean expected with random directions.
+    is above 0.7 and 0.9, the one-to-one matched mean of |cosine| (of at most 8,192 latents), and the mean expected with
+    random directions.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source
@@ -266,7 +267,7 @@ def mmcs(
 
 @app.command()
 def info() -> None:
-    """Print versions, registered architectures, scores and devices."""
+    """Print versions, registered architectures, scores, devices, and how training steps are computed on each."""
     packages = ["sae-lens-sampled", "sae-lens", "transformer-lens", "torch"]
     gpu_name = torch.cuda.get_device_name
     devices = [f"{name} ({gpu_name(name)})" if "cuda" in name else name for name in available_devices()]
@@ -289,7 +290,7 @@ def _training_step(device: torch.device) -> str:
     single = config(d_in=768, d_sae=16_384, k=64, pool_factor=10)
     grouped = config(d_in=768, d_sae=16_384, k=64, pool_factor=10, pool_group_size=16)
     if device.type in MEASURED_DEVICES and len(possible_paths(grouped, device)) > 1:
-        return "the fastest path, timed at the first step"
+        return "the fastest path, timed at the first step and a few times later"
     if choose_path(grouped, "auto", 4096, device) == "kept":
         return "on the kept entries"
     small = "on the columns of one small pool, else " if choose_path(single, "auto", 4096, device) == "columns" else ""

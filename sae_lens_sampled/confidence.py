@@ -20,23 +20,23 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean or correlation and its uncertainty; None where there are too few values to estimate it."""
+    """A mean or correlation and its uncertainty; None where that cannot be estimated."""
 
     mean: float
     error: float | None
-    """Standard error: std / sqrt(n) with ddof=1."""
+    """Standard error of a mean: std / sqrt(n) with ddof=1, or that of the jackknife."""
     low: float | None
     """Lower end of the confidence interval."""
     high: float | None
     """Upper end."""
     p: float | None
-    """Two-sided p-value of the null hypothesis that the mean is 0."""
+    """Two-sided p-value of the null hypothesis that the mean or correlation is 0."""
     n: int
     """Number of independent values."""
 
     @property
     def half(self) -> float | None:
-        """Half of the confidence interval's width."""
+        """Half of the width of a mean's confidence interval; for a correlation, only its part above the estimate."""
         return None if self.high is None else self.high - self.mean
 
     def p_at_least(self, bound: float) -> float | None:
@@ -119,7 +119,7 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
 def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Interval:
     """Spearman's rank correlation of pairs of values, with the interval of Bonett and Wright 2000 from four pairs on.
 
-    The standard error holds on the scale of Fisher's z, so `error` is None.
+    A correlation of 1 or -1 has no interval. The standard error holds on the scale of Fisher's z, so `error` is None.
     """
     found: Any = stats.spearmanr(x, y)
     r, n = float(found.statistic), len(x)

@@ -8,7 +8,7 @@ class NoDeviceError(ValueError):
 
 
 def available_devices() -> list[str]:
-    """Names of the available devices, as torch takes them."""
+    """Names of the CPU, CUDA and MPS devices that are available, as torch takes them."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 

@@ -118,7 +118,7 @@ def _delete_abandoned(parent: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Hard-link a file to `target`, or copy it where the file system has no links."""
+    """Hard-link a file to `target`, or copy it where that is impossible."""
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links
@@ -126,7 +126,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def reserve(file: Path, n_bytes: int, what: str) -> None:
-    """Create a fully allocated file for a memory map: otherwise a write on a full disk would kill the process.
+    """Create a file for a memory map, fully allocated where possible: a write on a full disk would kill the process.
 
     Raises:
         NoSpaceError: if the bytes do not fit; the message names `what` they are for, and no file is left.
@@ -142,7 +142,7 @@ def reserve(file: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def reporting_no_space(folder: Path, need: str = "there is more to write") -> Iterator[None]:
-    """Convert an error from a full disk, in `folder` or below, into a `NoSpaceError` that begins with `need`."""
+    """Convert an error from a full disk, taken to be that of `folder`, into a `NoSpaceError` beginning with `need`."""
     try:
         yield
     except Exception as error:
@@ -150,8 +150,8 @@ def reporting_no_space(folder: Path, need: str = "there is more to write") -> It
             raise
         free = _size(shutil.disk_usage(folder).free)
         raise NoSpaceError(
-            f"{need}, but {_lasting(folder)} has {free} left; make room or choose another folder. Finished work is "
-            "kept."
+            f"{need}, but {_lasting(folder)} has {free} left (less under a quota); make room or choose another "
+            "folder. Finished work is kept."
         ) from error
 
 

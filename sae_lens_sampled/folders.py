@@ -65,7 +65,8 @@ def check_folded(normalize_activations: str | None, name: str) -> None:
     if normalize_activations in UNFOLDED:
         raise ValueError(
             f"{name} has normalize_activations={normalize_activations!r}, which is not folded into its weights yet, so "
-            "its reconstructions would be wrong; load it with sae_lens_sampled.load_checkpoint(folder), which folds it."
+            "its reconstructions would be wrong; load its training checkpoint with "
+            "sae_lens_sampled.load_checkpoint(folder), which folds it."
         )
 
 
@@ -90,7 +91,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def read_runner_config(folder: Path) -> dict[str, Any]:
-    """The config of the run that wrote the checkpoint; empty if it cannot be read."""
+    """The config of the run that wrote the folder; empty if it cannot be read."""
     try:
         config = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -81,8 +81,9 @@ def interruptible() -> Iterator[None]:
 
     SAELens' handlers raise an `Exception`, which code that goes on when a single SAE fails would mistake for
     such a failure.
-    Within, SIGINT raises KeyboardInterrupt and SIGTERM ends the process, as in Python; an InterruptedException of a
-    SAELens run within becomes a KeyboardInterrupt too. At the end the previous handlers are restored.
+    Within, in place of these handlers, SIGINT raises KeyboardInterrupt and SIGTERM ends the process, as in Python; an
+    InterruptedException of a SAELens run within becomes a KeyboardInterrupt too. At the end the previous handlers are
+    restored.
     """
     before = {number: signal.getsignal(number) for number in PYTHONS_OWN if _is_ours_to_replace(number)}
     try:

@@ -81,7 +81,7 @@ def dictionary_similarity(
         match_max_latents: `matched` is None if either has more rows: it takes cubic time and the full cosine matrix.
 
     Raises:
-        ValueError: if one is empty or has non-finite entries, or their widths differ.
+        ValueError: if one is empty or has non-finite entries, or their widths differ or are below 2.
 
     Sources: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders" (MMCS);
     arXiv 2505.20254 (matched mean of trained seeds); arXiv 2501.16615 (one-to-one matches of seeds, above 0.7).
@@ -100,10 +100,10 @@ def max_cosines(a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]) -> M
     """The largest cosine and |cosine| of every row of `a` with rows of `b` and the reverse, in one pass over tiles.
 
     A row of zeros has cosine 0 with every row. Products are at least in float32. Beyond its results it needs the
-    memory of one tile, whatever the sizes.
+    memory of one tile and its rows, whatever the number of rows.
 
     Raises:
-        ValueError: as `dictionary_similarity`.
+        ValueError: if one is empty or has non-finite entries, or their widths differ.
     """
     if a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(

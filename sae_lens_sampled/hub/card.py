@@ -27,10 +27,13 @@ TEMPLATE = """---
 
 # {{ name }}
 
-Sparse autoencoders, trained with [SAELens](https://github.com/decoderesearch/SAELens) and stored for inference; plain
-SAELens loads them.{% if sampled %} Those trained as `sampled_topk` are Sampled-SAEs
-([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)): in each training batch all latents are scored, and BatchTopK
-selects among the `k * pool_factor` best-scored{% if pools_end %}, or among all after `pool_steps` steps{% endif %}.
+Sparse autoencoders{% if metadata.hook_name_out %} or transcoders{% endif %}, trained with
+[SAELens](https://github.com/decoderesearch/SAELens) and stored for inference; plain SAELens loads them.
+{%- if sampled %} Those
+trained as `sampled_topk` (or its transcoder) are Sampled-SAEs ([arXiv 2508.21324](https://arxiv.org/abs/2508.21324)):
+in training, BatchTopK selects among `k * pool_factor` latents, chosen by their scores in the batch or in groups of its
+tokens, or among all latents without a `pool_factor`
+{%- if pools_end %} or after `pool_steps` steps{% endif %}.
 {%- endif %}
 
 ## Use
@@ -68,7 +71,7 @@ def model_card(
     evaluation: Mapping[str, Mapping[str, Number]] | None = None,
     license_id: str = "mit",
 ) -> str:
-    """Generate a README.md with YAML metadata. The same arguments give the same text.
+    """Generate a README.md with YAML metadata. In the same environment, the same arguments give the same text.
 
     Args:
         configs: the `cfg.json` of each SAE, by sae_id.
@@ -191,7 +194,7 @@ def _results(
 
 
 def _base_model(name: str | None) -> str | None:
-    """Hub name of a model, also for TransformerLens' aliases such as "pythia-160m-deduped"; None for a local model."""
+    """Hub name of a model, also for TransformerLens' aliases such as "pythia-160m-deduped"; None for any other name."""
     if name is None or Path(name).exists():
         return None
     with suppress(ValueError):

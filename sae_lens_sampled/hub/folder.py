@@ -19,7 +19,7 @@ SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_C
 
 
 def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path) -> Path:
-    """Write an SAE's files for inference to `target` and return `target`; local paths in them lose their folders.
+    """Write an SAE's files for inference to `target` and return `target`; paths in configs lose their folders.
 
     Raises:
         ValueError: if `sae` is neither an SAE nor a folder that holds one, or should not be published as it is.
@@ -52,7 +52,10 @@ def inference_folder(sae: TrainingSAE[Any] | SAE[Any] | str | Path, target: Path
 
 
 def without_folders(value: Any) -> Any:
-    """`value`, of JSON types, with local paths shortened to their last part: the rest describes the author's disk."""
+    """`value`, of JSON types, with paths shortened to their last part: the rest describes the author's disk.
+
+    A path is absolute or begins with "." or "~"; others could be names on the Hub.
+    """
     if isinstance(value, dict):
         return {name: without_folders(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -52,7 +52,8 @@ def upload_to_hub(
             checkpoint, which are exported first; an inference SAE or the folder of one.
         repo_id: "user/name".
         dry_run_folder: a new or empty folder to write the repository's files to; in that case nothing is uploaded.
-        force: replace files of these SAEs, and a model card, that are on the Hub with other content.
+        force: replace files of these SAEs, and a model card, that are on the Hub with other content; files that these
+            SAEs no longer have are deleted.
         private: create the repository as private. An existing one keeps its visibility; a public one is rejected.
         evaluation: measured numbers by sae_id, such as {"l0": 63.8, "fvu": 0.21, "dead": 12}, for the model card.
         license_id: the Hub's identifier of the license.
@@ -151,8 +152,8 @@ def _send(files: Mapping[str, Path], folders: Mapping[str, Path], repo_id: str, 
     other = [path for path in remote if path not in same]
     if other and not force:
         raise ValueError(
-            f"{repo_id!r} has different content in {', '.join(other)}; nothing was uploaded. Choose another repository "
-            "or sae_id, or overwrite with force (force=True, --force)."
+            f"{repo_id!r} has different content in {', '.join(other)}; nothing was uploaded. Choose another "
+            "repository, or overwrite with force (force=True, --force)."
         )
     missing = {i: folder for i, folder in folders.items() if any(f"{i}/{n}" in files.keys() - same for n in SAE_FILES)}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -194,7 +195,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     for cause in _causes(error):
         root, status = cause, status or getattr(getattr(cause, "response", None), "status_code", None)
     if status == 401:
-        return "the Hub does not accept your token (401): log in with `hf auth login`, or set HF_TOKEN"
+        return "the Hub got no token or does not accept it (401): log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return f"your token may not write to {repo_id!r} (403): it needs write permission for that user or organisation"
     if status == 409:
@@ -206,7 +207,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
             ", a server error: try again later" if status >= 500 else ""
         )
     message = str(root).partition("\n")[0].rstrip(".")
-    return f"the connection to the Hub failed ({type(root).__name__}: {message})"
+    return f"the exchange with the Hub failed ({type(root).__name__}: {message})"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -31,20 +31,21 @@ DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "setti
 def text_store(
     model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int = 128, prompts: int = 32, device: str = "cpu"
 ) -> ActivationsStore:
-    """A store that yields a text's activations in order, without those of special tokens.
+    """A store of a text's activations for `cache_activations`, which keeps their order; without special tokens.
 
     Args:
         model: the language model.
         dataset: Hub name, folder or `DatasetDict` with a split `train`, or a dataset.
         hook_name: hook at which activations are read.
         d_in: width of the activations.
-        context_size: tokens per prompt; each prompt begins with the tokenizer's BOS token.
+        context_size: tokens per prompt; each begins with the tokenizer's BOS token, unless the text is tokenized.
         prompts: number of prompts per pass of the model.
         device: device of the activations.
 
     Raises:
-        ValueError: if a number is not positive, the text has no rows or no split `train`, or the model cannot switch on
-            the hook.
+        ValueError: if a number is not a positive whole number, the text has no rows, no split `train` or no column that
+            SAELens reads, or the model cannot switch on the hook.
+        OSError: if there is no such data set.
     """
     for name, value in {"d_in": d_in, "context_size": context_size, "prompts": prompts}.items():
         check_count(value, name)
@@ -89,13 +90,15 @@ def cache_activations(
         store: an unused store for one hook that always reads the same text in the same order, such as a `text_store`.
         n_tokens: number of tokens, not counting special ones if the store leaves them out.
         folder: folder of the cache, which takes 2 * d_in bytes per token.
-        settings: what the activations depend on but `store` does not know, that is, the text; in JSON types. The
-            model's weights, the hook and how prompts are made are taken from `store`.
+        settings: what the activations depend on but is not taken from `store`: the text and, where they vary, the
+            tokenizer and `model_kwargs`; in JSON types. The model's weights, the hook and how prompts are made are
+            taken from `store`.
 
     Raises:
-        ValueError: if `n_tokens` is not positive, the hook is missing or has another width, `folder` holds activations
-            with other settings, or the text is too short.
-        NoSpaceError: if the disk has too little space, noticed after the first pass of the model.
+        ValueError: if `n_tokens` is not a positive whole number, the hook is missing, does not run or has another
+            width, `folder` holds activations with other settings, or the text is too short.
+        NoSpaceError: if the disk has too little space; that for all activations is reserved after the first pass of the
+            model over the text.
     """
     check_count(n_tokens, "n_tokens")
     folder = Path(folder)
@@ -184,7 +187,7 @@ def shuffled_batches(
         first: number of batches that a resumed run has already seen.
 
     Raises:
-        ValueError: if `batch_size` is not positive or exceeds the number of rows.
+        ValueError: if `batch_size` is not a positive whole number or exceeds the number of rows.
     """
     check_count(batch_size, "batch_size")
     if len(activations) < batch_size:

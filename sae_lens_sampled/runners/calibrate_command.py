@@ -45,10 +45,11 @@ def calibrate(
     """Calibrate the SAE of a checkpoint and save it to `out`; returns the lines of the report.
 
     Arguments, model, text and disk space are checked first. `model` and `model_kwargs` default to those of the run.
-    Warns if the share of first tokens differs from that in training.
+    Warns if the share of first tokens differs from the one expected by the run's settings, if these are known.
 
     Raises:
         ValueError: if the checkpoint, an argument, the model or the text is invalid.
+        OSError: if there is no such data set.
         NoSpaceError: if the disk has no room for the calibrated SAE.
     """
     check_new(out, "out")
@@ -103,7 +104,8 @@ def activations_of_run(
 
     Raises:
         ValueError: if the metadata names no hook or no model is named, the model cannot be loaded or cannot switch a
-            hook on, or the text has no rows.
+            hook on, or the text has no rows or no column that SAELens reads.
+        OSError: if there is no such data set.
     """
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)

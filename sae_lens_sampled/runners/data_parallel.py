@@ -92,8 +92,9 @@ class DataParallelRunner(ResumableRunner):
     """SAELens' runner on one of several processes started by torchrun, or on a single process.
 
     `train_batch_size_tokens`, `training_tokens` and everything logged or saved refer to all processes together, with
-    two exceptions that cover only the first process's tokens: evaluations, and the losses, explained variance and L0
-    logged for a step. The text is split between the processes. Each has its own buffer of `n_batches_in_buffer`.
+    exceptions that cover only the first process's tokens: evaluations and, logged for a step, the losses, explained
+    variance, L0, and metrics of the export and of scans (`export_...`, `..._per_kept`). The text is split between the
+    processes. Each has its own buffer of `n_batches_in_buffer`.
 
     Args:
         cfg: as for SAELens' runner, the same on all processes. With `device="cuda"` each process has its own GPU.
@@ -106,7 +107,8 @@ class DataParallelRunner(ResumableRunner):
         ValueError: at the start, as for `ResumableRunner`; for unavailable devices, or a checkpoint from another number
             of processes. On several processes also if the batch cannot be split evenly, or only by splitting groups;
             for other architectures, `compile_sae`, devices that cannot be shared, and whatever `data_parallel` rejects;
-            if the text has fewer rows than there are processes, or the processes have different configs.
+            if a cache, or a text that is not streamed, has fewer rows than there are processes, or the processes have
+            different configs.
         LostRankError: if other processes do not join, or do not answer within `timeout`.
     """
 
@@ -196,10 +198,10 @@ def data_position_file(rank: int) -> str:
 
 
 def split_text(store: ActivationsStore, rank: int, count: int) -> None:
-    """Restrict a store to this process's part of its text or of its cached activations.
+    """Restrict a store to this process's part of each batch, and of its text or of its cached activations.
 
     Raises:
-        ValueError: if there are fewer rows than processes.
+        ValueError: if there are fewer rows than processes; those of a streamed text cannot be counted.
     """
     for name in ("dataset", "cached_activation_dataset"):
         whole = getattr(store, name)

@@ -44,7 +44,7 @@ DEFAULTS = {
     for name, parameter in inspect.signature(HookedTransformer.from_pretrained_no_processing).parameters.items()
     if parameter.default is not inspect.Parameter.empty and name not in DTYPE
 }
-"""Defaults of HookedTransformer's arguments; passing one changes nothing, and SAELens' runners record one unasked."""
+"""Defaults of `from_pretrained_no_processing`; passing one changes nothing, and SAELens' runners record one unasked."""
 
 
 def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
 
 
 def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`kwargs` without defaults and without those that only place the model."""
+    """`kwargs` without defaults, without None and without those that only place the model."""
     return {
         name: value
         for name, value in sorted(kwargs.items())
@@ -99,7 +99,8 @@ def load_hooked_transformer(
         kwargs: other arguments of `from_pretrained_no_processing`: a revision, a subfolder, `fold_ln` and the like.
 
     Raises:
-        ValueError: if there is no such model, or it cannot be loaded with these arguments.
+        ValueError: if there is no such model, it cannot be loaded with these arguments, or a folder is to be loaded and
+            no temporary folder is suitable.
     """
     kwargs = {name: value for name, value in meaningful_kwargs(kwargs or {}).items() if name not in DTYPE}
     folder = Path(model)

@@ -23,9 +23,11 @@ def parse_part(text: str) -> Part:
     """Parse "2/8" as part 2 of 8.
 
     Raises:
-        ValueError: if `text` is not of this form.
+        ValueError: if `text` is not of this form, or there is no such part.
     """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"--part {text}: must be of the form 2/8, for part 2 of 8; parts are counted from 1.")
+        raise ValueError(
+            f"--part {text}: must be of the form 2/8, for part 2 of 8; parts are counted from 1 to their number."
+        )
     return Part(int(index), int(count))

@@ -21,7 +21,7 @@ def adopt_trainer(trainer: SAETrainer[Any, Any], trainer_class: type[Trainer]) -
 
 
 def adopt_store(store: ActivationsStore, store_class: type[ActivationsStore]) -> None:
-    """Turn the store into a `store_class`: SAELens' runner and `from_sae` hard-code their class and accept no other."""
+    """Turn the store into a `store_class`: SAELens' runner hard-codes the class of its store and accepts no other."""
     store.__class__ = store_class
 
 

@@ -34,7 +34,7 @@ def rank_of_process() -> int:
     """Rank of this process, from 0.
 
     Raises:
-        ValueError: if RANK is not a rank below the number of processes.
+        ValueError: if RANK is not a rank below the number of processes, or WORLD_SIZE is not a number of processes.
     """
     rank, count = _from_environment("RANK", 0), number_of_processes()
     if rank >= count:
@@ -48,14 +48,15 @@ def own_device(device: str) -> str:
     """`device`, or this process's own GPU if it is "cuda" and there are several processes.
 
     Raises:
-        ValueError: if several processes cannot train on `device` or cannot share it.
+        ValueError: if several processes cannot train on `device` or cannot share it, or WORLD_SIZE or LOCAL_RANK is not
+            a number.
     """
     if number_of_processes() == 1 or device == "cpu":
         return device
     if device != "cuda":
         raise ValueError(
-            f"device={device!r} cannot be used by several processes; set it to 'cpu', or to 'cuda', which gives each "
-            "process on a machine its own GPU."
+            f"{device!r} cannot be used by several processes; set device, llm_device and act_store_device to 'cpu' or "
+            "'cuda', which gives each process on a machine its own GPU."
         )
     return f"cuda:{_from_environment('LOCAL_RANK', 0)}"
 
@@ -81,7 +82,8 @@ def join_processes(device: str, timeout: timedelta) -> GroupRanks:
         timeout: how long a process waits for the others in an exchange before it gives up.
 
     Raises:
-        ValueError: if the device is unavailable, or the environment does not say where the others are.
+        ValueError: if the device is unavailable, or the environment does not say which process this is and where the
+            others are.
         LostRankError: if the others do not join in time.
     """
     check_device(device)
@@ -136,7 +138,7 @@ def _check_environment() -> None:
     """Reject an environment that does not say which process this is and where the others are.
 
     Raises:
-        ValueError: naming the missing variables.
+        ValueError: naming the missing variables, or the one with an invalid value.
     """
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]
     if missing:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sae_lens_sampled.runners.patches import bars_made_by, reads_counted, steps_shown_by
 
 SECONDS = 1.0
-"""Minimum seconds between two updates of the text, each of which reads losses from the device."""
+"""Minimum seconds between two updates of the text; one after a training step reads losses from the device."""
 
 
 @contextmanager

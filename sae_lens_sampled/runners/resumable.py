@@ -1,4 +1,4 @@
-"""SAELens' runner and trainer on a language model, changed so that a stopped run loses nothing.
+"""SAELens' runner and trainer on a language model, changed so that a run stopped by a signal loses no training step.
 
 What this fixes in SAELens 6.54 (MultiSAETrainingRunner has only the last three problems): an interrupt saves only the
 state of the activations store, into a folder that does not exist, and crashes; it may come in the middle of a step; a
@@ -103,16 +103,17 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     Raises:
         ValueError: at the start, if a number in the config is invalid, there is no complete checkpoint to resume from
-            or it is from other weights or activations, model or text cannot be loaded, the text has no rows, or the
-            hook is missing, cannot be switched on or is not `d_in` wide.
+            or it is of another kind of SAE or from other activations, model or text cannot be loaded, the text has no
+            rows, or the hook is missing, cannot be switched on or is not `d_in` wide. In `run`, if a final checkpoint
+            with folded normalisation is to be trained further.
     """
 
     signals: Signals | None = None
     """Set if the caller already handles signals; otherwise `run` does, while it runs."""
     on_start: Callable[[Path], None] | None = None
-    """Called with the folder of the run's checkpoints, if it has one, right before the first step."""
+    """Called with the folder of the run's checkpoints, if it has one, right before training starts."""
     checkpoint: Path | None = None
-    """The checkpoint written when the run was stopped."""
+    """The checkpoint written when the run was stopped; None without new steps or a folder for checkpoints."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
@@ -207,7 +208,7 @@ def with_newest_checkpoint(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageMo
 def _check_same_run(
     cfg: LanguageModelSAERunnerConfig[Any], own_model: bool, override_sae: TrainingSAE[Any] | None
 ) -> None:
-    """Reject a checkpoint that was trained with other weights or activations, before anything is loaded."""
+    """Reject a checkpoint of another kind of SAE or from other activations, before anything is loaded."""
     checkpoint = Path(str(cfg.resume_from_checkpoint))
     if override_sae is not None:
         check_same_weights(checkpoint, override_sae.cfg.to_dict())

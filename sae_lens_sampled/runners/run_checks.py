@@ -1,4 +1,4 @@
-"""Validation of a run's configuration, before anything is loaded or trained for it."""
+"""Validation of a run before it trains: of its configuration, before anything is loaded, and of the model's hooks."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from sae_lens_sampled.runners.language_model import defining_kwargs
 from sae_lens_sampled.sae.checks import check_equal_fields
 
 ACTIVATION_FIELDS = ("hook_name", "hook_head_index", "model_class_name", "model_from_pretrained_kwargs")
-"""Fields of a runner's config that determine its activations; without the model's name, as a folder may move."""
+"""Fields of a runner's config that choose the hook and how the model is loaded, but not its name: a folder may move."""
 COUNTS = (
     "training_tokens",
     "train_batch_size_tokens",
@@ -69,7 +69,7 @@ def one_token(
     """Activations of one token at hooks, in the order in which these run; `hooks` maps each to the field that names it.
 
     Raises:
-        ValueError: if the model has no such hook, or does not run it.
+        ValueError: if the model has no such hook or does not run it, or the hook yields no tensor.
     """
     for hook_name, field in hooks.items():
         if hook_name not in model.hook_dict:

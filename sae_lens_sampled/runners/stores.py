@@ -25,7 +25,7 @@ OF_STORE = (
     "use_chat_formatting",
     "autocast_lm",
 )
-"""Fields of a store that its activations depend on, besides model and text."""
+"""Fields of a store that its activations depend on, besides the model, `model_kwargs` and the text."""
 
 
 def store_settings(store: ActivationsStore) -> dict[str, Any]:
@@ -63,10 +63,10 @@ def check_count(value: Any, name: str) -> None:
 
 
 def check_hooks(store: ActivationsStore) -> None:
-    """Reject a hook that the model does not have, or a wrong width, by running the model on one token.
+    """Reject a hook that the model does not have or run, or a wrong width, by running the model on one token.
 
     Raises:
-        ValueError: naming the hook and its width.
+        ValueError: naming the hook, and its width or the head that it lacks.
     """
     activations = one_token(store.model, dict.fromkeys(_hooks(store), "hook_name"), "the model", store.model_kwargs)
     check_width(activations, store.d_in, store.hook_head_index, "the model")
@@ -88,7 +88,8 @@ def reporting_short_text(text: str, store: ActivationsStore | None = None) -> It
         rows = [len(tokens) for tokens in store._iterate_raw_dataset_tokens()]
         raise ValueError(
             f"{text} gives no prompt of context_size={store.context_size} tokens: it has {sum(rows):,} tokens, "
-            f"{max(rows, default=0):,} in its longest row. Use more text or a smaller context_size."
+            f"{max(rows, default=0):,} in its longest row. Use more or longer texts or, where it can be set, a smaller "
+            "context_size."
         ) from error
 
 

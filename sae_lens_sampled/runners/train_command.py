@@ -56,9 +56,7 @@ def train(arguments: Sequence[str]) -> int:
             stack.close()  # closes the bar before anything is printed
             if is_first:
                 checkpoint = None if runner is None else runner.checkpoint
-                done = (
-                    "without new progress to save" if checkpoint is None else f"with all progress saved in {checkpoint}"
-                )
+                done = "without a new checkpoint" if checkpoint is None else f"with all progress saved in {checkpoint}"
                 command = format_command(arguments, checkpoint)
                 typer.echo(f"Stopped by {interrupted.signal_name} {done}. Continue with\n{command}", err=True)
             return interrupted.exit_status
@@ -66,7 +64,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def format_command(arguments: Sequence[str], checkpoint: Path | None) -> str:
-    """The command with these flags that resumes from `checkpoint` with the current number of processes."""
+    """The command with these flags and the current number of processes; it resumes from `checkpoint`, if any."""
     words, flag = list(arguments), "--resume_from_checkpoint"
     if checkpoint is not None:
         words = [
@@ -92,8 +90,8 @@ def _announce(arguments: Sequence[str], cfg: LanguageModelSAERunnerConfig[Any], 
     if cfg.resume_from_checkpoint is not None:
         _link_into(run_folder, Path(cfg.resume_from_checkpoint))
     typer.echo(
-        f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} (--n_checkpoints), and another if Ctrl-C or SIGTERM "
-        f"stops the run. Resume from the newest with\n{format_command(arguments, run_folder)}",
+        f"Checkpoints go to {run_folder}: {cfg.n_checkpoints} over all of training (--n_checkpoints), and another if "
+        f"Ctrl-C or SIGTERM stops the run. Resume from the newest with\n{format_command(arguments, run_folder)}",
         err=True,
     )
 

@@ -1,7 +1,7 @@
 """The tokens that an SAE was trained on, and their activations, read again with the settings of its run.
 
 SAELens' `ActivationsStore.from_sae` takes some of these settings from the metadata and leaves the others at their
-defaults: it may then include the first tokens of prompts, whose activations have many times the norm of others,
+defaults: it may then include the first tokens of prompts, whose activations often have many times the norm of others,
 although training left them out.
 """
 
@@ -71,7 +71,8 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
         if name not in known:
             raise ValueError(
                 f"the metadata of this SAE has no {name}, so the tokens that it was trained on are unknown; set "
-                f"sae.cfg.metadata.{name} to the value of the training run (for a saved SAE, in its cfg.json)."
+                f"sae.cfg.metadata.{name} to the value of the training run (for a saved SAE, in the metadata of its "
+                "cfg.json)."
             )
     if "seqpos_slice" in known:
         known["seqpos_slice"] = tuple(known["seqpos_slice"])

@@ -30,10 +30,11 @@ class TranscoderRunner(DataParallelRunner):
     Evaluations replace the activations at `hook_name_out` by their reconstruction.
 
     Raises:
-        ValueError: at the start, as for `DataParallelRunner`; also if a hook is missing or not as wide as the config
-            says, the hooks have different numbers of tokens, run in the wrong order or are the same, `hook_head_index`
-            is set, activations are to be read from a cache, the model cannot switch a hook on, or the given SAE is not
-            a transcoder of these widths.
+        ValueError: at the start, as for `DataParallelRunner`; also if the config is not a transcoder's or has no
+            `hook_name_out`, a hook is missing, does not run or is not as wide as the config says, the hooks have
+            different numbers of tokens, run in the wrong order or are the same, `hook_head_index` is set, activations
+            are to be read from a cache, the model cannot switch a hook on, or the given SAE is not a transcoder of
+            these widths.
     """
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
@@ -142,7 +143,8 @@ def as_sae_on_outputs(transcoder: SAE[Any], model: HookedRootModule) -> Iterator
         nonlocal have_come
         if not have_come:
             raise ValueError(
-                f"{hook_out} comes before {hook_in}, but a transcoder's output hook must come after its input."
+                f"{hook_out} comes before {hook_in}, but a transcoder's output hook must come after its input; correct "
+                "the hooks in its metadata."
             )
         have_come = False
 

@@ -41,7 +41,7 @@ def test_several_saes_share_a_repository_and_a_card(server, tmp_path):
 def test_a_card_says_when_pools_end(tmp_path):
     upload_to_hub({"a": trained(pool_steps=3), "b": trained()}, REPO, dry_run_folder=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "selects among the `k * pool_factor` best-scored, or among all after `pool_steps` steps." in card
+    assert "tokens, or among all latents without a `pool_factor` or after `pool_steps` steps." in card
     assert "| `pool_steps` | 3 |" in card
 
 

@@ -20,7 +20,7 @@ RETRY = "local files are unchanged, and running this again sends only what is mi
 FAULTS = {
     "token refused": (
         Fault("GET", "/api/models", 401),
-        r"does not accept your token \(401\): log in with `hf auth login`",
+        r"got no token or does not accept it \(401\): log in with `hf auth login`",
     ),
     "may not create": (Fault("POST", "/repos/create", 403), rf"may not write to '{REPO}' \(403\): it needs write perm"),
     "may not write": (Fault("POST", "/preupload/", 403), rf"may not write to '{REPO}' \(403\)"),
@@ -40,9 +40,9 @@ FAULTS = {
         Fault("POST", "/commit/", 503, after=1),
         "the Hub answered with HTTP status 503, a server error",
     ),
-    "dropped in the weights": (Fault("PUT", "/lfs/", None), r"connection to the Hub failed \(\w+: "),
-    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"to the Hub failed \(\w+: "),
-    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"to the Hub failed \(\w+: "),
+    "dropped in the weights": (Fault("PUT", "/lfs/", None), r"exchange with the Hub failed \(\w+: "),
+    "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"with the Hub failed \(\w+: "),
+    "dropped at the card": (Fault("POST", "/validate-yaml", None), r"with the Hub failed \(\w+: "),
 }
 
 
@@ -74,7 +74,7 @@ def test_a_fault_is_one_sentence_and_a_second_run_completes(name, server, tmp_pa
 def test_a_wrong_token_is_refused_in_one_sentence_and_never_shown(server, monkeypatch, capfd):
     wrong = TOKEN[::-1]
     monkeypatch.setenv("HF_TOKEN", wrong)
-    with pytest.raises(HubError, match=r"does not accept your token \(401\)") as caught:
+    with pytest.raises(HubError, match=r"does not accept it \(401\)") as caught:
         upload_to_hub({"a": trained()}, REPO)
     assert server.repos == {}
     assert wrong not in "".join(traceback.format_exception(caught.value)) + "".join(capfd.readouterr())

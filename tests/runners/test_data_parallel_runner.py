@@ -202,8 +202,11 @@ def two_processes(monkeypatch):
         ({"compile_sae": True}, "compile_sae=True works on one process"),
         ({"sae": BatchTopKTrainingSAEConfig(d_in=128, d_sae=192)}, "architecture='batchtopk' trains on one process"),
         ({"sae": config(dtype="float64")}, "dtype='float64' trains on one"),
-        ({"device": "mps"}, "device='mps' cannot be used by several processes; set it to 'cpu', or to 'cuda', which"),
-        ({"device": "cuda:1"}, "device='cuda:1' cannot be used by several processes; set it to 'cpu'"),
+        (
+            {"device": "mps"},
+            "'mps' cannot be used by several processes; set device, llm_device and act_store_device to 'cpu'",
+        ),
+        ({"device": "cuda:1"}, "'cuda:1' cannot be used by several processes; set device, llm_device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

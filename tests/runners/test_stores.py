@@ -13,8 +13,8 @@ from sae_lens_sampled import DataParallelRunner
 from sae_lens_sampled.runners.stores import reporting_short_text
 
 TOO_SHORT = (
-    "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Use more text or a smaller "
-    "context_size."
+    "gives no prompt of context_size={} tokens: it has 10 tokens, 10 in its longest row. Use more or longer texts or, "
+    "where it can be set, a smaller context_size."
 )
 NO_ROWS = "has no rows; use another text."
 
