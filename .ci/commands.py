@@ -33,7 +33,7 @@ class Run:
     small: str = ""
     """Arguments to append."""
     instead: dict[str, str] = field(default_factory=dict)
-    """Values of the command's placeholders."""
+    """Words of the command, such as placeholders, and what replaces them."""
     needs: str = ""
     """A package without which the command is skipped."""
 
@@ -259,7 +259,7 @@ def environment(hub_url: str, token: str, cache: Path) -> dict[str, str]:
 
 
 def follow(chosen: dict[Path, list[str]]) -> list[str]:
-    """Run every document's commands in order, twice; returns those that failed."""
+    """Run each chosen document's commands in order, twice; returns those that failed."""
     from hub_server import TOKEN, HubServer
 
     failed = []

@@ -1,6 +1,6 @@
-"""Licences of the package's dependencies, by their own metadata: `python .ci/licences.py > THIRD_PARTY.md`.
+"""Licences of what the package and its extra `eval` require: `python .ci/licences.py > THIRD_PARTY.md`.
 
-Exits with 1 if one is not known to be compatible with MIT.
+Exits with 1 if one is not known to be compatible with MIT, unless it is sae-bench without a stated licence.
 """
 
 import re
@@ -16,11 +16,11 @@ PERMISSIVE = re.compile(
 
 
 UNSTATED = "not stated in its metadata"
-"""Licence of sae-bench, which the extra `eval` calls and of which nothing is included here."""
+"""What is shown if none is found; accepted of sae-bench, which the extra `eval` calls and of which nothing is here."""
 
 
 def licence(package: str) -> str:
-    """Licence of an installed package by its metadata, in a few words."""
+    """Licence of an installed package in a few words, by its metadata or else the first line of its licence file."""
     fields = metadata(package)
     if expression := fields.get("License-Expression"):
         return expression
@@ -53,7 +53,7 @@ def main() -> None:
                 unknown.append(f"{name}: {text}")
     if unknown:
         sys.exit(
-            "Not known to be compatible with MIT; check these, and add them to PERMISSIVE if they are:\n"
+            "Not known to be compatible with MIT; check these, and add their licences to PERMISSIVE if they are:\n"
             + "\n".join(unknown)
         )
 

@@ -1,4 +1,7 @@
-"""First steps with an installed wheel. Arguments: EXAMPLES, the folder of the bundled model, and OUTPUT, to be made."""
+"""First steps with an installed wheel.
+
+Arguments: EXAMPLES, the repository's folder `examples`; OUTPUT, a new folder; and, to evaluate too, the extra `[eval]`.
+"""
 
 import json
 import subprocess

@@ -1,14 +1,14 @@
 #!/bin/bash
-# All measurements on a GPU, in two calls of at most four minutes each:
+# The measurements on a GPU that SPEED.md shows, in two calls of at most four minutes each:
 #
 #     bash eval/gpu.sh tests            # tests/test_gpu.py, steps at d_sae 16k, bitwise repeats, a profile
 #     bash eval/gpu.sh bench            # steps at 65k and 131k, whole runs, torch's own sparse products
 #     bash eval/gpu.sh --wheels FOLDER tests        # install these wheels first, on a machine without a network
 #     bash eval/gpu.sh --device cpu --tiny bench    # check that it runs
 #
-# Results are written to $OUT, or to eval/results if it is unset, as they come; parts that are finished in either are
-# skipped. Each part has its own time limit, so that one that hangs does not delay the others. gpu_parts.txt says how each
-# ended.
+# Results are written to $OUT, or to eval/results if it is unset, as they come (those of whole runs at the end).
+# gpu_parts.txt says how each part ended; finished parts are skipped. If $OUT lacks this file, that of eval/results is
+# copied there. Each part has its own time limit, so that one that hangs leaves time for the others.
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3} results=eval/results device=cuda tiny=() run=() call="" seconds=230
 while [ $# -gt 0 ]; do
@@ -34,7 +34,7 @@ if [ "$wheels" ]; then
     export PYTHONPATH=$PYTHONPATH:$folder
 fi
 
-# Run a command with a time limit in seconds, unless it succeeded before; once more if a failed kernel cost it the GPU.
+# Run a command unless it succeeded before, and again while failed kernels cost it the GPU; the limit is in seconds.
 part() {
     local name=$1 limit=$2 status=75 start=$SECONDS left
     shift 2

@@ -1,1 +1,1 @@
-"""How fast the package is, and what its exports lose: each script measures one thing, `speed.py` renders the page."""
+"""How fast the package is, and what its exports lose: scripts that measure one thing each, or render the pages."""

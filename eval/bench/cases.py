@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """Config fields besides those of the setting."""
     config: type[TrainingSAEConfig] = SampledTopKTrainingSAEConfig
     way: str = ""
-    """The way to compute the step, if different ways are compared; empty to let the SAE choose."""
+    """The way that the step is forced to; empty to let the SAE choose."""
     package: str = ""
     """Optional package whose own training step is used; empty: SAELens' trainer."""
 
@@ -117,7 +117,7 @@ def plan(device: str, quick: bool = False) -> dict[str, list[tuple[Setting, list
             (large | {"dead": d, "trained": True}, [*wide, *(nested(case, four) for case in fast[1:])])
             for d in (0.0, 0.25)
         ],
-        # The arms of the study on SmolLM2, with about the shares of dead latents that they have there.
+        # Arms of the study on SmolLM2, with about the shares of dead latents that they have there.
         "smollm2": [
             (smollm2 | {"dead": 0.1}, [BATCHTOPK, TOPK, matryoshka(levels), all_latents, *in_study]),
             (smollm2 | {"dead": 0.9}, [BATCHTOPK, one]),

@@ -220,7 +220,8 @@ def read_results(file: Path, device: str) -> Results:
     if {name: results[name] for name in here} != here:
         raise SystemExit(
             f"{file} was measured on {results['machine']} with {results['versions']}, but this is {here['machine']} "
-            f"with {here['versions']}; move the file away first."
+            f"with {here['versions']}; move the file away first. For gpu.sh, move gpu_parts.txt too, and both from "
+            "eval/results as well as from $OUT."
         )
     return results
 

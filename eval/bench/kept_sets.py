@@ -32,7 +32,7 @@ entry's two float32 values, so that no entry further below can be kept."""
 
 
 def compare_kept_sets(setting: Setting, n_steps: int) -> dict[str, Any]:
-    """Count the entries that a training run keeps, and those that each of two float32 selections would not keep."""
+    """Count the entries that a training run keeps, and those of them that two float32 selections would not keep."""
     torch.manual_seed(0)
     case = ALL_LATENTS._replace(fields=ALL_LATENTS.fields | {"scan": "reduced", "step": "kept"})
     sae = SampledTopKTrainingSAE(sae_config(case, setting))

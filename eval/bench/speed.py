@@ -1,7 +1,8 @@
-"""Renders eval/SPEED.md, all tables and the picture from the benchmarks' results; no number on the page is typed.
+"""Renders eval/SPEED.md, all tables and the picture from the benchmarks' results; no measured number is typed.
 
-Run it after the other scripts here and `eval/gpu.sh`: `python eval/bench/speed.py`.
-Results on a GPU may be missing and are then reported as not measured; all other results are needed.
+Run it after `training_step.py`, `kept_sets.py`, `allocator.py`, `data_parallel.py`, `end_to_end.py` (also with `--model
+smollm2`) and `eval/gpu.sh`: `python eval/bench/speed.py`. Results on a GPU may be missing, and are then reported as not
+measured or left out; all other results are needed.
 """
 
 import json
@@ -28,11 +29,11 @@ WIDE = {"d_in": 4096, "d_sae": 131_072, "k": 64, "gpus": 8}
 BANDWIDTHS = {"NVLink": 460e9, "RoCE": 35e9}
 """Published bandwidth of an all-reduce, in bytes per second, between GPUs of one machine and of several."""
 HISTOGRAM_BYTES = 4 * (2048 + 2048 + 512)
-"""Bytes exchanged to find the cutoff, at any size."""
+"""Bytes of the histograms that are exchanged to find the cutoff, at any size."""
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown table: a line for each case of each row, with its time relative to SAELens' BatchTopK in that row."""
+    """Markdown table: a line for each case of each row, with the time of the row's SAELens BatchTopK over its own."""
     lines = []
     for row in rows:
         for side in row["step_ms"]:

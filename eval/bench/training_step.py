@@ -2,16 +2,17 @@
 
     python eval/bench/training_step.py                  # the JSON behind eval/SPEED.md, about 40 minutes on two cores
     python eval/bench/training_step.py --device cuda    # the same on a GPU, where most pools are forced to step="kept"
-    python eval/bench/training_step.py --quick          # one small size, to check that it runs
+    python eval/bench/training_step.py --quick --out F    # one small size, to check that it runs (into F)
     python eval/bench/training_step.py --sections libraries    # only those rows, into the same JSON
 
 Steps of other libraries are measured if they are installed (`pip install dictionary-learning eai-sparsify`).
 
-A step is SAELens' whole trainer step, with clipping and Adam. Its time is the median of repeats in which the cases take
-turns, so that other load on the machine affects all cases alike; only ratios count. `memory_mib` is a step's peak
-memory above parameters and optimiser. `product` is the bare product of inputs and encoder weights, a lower bound. Steps
-are timed at initialisation on Gaussian inputs, and after 200 steps of training on activations of the bundled language
-model (residual stream of block 2, width 128, mapped to d_in dimensions by a fixed random rotation).
+A step is a whole trainer step of SAELens (or the other library), with clipping and Adam. Its time is the median of
+repeats in which the cases take turns, so that other load on the machine affects all cases alike; only ratios count.
+`memory_mib` is a step's peak memory above parameters and optimiser. `product` is the bare product of inputs and encoder
+weights, for comparison. Steps are timed at initialisation on Gaussian inputs, and after 200 steps of training on
+activations of the bundled language model (residual stream of block 2, width 128, mapped to d_in dimensions by a fixed
+random rotation).
 """
 
 import argparse

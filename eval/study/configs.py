@@ -56,13 +56,13 @@ class Study:
     name: str
     """Name on the command line and in the name of the results folder."""
     model: str
-    """Language model: a Hub name or a folder in Hugging Face format."""
+    """Language model: a Hub name, a folder in Hugging Face format, or "smollm2"."""
     model_parameters: int
     """Number of model parameters, for estimating costs."""
     dataset: str
     """Training text: a Hub name or a folder with a split `train`."""
     held_out: str
-    """Held-out text, for core, live latents and contexts: a Hub name, a JSONL file or a folder with a split `train`."""
+    """Held-out text, for all but probing and absorption: a Hub name, a JSONL file or a folder with a split `train`."""
     hook: str
     """TransformerLens' name of the hook whose activations are used."""
     d_in: int
@@ -99,7 +99,7 @@ class Study:
     group_sizes: tuple[int, ...] = (16, 64, 256)
     """Group sizes of the sweep, each combined with every pool factor; one pool per batch is always included."""
     fixed_pool_factor: float = 5
-    """Pool factor of the arms that vary something else."""
+    """Pool factor of the arms that vary the score or the order of tokens."""
     scores: tuple[str, ...] = ("squared_l2", "entropy", "perplexity", "ridge_leverage", "uniform")
     """Scores compared with `l2_norm` at the fixed pool factor."""
     sampled_scores: tuple[str, ...] = ("squared_l2", "uniform")
@@ -107,8 +107,8 @@ class Study:
     n_seeds: int = 3
     """SAEs trained per arm."""
     n_stability_seeds: int = 5
-    """SAEs trained per arm for BatchTopK and for the fixed pool factor, with one pool and in groups of 16: more, for
-    comparisons between seeds."""
+    """SAEs trained per arm for BatchTopK and for the fixed pool factor, with one pool and in groups of 16: at
+    least `n_seeds`, for comparisons between seeds."""
     mixed_prompts: int = 16
     """Prompts in the activation store's mixing buffer (SAELens' `n_batches_in_buffer`)."""
     held_out_tokens: int = 65_536
@@ -143,7 +143,7 @@ class Study:
     first_seed: int = 0
     """Seed of the first SAE of each arm."""
     controls: bool = False
-    """Whether to include control arms with little or no training."""
+    """Whether to include two more control arms: a decoder that is not trained, and a tenth of the training."""
     variant_of: str = ""
     """Study whose work folder this one shares, with the text, activations, probes and SAEs that both have in common."""
     text: str = ""
@@ -187,4 +187,5 @@ NEUTRAL = (
     *("pool_factors", "group_sizes", "scores", "arms"),
     *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds", "probing_splits"),
 )
-"""Fields of `Study` that add or remove results, but do not change any."""
+"""Fields of `Study` that `settings` leaves out: they add or remove results, or affect only results with settings of
+their own (`synthetic`, `absorption`), other fields (`probing_splits`: `probing_tasks`) or last digits (`device`)."""

@@ -24,7 +24,7 @@ PROBING_PROMPTS = 36 * 2500
 
 
 def format_plan(study: Study) -> str:
-    """The whole plan as text."""
+    """The plan as text, without the stage `absorption`."""
     trained = [unit for run in runs(study) for unit in run]
     tokens, samples = study.steps * study.batch_size, study.synthetic.steps * study.synthetic.batch_size
     lines = [
@@ -109,7 +109,10 @@ def products_of(study: Study, unit: Unit) -> float:
 
 
 def step_path(study: Study, unit: Unit) -> str:
-    """Path of a training step: "dense" as in SAELens, or one of Sampled-SAE's with fewer products."""
+    """Path of a training step: "dense" as in SAELens, or one of Sampled-SAE's with fewer products.
+
+    On a GPU, where a run would time the paths, it is a guess.
+    """
     config = trained_config(study, unit.arm, unit.seed)
     if not isinstance(config, SampledTopKTrainingSAEConfig):
         return "dense"

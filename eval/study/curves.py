@@ -26,7 +26,7 @@ PANELS = {
 
 
 def summaries_of_curve(eval_folder: Path) -> list[Summary]:
-    """The committed results of the studies that differ in k alone."""
+    """The committed results at k 32 and, of fewer seeds, at other k."""
     return [committed_summary(study, eval_folder) for study in (BLOCK_10, *CURVE)]
 
 

@@ -86,7 +86,7 @@ def recommended(summary: Summary) -> Verdict | None:
 
 
 def missing(summary: Summary) -> list[str]:
-    """The settings, and BatchTopK, that lack the result of a seed in a metric; all of them in a study of two seeds."""
+    """The settings, and BatchTopK, that lack the result of a seed in a metric; all of them below three seeds."""
     return [arm for arm in (BASE, *CANDIDATES) if not _is_complete(summary, arm)]
 
 

@@ -80,7 +80,10 @@ def compare(storage: Storage, dictionaries: Dictionaries, arm: Arm, other: Arm) 
 
 
 def compare_pair(a: Dictionary, b: Dictionary) -> dict[str, Any]:
-    """MMCS and matched mean |cosine| of live latents, MMCS of all latents, and the overlap of the latest pools."""
+    """MMCS and matched mean |cosine| of live latents, MMCS of all latents, and the overlap of the latest pools.
+
+    An SAE without pools has its live latents in place of the pool.
+    """
     similarity = dictionary_similarity(a.rows, b.rows)
     of_all = max_cosines(a.all_rows, b.all_rows)
     return {

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: evaluates the exported SAEs on the language model, with one result per SAE."""
+"""Stages `evaluate` and `absorption`: the exported SAEs on the language model, with one result per SAE in each."""
 
 import math
 import statistics
@@ -171,7 +171,7 @@ def density(core: dict[str, Any]) -> dict[str, Any]:
 
 
 def halves(x: Tensor, n_tokens: int = 1024) -> tuple[Tensor, Tensor]:
-    """Split a text into two parts of alternating stretches of `n_tokens` tokens, so that both cover all of it."""
+    """Split a text into two parts of alternating stretches of `n_tokens` tokens, so that both come from all over it."""
     stretches = x.split(n_tokens)
     return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
 

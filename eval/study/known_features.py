@@ -25,7 +25,7 @@ def synthetic_data(config: str, device: str) -> SyntheticModel:
 
 
 def large_synthetic_model(config: SyntheticModelConfig, device: str, folder: Path) -> SyntheticModel:
-    """SAELens' synthetic model, whose features are made orthogonal in a minute and cached in `folder`.
+    """SAELens' synthetic model, whose features are made nearly orthogonal in a minute and cached in `folder`.
 
     SAELens' own code takes most of an hour for 16,384 features on two CPU cores.
     """

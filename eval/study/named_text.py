@@ -13,9 +13,9 @@ from study.probing_tasks import NOVELS, with_probing_tasks
 from study.storage import SETTINGS
 
 EVERY = 20
-"""One of this many files, in alphabetical order, is held out."""
+"""Every file at a multiple of this place in alphabetical order is held out; of fewer files, the last."""
 CHARACTERS = 2000
-"""Minimum length of a passage, the unit that is shuffled."""
+"""Minimum length of a passage, the unit that is shuffled; the last of a file may be shorter."""
 TITLES = "titles.json"
 """Name of the file that says which texts are in which part."""
 
@@ -24,7 +24,8 @@ def with_text(study: Study, text: str, work: Path) -> Study:
     """The study on another text: a folder of .txt files, some of which are held out, or a Hub data set for training.
 
     Raises:
-        ValueError: if the folder has fewer than two text files, or lacks novels of the study's probing tasks.
+        ValueError: if the folder has fewer than two text files, lacks novels of the study's probing tasks, or has too
+            few texts for them.
     """
     if not Path(text).is_dir():
         return replace(study, dataset=text)

@@ -23,13 +23,13 @@ NESTED = {"nested_10": 10, "nested_20": 20}
 THEN_PLAIN = "nested_10_then_plain"
 """The arm whose inner losses count only in the first half of training."""
 RECOMMENDED = "pool_10_groups_16"
-"""The arm that the README recommends."""
+"""The arm that `RESULTS.md` recommends until the rule in `decision.py` decides."""
 THEN_ALL = "pool_10_groups_16_then_all"
 """The same arm, with every latent a candidate in the last tenth of the training."""
 WINSORISED = "winsorised_10_groups_16_then_all"
-"""The arm with the setting that finds the most known features; it too ends with every latent a candidate."""
+"""The arm with the setting that finds the most of few known features; it too ends with every latent a candidate."""
 ITSELF = (THEN_PLAIN, RECOMMENDED, THEN_ALL, WINSORISED)
-"""Arms that are compared only with themselves, between seeds."""
+"""Arms that, like those of `NESTED`, are compared only with themselves, between seeds."""
 FROZEN, SHORT = "frozen_decoder", "short"
 """Controls."""
 
@@ -183,7 +183,7 @@ def sae_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
 
 
 def synthetic_config(study: Study, arm: Arm, seed: int) -> TrainingSAEConfig:
-    """The arm's config on synthetic data, with the pool factors of the language model."""
+    """The arm's config on synthetic data, with the pool factors of the language model, except `pool_all`."""
     synthetic, fields = study.synthetic, dict(arm.fields)
     if "matryoshka_widths" in fields:
         fields["matryoshka_widths"] = nested_widths(synthetic.d_sae)
@@ -263,7 +263,7 @@ def sweep(study: Study) -> list[Arm]:
 
 
 def compared(study: Study) -> Iterator[tuple[Arm, Arm]]:
-    """The pairs of arms whose dictionaries are compared, including each arm with itself."""
+    """The pairs of arms whose dictionaries are compared, including each of these arms with itself."""
     fixed = study.fixed_pool_factor
     names = ["batchtopk", "topk", "matryoshka", *(narrow_name(factor) for factor in NARROW)]
     names += [pool_name(fixed, size) for size in (None, GROUPED)]

@@ -44,13 +44,13 @@ class Comparison:
     accuracy: Interval
     """Mean over tasks, with an interval over seeds."""
     over_seeds: Interval | None
-    """Difference, with an interval for other seeds on these tasks; None for BatchTopK itself."""
+    """Difference, with an interval for other seeds on these tasks; None if there is none, as for BatchTopK itself."""
     over_tasks: Interval | None
-    """The same difference, with an interval for other tasks with these seeds; None for BatchTopK itself."""
+    """The same difference, with an interval for other tasks with these seeds; None as above."""
 
     @property
     def p(self) -> float | None:
-        """The larger of the two p-values; None for BatchTopK itself, or if there is only one seed or task."""
+        """The larger of the two p-values; None without a difference, or if there is only one seed or task."""
         p_values = [interval.p for interval in (self.over_seeds, self.over_tasks) if interval is not None]
         return None if not p_values or None in p_values else max(p for p in p_values if p is not None)
 
@@ -77,7 +77,7 @@ def accuracies(results: Mapping[int, Mapping[str, Any]], k: int) -> dict[Cell, f
 
 
 def compare(accuracy: Mapping[Cell, float], baseline: Mapping[Cell, float] | None) -> Comparison:
-    """Compare an arm with BatchTopK over the cells that both have; `baseline` is None for BatchTopK itself."""
+    """Compare an arm with BatchTopK over the cells that both have; `baseline` None: no difference."""
     mean = clustered_interval(accuracy, seed_of)
     assert mean is not None
     if baseline is None:
@@ -163,7 +163,7 @@ def verdict(summary: Summary) -> str:
         if interval is not None and interval.high is not None
     ]
     if not half_widths:
-        return "One SAE for each arm says nothing about others."
+        return "One SAE for each arm, or one task, says nothing about others."
     standing = [f"{summary.label(arm)} with {k}" for (arm, k), p in adjusted.items() if p <= SIGNIFICANT]
     return (
         f"The intervals reach {min(half_widths):.3f} to {max(half_widths):.3f} to either side; of {len(adjusted)} "

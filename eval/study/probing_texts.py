@@ -14,7 +14,7 @@ LONG_LINE = 200
 CLEAN = re.compile(r"[A-Z](?:[A-Za-z ,.;:!?']|(?<=[A-Za-z])-(?=[A-Za-z]))*[.!?]")
 """Whole sentences without dashes, numbers and marks for italics."""
 ODD = re.compile(r"\b[A-Z]{2}|\.\.|[,.;:!?]{2}| (?:[,.;:!?]|(?:d|ll|m|re|s|t|ve)\b)")
-"""Capitals for italics, rows of dots, double punctuation, lost apostrophes."""
+"""Capitals for italics, rows of dots, double punctuation, spaces before punctuation, lost apostrophes."""
 
 
 def is_clean(text: str) -> bool:

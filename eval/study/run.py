@@ -1,16 +1,17 @@
 """The paper's experiments: Sampled-SAE in many settings beside SAELens' TopK, BatchTopK and Matryoshka BatchTopK.
 
-    python eval/study/run.py --config tiny                   # all of eval/RESULTS.md, on 2 CPU cores, offline
+    python eval/study/run.py --config tiny                   # the bundled model, on 2 CPU cores, offline
     python eval/study/run.py --config smollm2 --text FOLDER  # a real model, offline; FOLDER has .txt files
-    python eval/study/run.py --config pythia-160m --dry-run  # the cost of the paper's model and settings
-    python eval/study/run.py --config pythia-160m --smoke    # the same plan on the bundled model, in minutes
+    python eval/study/run.py --config pythia-160m --dry-run  # the cost for the paper's model
+    python eval/study/run.py --config pythia-160m --smoke    # the same arms on the bundled model, in minutes
     python eval/study/run.py --config pythia-160m --stages prepare             # once, before several processes
     python eval/study/run.py --config pythia-160m --stages train --part 2/8    # the second of eight processes
 
-Trains every arm with several seeds on the same activations, evaluates the exported SAEs with SAEBench and on synthetic
-data, compares their dictionaries, and writes tables and pictures. A second call resumes where the first left off:
-finished results are never recomputed. Results (small) go to `--results-dir`, SAEs and caches to `--work-dir`. Parts of
-a stage may run at the same time, with the same folders; start the next stage when all have ended.
+Trains every arm with several seeds on the same activations, evaluates the exported SAEs with SAEBench, compares their
+dictionaries, trains and evaluates the arms on synthetic data too, and writes tables and pictures. A second call resumes
+where the first left off: finished results are never recomputed. Results (small) go to `--results-dir`, SAEs and caches
+to `--work-dir`. Parts of a stage may run at the same time, with the same folders; start the next stage when all have
+ended.
 """
 
 import argparse
@@ -74,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if items := to_do(stage, storage, args.arms, part):
                 check_device(study.device)
                 if study.text and not args.text:
-                    sys.exit(
-                        "some results are missing; to compute them, pass the same --text as for the existing ones."
-                    )
+                    sys.exit("this stage needs the text itself: pass the same --text as for the existing results.")
                 with interruptible():  # SAELens' runs leave their signal handlers installed for the next stage
                     stage.do(storage, items)
     except (NoSpaceError, NoDeviceError) as error:
@@ -95,13 +94,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", default=["*"], help="only arms whose names match, such as 'pool_5*'")
     parser.add_argument("--part", default="1/1", help="such as 2/8: every eighth item of each stage from the second on")
-    parser.add_argument("--status", action="store_true", help="print finished items and unfinished parts, and stop")
-    parser.add_argument("--smoke", action="store_true", help="the same plan with the bundled model and a few steps")
+    parser.add_argument("--status", action="store_true", help="print what is finished and what is left, and stop")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the same arms with two seeds, the bundled model and a few steps"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
     parser.add_argument("--text", help="training text: a folder of .txt files, some held out, or a Hub data set")
     parser.add_argument("--device", help="cpu or cuda; default: that of the study")
-    parser.add_argument("--work-dir", type=Path, help="SAEs and caches; default: study_output/CONFIG")
-    parser.add_argument("--results-dir", type=Path, help="default: eval/results/study_CONFIG")
+    parser.add_argument(
+        "--work-dir", type=Path, help="SAEs and caches; default: study_output/CONFIG (smollm2 for each smollm2-...)"
+    )
+    parser.add_argument(
+        "--results-dir", type=Path, help="default: eval/results/study_CONFIG; with --smoke, results in the work folder"
+    )
     return parser.parse_args(argv)
 
 

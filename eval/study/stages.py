@@ -30,7 +30,7 @@ class Stage:
     plan: Callable[[Study, Callable[[Arm], bool]], list[Any]]
     """All items of the wanted arms, in the same order in every process."""
     missing: Callable[[Storage], Callable[[Any], bool]]
-    """Which items have no result."""
+    """Which items still have to be computed."""
     do: Callable[[Storage, list[Any]], None]
     """Compute some of the items."""
 

@@ -23,7 +23,7 @@ SETTINGS = "settings.json"
 class ResultTable:
     """The results of one stage: a line of JSON for each unit of work, in order of completion.
 
-    A result is on disk before the next one begins. An incomplete last line of a killed run is ignored, and cut off when
+    Each is on disk before the next one is added. An incomplete last line of a killed run is ignored, and cut off when
     the next line is added. Runs of different arms may add lines at the same time.
     """
 
@@ -39,7 +39,7 @@ class ResultTable:
         """Results, by the values of the key fields.
 
         Raises:
-            ValueError: if the folder has results from other settings.
+            ValueError: if the folder has results of the study with other settings for this section.
         """
         lines, _, _ = (self.file.read_bytes() if self.file.exists() else b"").rpartition(b"\n")
         results = [json.loads(line) for line in lines.splitlines()]
@@ -94,7 +94,7 @@ class Storage:
 
     study: Study
     results: Path
-    """Results, one table per stage, and pictures."""
+    """Results, one table for each stage but `train`, their settings, and pictures."""
     work: Path
     """SAEs, SAEBench's own files and caches. The folder of an SAE, a text or probing tasks exists only if complete."""
 
@@ -131,7 +131,7 @@ class Storage:
 
     @property
     def activations(self) -> Path:
-        """Folder of the activations that SAEs are trained on; shared by studies with the same text, model and hook."""
+        """Folder of the activations that SAEs are trained on; shared if model, hook, dtype, prompts and text are."""
         study = self.study
         read = [study.model, study.hook, study.dtype, study.context_size, study.text or study.dataset]
         return self.work / f"activations_{_fingerprint(read)}"

@@ -144,7 +144,7 @@ CURVE = tuple(
     )
     for k in (16, 64, 128)
 )
-"""The same at other k; k 32 is `BLOCK_10`."""
+"""Five of its arms at other k, with two seeds, no probing, and absorption at k 128 only; k 32 is `BLOCK_10`."""
 FOUR_ARMS = ("batchtopk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all")
 LONG = replace(
     BLOCK_10,
@@ -160,7 +160,7 @@ LONG = replace(
     absorption_seeds=2,
     pictures=(),
 )
-"""Five times as many tokens."""
+"""Four of its arms with five times as many tokens and two seeds, without probing."""
 OTHER_BLOCKS = tuple(
     replace(
         BLOCK_10,
@@ -211,7 +211,7 @@ STUDIES = {
 
 
 def smoke(study: Study) -> Study:
-    """The same plan with the bundled model, a few steps and small evaluations: every stage, in minutes."""
+    """The same arms with two seeds, the bundled model, a few steps and small evaluations: every stage, in minutes."""
     evals: dict[str, dict[str, Any]] = {
         "core": {
             "n_eval_reconstruction_batches": 1,

@@ -59,7 +59,8 @@ class Summary:
         return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: str, other: str, metric: str, synthetic: bool = False) -> Interval | None:
-        """Mean of the differences seed by seed: two arms of one seed share initial weights and all data.
+        """Mean of the differences seed by seed: two arms of one seed share all data and, at one width, initial
+        weights.
 
         For "mmcs" over pairs of seeds of each arm.
         """

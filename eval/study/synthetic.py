@@ -39,7 +39,7 @@ def run_synthetic(storage: Storage, unit: Unit) -> None:
         device=study.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    torch.manual_seed(unit.seed)  # so that the SAE starts from the same weights in every arm
+    torch.manual_seed(unit.seed)  # so that SAEs of one shape start from the same weights in every arm
     runner = SyntheticSAERunner(cfg, override_synthetic_model=data)
     torch.manual_seed(unit.seed)  # so that every arm sees the same data
     trained = runner.run().sae

@@ -28,8 +28,8 @@ from study.storage import Storage
 def train(storage: Storage, units: Sequence[Unit]) -> None:
     """Train and save `units`, SAEs of one seed, in one run.
 
-    All SAEs of a seed start from the same weights and see the same activations in the same order, whichever run they
-    are trained in.
+    Whichever run they are trained in, SAEs of one seed and shape start from the same weights, and those of one seed and
+    value of `shuffled` see the same activations in the same order (with `cached`, all of one seed do).
     """
     study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
     by_name = {unit.name: unit for unit in units}

@@ -32,9 +32,9 @@ def true_absorption(sae: SAE[Any], data: SyntheticModel, n_samples: int, batch_s
 
     Returns means over the parents that have a latent and were seen both with a child and without one, and the number of
     these parents; only the number if it is 0. This is not SAEBench's absorption, which trains probes for first letters
-    on a language model and looks for latents that stand in for those that the probe
-    selects; the measure here needs no probes and no wide model. It says nothing about parents without a latent, about
-    which other latents fire, or how strongly. For a latent that never fires, both recalls and absorbed are 0.
+    on a language model and looks for latents that stand in for those that the probe selects; the measure here needs no
+    probes and no wide model. It says nothing about parents without a latent, about which other latents fire, or how
+    strongly. For a latent that never fires, both recalls and absorbed are 0.
     """
     assert data.hierarchy is not None
     children = children_of(data.hierarchy.roots)
