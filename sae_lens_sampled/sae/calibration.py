@@ -23,7 +23,7 @@ MIN_TOKENS = 256
 MIN_SELECTIONS = 10
 """The threshold of a latent with fewer target firings is imprecise."""
 CHUNK_ENTRIES = 2**25
-"""Pre-activations in memory at a time (128 MiB in float32)."""
+"""Entries of a chunk of pre-activations (128 MiB in float32); the selection over a batch holds all of that batch."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class CalibrationReport:
     fvu_before: float
     fvu_after: float
     mean_rate_error: float
-    """Mean over latents of |firing rate - target rate| after calibration, divided by the mean target rate."""
+    """Mean over latents of |firing rate - target rate| after calibration, divided by `target_l0 / d_sae`. In mode
+    "global", which has no target rates, the selection's rates take their place."""
     n_rare: int
-    """Number of latents with 1 to 9 target firings."""
+    """Number of latents with 1 to 9 target firings (in mode "global": selections)."""
     mean_norm: float
     """Mean norm of the calibration tokens' inputs."""
     mean_norm_in_training: float | None
@@ -61,9 +62,10 @@ def calibrate_thresholds(
     """Export an SAE with thresholds set by quantiles over the given activations.
 
     Each batch is one selection batch, so use the batch size of training. A latent's target rate is the share of tokens
-    on which it is selected, weighted by its precision as in training (`thresholds.py`). Here the precision of a latent
-    that is selected n times is the share of its n largest activations that are selected. Equal precisions, as with a
-    pool of all latents, change nothing. Memory: twice the collected batches, plus one chunk of columns.
+    on which it is selected, weighted by its precision as in training (`step/thresholds.py`). Here the precision of a
+    latent that is selected n times is the share of its n largest activations that are selected. Equal precisions change
+    nothing; with a pool of all latents they are nearly equal. Memory: up to three times the collected batches, plus a
+    few chunks of columns or what the selection over one batch needs.
 
     Args:
         sae: the trained SAE, with its activation normalisation folded in.
@@ -110,8 +112,8 @@ def check_calibration(sae: SampledTopKTrainingSAE, mode: str, target_l0: float |
     """
     if not isinstance(sae, SampledTopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
-            f"a {type(sae).__name__} cannot be calibrated, because it selects activations differently; "
-            "sae_lens_sampled.from_batchtopk converts a BatchTopK, TopK or Matryoshka training SAE to sampled_topk."
+            f"a {type(sae).__name__} cannot be calibrated: only a sampled_topk training SAE or transcoder can. "
+            "sae_lens_sampled.load_checkpoint loads one; from_batchtopk converts a BatchTopK, TopK or Matryoshka one."
         )
     check_weights(sae)
     if mode not in ("per_latent", "global"):
@@ -255,8 +257,9 @@ def _warn_of_other_tokens(report: CalibrationReport) -> None:
     if report.mean_norm_in_training is not None and differs(report.mean_norm, report.mean_norm_in_training):
         warnings.warn(
             f"the activations to calibrate on have a mean norm of {report.mean_norm:.4g}, those of training had "
-            f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, and the thresholds fit "
-            "the former. For thresholds that fit training, calibrate with the training run's text and model.",
+            f"{report.mean_norm_in_training:.4g}: the text or the model differs from training, or the "
+            "normalisation is not folded, and the thresholds fit these activations. For thresholds that fit training, "
+            "calibrate with the training run's text and model.",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""Validation of external input before any computation: batches, losses, weights and checkpoints."""
+"""Validation of batches, losses, weights and checkpoints; what a run logs or warns of at its start."""
 
 import json
 import os
@@ -34,7 +34,7 @@ LOSS_CHECK_STEPS = 100
 
 
 def check_shape(sae: TrainingSAE, x: Tensor) -> None:
-    """Reject an empty batch and activations of the wrong width.
+    """Reject an empty batch and, unless heads are merged, activations of the wrong width.
 
     Raises:
         ValueError: naming the shape.
@@ -74,7 +74,7 @@ class StepState(NamedTuple):
 def read_step(step_input: TrainStepInput, cfg: PoolFields, n_steps: Tensor, ranks: Ranks = ALONE) -> StepState:
     """Read a step's state from the device (the first wait for a GPU in a step) and reject non-finite rows.
 
-    `n_steps` is the record's step count, equal on all ranks; SAELens' own is one too low after a checkpoint.
+    `n_steps` is the record's step count, equal on all ranks; SAELens' own is one too low after resuming.
 
     Raises:
         ValueError: on all ranks, naming the number of rows and the step, if any rank has non-finite rows or the ranks
@@ -124,8 +124,9 @@ def check_loss(loss: Tensor, step_input: TrainStepInput) -> None:
     n_steps = step_input.n_training_steps + 1
     if (step_input.is_logging_step or n_steps % LOSS_CHECK_STEPS == 0) and not loss.isfinite():
         raise ValueError(
-            f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged and the "
-            "weights are unusable. Resume from an earlier checkpoint with a lower learning rate."
+            f"the loss is {loss.item()} at training step {step_input.n_training_steps}: training has diverged, or "
+            "values of this batch overflow. Resume from an earlier checkpoint with a lower learning rate, or exclude "
+            "such tokens."
         )
 
 
@@ -142,8 +143,8 @@ def check_weights(sae: TrainingSAE[Any] | SAE[Any], name: str = "this SAE") -> N
             counts.append(f"{int((~good).sum()):,} of {good.numel():,} entries of {parameter}")
     if counts:
         raise ValueError(
-            f"{', '.join(counts)} are not finite, so {name} is unusable: its training has diverged. Use an earlier "
-            "checkpoint, or train with a lower learning rate."
+            f"{', '.join(counts)} are not finite, so {name} is unusable: its training has probably diverged. Use an "
+            "earlier checkpoint, or train with a lower learning rate."
         )
 
 
@@ -153,7 +154,7 @@ def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
     Fields that the checkpoint's config lacks are not compared; an unreadable config is left to the loader.
 
     Raises:
-        ValueError: naming the field, both values and the way out.
+        ValueError: naming the field, both values and the way out; as `refuse_quota` does.
     """
     try:
         theirs = read_config(folder)
@@ -164,8 +165,8 @@ def check_same_weights(folder: Path, sae: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{str(folder)!r} holds a {theirs.get('architecture')!r} SAE, which cannot be resumed as "
             f"{sae['architecture']!r}; an SAE exported for inference cannot be trained further, but "
-            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run from a TopK, BatchTopK or Matryoshka "
-            "training checkpoint."
+            "sae_lens_sampled.from_batchtopk(folder, cfg) starts a new run of sampled_topk from a TopK, BatchTopK or "
+            "Matryoshka training checkpoint."
         )
     normalized = (read_runner_config(folder).get("sae") or {}).get("normalize_activations")
     if normalized in UNFOLDED and normalized == sae["normalize_activations"]:
@@ -183,8 +184,8 @@ def check_equal_fields(folder: Path, names: Sequence[str], theirs: Mapping[str, 
         if name in theirs and name in ours and theirs[name] != ours[name]:
             raise ValueError(
                 f"{name}={ours[name]!r}, but {str(folder)!r} was trained with {name}={theirs[name]!r}: its weights "
-                f"do not fit, or would mean something else. Resume with {name}={theirs[name]!r}, or leave out "
-                "resume_from_checkpoint to start over."
+                f"do not fit, or would mean something else. Use {name}={theirs[name]!r}, or start over without "
+                "this checkpoint (leave out resume_from_checkpoint)."
             )
 
 
@@ -194,8 +195,8 @@ def tell_of_one_pool(fields: PoolFields) -> None:
     if is_fixed_choice and fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
         logger.info(
             f"sampled_topk: one pool of {fields.n_candidates:,} of {fields.d_sae:,} latents per batch, as in the paper."
-            " Such a pool soon stays the same, and latents outside it die. pool_factor=10, pool_group_size=16 lets "
-            "most latents in; pool_factor=None is BatchTopK"
+            " Such a pool tends to stay the same, and latents outside it to die. pool_factor=10, pool_group_size=16 "
+            "lets most latents in; pool_factor=None is BatchTopK"
         )
 
 

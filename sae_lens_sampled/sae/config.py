@@ -40,15 +40,16 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
 
     Args:
         step (Literal["auto", "kept", "dense"]): How a training step is computed. "dense": SAELens' own code, with all
-            of its (tokens, d_sae) matrices. "kept": on the kept entries only, with the same selection, and sums that
-            are equal up to rounding. "auto": the faster one, on CPUs according to measurements at various sizes, on
-            GPUs by timing both at the first step. The environment variable SAE_LENS_SAMPLED_STEP overrides "auto".
+            of its (tokens, d_sae) matrices. "kept": on the kept entries only, where that is possible, with the same
+            selection, and sums that are equal up to rounding. "auto": the faster one, on CPUs according to measurements
+            at various sizes, on CUDA by timing both at the first step and a few times later. The environment variable
+            SAE_LENS_SAMPLED_STEP overrides "auto".
         scan (Literal["auto", "full", "reduced"]): How a step on the kept entries finds them on a CPU. "full": by a
             float32 product. "reduced": by a bfloat16 product with a margin for its rounding; entries that may be kept
             are recomputed in float32, so with a pool of all latents the kept entries and their values are those of a
             float32 step. Smaller pools are scored on rounded activations, as under autocast. "auto": "reduced" for a
-            pool of all latents if the processor has bfloat16 instructions and the sizes make it faster, else "full".
-            Always "full" under autocast and for weights that are not float32.
+            pool of all latents if the processor has bfloat16 instructions, and sizes and margin make it faster, else
+            "full". Always "full" under autocast and for weights that are not float32.
         inner_loss_coefficient (float): Weight of each inner reconstruction loss, used with `matryoshka_widths`. 1 is
             SAELens' Matryoshka; a smaller weight impairs the reconstruction from all latents less.
         inner_loss_steps (int | None): Number of training steps after which the inner losses are switched off. Run for
@@ -100,7 +101,7 @@ class SampledTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig, PoolFields):
         _check_steps("inner_loss_steps", steps := self.inner_loss_steps)
         check(
             steps is None or len(self.inner_widths) > 0,
-            f"inner_loss_steps={steps!r} has no effect without matryoshka_widths; set that too.",
+            f"inner_loss_steps={steps!r} has no effect without inner losses; set two or more matryoshka_widths.",
         )
         check(
             self.d_in >= 2,
@@ -138,8 +139,8 @@ class SampledTopKSAEConfig(TopKSAEConfig, PoolFields):
         check_pool_fields(self)
         check(
             self.normalize_activations == "none",
-            f"this is a checkpoint from the middle of a run with normalize_activations={self.normalize_activations!r}, "
-            "which is not folded into the weights yet; sae_lens_sampled.load_checkpoint(folder) folds it.",
+            f"normalize_activations={self.normalize_activations!r}, which is not folded into the weights, must be "
+            "'none'; sae_lens_sampled.load_checkpoint(folder) loads and folds a checkpoint from the middle of a run.",
         )
 
 
@@ -152,13 +153,13 @@ def refuse_quota(config: Mapping[str, Any]) -> None:
     quota = config.get("pool_quota")
     check(
         quota is None,
-        f"pool_quota={quota} was an option of earlier versions that changed the pools. It was removed, so this "
-        "checkpoint can neither be trained further nor select as in training. Its JumpReLU export still works.",
+        f"pool_quota={quota} was an option of earlier versions that changed the pools. It was removed, so an SAE "
+        "trained with it can neither be trained further nor select as in training. Its JumpReLU export still works.",
     )
 
 
 def check_pool_fields(cfg: PoolFields) -> None:
-    """Reject invalid values of the fields of the selection and the nested levels.
+    """Reject invalid values of the fields of the selection and the nested levels; 16.0 becomes 16, and inf None.
 
     Raises:
         ValueError: naming the field, its value, the reason and the way out.

@@ -41,7 +41,8 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """Inverse of `pack_buffers`, also after `state_dict` was cast to another dtype.
 
     Raises:
-        ValueError: if a buffer of `module` is missing or has another size, as in another architecture's checkpoint.
+        ValueError: if a buffer of `module`, other than `ADDED_LATER`, is missing or one has another size, as in another
+            architecture's checkpoint.
     """
     for name, buffer in module.named_buffers():
         packed = state_dict.get(name)
@@ -51,7 +52,7 @@ def unpack_buffers(module: nn.Module, state_dict: dict[str, Any]) -> None:
         if packed is None or packed.numel() != buffer.numel() * buffer.element_size():
             found = "missing" if packed is None else f"{packed.numel()} bytes long"
             raise ValueError(
-                f"this checkpoint does not fit the sampled_topk SAE: {name!r} is {found}, expected "
+                f"this checkpoint does not fit the SAE: {name!r} is {found}, expected "
                 f"{buffer.numel() * buffer.element_size()} bytes. The file holds {sorted(state_dict)[:4]} and so on; "
                 "load a training checkpoint of this config: an SAE exported for inference cannot be trained further."
             )

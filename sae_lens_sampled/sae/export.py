@@ -1,4 +1,4 @@
-"""Export of a training SAE as the JumpReLU SAE that is used, saved, calibrated, evaluated and uploaded."""
+"""Export of a training SAE as the JumpReLU SAE that is used, saved, evaluated and uploaded."""
 
 import torch
 from jaxtyping import Float
@@ -19,14 +19,15 @@ ExportedSAE = JumpReLUSAE | JumpReLUTranscoder
 def to_jumprelu(
     sae: TrainingSAE, thresholds: Float[Tensor, " d_sae"] | None = None, prune: bool = False
 ) -> ExportedSAE:
-    """Export a SampledTopK or BatchTopK training SAE for inference, with unit-norm decoder rows; `sae` is unchanged.
+    """Export a SampledTopK, BatchTopK or Matryoshka training SAE, with unit-norm decoder rows; `sae` is unchanged.
 
     A transcoder becomes a JumpReLU transcoder, with a skip connection if it has `skip`.
 
     Args:
         sae: the training SAE. An activation normalisation that is not folded yet stays in the config.
         thresholds: in units of the training SAE's `hidden_pre`; None for the learnt ones. +inf silences a latent.
-        prune: drop the latents that cannot fire. `metadata.kept_latents` then holds the original indices of the others.
+        prune: drop the latents with an infinite threshold. `metadata.kept_latents` then holds the original indices of
+            the others.
 
     Raises:
         ValueError: if weights are not finite; if thresholds, given or learnt, are NaN or negative, or have the wrong

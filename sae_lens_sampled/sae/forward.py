@@ -114,7 +114,7 @@ def add_inner_losses(sae: RecordedSAE, output: TrainStepOutput, reconstructions:
     """Add SAELens' Matryoshka losses, weighted, for reconstructions from the inner widths, shape (tokens, d_out) each.
 
     After `inner_loss_steps` they are still logged but added with weight 0, so that the record's step count, which
-    includes this step, can stay on the device; SAELens' own is one too low after a checkpoint.
+    includes this step, can stay on the device; SAELens' own is one too low after resuming.
     """
     last, weight = sae.cfg.inner_loss_steps, sae.cfg.inner_loss_coefficient
     if last is not None:

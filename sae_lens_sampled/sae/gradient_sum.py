@@ -1,4 +1,4 @@
-"""Gradients of one SAE over several processes, exchanged only where they can be non-zero: a small part of the weights.
+"""Gradients of one SAE over several processes, exchanged only where they can be non-zero; few, if pools are small.
 
 Except for latents in a pool and, if AuxK ran, dead ones, a latent's gradients are exactly 0 on every rank.
 """

@@ -26,7 +26,8 @@ class SampledTopKSAE(TopKSAE):
 
     A token's code therefore depends on its batch; the default export, a JumpReLU SAE, has no such dependence.
     `SAE.load_from_disk` and `SAE.from_pretrained` return this class for a *training* checkpoint, whose weights it uses
-    unchanged. A sampled pool is always the first draw, so encoding is deterministic.
+    unchanged. A sampled pool is always the first draw, so encoding is deterministic. The score "winsorised" is
+    "squared_l2" here, for want of a previous batch.
     """
 
     cfg: SampledTopKSAEConfig  # type: ignore[assignment]
@@ -58,7 +59,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
     """Load the training SAE of a checkpoint folder, with the activation normalisation saved beside it folded in.
 
     The SAE may have any architecture. Without folding, a checkpoint from the middle of a run whose
-    `normalize_activations` is not "none" would be wrong on raw activations.
+    `normalize_activations` is folded in only at its end would be wrong on raw activations.
 
     Raises:
         ValueError: if the folder holds no readable training checkpoint, or lacks the normalisation it needs, or

@@ -1,4 +1,4 @@
-"""Choice of a training step's path by timing the possible ones, on GPUs, which have not been benchmarked."""
+"""Choice of a training step's path by timing the possible ones, on CUDA, where nothing has been measured."""
 
 import os
 import time
@@ -17,9 +17,9 @@ from sae_lens_sampled.step.ranks import Ranks
 MEASURED_DEVICES = ("cuda",)
 """Device types that are timed; on others the constants of `kept_entries.py` decide."""
 AGAIN_AFTER_STEPS = 100
-"""Steps after which paths are timed again: by then about 1.3 entries per kept one exceed the bound, at first 4."""
+"""Steps after which paths are timed once more: by then about 1.3 entries per kept one exceed the bound, at first 4."""
 DEAD_SHARE = 0.1
-"""Share of dead latents above which paths are timed again: AuxK costs a dense step more."""
+"""Share of dead latents above which paths are timed once more: AuxK slows a dense step down more than others."""
 TOLERANCE, TOLERANCE_UNDER_AUTOCAST = 1e-5, 1e-2
 """Largest allowed difference from the dense path's loss, as a share of that loss."""
 N_TIMED = 3
@@ -76,7 +76,7 @@ def fixed_step(step: Step) -> Step:
     """`step`, or the environment variable's value in place of "auto".
 
     Raises:
-        ValueError: if the variable's value is not a step.
+        ValueError: if that value is not a step.
     """
     if step != "auto" or not (wanted := os.environ.get(VARIABLE, "").strip()):
         return step
@@ -97,7 +97,7 @@ class Measured(NamedTuple):
 def fastest_path(
     loss_by: Callable[[StepPath], Tensor], paths: Sequence[StepPath], parameters: list[nn.Parameter], ranks: Ranks
 ) -> StepPath:
-    """The path with the fastest forward and backward pass; the times of all are logged.
+    """The path with the fastest forward and backward pass; the times of those that work are logged.
 
     A path that fails, runs out of memory, or gives another loss than the dense one is skipped, with a warning.
 
@@ -117,7 +117,7 @@ def fastest_path(
         if failure is None and dense.failure is None and not abs(loss - dense.loss) <= tolerance * abs(dense.loss):
             own, failure = float("inf"), f"its loss is {loss:.8g}, that of the dense step {dense.loss:.8g}"
         if failure is not None:
-            warnings.warn(f"training steps do not take the path {path!r}: {failure}", stacklevel=2)
+            warnings.warn(f"timing rejects the path {path!r}: {failure}", stacklevel=2)
         seconds[path] = own
     slowest = ranks.max(torch.tensor(list(seconds.values()), dtype=torch.float64, device=device)).tolist()
     times = dict(zip(seconds, slowest, strict=True))

@@ -77,8 +77,8 @@ class RecordedSAE(BatchTopKTrainingSAE):
         n_steps = self.pool_record.n_steps
         if n_steps == 0:
             warnings.warn(
-                "this SAE has taken no training step (no call of training_forward_pass), so no thresholds are learnt; "
-                f"all are {self.topk_threshold.item():g}. Set them with calibrate_thresholds(sae, activations).",
+                "this SAE has taken no training step (no call of training_forward_pass), so no thresholds are learnt: "
+                f"all are {self.topk_threshold.item():g}, unless set as by calibrate_thresholds(sae, activations).",
                 stacklevel=4,
             )
             return self.topk_threshold.repeat(self.cfg.d_sae)
@@ -133,12 +133,12 @@ class RecordedSAE(BatchTopKTrainingSAE):
 
     @override
     def save_inference_model(self, path: Path | str) -> tuple[Path, Path]:
-        """Save as a JumpReLU SAE that plain SAELens loads, with unit-norm decoder rows."""
+        """Save as a JumpReLU SAE or transcoder that plain SAELens loads, with unit-norm decoder rows."""
         starved = POOL_STATISTICS["starved_share"](self.pool_record).item()
         if starved > 0.5 and self.pool_record.n_steps > 0 and self.cfg.pool_group_size is None:
             warnings.warn(
-                f"{starved:.0%} of the latents were never in a pool: with one pool per batch and a small pool_factor "
-                f"(here {self.cfg.pool_factor}) the pool freezes. pool_group_size=16 lets more latents in.",
+                f"{starved:.0%} of the latents were never in a pool: with one pool per batch, a small pool_factor "
+                f"(here {self.cfg.pool_factor}) keeps them out. pool_group_size=16 lets more latents in.",
                 stacklevel=2,
             )
         return to_jumprelu(self).save_model(path)

@@ -108,8 +108,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
         Raises:
             ValueError: before anything is changed, if `sae_in` is empty, has the wrong width or non-finite rows, if the
                 ranks have different numbers of tokens or a group would span two of them, if SAE_LENS_SAMPLED_STEP is
-                invalid, or if a subclass overrides `encode_with_hidden_pre` alone. After the update, if the loss is not
-                finite, which only some steps check.
+                used and invalid, if a registered score's result is invalid, or if a subclass overrides
+                `encode_with_hidden_pre` alone. After the update, if the loss is not finite: not every step checks it.
         """
         state = read_step(step_input, self.cfg, self.pool_record.n_steps, self.ranks)
         x, target = self.inputs_and_targets(step_input.sae_in)
@@ -210,7 +210,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
 
     @torch.no_grad()
     def _record(self, counts: StepCounts, pool: Tensor | None, dead: Tensor | None, n_tokens: int) -> None:
-        """Update all state that a step changes besides gradients, identically on all ranks."""
+        """Update thresholds and the record of pools, identically on all ranks."""
         if pool is not None and self.cfg.pool_group_size is not None:
             pool = self.ranks.union(pool, self.cfg.d_sae)
         if self._gradient_sum is not None:

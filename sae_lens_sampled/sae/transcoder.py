@@ -63,7 +63,7 @@ class SampledTopKTranscoderConfig(SampledTopKTrainingSAEConfig):
         check(
             self.normalize_activations == "none",
             f"normalize_activations={self.normalize_activations!r} has no meaning for a transcoder: it would scale "
-            "inputs and outputs, which are in two spaces, by one factor. Use 'none'.",
+            "inputs and outputs, which are in two spaces, together. Use 'none'.",
         )
         check(
             self.reshape_activations == "none",

@@ -18,10 +18,10 @@ SHARED_FIELDS = ("d_in", "d_sae", "apply_b_dec_to_input", "rescale_acts_by_decod
 
 @torch.no_grad()
 def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAEConfig) -> SampledTopKTrainingSAE:
-    """Build a sampled_topk training SAE from the weights of a TopK, BatchTopK or Matryoshka training SAE.
+    """Build a sampled_topk training SAE from the weights of a TopK, BatchTopK, Matryoshka or sampled_topk one.
 
-    Running statistics start afresh; BatchTopK's threshold initialises the thresholds and the first cutoff. Pass the
-    result to a runner as `override_sae`.
+    Running statistics start afresh; BatchTopK's threshold is that of an export before the first step, starts the
+    running global threshold, and stands for the last cutoff. Pass the result to a runner as `override_sae`.
 
     Args:
         source: the training SAE, or the folder of its checkpoint, whose activation normalisation is folded in.
@@ -33,8 +33,7 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
     given = source if isinstance(source, TrainingSAE) else load_checkpoint(source, device=cfg.device)
     if isinstance(given, SampledTopKTranscoder) or isinstance(cfg, SampledTopKTranscoderConfig):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
-            "from_batchtopk does not take transcoders, since their weights and those of SAEs mean different things: "
-            "train a transcoder from scratch."
+            "from_batchtopk takes no transcoder, neither as source nor for cfg; train from scratch instead."
         )
     if not isinstance(given, TopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
@@ -45,7 +44,7 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
         theirs, ours = getattr(given.cfg, name), getattr(cfg, name)
         if theirs != ours:
             raise ValueError(
-                f"{name}={ours!r} does not fit the weights, which were trained with {theirs!r}; set that in cfg."
+                f"{name}={ours!r} does not fit the source's weights, for which it is {theirs!r}; set that in cfg."
             )
     sae = SampledTopKTrainingSAE(cfg)
     for name, parameter in sae.named_parameters():

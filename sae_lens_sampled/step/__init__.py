@@ -1,1 +1,1 @@
-"""One training step as functions of tensors: scores, pools, scan, kept entries, thresholds. Imports no SAELens."""
+"""One training step as functions of tensors: scores, pools, scan, kept entries, thresholds; all without SAELens."""

@@ -23,7 +23,7 @@ def auxiliary_loss(
     width: int,
     coefficient: float,
 ) -> Float[Tensor, ""]:
-    r"""SAELens' AuxK, $c \min(n_{dead} / (w / 2), 1) \cdot \mathrm{mean} \|\hat e - e\|^2$ for the residual $e$.
+    r"""SAELens' AuxK, $c \min(n_{dead} / \lfloor w / 2 \rfloor, 1) \cdot \mathrm{mean} \|\hat e - e\|^2$; e: residual.
 
     The mean is over vectors of width w, as before reshaping: over single heads, if the encoder merges heads.
     """

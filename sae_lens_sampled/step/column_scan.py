@@ -24,7 +24,8 @@ MAX_EXTRACTED_SHARE = 0.25
 as a second scan with the pools known (measured at 2,048 tokens, d_sae 8,192, groups of 16 and factor 2, where 37 %
 exceed it)."""
 DEAD_BYTES = 256 * 2**20
-"""Largest size in bytes of the dead latents' pre-activations that a scan returns; larger ones are computed again."""
+"""Largest size in bytes, as float32, of the dead latents' pre-activations that a scan returns; larger ones are computed
+again."""
 
 
 class Batch(NamedTuple):
@@ -37,15 +38,15 @@ class Batch(NamedTuple):
     threshold: Float[Tensor, " d_sae"]
     """The latents' thresholds, in units of the (rescaled) pre-activations."""
     cfg: PoolFields
-    """How to choose the pool."""
+    """How to choose the pool and how much to keep, and the nested levels."""
     draw: Int[Tensor, ""]
     """Index of the random draw, if the pool is sampled."""
     last_cutoff: Float[Tensor, ""]
-    """Smallest activation kept in the previous batch; 0 if unknown."""
+    """Smallest positive activation kept in the latest batch that kept any; 0 if unknown."""
     ranks: Ranks = ALONE
     """The processes that share the batch; all take the same path."""
     scan: Scan = "full"
-    """Whether the scan for kept entries runs in bfloat16, as returned by `choose_scan`."""
+    """Whether the scan for kept entries may run in bfloat16, as returned by `choose_scan`."""
 
     @property
     def n_keep(self) -> int:
@@ -54,7 +55,7 @@ class Batch(NamedTuple):
 
     @property
     def by_kernels(self) -> bool:
-        """Whether kernels do the scan; the host then waits for the device once, after the whole scan is queued."""
+        """Whether kernels do the scan; the host then waits at most once per scan, after all of it is queued."""
         has_score = self.cfg.n_candidates == self.cfg.d_sae or self.cfg.score in SUMS_OF_SCORE
         return has_score and self.x.dtype != torch.float64 and available(self.x.device)
 
@@ -71,7 +72,7 @@ class ColumnScan(NamedTuple):
     dead_pre: Float[Tensor, "n_dead tokens"] | None
     """Pre-activations of the dead latents; None if not requested, too large, or left out by a reduced scan."""
     extracted: "Extracted | None"
-    """None if there was no bound, or too many entries above it."""
+    """None without a bound. If too many entries exceed it, this is None too or, with kernels, `inside` returns None."""
 
 
 class Extracted:
@@ -128,7 +129,8 @@ def scan_columns(
     The statistics of one pool, and the peaks with them, are over all ranks; everything else is over this rank's tokens.
 
     Args:
-        batch: inputs and settings; the score must go by columns or be "ridge_leverage" with one pool.
+        batch: inputs and settings; the score must go by columns or be "ridge_leverage" with one pool, unless every
+            latent is a candidate.
         dead: ascending indices of latents whose pre-activations to return.
         bound: extract entries above this; given up if too many exceed it. None: extract nothing.
         member: the latents to extract from in each group of tokens; None for all.

@@ -65,7 +65,7 @@ class ScanCost(NamedTuple):
 
     n_scans: int
     n_extracted: int
-    """Entries above the bound, over all scans; for a reduced scan, those that may be above it."""
+    """Entries above the bound, over all scans not given up; for a reduced scan, those that may be above it."""
     n_recomputed: int
     """Entries of reduced scans whose values were computed in float32."""
 
@@ -85,7 +85,7 @@ def choose_path(cfg: PoolFields, step: Step, n_tokens: int, device: torch.device
     """The path of a step: the "columns" of one small pool, the "kept" entries, or "dense".
 
     "kept" takes the first possible path. "auto" takes the path measured to be fastest on CPUs; on other devices, one
-    pool's columns or else "dense". On GPUs with several possible paths, `sae/path_choice.py` times these instead.
+    pool's columns or else "dense". On CUDA, if several are possible, `sae/path_choice.py` times these instead.
     """
     first = possible_paths(cfg, device)[0]
     if step != "auto" or first != "kept":
@@ -191,7 +191,7 @@ def find_candidates(
 def _above(
     bound: Float[Tensor, ""], extracted: Entries, batch: Batch, reduced: ReducedProduct | None
 ) -> tuple[Entries, int]:
-    """The extracted entries that do exceed the bound, and how many had to be recomputed to decide that."""
+    """The extracted entries that may be kept and do exceed the bound, and how many values were recomputed for that."""
     if reduced is None:
         return extracted, 0
     return reduced.exact(extracted, bound, batch.n_keep, batch.ranks)

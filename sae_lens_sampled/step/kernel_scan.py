@@ -54,7 +54,7 @@ def scan_by_kernels(
     bound: Float[Tensor, ""] | None,
     member: Bool[Tensor, "groups d_sae"] | None,
 ) -> ColumnScan:
-    """`scan_columns` with kernels, without waiting for the device."""
+    """`scan_columns` with kernels, without waiting for the device (except for "ridge_leverage" on several ranks)."""
     x, cfg, device = batch.x, batch.cfg, batch.x.device
     tiles = Tiles(len(x), min(cfg.pool_group_size or len(x), len(x)))
     which = SUMS_OF_SCORE[cfg.score] if cfg.n_candidates < cfg.d_sae else "none"

@@ -29,7 +29,8 @@ class PoolRecord(nn.Module):
     churn: Tensor
     """1 - Jaccard similarity of the two latest pools, float32, shape (); 0 until there are two."""
     cutoff: Tensor
-    """The smallest positive activation kept in the latest batch that kept any, float32, shape ()."""
+    """The smallest positive activation kept in the latest batch that kept any, float32, shape (); before that 0, or the
+    threshold that a warm start begins with."""
     input_norm: Tensor
     """Running mean of the inputs' norms, float32, shape (); 0 if unknown. Tokens with a different mean norm are unlike
     the training tokens."""

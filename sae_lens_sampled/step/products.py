@@ -1,7 +1,8 @@
 """Products with a sparse matrix of a few entries per row, computed by torch's CSR products or by kernels.
 
-Both torch's products (MKL on a CPU, cuSPARSE on CUDA) and the kernels cost as much as the dense product times the
-density of the sparse matrix. All compute at least in float32: not all of these products exist in lower precision.
+Both torch's products (MKL on a CPU, cuSPARSE on CUDA) and the kernels need as many operations as the dense product,
+times the density of the sparse matrix. All compute at least in float32: not all of these products exist in lower
+precision.
 """
 
 import functools

@@ -192,7 +192,7 @@ class GroupRanks(SeveralRanks):
 
 
 class LostRankError(ConnectionError):
-    """Another process has ended or has not responded in time."""
+    """An exchange with the other processes failed, most likely since one has ended or has not responded in time."""
 
 
 @contextmanager
@@ -201,6 +201,6 @@ def _reporting_lost_ranks(ranks: GroupRanks) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            f"process {ranks.rank} of {ranks.count} lost contact with the others: one has ended or hangs (see their "
-            f"logs). Resume from the newest checkpoint; progress since then is lost. ({error})"
+            f"process {ranks.rank} of {ranks.count} lost contact with the others: most likely one has ended or "
+            f"hangs (see their logs). Resume from the newest checkpoint, if any; progress since then is lost. ({error})"
         ) from error

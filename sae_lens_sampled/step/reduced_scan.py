@@ -23,11 +23,11 @@ a norm, a pre-activation's bound $n_j P$ or a scaled bias $n_j |b_j|$ could exce
 $v_{ij} > \mathrm{bound}$. Let L be the `n_keep`-th largest $s - E$ among them, with $u |s - n b|$ in place of E's term
 for storing: at least `n_keep` entries have $v \ge L$, so an entry with $s + E < L$ is not kept. The others are
 recomputed in float32, and dropped if at or below the bound, where the extraction is incomplete. If at least `n_keep`
-are left, they include the `n_keep` largest of all entries; otherwise the bound has to be lowered.
+are left, they include the `n_keep` largest of all entries; otherwise the bound has to be lowered, unless it is 0.
 
-The kept entries are thus those of a float32 step, up to the order of its sums: even two float32 products may lead to
-different kept entries within 1e-6 of the cutoff. The scan is chosen by configuration, sizes, processor and batch, not
-by timing, so a repeated run on the same machine is bit-identical.
+With a pool of all latents, the kept entries are thus those of a float32 step, up to the order of its sums: even two
+float32 products may lead to different kept entries within 1e-6 of the cutoff. The scan is chosen by configuration,
+sizes, processor and batch, not by timing, so a repeated run on the same machine is bit-identical.
 """
 
 import functools
@@ -97,8 +97,8 @@ class ReducedProduct(NamedTuple):
     ) -> Bool[Tensor, "latents tokens"]:
         r"""Where a scanned entry of these latents is above the bound, or below it by less than E.
 
-        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding the slope and the offset cover. E is per latent: norms
-        differ a hundredfold, so a chunk's largest would extract most entries. `out` is overwritten.
+        $s + \|x_i\| a_j > \mathrm{bound} - c_j$, whose rounding the slope and the offset cover. Both are per latent:
+        norms differ a hundredfold, so a chunk's largest would extract most entries. `out` is overwritten.
         """
         below = _rounded_down(bound.double() - self.offset[part])
         largest = torch.addr(hidden_pre, self.slope[part].float(), self.x_norm.float(), out=out)
@@ -142,8 +142,8 @@ def reduced_product(
 ) -> ReducedProduct | None:
     """The product for a reduced scan, or None if the batch has to be scanned in float32. All ranks decide identically.
 
-    It is None if `scan` is "full", if norms are so large that something could overflow, or, for "auto", if the margin
-    would extract most entries.
+    It is None if `scan` is "full", if norms or biases are so large that something could overflow, or, for "auto", if
+    the margin would extract most entries.
     """
     if scan == "full":
         return None
@@ -192,12 +192,12 @@ def column_norms(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " colum
 
 
 def choose_scan(scan: Scan, cfg: PoolFields, n_tokens: int, W_enc: Float[Tensor, "d_in d_sae"]) -> Scan:
-    """How to scan: "full" in float32, "reduced" in bfloat16, "auto" in bfloat16 unless its margin is too wide.
+    """How to scan: "full" without this module, "reduced" in bfloat16, "auto" likewise unless its margin is too wide.
 
     Chosen by rule, not by timing, so that runs are reproducible. "auto" needs a pool of all latents, a processor with
     bfloat16 instructions (AVX512_BF16, AMX; without them torch's bfloat16 product is slower) and sizes that make it
     pay. Smaller pools would be scored by rounded activations, so they need an explicit "reduced". The scan is always
-    "full" on other devices, under autocast, which rounds values anyway, and for weights that are not in float32.
+    "full" on any device but a CPU, under autocast, which rounds values anyway, and for weights that are not in float32.
     """
     device = W_enc.device
     if scan == "full" or W_enc.dtype != torch.float32 or torch.is_autocast_enabled(device.type):

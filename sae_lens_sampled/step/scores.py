@@ -52,7 +52,7 @@ class ColumnScore:
     """Computes the score from the sums over all tokens of a group."""
     sums: Callable[[Tensor, Tensor, Tensor | None], list[Tensor]] = _no_sums
     """Computes the sums needed besides that of the squares, from the activations, each latent's largest one, and the
-    smallest activation kept in the previous batch (None or 0 if unknown)."""
+    smallest positive activation kept in the previous batch (None or 0 if unknown)."""
     rescaled: Callable[..., list[Tensor]] | None = None
     """Converts sums relative to one largest activation to another, from the ratio of the old to the new one and the
     sums; None if they do not depend on it."""
@@ -136,17 +136,17 @@ def _clipped_squares(acts: Tensor, peak: Tensor, last_cutoff: Tensor | None) -> 
 
 
 winsorised = ColumnScore(lambda sums: sums.sums[1], _clipped_squares)
-r"""$\sum_i \min(a_i, c)^2$, with c the smallest activation kept in the previous batch: prefers latents that exceed c on
-many tokens to those that exceed it by far on a few.
+r"""$\sum_i \min(a_i, c)^2$, with c the smallest positive activation kept in the previous batch: prefers latents that
+exceed c on many tokens to those that exceed it by far on a few.
 
-Without a previous batch, c is infinite. `eval/KNOWN_FEATURES.md` says where this score wins."""
+If that is unknown, c is infinite. `eval/KNOWN_FEATURES.md` says where this score wins."""
 
 
 def ridge_leverage(acts: Float[Tensor, "*group tokens latents"], n_candidates: int) -> Float[Tensor, "*group latents"]:
     r"""$a^T (A A^T + \lambda I)^{-1} a$: prefers latents that others cannot replace.
 
     See the paper's open question 1. a is a latent's column of A, which holds at most `LEVERAGE_ROWS` evenly strided
-    rows of the batch, and $\lambda = \|A\|_F^2 / m$ for a pool of m latents, after Cohen, Musco and Musco
+    rows of the batch or group, and $\lambda = \|A\|_F^2 / m$ for a pool of m latents, after Cohen, Musco and Musco
     (arXiv 1511.07263). In [0, 1).
     """
     sketch = acts[..., sketch_rows(acts.shape[-2], acts.device), :]
@@ -219,7 +219,7 @@ class RegisteredScore:
             )
         if scores.isnan().any():
             raise ValueError(
-                f"score {self.name!r} returned NaN for {int(scores.isnan().sum())} latents; it must return a "
+                f"score {self.name!r} returned NaN {int(scores.isnan().sum())} times; it must return a "
                 "number for every latent, also for one that never fires."
             )
         return scores
@@ -230,7 +230,7 @@ def register_score(name: str, score: Score, by_columns: bool = False) -> None:
 
     With `by_columns=True` you promise that a latent's score depends on its own activations alone, which makes training
     several times faster (`column_scan.py`). The function must have this module's signature,
-    `(acts, n_candidates) -> scores`; a `ColumnScore` also works across processes.
+    `(acts, n_candidates) -> scores`; for one pool per batch, only a `ColumnScore` works across processes.
     A checkpoint stores only the name: register the score before loading one. Under proportional sampling, scores are
     weights, and negative scores count as 0.
 
@@ -270,7 +270,7 @@ def column_sums(
 def score_of(
     acts: Float[Tensor, "*group tokens latents"], name: str, n_candidates: int
 ) -> Float[Tensor, "*group latents"]:
-    """The score of every latent in every group, at least in float32."""
+    """The score of every latent in every group, from activations at least in float32."""
     with without_autocast(acts.device):
         return SCORES[name](in_float32(acts), n_candidates)
 

@@ -38,7 +38,7 @@ class PoolFields:
         pool_factor (float | None): Candidate pool size divided by k, at least 1 (the paper's l). None (inf
             on the command line), or at least d_sae / k: every latent is a candidate, which is BatchTopK.
         pool_steps (int | None): Number of training steps after which every latent is a candidate, whatever
-            `pool_factor` is: training ends as BatchTopK, and so does the export. None: pools are used to the end.
+            `pool_factor` is: training goes on as BatchTopK, to which the export's thresholds adapt. None: never.
         score (str): How latents are scored over a batch: l2_norm, squared_l2, entropy, perplexity, frequency,
             winsorised, ridge_leverage, uniform, or a name given to register_score.
         pool_sampling (Literal["top", "proportional"]): "top" takes the best-scored latents. "proportional" draws them
@@ -84,7 +84,7 @@ class PoolFields:
 
 
 class ColumnStatistics(NamedTuple):
-    """Statistics of each latent over a batch, per group; the pool is chosen from these alone."""
+    """Statistics of each latent over a batch, per group: all that the pool is chosen from, besides random draws."""
 
     scores: Float[Tensor, "groups d_sae"]
     norms: Float[Tensor, "groups d_sae"]
@@ -104,9 +104,9 @@ def sampled_topk(
 
     Args:
         acts: non-negative activations.
-        cfg: how to choose the pool.
+        cfg: how to choose the pool and how much to keep.
         draw: index of the random draw, if the pool is sampled.
-        last_cutoff: smallest activation kept in the previous batch, which scores may use; None if unknown.
+        last_cutoff: smallest positive activation kept in the previous batch, for scores; None or 0 if unknown.
         ranks: the processes that share the batch; `acts` are this process's, and all must call this.
     """
     statistics = column_statistics(acts.detach(), cfg.score, cfg.n_candidates, cfg.pool_group_size, last_cutoff, ranks)
@@ -149,7 +149,7 @@ def column_statistics(
         n_candidates: size m of the pool.
         group_size: tokens that share a pool; None for the whole batch.
         last_cutoff: see `sampled_topk`.
-        ranks: the processes that share the batch; `acts` are this process's, and no group spans two processes.
+        ranks: the processes that share the batch; `acts` are this process's, and only the whole batch spans several.
     """
     parts = []
     for groups in _in_groups(acts, group_size):
@@ -200,9 +200,10 @@ def perturb_scores(
 ) -> ColumnStatistics:
     """Scores whose m largest are a random sample without replacement, with probability proportional to the given ones.
 
-    Gumbel-top-m: log(score) plus Gumbel noise (Kool et al., arXiv 1903.06059). Negative scores count as 0. The noise is
-    a function of (seed, draw, group, latent), the same on every device; `draw` is the index of the draw and stays a
-    tensor, to avoid waiting for the device. `first_group` is the index of the first group; other ranks' may precede it.
+    Gumbel-top-m: log(score + 2^-126) plus Gumbel noise (Kool et al., arXiv 1903.06059). Negative scores count as 0. The
+    noise is a function of (seed, draw, group, latent), the same on every device up to rounding; `draw` is the index of
+    the draw and stays a tensor, to avoid waiting for the device. `first_group` is the index of the first group; other
+    ranks' may precede it.
     """
     scores = statistics.scores.double()
     log_scores = (scores.clamp(min=0) + torch.finfo(torch.float32).tiny).log()

@@ -1,6 +1,6 @@
 """A sparse autoencoder's codes as a sparse matrix: decoding, and all gradients, from k entries per token.
 
-Each product (`products.py`) costs k / d_sae of the dense one.
+Each product (`products.py`) needs k / d_sae of the dense one's operations.
 """
 
 from collections.abc import Sequence
@@ -88,8 +88,7 @@ def encode_and_decode(
     Args:
         x: inputs.
         weights: weights of all latents.
-        codes: the kept entries and their values, scaled by `weights.norms` if given; ordered by token and then by
-            latent.
+        codes: the kept entries and their values, scaled by `weights.norms` if given; ordered by token.
         inner_widths: increasing; for each width w, the first w latents have their own reconstruction.
         dead: codes of dead latents, for AuxK, in the form of `codes`; no other reconstruction includes them.
     """

@@ -21,8 +21,8 @@ from sae_lens_sampled.step.ranks import Ranks
 THRESHOLD_STEP = 0.05
 """Long-run size of a threshold step, in units of the latent's own largest activations.
 
-The size starts at 1 and falls as 1 / sqrt(number of steps): activations grow fast at first, and 0.05 would lag behind
-them for hundreds of steps, exporting several times the L0 of training. If pools change from batch to batch, smaller
+Before, the size is 1 / sqrt(number of steps): activations grow fast at first, and 0.05 would lag behind them for
+hundreds of steps, exporting several times the L0 of training. If pools change from batch to batch, smaller
 steps lag behind the weights: 0.01 gave an L0 up to 40 % too high after 800 steps (entropy, pool_factor 1 to 5).
 """
 EMA_RATE = 0.01
@@ -38,7 +38,7 @@ MIN_SELECTION_RATE = 1e-8
 SILENT_AFTER_STEPS = 50
 """A latent that was in no pool for this many steps gets an infinite threshold at export.
 
-It is no longer trained, but keeps its weights and thus its large activations. With 100 steps instead, FVU is up to
+At most AuxK still trains it, and it keeps its large activations. With 100 steps instead, FVU is up to
 13 % higher (entropy and perplexity, one pool). If every latent is a candidate, this rule silences none.
 """
 
@@ -144,14 +144,16 @@ class RateMatcher(nn.Module):
 
         f are the firing rates and r the selection rates; bars mark running means. The weights are
         $w_j = g \bar p_j \sum_i \bar r_i / \sum_i \bar p_i \bar r_i$ with the precisions p and the gain g, which keeps
-        the export's $\hat L_0$ at the selection's $L_0$: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. The
-        step is in units of a latent's own scale $M_j$: in units of the cutoff, it fails if that is near 0. The error
-        is divided by *running* rates: dividing by the batch's own would balance medians instead of means.
+        the export's $\hat L_0$ at the selection's $L_0$: $g \mathrel{*}= 1 + \gamma (L_0 - \hat L_0) / \bar L_0$. It
+        stays within [0.5, 100], and thresholds at 0 or above. The step is in units of a latent's own scale $M_j$: in
+        units of the cutoff, it fails if that is near 0. The error is divided by *running* rates: dividing by the
+        batch's own would balance medians instead of means.
 
         Args:
             counts: counts of this batch; in the first batch, those that depend on thresholds are ignored.
             recently_pooled: whether a latent was in a pool recently (`SILENT_AFTER_STEPS`); others are exported silent.
-            cutoff: smallest activation that this batch kept; that of the first batch initialises all thresholds.
+            cutoff: smallest positive activation kept in the latest batch that kept any; after the first batch it
+                initialises all thresholds.
             n_tokens: number of tokens in the batch, B.
             n_steps: number of steps before this one.
         """

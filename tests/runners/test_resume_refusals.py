@@ -87,8 +87,8 @@ def test_other_weights_are_refused_before_the_model_is_loaded(tmp_path, runner, 
     said = refused(runner, resuming(sae_config(**ours), tmp_path))
     assert said == (
         f"{name}={value!r}, but {str(tmp_path / 'checkpoint')!r} was trained with {name}={theirs!r}: its weights do "
-        f"not fit, or would mean something else. Resume with {name}={theirs!r}, or leave out resume_from_checkpoint to "
-        "start over."
+        f"not fit, or would mean something else. Use {name}={theirs!r}, or start over without this checkpoint (leave "
+        "out resume_from_checkpoint)."
     )
 
 

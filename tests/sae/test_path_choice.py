@@ -74,14 +74,14 @@ def test_the_median_of_passes_after_the_first_decides_and_one_line_says_it(clock
 def test_a_way_that_fails_is_left_with_its_reason(clock, failing, error):
     other = {"kept": "dense", "dense": "kept"}[failing]
     ways = {failing: clock.way(0.001, error=error), other: clock.way(5.0)}
-    with pytest.warns(UserWarning, match=rf"do not take the path '{failing}': {type(error).__name__}: {error}"):
+    with pytest.warns(UserWarning, match=rf"timing rejects the path '{failing}': {type(error).__name__}: {error}"):
         assert chosen(ways) == other
 
 
 @pytest.mark.parametrize("loss", [1.001, float("nan")])
 def test_a_way_with_another_loss_is_left(clock, loss):
     ways = {"kept": clock.way(0.001, loss=loss), "dense": clock.way(5.0)}
-    with pytest.warns(UserWarning, match=r"do not take the path 'kept': its loss is (1\.001|nan).*dense step 1"):
+    with pytest.warns(UserWarning, match=r"timing rejects the path 'kept': its loss is (1\.001|nan).*dense step 1"):
         assert chosen(ways) == "dense"
 
 

@@ -149,7 +149,7 @@ def test_checkpoint_of_another_architecture_is_reported_in_one_sentence(tmp_path
     ):
         trained().load_weights_from_checkpoint(tmp_path)
     (tmp_path / "cfg.json").unlink()
-    with pytest.raises(ValueError, match=r"does not fit the sampled_topk SAE: 'topk_threshold' is 1 bytes long"):
+    with pytest.raises(ValueError, match=r"does not fit the SAE: 'topk_threshold' is 1 bytes long"):
         trained().load_weights_from_checkpoint(tmp_path)
 
 

@@ -195,7 +195,7 @@ def test_forward_has_the_hooks_of_an_sae_but_no_error_term():
     ("fields", "message"),
     [
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input=True has no meaning for a transcoder"),
-        ({"normalize_activations": "expected_average_only_in"}, "two spaces, by one factor. Use 'none'."),
+        ({"normalize_activations": "expected_average_only_in"}, "two spaces, together. Use 'none'."),
         ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' has no mean"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' merges the heads of one hook"),
         ({"d_out": "7"}, "d_out='7' is a str; it must be a whole number, or None for d_in."),
@@ -245,5 +245,5 @@ def test_saelens_trainer_trains_it_and_counts_as_for_saes():
 def test_weights_of_saes_and_transcoders_do_not_mix():
     cfg = sampled_sae(apply_b_dec_to_input=False).cfg
     for source, target in ((transcoder(), cfg), (sampled_sae(), transcoder().cfg)):
-        with pytest.raises(ValueError, match=r"mean different things: train a transcoder from scratch\."):
+        with pytest.raises(ValueError, match=r"takes no transcoder, .*; train from scratch instead\."):
             from_batchtopk(source, target)

@@ -67,7 +67,7 @@ def test_topk_and_matryoshka_can_be_started_from(sae_class, cfg_class, fields):
 def test_what_means_something_else_is_refused():
     with pytest.raises(ValueError, match=r"^a StandardTrainingSAE cannot become a sampled_topk SAE"):
         from_batchtopk(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE)), config())
-    with pytest.raises(ValueError, match=r"^d_sae=41 does not fit the weights, .* trained with 40; set that in cfg\.$"):
+    with pytest.raises(ValueError, match=r"^d_sae=41 does not fit the source's weights, .* is 40; set that in cfg\.$"):
         from_batchtopk(batchtopk_sae(), config(d_sae=41))
-    with pytest.raises(ValueError, match=r"^rescale_acts_by_decoder_norm=False does not fit the weights"):
+    with pytest.raises(ValueError, match=r"^rescale_acts_by_decoder_norm=False does not fit the source's weights"):
         from_batchtopk(batchtopk_sae(), config(rescale_acts_by_decoder_norm=False))

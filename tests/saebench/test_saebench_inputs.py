@@ -176,8 +176,8 @@ def test_nothing_but_broken_weights_is_reported_before_any_work(tmp_path):
         run([("one", broken)], tmp_path, evals, overrides={name: SMALL[name] for name in evals})
     assert str(error.value) == (
         "2 of 2 results are missing:\ncore of one_custom_sae, sparse_probing of one_custom_sae: ValueError: 1 of 8,192 "
-        "entries of W_enc are not finite, so this SAE is unusable: its training has diverged. Use an earlier "
-        "checkpoint, or train with a lower learning rate."
+        "entries of W_enc are not finite, so this SAE is unusable: its training has probably diverged. Use an "
+        "earlier checkpoint, or train with a lower learning rate."
     )
     assert not list(tmp_path.iterdir())
 

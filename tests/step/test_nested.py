@@ -224,7 +224,7 @@ def test_pools_start_from_the_weights_of_a_matryoshka_sae():
         ({"inner_loss_coefficient": "1"}, "inner_loss_coefficient='1' must be a finite number"),
         ({"matryoshka_widths": WIDTHS, "inner_loss_steps": 0}, "inner_loss_steps=0 must be a whole number of"),
         ({"matryoshka_widths": WIDTHS, "inner_loss_steps": True}, "inner_loss_steps=True must be a whole number of"),
-        ({"inner_loss_steps": 9}, "inner_loss_steps=9 has no effect without matryoshka_widths"),
+        ({"inner_loss_steps": 9}, "inner_loss_steps=9 has no effect without inner losses; set two or more matr"),
     ],
     ids=str,
 )

@@ -141,7 +141,7 @@ def test_score_that_returns_nan_is_refused(registered):
     register_score(registered, lambda acts, n_candidates: acts.sum(-2) / acts.sum(-2))
     acts = torch.rand(5, 4)
     acts[:, 1] = 0
-    with pytest.raises(ValueError, match=r"score 'mine' returned NaN for 1 latents"):
+    with pytest.raises(ValueError, match=r"score 'mine' returned NaN 1 times"):
         SCORES[registered](acts, 2)
 
 

@@ -31,7 +31,10 @@ MIN_CAPABILITY = (8, 0)
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run on `device`: an NVIDIA GPU of `MIN_CAPABILITY` with triton, or `interpreted`."""
+    """Whether the kernels can run on `device`: an NVIDIA GPU of at least `MIN_CAPABILITY` or, if `interpreted`, a CPU.
+
+    Both need triton.
+    """
     if device.type == "cuda":
         return torch.version.hip is None and _imports() and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     return interpreted and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _imports()

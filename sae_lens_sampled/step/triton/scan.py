@@ -1,4 +1,4 @@
-"""One pass over a chunk of pre-activations: sums over tokens per latent, and entries above a bound in a fixed order.
+"""Kernels for a chunk of pre-activations: sums over tokens per latent, and entries above a bound in a fixed order.
 
 Each program handles a tile of tokens and latents. The tokens of a tile are in one group, so sums over a group's tiles
 are sums over the group. Entries to extract are counted per tile, and the cumulative sum of the counts says where each
@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
     norms: Float[Tensor, " latents"] | None
     threshold: Float[Tensor, " latents"]
     last_cutoff: Float[Tensor, ""] | None = None
-    """Smallest activation kept in the previous batch; 0 if unknown. For sums of clipped squares."""
+    """Smallest positive activation kept in the previous batch; 0 if unknown. For sums of clipped squares."""
 
 
 class TileSums(NamedTuple):
