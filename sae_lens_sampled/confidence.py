@@ -99,7 +99,8 @@ def difference_interval(
 
 
 def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0.95) -> Interval | None:
-    """Mean over pairs of units, such as pairs of seeds; None without pairs. Below three units it has no error.
+    """Mean over pairs of units, such as pairs of seeds; None without pairs. It has no error below
+    three units, or if one unit is in every pair.
 
     Pairs share units, so their spread understates the error. The jackknife leaves out each unit in turn, with all of
     its pairs (for means over pairs: Efron and Stein 1981, "The jackknife estimate of variance"). `n` is the number of
@@ -109,7 +110,7 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
         return None
     units = {unit for pair in values for unit in pair}
     mean, n = statistics.fmean(values.values()), len(units)
-    if n < 3:
+    if n < 3 or any(all(unit in pair for pair in values) for unit in units):  # without such a unit no pair is left
         return _t_interval(mean, None, n, level)
     without = [statistics.fmean(value for pair, value in values.items() if unit not in pair) for unit in units]
     squares = sum((mean_without - statistics.fmean(without)) ** 2 for mean_without in without)

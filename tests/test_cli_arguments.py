@@ -20,7 +20,11 @@ RUN = {
 }
 OF_CALIBRATE = {
     "--batch-size": {"0": "--batch-size", "-1": "--batch-size", "10000000": "larger than max_tokens=1000000"},
-    "--max-tokens": {"0": "--max-tokens", "-1": "--max-tokens", "10**15": "GB of memory; lower max_tokens"},
+    "--max-tokens": {
+        "0": "--max-tokens",
+        "-1": "--max-tokens",
+        "10**15": "GB of memory; lower max_tokens",
+    },
     "--target-l0": {
         "0": "above 0 and at most d_sae=192",
         "-1": "above 0",
@@ -41,6 +45,7 @@ OF_EVAL = {
         "core.batch_size_prompts=0": "core.batch_size_prompts=0 must be",
         "core.n_eval_sparsity_variance_batches=-1": "core.n_eval_sparsity_variance_batches=-1 must be",
         'core.context_size="two"': "core.context_size='two' must be",
+        "sparse_probing.llm_batch_size=-5": "sparse_probing.llm_batch_size=-5 must be a positive integer",
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
     "--evals": {"core, mmcz": "'mmcz'", ",": "must be one or more of"},

@@ -124,6 +124,9 @@ def test_the_error_over_pairs_leaves_out_a_unit_with_all_its_pairs():
     of_two = jackknife_interval({(0, 1): 0.1, (1, 0): 0.3})
     assert of_two is not None
     assert (of_two.mean, of_two.error, of_two.half) == (0.2, None, None)
+    without_others = jackknife_interval({("a", "b"): 1.0, ("a", "c"): 2.0})  # leaving out "a" leaves no pair
+    assert without_others is not None
+    assert (without_others.mean, without_others.error, without_others.n) == (1.5, None, 3)
     assert jackknife_interval({}) is None
 
 

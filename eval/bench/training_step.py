@@ -270,6 +270,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; default: in eval/results")
     args = parser.parse_args()
+    if args.quick and not args.out:
+        parser.error("--quick needs --out, since it would replace the results in eval/results")
     name = "bench_training_step" + ("" if args.device == "cpu" else f"_{args.device.replace(':', '_')}")
     file = args.out or RESULTS / f"{name}.json"
     sections = plan(args.device, args.quick)

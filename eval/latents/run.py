@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, saes = load_model(path, kwargs=common_model_kwargs(loaded)), {}
     for sae in loaded:
         attach(sae, model)
+        check_place(sae.release, str(sae.sae.cfg.metadata.hook_name), str(loaded[0].sae.cfg.metadata.hook_name))
         switch_on(model.hooked, [str(sae.sae.cfg.metadata.hook_name)])
         saes[sae.release] = sae.sae
     prompts = held_out_prompts(model.hooked, next(iter(saes.values())), args)
@@ -59,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = {name: name for name in saes}
     print(f"{table(rows, names)}\n\n{token_table(rows, names)}")
     print(f"\nPage to rate: {args.out / 'page.html'}")
+
+
+def check_place(name: str, hook: str, first: str) -> None:
+    """Reject an SAE that is not on a block's output, to which latents are attributed, or on another than the first."""
+    if not hook.endswith("hook_resid_post") or hook != first:
+        sys.exit(
+            f"SAE {name!r} is on {hook}, and the first on {first}; all must be on the output (hook_resid_post) of one "
+            "block."
+        )
 
 
 def held_out_prompts(model: Any, sae: Any, args: argparse.Namespace) -> torch.Tensor:

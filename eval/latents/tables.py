@@ -1,12 +1,13 @@
 """Results on the latents of each SAE, as Markdown."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latents.rating import Answer, agreements, score, told_share
 from pages import interval_text, markdown_table
-from sae_lens_sampled.confidence import mean_interval
+from sae_lens_sampled.confidence import Interval, mean_interval
 
 COLUMNS = {
     "share of the token itself": "own_share",
@@ -30,8 +31,12 @@ def table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
         means = [mean_interval([row[field] for row in of_sae]) for field in COLUMNS.values()]
         errors = [row["completeness_error"] for row in of_sae]
         error = f"{statistics.median(errors):.1g} (largest {max(errors):.1g})"
-        lines.append([label, str(len(of_sae)), *(f"{m.mean:.3f} ± {m.half or 0:.3f}" for m in means), error])
+        lines.append([label, str(len(of_sae)), *map(_with_half, means), error])
     return markdown_table(["SAE", "latents", *COLUMNS, "completeness error"], lines)
+
+
+def _with_half(interval: Interval) -> str:
+    return f"{interval.mean:.3f}" + ("" if interval.half is None else f" ± {interval.half:.3f}")
 
 
 def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -90,6 +95,6 @@ def agreement_texts(readers: Mapping[str, Mapping[str, Answer]]) -> list[str]:
     """How far each pair of readers agrees, as a sentence."""
     return [
         f"Latents rated by both {one} and {other}: {agreement.n}; the same rating: {agreement.exact:.1%}; "
-        f"quadratic kappa: {agreement.kappa:.2f}."
+        f"quadratic kappa: {'not defined' if math.isnan(agreement.kappa) else f'{agreement.kappa:.2f}'}."
         for (one, other), agreement in agreements(readers).items()
     ]

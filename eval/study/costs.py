@@ -15,8 +15,10 @@ FLOPS = 1.2e13
 """Floating point operations per second of one GPU: 0.6 of an A100's peak without TF32, which PyTorch leaves off."""
 EVAL_MINUTES = 8
 """Minutes of core, sparse probing and absorption for one SAE on such a GPU: a guess until one is measured."""
-DENSE_PRODUCTS, DENSE_COPIES = 5, 8
+DENSE_PRODUCTS, DENSE_COPIES = 6, 8
 """Products of size tokens x d_in x d_sae in a BatchTopK step, and matrices (tokens, d_sae) alive at its peak."""
+COLUMN_PRODUCTS = 5
+"""Products of size tokens x d_in x n_candidates after the scan, if a step is computed by columns of the pool."""
 KEPT_OUTPUTS = 2
 """Matrices (tokens, d_sae) that SAELens' multi-SAE trainer holds for each dense SAE until the next step."""
 PROBING_PROMPTS = 36 * 2500
@@ -78,6 +80,8 @@ def memory(study: Study, run: Sequence[Unit]) -> int:
 
 def probing_scratch(study: Study) -> int:
     """Bytes on disk while the built tasks or SAEBench's own sets are probed; 0 for the small `probing_datasets`."""
+    if "sparse_probing" not in study.evals:
+        return 0
     if study.probing_splits:
         n_prompts = study.probing_splits * len(TASKS) * 2 * sum(N_ROWS.values())
         n_tokens = study.evals["sparse_probing"].get("context_length", 128)
@@ -104,7 +108,7 @@ def products_of(study: Study, unit: Unit) -> float:
     dense = DENSE_PRODUCTS * config.d_sae / study.d_sae
     if not isinstance(config, SampledTopKTrainingSAEConfig):
         return dense
-    columns = 1 + DENSE_PRODUCTS * config.n_candidates / study.d_sae
+    columns = 1 + COLUMN_PRODUCTS * config.n_candidates / study.d_sae
     return {"dense": dense, "columns": columns, "kept": 1}[step_path(study, unit)]
 
 

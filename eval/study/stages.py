@@ -73,7 +73,8 @@ def _plan_units(of_study: Callable[[Study], list[Unit]]) -> Callable[[Study, Cal
 
 
 def _plan_runs(study: Study, has: Callable[[Arm], bool]) -> list[list[Unit]]:
-    wanted = [[unit for unit in run if has(unit.arm)] for run in runs(study)]
+    exported = {unit.trained for unit in units(study) if has(unit.arm)}  # some arms are exports of another arm's SAEs
+    wanted = [[unit for unit in run if unit.name in exported or has(unit.arm)] for run in runs(study)]
     return [run for run in wanted if run]
 
 

@@ -131,9 +131,10 @@ class Storage:
 
     @property
     def activations(self) -> Path:
-        """Folder of the activations that SAEs are trained on; shared if model, hook, dtype, prompts and text are."""
+        """Folder of the activations for training; shared if model, hook, dtype, prompts, text and token count are."""
         study = self.study
-        read = [study.model, study.hook, study.dtype, study.context_size, study.text or study.dataset]
+        text, n_tokens = study.text or study.dataset, study.steps * study.batch_size
+        read = [study.model, study.hook, study.dtype, study.context_size, text, n_tokens]
         return self.work / f"activations_{_fingerprint(read)}"
 
     @property

@@ -90,9 +90,9 @@ def cache_activations(
         store: an unused store for one hook that always reads the same text in the same order, such as a `text_store`.
         n_tokens: number of tokens, not counting special ones if the store leaves them out.
         folder: folder of the cache, which takes 2 * d_in bytes per token.
-        settings: what the activations depend on but is not taken from `store`: the text and, where they vary, the
-            tokenizer and `model_kwargs`; in JSON types. The model's weights, the hook and how prompts are made are
-            taken from `store`.
+        settings: what the activations depend on but is not taken from `store`: the text and, where it varies, the
+            tokenizer; in JSON types. The model's weights and arguments, the hook and how prompts are made are taken
+            from `store`.
 
     Raises:
         ValueError: if `n_tokens` is not a positive whole number, the hook is missing, does not run or has another

@@ -23,7 +23,7 @@ from sae_lens_sampled.runners.training_data import (
     token_settings,
 )
 from sae_lens_sampled.runners.transcoder import hooks_of, read_both, unnamed_hook
-from sae_lens_sampled.sae.calibration import CalibrationReport, calibrate_thresholds, check_calibration
+from sae_lens_sampled.sae.calibration import MIN_TOKENS, CalibrationReport, calibrate_thresholds, check_calibration
 from sae_lens_sampled.sae.inference import load_checkpoint
 from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.sae.transcoder import SampledTopKTranscoder
@@ -57,6 +57,10 @@ def calibrate(
         raise ValueError(
             f"batch_size={batch_size} is larger than max_tokens={max_tokens}: even one batch would exceed it; "
             "lower batch_size or raise max_tokens."
+        )
+    if -(-max_tokens // batch_size) * batch_size < MIN_TOKENS:  # whole batches are read
+        raise ValueError(
+            f"max_tokens={max_tokens} must be at least {MIN_TOKENS} to calibrate; 100,000 or more are recommended."
         )
     sae = load_checkpoint(checkpoint, device=device)
     if not isinstance(sae, SampledTopKTrainingSAE):

@@ -39,6 +39,7 @@ from sae_lens_sampled.runners.resumable import ResumableRunner, ResumableTrainer
 from sae_lens_sampled.sae.checks import check_groups
 from sae_lens_sampled.sae.config import SampledTopKTrainingSAEConfig
 from sae_lens_sampled.sae.gradient_sum import check_is_exact
+from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.signals import Interrupted
 from sae_lens_sampled.step.ranks import GroupRanks
 
@@ -137,6 +138,7 @@ class DataParallelRunner(ResumableRunner):
             cfg, override_dataset=override_dataset, override_model=override_model, override_sae=override_sae
         )
         if count > 1:
+            check_is_sampled(self.sae, count)
             split_text(self.activations_store, self.rank, count)
         if self.rank > 0:  # so that each process shuffles its buffer differently
             torch.manual_seed(torch.initial_seed() + self.rank)
@@ -241,6 +243,19 @@ def check_can_be_split(cfg: LanguageModelSAERunnerConfig[Any], count: int) -> No
         )
     check_groups(cfg.train_batch_size_tokens // count, cfg.sae.pool_group_size, count)
     check_is_exact(cfg.sae)
+
+
+def check_is_sampled(sae: TrainingSAE[Any], count: int) -> None:
+    """Reject an SAE of another class, given as `override_sae` or by `from_pretrained_path`.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if not isinstance(sae, SampledTopKTrainingSAE):
+        raise ValueError(  # noqa: TRY004  as for every invalid argument
+            f"a {type(sae).__name__} trains on one process only, but there are {count}; from_batchtopk "
+            "converts TopK, BatchTopK and Matryoshka training SAEs."
+        )
 
 
 def check_same_number(checkpoint: Path, count: int) -> None:

@@ -25,17 +25,19 @@ OF_STORE = (
     "use_chat_formatting",
     "autocast_lm",
 )
-"""Fields of a store that its activations depend on, besides the model, `model_kwargs` and the text."""
+"""Fields of a store that its activations depend on, besides the model, its arguments and the text."""
 
 
 def store_settings(store: ActivationsStore) -> dict[str, Any]:
     """Settings that the store's activations depend on, as far as the store knows them, in JSON types."""
     excluded = store.exclude_special_tokens
+    arguments = {name: repr(value) for name, value in store.model_kwargs.items()}
     return {
         "model_weights": fingerprint_model(store.model),
         **{name: getattr(store, name) for name in OF_STORE},
         "hook_names": _hooks(store),
         "exclude_special_tokens": None if excluded is None else sorted(excluded.tolist()),
+        **({"model_kwargs": arguments} if arguments else {}),
     }
 
 

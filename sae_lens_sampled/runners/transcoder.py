@@ -40,10 +40,12 @@ class TranscoderRunner(DataParallelRunner):
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any) -> None:
         _check_config(cfg)
         super().__init__(cfg, *args, **kwargs)
-        if not isinstance(self.sae, SampledTopKTranscoder) or self.sae.cfg.batch_parts != cfg.sae.batch_parts:
+        parts = self.sae.cfg.batch_parts if isinstance(self.sae, SampledTopKTranscoder) else None
+        if parts != cfg.sae.batch_parts:
+            has = "" if parts is None else f" with {parts}"
             raise ValueError(
-                f"the SAE to train is a {type(self.sae).__name__} with {self.sae.cfg.batch_parts}, but the config asks "
-                f"for a transcoder with {cfg.sae.batch_parts}; change one of the two."
+                f"the SAE to train is a {type(self.sae).__name__}{has}, but the config asks for a transcoder with "
+                f"{cfg.sae.batch_parts}; change one of the two."
             )
         hooks = [cfg.hook_name, cfg.sae.hook_name_out]
         if isinstance(self.model, HookedProxyLM):  # SAELens has set it up for the input hook only

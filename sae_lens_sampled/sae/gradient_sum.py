@@ -73,6 +73,10 @@ def join_group(sae: Any, group: ProcessGroup | None) -> Ranks:
     """Copy rank 0's weights and buffers to all processes of a group, and return these; see `data_parallel`."""
     check_is_exact(sae.cfg)
     ranks = GroupRanks(group)
+    for parameter in sae.parameters():
+        # A step may have laid W_enc out by latent, on some ranks only. But a broadcast sends memory as it lies, and
+        # optimizers round strided and contiguous weights differently, so that the ranks' weights would drift apart.
+        parameter.data = parameter.data.contiguous()
     for tensor in (*sae.parameters(), *sae.buffers()):
         ranks.broadcast(tensor.data)
     return ranks

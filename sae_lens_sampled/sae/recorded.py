@@ -72,16 +72,16 @@ class RecordedSAE(BatchTopKTrainingSAE):
     def learnt_thresholds(self) -> Float[Tensor, " d_sae"]:
         """Thresholds learnt in training, by the rule of `inference_threshold`, in units of `hidden_pre`.
 
-        Before the first step: BatchTopK's threshold as it is, 0 unless it was set, with a warning.
+        Before the first step: those that it started with, which are 0 except after `from_batchtopk`, with a warning.
         """
         n_steps = self.pool_record.n_steps
         if n_steps == 0:
             warnings.warn(
                 "this SAE has taken no training step (no call of training_forward_pass), so no thresholds are learnt: "
-                f"all are {self.topk_threshold.item():g}, unless set as by calibrate_thresholds(sae, activations).",
+                f"all are at most {self.latent_threshold.max().item():g}. Train it, or use calibrate_thresholds.",
                 stacklevel=4,
             )
-            return self.topk_threshold.repeat(self.cfg.d_sae)
+            return self.latent_threshold.clone()
         if self.cfg.inference_threshold == "per_latent":
             return self.rate_matcher.export(n_steps, self.pool_record.pooled_within(SILENT_AFTER_STEPS))
         # SAELens' running mean starts at 0; without the correction, the threshold of a short run is far too low.

@@ -38,12 +38,13 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
     """Reject sizes and counts that are not positive integers, and real-valued settings that are not finite numbers.
 
-    Other fields, such as seeds, token positions and those that are None by default, are not checked.
+    Other fields, such as seeds and token positions, are not checked.
     """
     defaults = asdict(EVALS[eval_name].config_class(model_name=""))
     for field, value in settings.items():
         usual = defaults[field]
         is_count = isinstance(usual, int) and not isinstance(usual, bool) and usual > 0 and "seed" not in field
+        is_count |= usual is None and field.endswith("batch_size")
         if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             raise ValueError(f"{eval_name}.{field}={value!r} must be a positive integer.")
         if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):

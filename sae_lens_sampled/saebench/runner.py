@@ -120,15 +120,18 @@ def run_evals(
         raise _missing(failures, n_wanted)
     if offline:
         model = model or bundled(BUNDLED_MODEL)
-        text = text or bundled(BUNDLED_TEXT)
-        probing_datasets = probing_datasets or [bundled(path) for path in BUNDLED_PROBING_DATASETS]
+        if any(eval_class.reads_text for eval_class in eval_classes):
+            text = text or bundled(BUNDLED_TEXT)
+        if any(eval_class.reads_probing_datasets for eval_class in eval_classes):
+            probing_datasets = probing_datasets or [bundled(path) for path in BUNDLED_PROBING_DATASETS]
     model = str(model or common_model(loaded))
     model_kwargs = meaningful_kwargs(common_model_kwargs(loaded) if model_kwargs is None else model_kwargs)
     dtype = dtype or dtype_of(model_kwargs) or "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {list(DTYPES)}.")
     text = str(Path(text).resolve()) if text and Path(text).is_dir() else str(text or DEFAULT_TEXT)
-    labelled = load_probing_datasets(probing_datasets)
+    with patches.cache_only() if offline else nullcontext():  # datasets would ask a server about local files
+        labelled = load_probing_datasets(probing_datasets)
     artifacts = Path(output_dir).resolve() / "artifacts"
     # Report anything missing before doing any work.
     network = _network(eval_classes, model, model_kwargs, text, labelled, offline)
@@ -153,8 +156,9 @@ def run_evals(
         if not force_rerun:
             _check_results(stamps, loaded, setup)
         if prepare_only:
-            with tqdm(total=len(planned), desc="Preparing", disable=not show_progress) as progress:
-                for evaluation in planned:
+            kept = [evaluation for evaluation in planned if not evaluation.compares]  # comparisons keep nothing
+            with tqdm(total=len(kept), desc="Preparing", disable=not show_progress) as progress:
+                for evaluation in kept:
                     with _working_on(evaluation, "preparing", progress):
                         evaluation.prepare(loaded)
                     progress.update()

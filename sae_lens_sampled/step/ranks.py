@@ -171,7 +171,7 @@ class GroupRanks(SeveralRanks):
         return self._reduced(x, dist.ReduceOp.MIN)
 
     def broadcast(self, x: Tensor) -> None:
-        """Overwrite `x` with rank 0's."""
+        """Overwrite `x`, which must be contiguous, with rank 0's: memory is sent as it lies."""
         root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         with _reporting_lost_ranks(self):
             dist.broadcast(x, root, group=self.group)

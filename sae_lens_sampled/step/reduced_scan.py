@@ -146,6 +146,9 @@ def reduced_product(
     the margin would extract most entries.
     """
     if scan == "full":
+        # Another rank's processor may have the instructions that this one lacks; devices, however, are of one type.
+        if x.device.type == "cpu":
+            ranks.any(True)
         return None
     x_norm, w_norm = column_norms(x.T), column_norms(weights.W_enc)
     slope, offset, storage = error_of(w_norm, weights.b_enc, weights.norms, x.shape[1])

@@ -281,6 +281,13 @@ def test_an_sae_without_such_latents_is_refused(sae, tmp_path):
         script.main(["--saes", f"one={tmp_path / 'sae'}", *options])
 
 
+def test_saes_at_other_places_than_one_blocks_output_are_refused():
+    script.check_place("a", "blocks.2.hook_resid_post", "blocks.2.hook_resid_post")
+    for hook, first in [("blocks.2.hook_mlp_out",) * 2, ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")]:
+        with pytest.raises(SystemExit, match=rf"^SAE 'a' is on {hook}, and the first on {first}; all must be on the"):
+            script.check_place("a", hook, first)
+
+
 def test_a_text_that_would_be_read_twice_is_refused(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} words " * 90}) + "\n" for n in range(3)))

@@ -17,7 +17,7 @@ from scipy import stats
 from latents.page import blind, write_page
 from latents.places import Passage, Place, asked_passages, bands_of, shown_places, windows
 from latents.rating import Answer, agreements, read_answers, score, told_share
-from latents.tables import rating_table, readers_text, table, token_table
+from latents.tables import agreement_texts, rating_table, readers_text, table, token_table
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results" / "latents_smollm2"
 
@@ -280,6 +280,13 @@ def test_agreement_is_that_of_a_table_of_counts():
     assert (pair, found.n) == (("one", "other"), 40)
     assert found.exact == sum(a == b for a, b in both) / 40
     assert found.kappa == pytest.approx(1 - seen / by_chance)
+
+
+def test_equal_ratings_have_no_kappa_and_one_latent_no_interval():
+    answers = {"1": Answer(3, None), "2": Answer(3, None)}
+    assert agreement_texts({"a": answers, "b": answers})[0].endswith("; quadratic kappa: not defined.")
+    rows = [row for row in json.loads((RESULTS / "latents.json").read_text()) if row["sae"] == "batchtopk"]
+    assert re.search(r"\| BatchTopK \| 1 \| 0\.\d{3} \|", table(rows[:1], {"batchtopk": "BatchTopK"}))
 
 
 def test_the_committed_ratings_are_of_the_page_that_was_rated():

@@ -18,7 +18,7 @@ from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.runners.parts import Part
 from study import evaluation, training
 from study.beside_batchtopk import decision_table, difference_table, differences, marks_of
-from study.costs import format_plan, products_of
+from study.costs import format_plan, probing_scratch, products_of
 from study.dictionaries import overlap
 from study.evaluation import batches_of_training, halves, in_training
 from study.named_text import TITLES, keep_titles, with_text, with_text_of_results
@@ -33,7 +33,7 @@ from study.plan import (
     units,
 )
 from study.report import render_pages, render_tables, write_report
-from study.stages import STAGES, to_do
+from study.stages import STAGES, planned, to_do
 from study.storage import Storage
 from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.summary import Summary, committed, shown
@@ -75,9 +75,15 @@ def test_costs_count_the_products_of_the_way_a_step_takes():
     def products(study, name):
         return products_of(study, unit_of(name, study=study))
 
-    assert products(PYTHIA, "batchtopk") == products(PYTHIA, "pool_5_groups_16") == 5  # dense on a GPU
+    assert products(PYTHIA, "batchtopk") == products(PYTHIA, "pool_5_groups_16") == 6  # dense on a GPU
     assert products(PYTHIA, "pool_5") == pytest.approx(1 + 5 * 320 / 16_384)
-    assert products(PYTHIA, "narrow_5") == pytest.approx(5 * 320 / 16_384)
+    assert products(PYTHIA, "narrow_5") == pytest.approx(6 * 320 / 16_384)
+
+
+def test_arms_that_are_exports_of_another_arm_bring_its_training_and_no_probing_takes_no_disk(tmp_path):
+    [arm] = {run[0].arm.name for run in planned(STAGES["train"], storage(tmp_path), ["pool_5_global"])}
+    assert arm == "pool_5"
+    assert probing_scratch(STUDIES["smollm2-block3"]) == 0 < probing_scratch(STUDIES["smollm2-block10"])
 
 
 def test_an_sae_is_the_same_in_whichever_run_it_is_trained(tmp_path):

@@ -135,6 +135,7 @@ def test_what_the_store_knows_is_a_setting_too(store, tmp_path):
         ("exclude_special_tokens", torch.tensor([5]), None),
         ("disable_concat_sequences", True, False),
         ("sequence_separator_token", "eos", "bos"),
+        ("model_kwargs", {"padding_side": "left"}, None),
     ):
         other = store()
         setattr(other, name, value)

@@ -20,14 +20,20 @@ from datasets.distributed import split_dataset_by_node
 from helpers import config, train_arguments
 from process_helpers import FORKS
 from runner_worker import BATCH, N_STEPS, NORMALISED, TIMEOUT, runner_config, sae, transcoder, transcoder_config, work
-from sae_lens import SAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.load_model import load_model
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
 from sae_lens_sampled import DataParallelRunner, SampledTopKTrainingSAE, SampledTopKTranscoder
 from sae_lens_sampled.folders import find_checkpoint
-from sae_lens_sampled.runners.data_parallel import check_can_be_split, check_same_number, data_position_file, split_text
+from sae_lens_sampled.runners.data_parallel import (
+    check_can_be_split,
+    check_is_sampled,
+    check_same_number,
+    data_position_file,
+    split_text,
+)
 from sae_lens_sampled.runners.processes import own_device
 from sae_lens_sampled.runners.train_command import format_command
 from sae_lens_sampled.runners.transcoder import read_both
@@ -216,6 +222,14 @@ def test_settings_that_cannot_be_shared_are_refused_before_anything_is_loaded(ti
     with pytest.raises(ValueError, match=re.escape(message)):
         DataParallelRunner(cfg)
     assert not torch.distributed.is_initialized()
+
+
+def test_another_class_of_sae_than_the_configs_is_refused():
+    check_is_sampled(SampledTopKTrainingSAE(config()), 2)
+    with pytest.raises(
+        ValueError, match=r"^a BatchTopKTrainingSAE trains on one process only, but there are 2; from_"
+    ):
+        check_is_sampled(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=128, d_sae=192, k=8)), 2)
 
 
 def test_every_process_of_a_machine_has_a_gpu_of_its_own(two_processes, monkeypatch):

@@ -1,7 +1,7 @@
 """Pairs of hooks between which a transcoder can be trained and evaluated, and pairs that are rejected."""
 
 import pytest
-from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LanguageModelSAETrainingRunner
 from sae_lens.training.activation_scaler import ActivationScaler
 from transcoder_runner_helpers import BRIDGED_IN, runner_config
 from typer.testing import CliRunner
@@ -68,7 +68,12 @@ def test_heads_are_side_by_side_in_evaluations_too(tiny_lm, tmp_path):
 def test_an_sae_that_is_given_must_be_such_a_transcoder(tiny_lm):
     cfg, wider = runner_config(tiny_lm), runner_config(tiny_lm, d_out=512).sae
     sae = SampledTopKTrainingSAE(SampledTopKTrainingSAEConfig(d_in=256, d_sae=256, k=8))
-    for given, named in ((sae, r"SampledTopKTrainingSAE with {'d_in': 256}"), (SampledTopKTranscoder(wider), "512}")):
+    batchtopk = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=256, d_sae=256, k=8))
+    for given, named in (
+        (sae, "a SampledTopKTrainingSAE"),
+        (batchtopk, "a BatchTopKTrainingSAE"),
+        (SampledTopKTranscoder(wider), "512}"),
+    ):
         with pytest.raises(ValueError, match=f"{named}, but the config asks for a transcoder with {{'d_in': 128"):
             TranscoderRunner(cfg, override_sae=given)
 

@@ -30,6 +30,8 @@ def train(case, rank, count):
     if dyadic:
         for parameter in sae.parameters():
             parameter.data.copy_((parameter.data * 8).round() / 8)
+    if rank == 0:
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # laid out by latent, as a step may leave it
     n_bytes = 0
     if count > 1:
         sae.data_parallel()

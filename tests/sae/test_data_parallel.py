@@ -14,6 +14,7 @@ from simulated_ranks import on_ranks
 from sae_lens_sampled import SampledTopKTrainingSAE, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.sae.checks import check_groups, read_step
 from sae_lens_sampled.step.kept_entries import choose_path
+from sae_lens_sampled.step.reduced_scan import reduced_product
 from sae_lens_sampled.step.scores import SCORES
 
 ALL = {"pool_factor": D_SAE / K}
@@ -144,6 +145,16 @@ def test_whether_to_scan_again_is_decided_by_all():
     assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, True]) == [True, True]
     assert on_ranks(lambda flag, ranks: ranks.any(flag), [False, False]) == [False, False]
     assert on_ranks(lambda n, ranks: ranks.total(n), [2, 5]) == [7, 7]
+
+
+def test_no_rank_scans_in_bfloat16_if_one_cannot():
+    x, sae = torch.randn(8, 12), sampled_sae()
+
+    def product(scan, ranks):
+        return reduced_product(x, sae.weights(), torch.tensor(0.0), scan, ranks)
+
+    assert on_ranks(product, ["full", "reduced"]) == [None, None]
+    assert None not in on_ranks(product, ["reduced", "reduced"])
 
 
 def read_rows(rows, ranks):

@@ -274,11 +274,11 @@ def test_learnt_thresholds_that_are_nan_are_not_exported():
 @pytest.mark.parametrize("inference_threshold", ["per_latent", "global"])
 def test_an_sae_that_took_no_step_says_so_and_fires(inference_threshold):
     sae = sampled_sae(inference_threshold=inference_threshold)
-    with pytest.warns(UserWarning, match="has taken no training step.*all are 0.*calibrate_thresholds"):
+    with pytest.warns(UserWarning, match="has taken no training step.*all are at most 0.*calibrate_thresholds"):
         exported = to_jumprelu(sae)
     assert (exported.encode(activations(30)) > 0).any()
-    sae.topk_threshold.fill_(0.5)  # set, not learnt: not a running mean whose start must be corrected
-    with pytest.warns(UserWarning, match="all are 0.5"):
+    sae.rate_matcher.threshold.fill_(0.5)
+    with pytest.warns(UserWarning, match="all are at most 0.5"):
         assert to_jumprelu(sae).threshold.tolist() == [0.5] * D_SAE
 
 

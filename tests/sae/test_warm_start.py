@@ -30,7 +30,6 @@ def test_with_a_pool_of_all_latents_it_goes_on_as_batchtopk_would(from_folder, t
     cfg = config(pool_factor=99, step="dense", topk_threshold_lr=0.1)
     ours = from_batchtopk(tmp_path if from_folder else theirs, cfg)
     assert train(ours, 5, first=30) == train(theirs, 5, first=30)
-    torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold)
 
 
 def test_before_a_step_it_is_exported_as_batchtopk_is():
@@ -38,6 +37,18 @@ def test_before_a_step_it_is_exported_as_batchtopk_is():
     with pytest.warns(UserWarning, match="has taken no training step"):
         ours = to_jumprelu(from_batchtopk(theirs, config(pool_group_size=8)))
     assert (to_jumprelu(theirs).encode(activations(40)) > 0).sum() == (ours.encode(activations(40)) > 0).sum() > 0
+
+
+@pytest.mark.parametrize("topk_threshold_lr", [0.01, 0.1])
+def test_a_global_threshold_is_the_mean_of_the_cutoffs_since_the_start(topk_threshold_lr):
+    cfg = config(pool_factor=99, inference_threshold="global", topk_threshold_lr=topk_threshold_lr)
+    ours, cutoffs = from_batchtopk(trained_batchtopk(), cfg), []
+    for step in range(3):
+        train(ours, 1, first=30 + step)
+        cutoffs.append(ours.pool_record.cutoff.item())
+    weights = torch.tensor([(1 - topk_threshold_lr) ** (2 - step) for step in range(3)])
+    want = (weights * torch.tensor(cutoffs)).sum() / weights.sum()
+    torch.testing.assert_close(ours.learnt_thresholds().float(), want.expand(D_SAE))
 
 
 def test_statistics_are_new_and_the_source_stays_as_it_was():

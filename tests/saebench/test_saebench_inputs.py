@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 
+import datasets.config
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from eval_helpers import HOOK, PROBING, SMALL, TINY_LM, core_by_hand
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_sampled.saebench import EvalError, load_saes, network, run_evals
+from sae_lens_sampled.saebench import EvalError, load_saes, network, run_evals, runner
 from sae_lens_sampled.saebench.bundled import bundled
 from sae_lens_sampled.saebench.models import attach, load_model, transformer_lens_hook
 from sae_lens_sampled.saebench.network import check_network
@@ -257,6 +258,26 @@ def test_folders_need_no_network(monkeypatch):
 def test_an_unknown_model_is_reported():
     with pytest.raises(ValueError, match=r"^model='my-lm' is neither a folder nor one of TransformerLens' official"):
         check_network("my-lm", None, default_probing_datasets=False, offline=False)
+
+
+def test_offline_only_what_the_evals_read_is_taken_from_the_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr("sae_lens_sampled.saebench.runner.bundled", lambda path: pytest.fail(f"took {path}"))
+    saes = [("one", an_sae()), ("two", an_sae())]
+    fields = {"text": None, "probing_datasets": (), "offline": True}
+    assert run(saes, tmp_path, ["mmcs"], **fields)["mmcs"].keys() == {"one_custom_sae", "two_custom_sae"}
+    assert run(saes, tmp_path / "prepared", ["mmcs"], **fields, prepare_only=True) == {}
+
+
+def test_offline_no_server_is_asked_about_local_probing_data(monkeypatch, tmp_path):
+    modes, load = [], runner.load_probing_datasets
+
+    def noted(sources):
+        modes.append(datasets.config.HF_HUB_OFFLINE)
+        return load(sources)
+
+    monkeypatch.setattr(runner, "load_probing_datasets", noted)
+    run([("one", an_sae()), ("two", an_sae())], tmp_path, ["mmcs"], offline=True)
+    assert modes == [True]
 
 
 def test_offline_without_the_repository_is_reported(monkeypatch, tmp_path):

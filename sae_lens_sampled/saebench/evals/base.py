@@ -75,7 +75,7 @@ class Eval:
         return {}
 
     def prepare(self, saes: Sequence[EvalSAE]) -> None:
-        """Do the work shared by `saes`: the SAEs to evaluate, or all SAEs if `compares` or `prepare_only` is set."""
+        """Do the work shared by `saes`: the SAEs to evaluate, or all with `compares` or `run_evals`' `prepare_only`."""
 
     def run(self, sae: EvalSAE) -> dict[str, Any]:
         """Evaluate one SAE; return its result in SAEBench's format."""
