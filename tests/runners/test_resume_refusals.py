@@ -131,7 +131,7 @@ def test_an_sae_is_no_transcoder_and_the_other_way_round(tmp_path):
         (
             {"hook_name": "gpt_neox.layers.3"},
             "hook_name='gpt_neox.layers.3', but {} was trained with hook_name='gpt_neox.layers.2': its weights do not "
-            "fit, or would mean something else. Resume with hook_name='gpt_neox.layers.2', or leave ",
+            "fit, or would mean something else. Use hook_name='gpt_neox.layers.2', or start over without this ",
         ),
         ({"hook_head_index": 1}, "hook_head_index=1, but {} was trained with hook_head_index=None: "),
         ({"model_class_name": "HookedTransformer"}, "model_class_name='HookedTransformer', but {} was trained with "),
