@@ -46,7 +46,8 @@ class Dictionary:
         self.all_rows, self.rows = sae.W_dec, sae.W_dec[self.live]
         self.tokenizer = language_model(study).tokenizer
         sampled = isinstance(trained, SampledTopKTrainingSAE)
-        self.pool_rows = self.all_rows[trained.pool_record.pool] if sampled else self.rows
+        pool = trained.pool_record.pool if sampled else None
+        self.pool_rows = self.rows if pool is None or pool.all() else self.all_rows[pool]
 
 
 class Dictionaries:

@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.status:
         print(status(storage, args.arms, part.count))
         return
-    keep_titles(study, results)
     try:
+        storage.evaluations.load()  # raises if the results there are of other settings, such as another text
+        keep_titles(study, results)
         for name in args.stages:
             if name == REPORT:
                 print(f"Report: {write_report(storage, EVAL)}")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     sys.exit("this stage needs the text itself: pass the same --text as for the existing results.")
                 with interruptible():  # SAELens' runs leave their signal handlers installed for the next stage
                     stage.do(storage, items)
-    except (NoSpaceError, NoDeviceError) as error:
+    except (NoSpaceError, NoDeviceError, StaleResultsError) as error:
         sys.exit(str(error))
 
 

@@ -19,6 +19,10 @@ SETTINGS = "settings.json"
 """Name of the file beside the results with the settings that they depend on."""
 
 
+class StaleResultsError(ValueError):
+    """The results in a folder are from other settings."""
+
+
 @dataclass(frozen=True)
 class ResultTable:
     """The results of one stage: a line of JSON for each unit of work, in order of completion.
@@ -79,10 +83,10 @@ class ResultTable:
 
     def _check_settings(self) -> None:
         settings = self.settings[self.section]
-        written = json.loads(self._settings_file.read_text())[self.section]
+        written = json.loads(self._settings_file.read_text()).get(self.section, {})
         differing = sorted(n for n in settings.keys() | written.keys() if settings.get(n) != written.get(n))
         if differing:
-            raise ValueError(
+            raise StaleResultsError(
                 f"{self.file.parent} has results of this study with other settings ({', '.join(differing)}); move the "
                 "folder away, or name another one with --results-dir."
             )

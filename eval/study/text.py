@@ -38,6 +38,8 @@ def held_out(storage: Storage) -> str:
 def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     """Held-out tokens, shape (n_tokens,), and their activations, shape (n_tokens, d_in), without special tokens.
 
+    These are `held_out_tokens`, or fewer if the text ends before.
+
     Raises:
         ValueError: if the text is too short for a single prompt.
     """
@@ -59,11 +61,15 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
-        with reporting_short_text(f"held-out text {text!r}", store):
-            batch = store.get_batch_tokens()
+        try:
+            batch = store.get_batch_tokens(raise_at_epoch_end=True)
+        except StopIteration:  # the text is shorter: read again, it would be in both halves
+            break
         x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)
         tokens.append(batch.flatten()[kept])
         activations.append(x[kept])
         n_read += len(tokens[-1])
+    if not tokens:
+        raise ValueError(f"held-out text {text!r} yields no prompt of {study.context_size} tokens; use more text.")
     return torch.cat(tokens)[:n_tokens], torch.cat(activations)[:n_tokens]

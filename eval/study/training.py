@@ -1,15 +1,12 @@
 """Stage `train`: the SAEs of a study, several in one run of SAELens' MultiSAETrainingRunner."""
 
+import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    LoggingConfig,
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
-)
+from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import str_to_dtype
@@ -23,6 +20,9 @@ from smollm2 import smollm2_folder
 from study.configs import Study
 from study.plan import Unit, sae_config, trained_config
 from study.storage import Storage
+
+CUTOFF_BATCHES = 4
+"""Number of batches that a control's threshold is computed from."""
 
 
 def train(storage: Storage, units: Sequence[Unit]) -> None:
@@ -48,10 +48,15 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
         torch.manual_seed(seed)  # the store mixes activations with torch's generator
     with live_bar():
         trained = runner.run()
+    batches = runner.activations_store.get_multi_hook_data_loader()
+    shown = [next(batches)[study.hook] for _ in range(CUTOFF_BATCHES)] if units[0].arm.steps_share < 1 else []
     for name, sae in trained.items():
+        of_arm = saved_as(study, by_name[name], sae)
+        if shown:
+            set_threshold(of_arm, shown)
         with atomic_path(storage.cache / "saes" / name) as folder:
             folder.mkdir(parents=True)
-            saved_as(study, by_name[name], sae).save_model(folder)
+            of_arm.save_model(folder)
 
 
 def cached_activations(storage: Storage) -> Tensor:
@@ -92,9 +97,12 @@ def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool
 
 
 def new_sae(study: Study, unit: Unit) -> TrainingSAE:
-    """An untrained SAE; SAEs of one seed and shape start from the same weights."""
+    """An untrained SAE; SAEs of one seed and shape start from the same weights, up to a frozen decoder's norm."""
     torch.manual_seed(unit.seed)
-    sae = _new(trained_config(study, unit.arm, unit.seed))
+    config = trained_config(study, unit.arm, unit.seed)
+    if unit.arm.frozen_decoder:
+        config = replace(config, decoder_init_norm=1.0)  # 0.1, the default, is too short for a norm that cannot grow
+    sae = _new(config)
     if unit.arm.frozen_decoder:
         sae.W_dec.requires_grad_(False)
     return sae
@@ -106,24 +114,26 @@ def steps_of(study: Study, unit: Unit) -> int:
 
 
 def saved_as(study: Study, unit: Unit, sae: TrainingSAE) -> TrainingSAE:
-    """A trained SAE in its arm's own class, converted if this package's class trained it instead.
-
-    The threshold of an arm that trains for only a share of the steps is corrected: SAELens exports BatchTopK with a
-    running mean of cutoffs that starts at 0 and is still far too low then, so more than k latents per token would fire.
-    """
+    """A trained SAE in its arm's own class, converted if this package's class trained it instead."""
     config = sae_config(study, unit.arm, unit.seed)
     if type(config) is type(sae.cfg):
-        of_arm = sae
-    else:
-        config.metadata = sae.cfg.metadata
-        of_arm = _new(config)
-        missing, _ = of_arm.load_state_dict(sae.state_dict(), strict=False)
-        assert not missing, missing
-    if unit.arm.steps_share < 1:
-        assert isinstance(config, BatchTopKTrainingSAEConfig)
-        reached = 1 - (1 - config.topk_threshold_lr) ** steps_of(study, unit)
-        of_arm.get_buffer("topk_threshold").div_(reached)
+        return sae
+    config.metadata = sae.cfg.metadata
+    of_arm = _new(config)
+    missing, _ = of_arm.load_state_dict(sae.state_dict(), strict=False)
+    assert not missing, missing
     return of_arm
+
+
+@torch.no_grad()
+def set_threshold(sae: TrainingSAE, batches: Sequence[Tensor]) -> None:
+    """Set BatchTopK's threshold to the mean of its cutoffs on `batches`, in place of SAELens' running mean.
+
+    The running mean starts at 0 and has a rate of 0.01, so after few steps it is far below the cutoffs, which still
+    rise then: more than k latents per token would fire.
+    """
+    acts = [sae.encode(batch.to(sae.device)) for batch in batches]
+    sae.get_buffer("topk_threshold").fill_(statistics.fmean(of[of > 0].min().item() for of in acts))
 
 
 def _new(config: TrainingSAEConfig) -> TrainingSAE:

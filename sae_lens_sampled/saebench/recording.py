@@ -235,13 +235,17 @@ def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationSta
 
 
 def mean_losses(recording: Recording, number: int) -> dict[str, float]:
-    """Core's reconstruction metrics for SAE `number`, for training SAEs, which core itself does not evaluate."""
+    """Core's reconstruction metrics for SAE `number`: an export, or a training SAE, which core does not evaluate.
+
+    Means are in float32 at least. Core's are of the model's type: in bfloat16, a loss of 4 is a multiple of 1/32.
+    """
     sums: dict[str, list[Tensor]] = {}
     for tokens, losses in zip(recording.tokens, recording.losses, strict=False):
         mask = ~_is_any(tokens, recording.ignored)
         for name, value in losses[number].items():
             sums.setdefault(name, []).append(value[mask[:, : value.shape[1]]])
-    means = {name: torch.cat(values).mean().item() for name, values in sums.items()}
+    all_of = {name: torch.cat(values) for name, values in sums.items()}
+    means = {name: of.to(torch.promote_types(of.dtype, torch.float32)).mean().item() for name, of in all_of.items()}
     kl, ablated_kl = means["kl_div_with_sae"], means["kl_div_with_ablation"]
     ce, clean_ce, ablated_ce = (means[f"ce_loss_{name}"] for name in ("with_sae", "without_sae", "with_ablation"))
     return {

@@ -9,7 +9,7 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from study_helpers import storage, unit_of
 
-from sae_lens_sampled import load_checkpoint
+from sae_lens_sampled import load_checkpoint, to_jumprelu
 from study import training
 from study.plan import absorption_units, runs, units
 from study.studies import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
@@ -39,19 +39,29 @@ def test_controls_have_a_decoder_as_it_was_drawn_and_a_tenth_of_the_steps(tmp_pa
     untrained, trained = new_sae(study.study, frozen), load_checkpoint(study.sae(frozen))
     assert torch.equal(trained.W_dec, untrained.W_dec)
     assert not torch.equal(trained.W_enc, untrained.W_enc)
+    torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(len(trained.W_dec)))
     settings = training.runner_config(study.study, [short], 3, shuffled=True)
     assert (settings.training_tokens, settings.dead_feature_window) == (2 * 512, round(study.study.dead_window / 10))
 
 
-@pytest.mark.parametrize("own_steps", [True, False])
-def test_the_threshold_of_a_control_with_few_steps_is_not_that_of_a_running_mean_from_zero(own_steps, tmp_path):
+@pytest.mark.parametrize("fields", [{"own_steps": True}, {"own_steps": False}, {"cached": False}], ids=str)
+def test_a_control_with_few_steps_is_exported_with_the_cutoff_of_its_selection(fields, tmp_path, monkeypatch):
     """After 2 steps, SAELens' running mean of rate 0.01 has reached 2 % of the cutoffs, and nearly all latents fire."""
-    study = replace(smoke(BLOCK_10), steps=20, own_steps=own_steps)
-    for name, share in (("short", 1 - 0.99**2), ("batchtopk", 1)):
-        unit = unit_of(name, 3, study)
-        sae = new_sae(study, unit)
-        sae.topk_threshold.fill_(0.5)
-        assert training.saved_as(study, unit, sae).topk_threshold.item() == pytest.approx(0.5 / share)
+    batches, set_threshold = [], training.set_threshold
+
+    def noted(sae, shown):
+        batches.extend(shown)
+        set_threshold(sae, shown)
+
+    monkeypatch.setattr(training, "set_threshold", noted)
+    study = storage(tmp_path, replace(smoke(BLOCK_10), steps=20, **fields))
+    units = [unit_of(name, 3, study.study) for name in ("batchtopk", "short")]
+    train(study, units[:1])
+    assert batches == []
+    train(study, units[1:])
+    x = torch.cat(batches).float()
+    fired = to_jumprelu(load_checkpoint(study.sae(units[1]))).encode(x) > 0
+    assert fired.sum().item() == pytest.approx(study.study.k * len(x), rel=0.02)
 
 
 def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
@@ -63,6 +73,6 @@ def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
     assert two[0].sae(unit) == two[1].sae(unit)
     assert two[0].sae_bench == two[1].sae_bench
     assert two[0].release(unit) != two[1].release(unit)
-    assert two[0].activations == two[1].activations == storage(tmp_path, LONG).activations
+    assert two[0].activations == two[1].activations != storage(tmp_path, LONG).activations  # more tokens
     assert storage(tmp_path, LONG).sae(unit) != two[0].sae(unit)
     assert len({storage(tmp_path, study).activations for study in (BLOCK_10, *OTHER_BLOCKS)}) == 3

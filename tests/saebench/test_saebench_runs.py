@@ -71,6 +71,20 @@ def test_core_is_that_of_sae_bench_in_bfloat16_too(saes, tmp_path):
     want = core_by_hand("one", exported(saes, "sampled_seed0"), tmp_path / "by_hand", dtype="bfloat16")
     [got] = run_small(saes[:1], ["core"], tmp_path / "ours", dtype="bfloat16")["core"].values()
     assert got["eval_result_metrics"] == want["eval_result_metrics"]
+    # Core's means are bfloat16 numbers; those added to them are not.
+    losses = got["eval_result_metrics"]["model_performance_preservation"]
+    own = got["eval_result_unstructured"]["exported"]
+    assert own["ce_loss_with_sae"] == pytest.approx(losses["ce_loss_with_sae"], rel=2**-8)
+    assert torch.tensor(own["ce_loss_with_sae"]).bfloat16().item() != own["ce_loss_with_sae"]
+
+
+def test_the_losses_that_are_added_are_cores_in_float32(results):
+    for got in results["core"].values():
+        metrics, own = got["eval_result_metrics"], got["eval_result_unstructured"].get("exported")
+        if own is not None:
+            for part in ("model_behavior_preservation", "model_performance_preservation"):
+                for name in metrics[part].keys() & own.keys():
+                    assert own[name] == pytest.approx(metrics[part][name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["sampled_seed0", "jumprelu"])

@@ -123,7 +123,7 @@ class Core(Eval):
         ):
             self._run_sae_bench(sae)
         extra: dict[str, Any] = {
-            "exported": statistics.summary(),
+            "exported": statistics.summary() | recording.mean_losses(place.recording, place.exported),
             "top_contexts": top_contexts(top, statistics, self.setup.model.hooked.tokenizer),
         }
         # The same metrics with the training-time selection.
