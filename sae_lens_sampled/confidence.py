@@ -11,11 +11,14 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, TypeVar
 
 from scipy import stats
 
 Key = TypeVar("Key", bound=Hashable)
+EXACT_PAIRS = 7
+"""Largest number of pairs for which all permutations are counted; 5,040 here, then ever more."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,14 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent values, at least one, with the interval of a t-test."""
+    """Mean of independent values, at least one, with the interval of a t-test.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
     n = len(values)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"there is no mean with an interval of values that are not finite: {list(values)}.")
     return _t_interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n, level)
 
 
@@ -120,15 +129,26 @@ def jackknife_interval(values: Mapping[tuple[Key, Key], float], level: float = 0
 def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Interval:
     """Spearman's rank correlation of pairs of values, with the interval of Bonett and Wright 2000 from four pairs on.
 
-    A correlation of 1 or -1 has no interval. The standard error holds on the scale of Fisher's z, so `error` is None.
+    A correlation of 1 or -1 has no interval, nor has NaN, the correlation with a constant. The standard error holds on
+    the scale of Fisher's z, so `error` is None. The p-value is exact up to `EXACT_PAIRS` pairs.
     """
+    n = len(x)
+    if min(len(set(x)), len(set(y))) < 2:
+        return Interval(math.nan, None, None, None, None, n)
     found: Any = stats.spearmanr(x, y)
-    r, n = float(found.statistic), len(x)
-    if n < 4 or abs(r) == 1:
+    r = float(found.statistic)
+    if n < 4 or abs(r) > 1 - 1e-12:  # up to rounding
         return Interval(r, None, None, None, None, n)
     half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((1 + r**2 / 2) / (n - 3))
     low, high = (math.tanh(math.atanh(r) + sign * half) for sign in (-1, 1))
-    return Interval(r, None, low, high, float(found.pvalue), n)
+    return Interval(r, None, low, high, _permutation_p(x, y) if n <= EXACT_PAIRS else float(found.pvalue), n)
+
+
+def _permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
+    """Share of all orders of `y` whose rank correlation with `x` is at least as far from 0."""
+    ranks_x, ranks_y = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    products = [abs(sum(a * b for a, b in zip(ranks_x, order, strict=True))) for order in permutations(ranks_y)]
+    return sum(product >= products[0] - 1e-9 for product in products) / len(products)
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
@@ -136,7 +156,12 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
     Comparisons with adjusted values of at most 0.05 are jointly significant: the chance that any of them is a false
     positive is at most 0.05, however the comparisons depend on each other.
+
+    Raises:
+        ValueError: if a p-value is NaN.
     """
+    if any(map(math.isnan, p_values.values())):
+        raise ValueError("a p-value is NaN; leave out comparisons that could not be made.")
     adjusted, largest = {}, 0.0
     for n_smaller, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
         largest = max(largest, min((len(p_values) - n_smaller) * p_values[key], 1.0))

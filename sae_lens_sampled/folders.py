@@ -1,6 +1,7 @@
 """Contents of a folder: an SAE's config, a checkpoint to resume from; and whether an SAE's normalisation is folded."""
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -100,9 +101,14 @@ def read_runner_config(folder: Path) -> dict[str, Any]:
 
 
 def _newest_whole(folder: Path) -> Path | None:
-    """The complete checkpoint in `folder` that was finished last; None if there is none."""
+    """The complete checkpoint in `folder` with the most training samples; of several, the one finished last."""
+
+    def progress(checkpoint: Path) -> tuple[int, int]:
+        number = re.search(r"\d+$", checkpoint.name)  # clocks of hosts differ, so the number comes first
+        return int(number[0]) if number else -1, (checkpoint / RUNNER_CFG_FILENAME).stat().st_mtime_ns
+
     whole = [inside for inside in folder.glob("*/") if _first_unreadable(inside) is None]
-    return max(whole, key=lambda checkpoint: (checkpoint / RUNNER_CFG_FILENAME).stat().st_mtime_ns, default=None)
+    return max(whole, key=progress, default=None)
 
 
 def _first_unreadable(folder: Path) -> str | None:

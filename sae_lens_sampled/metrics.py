@@ -49,7 +49,7 @@ class ActivationStatistics:
             return torch.zeros(shape, dtype=torch.double, device=device)
 
         self.squared_error, self.squares, self.total = zeros(), zeros(), zeros(d_in)
-        self.token_error = zeros()
+        self.token_error, self.n_varying = zeros(), zeros()
         self.counts, self.mass = zeros(d_sae), zeros(d_sae)
         self.l0: list[Tensor] = []
 
@@ -78,19 +78,23 @@ class ActivationStatistics:
         self.squared_error += error.sum()
         self.squares += x.square().sum()
         self.total += x.sum(dim=0)
-        self.token_error += (error / (x - x.mean(dim=0)).square().sum(dim=1)).sum()
+        variance = (x - x.mean(dim=0)).square().sum(dim=1)
+        self.token_error += (error / variance)[variance > 0].sum()  # 0 for the only token of a batch
+        self.n_varying += (variance > 0).sum()
         active = acts != 0
         self.counts += active.sum(dim=0, dtype=torch.int32)  # int64, the default, is four times as slow
-        self.mass += acts.abs().sum(dim=0)  # per batch in the activations' own type: float64 would cost a copy
+        # Per batch in float32, or the activations' own type if that is wider: float64 would cost a copy.
+        self.mass += acts.abs().sum(dim=0, dtype=torch.promote_types(acts.dtype, torch.float32))
         self.l0.append(active.sum(dim=1).cpu())
 
     def summary(self) -> dict[str, float | list[float]]:
         r"""The metrics, by name.
 
         `fvu` is $\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2$ with the mean over *all* tokens: 0 is perfect, 1 no
-        better than the mean. `fvu_mean_of_tokens` is the mean of per-token ratios, each with its batch's mean: the
-        complement of SAEBench's `explained_variance_legacy`; tokens close to that mean dominate it. `dead_share`:
-        share of latents that were active on no token. `gini`: Gini coefficient of the latents' activation counts.
+        better than the mean. `fvu_mean_of_tokens` is the mean of per-token ratios, each with its batch's mean and
+        without tokens equal to it: the complement of SAEBench's `explained_variance_legacy`; tokens close to that mean
+        dominate it. `dead_share`: share of latents that were active on no token. `gini`: Gini coefficient of the
+        latents' activation counts.
         `mass_by_density_decile`: shares of the summed |activations| by tenths of the latents, the tenth that fires
         least often first.
         """
@@ -100,7 +104,7 @@ class ActivationStatistics:
         return {
             "n_tokens": self.n_tokens,
             "fvu": self.fvu,
-            "fvu_mean_of_tokens": (self.token_error / self.n_tokens).item(),
+            "fvu_mean_of_tokens": (self.token_error / self.n_varying).item(),
             "l0": l0.mean().item(),
             "l0_quantiles": np.quantile(l0.numpy(), QUANTILES).tolist(),  # torch's is limited to 16 million values
             "dead_share": (self.counts == 0).double().mean().item(),

@@ -89,7 +89,7 @@ def dictionary_similarity(
     cosines = max_cosines(a, b)
     matched = None
     if max(len(a), len(b)) <= match_max_latents:
-        matched = mean_correlation_coefficient(a.float(), b.float())
+        matched = mean_correlation_coefficient(*(_unit_rows(rows, torch.float32) for rows in (a, b)))
     return Similarity(
         _one_way(cosines.a, cosines.a_absolute, *b.shape), _one_way(cosines.b, cosines.b_absolute, *a.shape), matched
     )

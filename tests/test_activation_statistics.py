@@ -61,3 +61,15 @@ def test_an_sae_that_never_fires_has_no_mass_and_nothing_is_nan(stream):
     got = statistics((x, torch.zeros_like(acts), x_hat), [90]).summary()
     assert (got["l0"], got["dead_share"], got["gini"]) == (0, 1, 0)
     assert got["mass_by_density_decile"] == [0] * 10
+
+
+def test_half_precision_does_not_overflow_and_the_only_token_of_a_batch_has_no_ratio(stream):
+    x, acts, x_hat = stream
+    large = ActivationStatistics(7, 20)
+    large.update(x, (acts * 2000).half(), x_hat)
+    assert large.summary()["mass_by_density_decile"] == pytest.approx(
+        statistics(stream, [90]).summary()["mass_by_density_decile"], rel=1e-2
+    )
+    of_most = statistics([tensor[:60] for tensor in stream], [60]).summary()["fvu_mean_of_tokens"]
+    with_one_more = statistics([tensor[:61] for tensor in stream], [60, 1]).summary()["fvu_mean_of_tokens"]
+    assert with_one_more == pytest.approx(of_most, rel=1e-12)

@@ -1,6 +1,7 @@
 """Intervals compared with scipy's tests, and Holm's rule with plain loops."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -158,3 +159,22 @@ def test_a_rank_correlation_is_scipys_and_has_no_interval_without_four_pairs():
     assert interval.low == pytest.approx(-rank_correlation(x, -y).high)
     assert rank_correlation(x[:3], y[:3]).low is None
     assert rank_correlation(x, np.exp(x)).mean == 1
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^there is no mean with an interval of values that are not finite: \[1.0, nan"
+    ):
+        mean_interval([1.0, math.nan])
+    with pytest.raises(ValueError, match=r"^a p-value is NaN; leave out"):
+        holm({"a": math.nan, "b": 0.03})
+
+
+def test_the_p_value_of_a_correlation_of_few_pairs_is_that_of_all_orders():
+    x, y = [1, 2, 3, 4, 5], [1, 2, 3, 5, 4]
+    exact = [abs(stats.spearmanr(x, order).statistic) >= 0.9 - 1e-9 for order in itertools.permutations(y)]
+    assert rank_correlation(x, y).p == pytest.approx(sum(exact) / 120) == pytest.approx(10 / 120)
+    perfect, constant = rank_correlation(x, x), rank_correlation([1.0] * 5, x)
+    assert (perfect.mean, perfect.low, perfect.p) == (pytest.approx(1), None, None)
+    assert math.isnan(constant.mean)
+    assert constant.p is None

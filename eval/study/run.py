@@ -35,7 +35,7 @@ from study.named_text import keep_titles, with_text, with_text_of_results
 from study.plan import arms, check_patterns
 from study.report import write_report
 from study.stages import PREPARATION, STAGES, status, to_do
-from study.storage import Storage
+from study.storage import StaleResultsError, Storage
 from study.studies import STUDIES, smoke
 
 PREPARE, REPORT = "prepare", "report"

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _check_evaluation(
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"evaluation[{sae_id!r}][{name!r}]={value!r} must be a finite number.")
     return {
-        sae_id: {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()}
+        sae_id: {name: int(value) if isinstance(value, Integral) else float(value) for name, value in numbers.items()}
         for sae_id, numbers in evaluation.items()
     }
 

@@ -5,6 +5,7 @@ killed. Here each token is a row of one memory-mapped file, and a batch takes ro
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -133,11 +134,18 @@ def _complete_activations(
                 activations = _mapped(file, n_entries, n_tokens)
                 atomic_write(folder / SETTINGS, json.dumps(settings, indent=2))
             activations[done["tokens"] : done["tokens"] + len(rows)] = rows
+            _flush(file)  # before the progress says that they are there
             done = {"prompts": done["prompts"] + store.store_batch_size_prompts, "tokens": done["tokens"] + len(rows)}
             atomic_write(folder / PROGRESS, json.dumps(done))
             bar.update(len(rows))
     assert activations is not None  # the loop ends at n_tokens, which is positive
     return activations
+
+
+def _flush(file: Path) -> None:
+    """Write the rows of the mapped file to the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def _done(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:

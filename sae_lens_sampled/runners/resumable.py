@@ -188,6 +188,7 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
                 "normalize_activations folded into its weights, so it cannot be trained further; resume from an "
                 "earlier checkpoint."
             )
+        trainer.sae.cfg.normalize_activations = "none"  # as in the checkpoint: it is folded into the weights
         trainer.set_final_sae_metadata()
         return trainer.sae
 

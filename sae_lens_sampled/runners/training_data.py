@@ -64,9 +64,13 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
         ValueError: if `context_size` or `prepend_bos` is in neither.
     """
     run = read_runner_config(folder) if folder else {}
-    known: dict[str, Any] = {name: of[name] for of in (run, metadata) for name in RUN_FIELDS if name in of}
     # SAELens writes None for unknown values; of these fields only one may itself be None.
-    known = {name: value for name, value in known.items() if value is not None or name == "sequence_separator_token"}
+    known: dict[str, Any] = {
+        name: of[name]
+        for of in (run, metadata)
+        for name in RUN_FIELDS
+        if name in of and (of[name] is not None or name == "sequence_separator_token")
+    }
     for name in ("context_size", "prepend_bos"):
         if name not in known:
             raise ValueError(
@@ -81,10 +85,9 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
 
 
 def remember_settings(metadata: SAEMetadata, cfg: Any) -> None:
-    """Add to an SAE's metadata the token settings of its run that SAELens does not write there."""
+    """Write the token settings of its run to an SAE's metadata, where SAELens writes only some of them."""
     for name in RUN_FIELDS:
-        if name not in metadata:
-            metadata[name] = getattr(cfg, name)
+        metadata[name] = getattr(cfg, name)
 
 
 def store_of_run(

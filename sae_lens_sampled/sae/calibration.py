@@ -80,7 +80,7 @@ def calibrate_thresholds(
     Raises:
         ValueError: if `sae` is not a SampledTopKTrainingSAE or has non-finite weights; if there are fewer than 256
             tokens, or they have the wrong width or are not finite; if `mode`, `max_tokens` or `target_l0` is invalid;
-            if `target_l0` cannot be reached.
+            if `target_l0` cannot be reached, or is so small that nothing would fire.
     """
     check_calibration(sae, mode, target_l0, max_tokens)
     batches = _collect([activations] if isinstance(activations, Tensor) else activations, sae, max_tokens)
@@ -88,6 +88,8 @@ def calibrate_thresholds(
     counts = _count_selected(sae, inputs, above=torch.zeros(()))
     x, target = sae.inputs_and_targets(torch.cat(batches))
     n_target = int(counts.sum()) if target_l0 is None else round(target_l0 * len(x))
+    if n_target < 1:
+        raise ValueError(f"over {len(x)} tokens, this L0 keeps no activation at all; use more tokens or a larger L0.")
     if mode == "global":
         thresholds = _global_threshold(_columns(sae, x, show_progress), n_target).expand(sae.cfg.d_sae)
     else:
@@ -293,6 +295,12 @@ def _report(
 def _firing_rates_and_fvu(sae: ExportedSAE, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
     """Share of tokens on which each latent fires, and FVU, with one chunk of activations in memory."""
     statistics = ActivationStatistics(target.shape[1], sae.cfg.d_sae, x.device)
+    if sae.hook_z_reshaping_mode:
+        sae.turn_off_forward_pass_hook_z_reshaping()  # the heads are side by side already
+        try:
+            return _firing_rates_and_fvu(sae, x, target)
+        finally:
+            sae.turn_on_forward_pass_hook_z_reshaping()
     n_rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     for inputs, wanted in zip(x.split(n_rows), target.split(n_rows), strict=True):
         acts, reconstruction = encode_and_reconstruct(sae, inputs)

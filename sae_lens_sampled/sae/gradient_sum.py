@@ -25,29 +25,38 @@ class GradientSum:
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
-        self.ranks, self.active = ranks, None
+        self.ranks, self.active, self.is_expecting = ranks, None, False
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.n_ready = 0
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._ready)
 
     active: Tensor | None
-    """Indices of the latents whose gradients may be non-zero in this step; None for all."""
+    """Indices of the latents whose gradients may be non-zero in the next exchange; None for all."""
+    is_expecting: bool
+    """Whether there was a forward pass since the last exchange; a backward pass may be of several."""
 
     def expect(self, pool: Tensor | None, dead: Tensor | None) -> None:
-        """Set, before `backward`, the latents whose gradients may be non-zero; see `active_latents`."""
-        self.active = active_latents(pool, dead)
+        """Add, before `backward`, a forward pass's latents whose gradients may be non-zero; see `active_latents`."""
+        active = active_latents(pool, dead)
+        if self.is_expecting:
+            both = None if active is None or self.active is None else torch.cat([self.active, active]).unique()
+            active = both
+        self.active, self.is_expecting = active, True
 
     def _ready(self, _parameter: Tensor) -> None:
         self.n_ready += 1
-        if self.n_ready == len(self.parameters):
+        if self.n_ready == sum(parameter.requires_grad for parameter in self.parameters.values()):
             self.n_ready = 0
             self._sum()
+            self.is_expecting = False
 
     @torch.no_grad()
     def _sum(self) -> None:
         for name, parameter in self.parameters.items():
             gradient, dimension = parameter.grad, LATENT_DIMENSION.get(name)
+            if not parameter.requires_grad:  # frozen meanwhile
+                continue
             assert gradient is not None
             if self.active is None or dimension is None:
                 gradient.copy_(self.ranks.mean(gradient))

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from sae_lens import logger
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -34,7 +35,14 @@ from sae_lens_sampled.step.reduced_scan import Scan, choose_scan
 from sae_lens_sampled.step.selection import PoolFields, sampled_topk
 from sae_lens_sampled.step.thresholds import SILENT_AFTER_STEPS, StepCounts, count_dense, reduce_counts
 
-STEP_METHODS = ("encode", "encode_with_hidden_pre", "encode_with_pool", "decode", "calculate_aux_loss")
+STEP_METHODS = (
+    "encode",
+    "encode_with_hidden_pre",
+    "encode_with_pool",
+    "decode",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+)
 """Methods that a step on the kept entries does not call; if a subclass overrides one, the dense path runs."""
 Encoded: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Activations, pre-activations and the pool, as `encode_with_pool` returns them."""
@@ -88,6 +96,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
         check_shape(self, x)
         all_latents = fields.n_candidates == self.cfg.d_sae
         if all_latents and ranks.count == 1:
+            if isinstance(self.activation_fn, BatchTopK):
+                self.activation_fn.k = self.cfg.k  # may follow a schedule
             return *super().encode_with_hidden_pre(x), None
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -118,7 +128,12 @@ class SampledTopKTrainingSAE(RecordedSAE):
         if done is None:
             done = self._dense_forward_pass(step_input, x, target, state, self.ranks)
         output = done.output
-        self._record(done.counts, output.pool, state.dead, math.prod(output.feature_acts.shape[:-1]))
+        pool = output.pool
+        if pool is not None and self.cfg.pool_group_size is not None:
+            pool = self.ranks.union(pool, self.cfg.d_sae)
+        if self._gradient_sum is not None and output.loss.requires_grad:
+            self._gradient_sum.expect(pool, state.dead)
+        self._record(done.counts, pool, math.prod(output.feature_acts.shape[:-1]))
         add_inner_losses(self, output, done.inner)
         check_loss(output.loss, step_input)
         norms = x.detach().reshape(-1, self.cfg.d_in).norm(dim=-1).float()
@@ -132,7 +147,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         """Path of a step on `x` with the pool that `fields` choose; None: timing decides. Called once per step."""
         n_tokens, device = math.prod(x.shape) // self.cfg.d_in, x.device
         own_step = any(map(self._has_own, STEP_METHODS))
-        hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+        hooked = any(map(_has_hooks, self.hook_dict.values()))
         step = "dense" if own_step or hooked else fixed_step(self.cfg.step)
         if step == "auto" and device.type in MEASURED_DEVICES and len(possible_paths(fields, device)) > 1:
             return None
@@ -142,7 +157,10 @@ class SampledTopKTrainingSAE(RecordedSAE):
         """The path timed as fastest on such a batch; if due, paths are timed now, on this process's tokens."""
         choice, when = self.path_choice, (len(x), step_input.n_training_steps, state.n_dead / self.cfg.d_sae)
         paths, costs = possible_paths(state.fields, x.device), dict(self.scan_record)
-        if choice.is_due(*when) or choice.path not in paths:
+        is_due = choice.is_due(*when) or choice.path not in paths
+        if is_due and not torch.is_grad_enabled():  # a backward pass cannot be timed
+            return choose_path(state.fields, "auto", when[0], x.device)
+        if is_due:
 
             def loss_by(path: StepPath) -> Tensor:
                 if path == "dense":
@@ -152,10 +170,23 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 add_inner_losses(self, done.output, done.inner)
                 return done.output.loss
 
-            fastest = fastest_path(loss_by, paths, list(self.parameters()), self.ranks)
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            fastest = fastest_path(loss_by, paths, trained, self.ranks)
             choice.remember(fastest, *when)
             self.scan_record.update(costs)
         return choice.path
+
+    def _path_of_all(self, x: Tensor, fields: PoolFields) -> StepPath | None:
+        """The path that `choose_path` returns on every rank; "dense", which all can take, if ranks differ.
+
+        Hooks, the environment variable, and kernels that a machine lacks can make a difference.
+        """
+        path = self.choose_path(x, fields)
+        if self.ranks.count == 1:
+            return path
+        place = 0 if path is None else 1 + get_args(StepPath).index(path)
+        most, fewest = self.ranks.max(torch.tensor([place, -place], device=x.device)).tolist()
+        return path if most == -fewest else "dense"
 
     def _has_own(self, method: str) -> bool:
         return getattr(getattr(self, method), "__func__", None) is not getattr(SampledTopKTrainingSAE, method)
@@ -167,7 +198,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         if state.n_steps == self.cfg.pool_steps:
             self.path_choice.forget()
             logger.info(f"sampled_topk: after {state.n_steps} training steps with pools, every latent is a candidate")
-        path = self.choose_path(x, state.fields) or self._measured_path(step_input, x, target, state)
+        path = self._path_of_all(x, state.fields) or self._measured_path(step_input, x, target, state)
         if self._announced is None:
             warn_if_alone(self.ranks)
             tell_of_one_pool(state.fields)
@@ -209,12 +240,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
         return ForwardPass(output, counts, decode_inner_widths(self, x, feature_acts))
 
     @torch.no_grad()
-    def _record(self, counts: StepCounts, pool: Tensor | None, dead: Tensor | None, n_tokens: int) -> None:
-        """Update thresholds and the record of pools, identically on all ranks."""
-        if pool is not None and self.cfg.pool_group_size is not None:
-            pool = self.ranks.union(pool, self.cfg.d_sae)
-        if self._gradient_sum is not None:
-            self._gradient_sum.expect(pool, dead)
+    def _record(self, counts: StepCounts, pool: Tensor | None, n_tokens: int) -> None:
+        """Update thresholds and the record of pools, identically on all ranks; `pool` is that of all ranks."""
         smallest, lr = counts.smallest.to(self.topk_threshold.dtype), self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest  # SAELens' rule, without waiting for the device
         self.topk_threshold = torch.where(smallest.isfinite(), moved, self.topk_threshold)
@@ -239,3 +266,9 @@ class SampledTopKTrainingSAE(RecordedSAE):
         """
         self.ranks = join_group(self, group)
         self._gradient_sum = GradientSum(self, self.ranks)
+
+
+def _has_hooks(hook: Any) -> bool:
+    """Whether a hook point has hooks, added by TransformerLens or with torch's own methods."""
+    own = (hook.fwd_hooks, hook.bwd_hooks, hook._forward_hooks, hook._forward_pre_hooks, hook._backward_hooks)
+    return any(own)

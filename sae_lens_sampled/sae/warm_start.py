@@ -20,8 +20,9 @@ SHARED_FIELDS = ("d_in", "d_sae", "apply_b_dec_to_input", "rescale_acts_by_decod
 def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAEConfig) -> SampledTopKTrainingSAE:
     """Build a sampled_topk training SAE from the weights of a TopK, BatchTopK, Matryoshka or sampled_topk one.
 
-    Running statistics start afresh. BatchTopK's threshold is the first threshold of every latent, which an export
-    before the first step has, and stands for the last cutoff. Pass the result to a runner as `override_sae`.
+    Running statistics start afresh, but thresholds, which an export before the first step has, and the last cutoff are
+    those of a sampled_topk source; BatchTopK's threshold stands for all of them. Pass the result to a runner as
+    `override_sae`.
 
     Args:
         source: the training SAE, or the folder of its checkpoint, whose activation normalisation is folded in.
@@ -49,7 +50,10 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
     sae = SampledTopKTrainingSAE(cfg)
     for name, parameter in sae.named_parameters():
         parameter.copy_(given.get_parameter(name))
-    if isinstance(given, BatchTopKTrainingSAE):
+    if isinstance(given, SampledTopKTrainingSAE):
+        sae.rate_matcher.threshold.copy_(given.latent_threshold)
+        sae.pool_record.cutoff.copy_(given.pool_record.cutoff)
+    elif isinstance(given, BatchTopKTrainingSAE):
         sae.rate_matcher.threshold.fill_(given.topk_threshold.item())
         sae.pool_record.cutoff.fill_(given.topk_threshold.item())
     return sae

@@ -222,7 +222,7 @@ class RegisteredScore:
                 f"score {self.name!r} returned NaN {int(scores.isnan().sum())} times; it must return a "
                 "number for every latent, also for one that never fires."
             )
-        return scores
+        return scores if scores.is_floating_point() else scores.float()  # counts and masks
 
 
 def register_score(name: str, score: Score, by_columns: bool = False) -> None:

@@ -16,7 +16,7 @@ from study_helpers import EVAL, SMOKE, storage, unit_of
 
 from sae_lens_sampled import load_checkpoint
 from sae_lens_sampled.runners.parts import Part
-from study import evaluation, training
+from study import evaluation, run, training
 from study.beside_batchtopk import decision_table, difference_table, differences, marks_of
 from study.costs import format_plan, probing_scratch, products_of
 from study.dictionaries import overlap
@@ -35,7 +35,7 @@ from study.plan import (
 from study.report import render_pages, render_tables, write_report
 from study.stages import STAGES, planned, to_do
 from study.storage import Storage
-from study.studies import PYTHIA, SMOLLM2, STUDIES, TINY, smoke
+from study.studies import LONG, PYTHIA, SMOLLM2, STUDIES, TINY, smoke
 from study.summary import Summary, committed, shown
 from study.training import new_sae, train
 
@@ -164,6 +164,23 @@ def test_a_named_text_is_split_by_file_and_known_by_its_content(tmp_path):
     assert list(Storage(shown_later, study_of_text.results, tmp_path).evaluations.load()) == [("topk", 0)]
     (tmp_path / "elsewhere" / "Author00_Some_Title_1850.txt").write_text("changed")
     assert with_text(config, str(tmp_path / "elsewhere"), tmp_path).settings() != study.settings()
+
+
+def test_titles_of_results_stay_if_another_text_is_given(tmp_path):
+    for text in ("one", "other"):
+        (tmp_path / text).mkdir()
+        for i in range(2):
+            (tmp_path / text / f"Author{i}_Novel_{text}_1850.txt").write_text(f"Line {text} of novel {i}.\n" * 200)
+    config = replace(LONG, probing_splits=0)
+    results = tmp_path / "results"
+    kept = Storage(with_text(config, str(tmp_path / "one"), tmp_path / "work"), results, tmp_path / "work")
+    keep_titles(kept.study, results)
+    kept.evaluations.append({"arm": "topk", "seed": 0, "metrics": {}})
+    before = (results / TITLES).read_text()
+    arguments = ["--config", "smollm2-10m", "--text", str(tmp_path / "other"), "--work-dir", str(tmp_path / "again")]
+    with pytest.raises(SystemExit, match="has results of this study with other settings"):
+        run.main([*arguments, "--results-dir", str(results), "--stages", "train"])
+    assert (results / TITLES).read_text() == before
 
 
 def test_a_text_of_one_file_is_refused(tmp_path):

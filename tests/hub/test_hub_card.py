@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import D_SAE, activations, batchtopk_sae
@@ -43,6 +44,11 @@ def test_a_card_says_when_pools_end(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "tokens, or among all latents without a `pool_factor` or after `pool_steps` steps." in card
     assert "| `pool_steps` | 3 |" in card
+
+
+def test_counts_from_numpy_are_written_in_full(tmp_path):
+    upload_to_hub({"a": trained()}, REPO, dry_run_folder=tmp_path, evaluation={"a": {"dead": np.int64(12_345)}})
+    assert "12345" in (tmp_path / "README.md").read_text()
 
 
 def test_the_cards_metadata_names_model_data_and_results(tmp_path):

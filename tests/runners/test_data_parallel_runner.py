@@ -226,9 +226,7 @@ def test_settings_that_cannot_be_shared_are_refused_before_anything_is_loaded(ti
 
 def test_another_class_of_sae_than_the_configs_is_refused():
     check_is_sampled(SampledTopKTrainingSAE(config()), 2)
-    with pytest.raises(
-        ValueError, match=r"^a BatchTopKTrainingSAE trains on one process only, but there are 2; from_"
-    ):
+    with pytest.raises(ValueError, match=r"^a BatchTopKTrainingSAE trains on one process only, but there are 2; from_"):
         check_is_sampled(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=128, d_sae=192, k=8)), 2)
 
 

@@ -195,6 +195,7 @@ def test_a_checkpoint_of_other_parameters_is_refused_in_a_sentence(run_folder, a
 
 
 def test_the_folder_of_a_run_stands_for_its_newest_whole_checkpoint(run_folder):
+    os.utime(run_folder / "384" / "runner_cfg.json")  # as after resuming on a host with another clock
     assert find_checkpoint(run_folder) == run_folder / "final_1024"
     (run_folder / "final_1024" / "runner_cfg.json").unlink()
     assert find_checkpoint(run_folder) == run_folder / "768"
@@ -244,6 +245,7 @@ def test_the_end_of_a_normalised_run_is_not_normalised_again(arguments, tmp_path
     again = SAE.load_from_disk(tmp_path / "output")
     for name, tensor in ended.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.cfg.normalize_activations == ended.cfg.normalize_activations == "none"
     with pytest.raises(TrainError, match="is the final checkpoint of a run, with normalize_activations"):
         train([*command, "--training_tokens", "2048"])
 

@@ -23,6 +23,7 @@ from sae_lens_sampled.runners.training_data import (
     buffer_prompts,
     expected_first_token_share,
     first_token_share,
+    remember_settings,
     token_settings,
 )
 
@@ -155,6 +156,18 @@ def test_unknown_token_settings_are_assumed_and_named(tmp_path):
         metadata[missing] = None
         with pytest.raises(ValueError, match=rf"^the metadata of this SAE has no {missing}, so the tokens"):
             token_settings(metadata, tmp_path)
+
+
+def test_the_settings_of_a_run_replace_those_of_the_run_that_its_weights_are_from():
+    metadata = SAEMetadata(context_size=32, prepend_bos=False, autocast_lm=True, use_chat_formatting=True)
+    settings = TokenSettings(context_size=16, prepend_bos=True)
+    remember_settings(metadata, settings)
+    assert token_settings(metadata) == settings
+
+
+def test_an_unknown_value_in_the_metadata_does_not_hide_the_runs(tmp_path):
+    (tmp_path / "runner_cfg.json").write_text(json.dumps({"context_size": 64, "prepend_bos": True}))
+    assert token_settings(SAEMetadata(context_size=None), tmp_path).context_size == 64
 
 
 @pytest.mark.parametrize(("batch_size", "context_size"), [(4096, 16), (4096, 32), (4096, 63), (16384, 128), (1, 1024)])

@@ -235,3 +235,18 @@ def test_rare_latents_are_counted_and_reported():
     assert report.n_rare == ((counts > 0) & (counts < 10)).sum()
     assert (counts == 0).any()
     assert 0 < report.n_rare < len(counts)
+
+
+def test_an_l0_that_keeps_nothing_is_refused():
+    for fields in ({"target_l0": 1e-4}, {"target_l0": 1e-4, "mode": "global"}):
+        with pytest.raises(ValueError, match=r"^over 600 tokens, this L0 keeps no activation at all; use more tokens"):
+            calibrate(trained(), BATCHES, **fields)
+
+
+def test_attention_heads_are_calibrated_side_by_side():
+    flat, heads = trained(), trained()
+    heads.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    heads.cfg.reshape_activations = "hook_z"
+    want, got = (calibrate(sae, BATCHES) for sae in (flat, heads))
+    assert torch.equal(got[0].threshold, want[0].threshold)
+    assert got[1] == want[1]

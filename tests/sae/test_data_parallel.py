@@ -157,6 +157,18 @@ def test_no_rank_scans_in_bfloat16_if_one_cannot():
     assert None not in on_ranks(product, ["reduced", "reduced"])
 
 
+def test_ranks_that_would_take_different_paths_all_take_the_dense_one():
+    def path_of(hooked, ranks):
+        sae = sampled_sae(step="kept")
+        sae.ranks = ranks
+        if hooked:
+            sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: tensor)
+        return sae._path_of_all(torch.randn(64, 12), sae.cfg)
+
+    assert on_ranks(path_of, [False, True]) == ["dense", "dense"]
+    assert on_ranks(path_of, [False, False]) == ["kept", "kept"]
+
+
 def read_rows(rows, ranks):
     return read_step(step_input(rows), config(), torch.tensor(0), ranks)
 

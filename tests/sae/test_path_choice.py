@@ -194,6 +194,23 @@ def test_hooks_and_methods_of_ones_own_are_not_measured(measured_here):
     assert measured_here == []
 
 
+def test_without_gradient_nothing_is_timed(measured_here):
+    sae = sampled_sae()
+    with torch.no_grad():
+        sae.training_forward_pass(step_input(activations(48)))
+    assert measured_here == []
+    sae.training_forward_pass(step_input(activations(48)))
+    assert len(measured_here) == 1
+
+
+def test_a_frozen_parameter_does_not_keep_paths_from_being_timed(monkeypatch, recwarn):
+    monkeypatch.setattr(training, "MEASURED_DEVICES", ("cpu",))
+    sae = sampled_sae()
+    sae.b_dec.requires_grad_(False)
+    sae.training_forward_pass(step_input(activations(48)))
+    assert not [warning for warning in recwarn if "path" in str(warning.message)]
+
+
 def test_real_timers_end_in_one_of_the_ways(monkeypatch):
     monkeypatch.setattr(training, "MEASURED_DEVICES", ("cpu",))
     sae = sampled_sae(pool_group_size=16)

@@ -242,3 +242,13 @@ def test_a_loss_that_is_not_finite_is_said_at_steps_that_log_and_at_every_hundre
         return
     with pytest.raises(ValueError, match=rf"^the loss is nan at training step {step}: training has diverged"):
         sae.training_forward_pass(given)
+
+
+@pytest.mark.parametrize("fields", [{"pool_factor": 100}, {}], ids=str)
+def test_k_may_change_during_training(fields):
+    """All selections follow `cfg.k`: that of a kept step, of a dense one, and of encoding."""
+    for step in ("kept", "dense"):
+        sae = sampled_sae(step=step, **fields)
+        sae.cfg.k = 2
+        output = sae.training_forward_pass(step_input(activations(60)))
+        assert (output.feature_acts.to_dense() > 0).sum() == (sae.encode(activations(60)) > 0).sum() == 120

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import D_IN, D_SAE, K, activations, batchtopk_sae, config, step_input, train
+from helpers import D_IN, D_SAE, K, activations, batchtopk_sae, config, sampled_sae, step_input, train
 from sae_lens import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
@@ -82,3 +82,11 @@ def test_what_means_something_else_is_refused():
         from_batchtopk(batchtopk_sae(), config(d_sae=41))
     with pytest.raises(ValueError, match=r"^rescale_acts_by_decoder_norm=False does not fit the source's weights"):
         from_batchtopk(batchtopk_sae(), config(rescale_acts_by_decoder_norm=False))
+
+
+def test_from_a_sampled_topk_sae_its_thresholds_and_cutoff_are_taken():
+    theirs = sampled_sae(pool_factor=99)
+    train(theirs, 10)
+    ours = from_batchtopk(theirs, config(pool_factor=4))
+    assert torch.equal(ours.latent_threshold, theirs.latent_threshold)
+    assert ours.pool_record.cutoff == theirs.pool_record.cutoff > 0

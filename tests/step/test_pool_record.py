@@ -76,7 +76,7 @@ def test_recording_reads_nothing_back_from_the_device():
     sae = sampled_sae(device="cpu").to("meta")
     acts = torch.zeros(8, D_SAE, device="meta")
     pool = sampled_topk(acts, sae.cfg, sae.pool_record.n_steps)[1]
-    sae._record(count_dense(acts, acts, sae.latent_threshold), pool, None, len(acts))
+    sae._record(count_dense(acts, acts, sae.latent_threshold), pool, len(acts))
     assert sae.pool_record.selection_counts.is_meta
 
 

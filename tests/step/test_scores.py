@@ -137,6 +137,13 @@ def test_score_of_the_wrong_shape_is_refused(registered):
         SCORES[registered](torch.rand(5, 4), 2)
 
 
+@pytest.mark.parametrize("score", [lambda acts: (acts > 0).sum(-2), lambda acts: (acts > 0).any(-2)])
+def test_scores_may_be_counts_or_masks(registered, score):
+    register_score(registered, lambda acts, n_candidates: score(acts), by_columns=True)
+    acts = torch.rand(5, 4) - 0.5
+    assert torch.equal(SCORES[registered](acts, 2), score(acts).float())
+
+
 def test_score_that_returns_nan_is_refused(registered):
     register_score(registered, lambda acts, n_candidates: acts.sum(-2) / acts.sum(-2))
     acts = torch.rand(5, 4)

@@ -114,6 +114,11 @@ def test_hooks_and_methods_of_ones_own_take_the_dense_path():
     assert step(sae, activations(70)).feature_acts.is_sparse
     sae.hook_sae_acts_pre.add_hook(lambda gradient, hook: None, dir="bwd")
     assert not step(sae, activations(70)).feature_acts.is_sparse
+    sae.reset_hooks()
+    handle = sae.hook_sae_acts_post.register_forward_hook(lambda module, args, output: None)  # torch's own
+    assert not step(sae, activations(70)).feature_acts.is_sparse
+    handle.remove()
+    assert step(sae, activations(70)).feature_acts.is_sparse
 
     class Own(SampledTopKTrainingSAE):
         def decode(self, feature_acts):
@@ -310,3 +315,12 @@ def test_a_step_of_saelens_is_six_products_and_one_of_ours_is_one(apply_b_dec_to
             step(sae, activations(70)).loss.backward()
         assert products.n_dense == n_products * 70 * D_IN * 200
         assert products.n_sparse == n_sparse
+
+
+def test_an_auxiliary_loss_of_ones_own_is_used():
+    class Own(SampledTopKTrainingSAE):
+        def calculate_topk_aux_loss(self, *args, **kwargs):
+            return super().calculate_topk_aux_loss(*args, **kwargs) * 0 + 7
+
+    sae = Own(an_sae().cfg)
+    assert step(sae, activations(70), 100).losses["auxiliary_reconstruction_loss"] == 7
