@@ -61,15 +61,16 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
-        try:
-            batch = store.get_batch_tokens(raise_at_epoch_end=True)
-        except StopIteration:  # the text is shorter: read again, it would be in both halves
-            break
+        with reporting_short_text(f"held-out text {text!r}", store):
+            try:
+                batch = store.get_batch_tokens(raise_at_epoch_end=True)
+            except StopIteration:
+                if not tokens:
+                    raise
+                break  # the text is shorter: read again, it would be in both halves
         x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)
         tokens.append(batch.flatten()[kept])
         activations.append(x[kept])
         n_read += len(tokens[-1])
-    if not tokens:
-        raise ValueError(f"held-out text {text!r} yields no prompt of {study.context_size} tokens; use more text.")
     return torch.cat(tokens)[:n_tokens], torch.cat(activations)[:n_tokens]
