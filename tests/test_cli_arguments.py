@@ -46,6 +46,8 @@ OF_EVAL = {
         "core.n_eval_sparsity_variance_batches=-1": "core.n_eval_sparsity_variance_batches=-1 must be",
         'core.context_size="two"': "core.context_size='two' must be",
         "sparse_probing.llm_batch_size=-5": "sparse_probing.llm_batch_size=-5 must be a positive integer",
+        "sparse_probing.k_values=[0]": "sparse_probing.k_values=[0] must be a list of positive integers",
+        "sparse_probing.k_values=[]": "must be a list of positive integers",
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
     "--evals": {"core, mmcz": "'mmcz'", ",": "must be one or more of"},

@@ -36,7 +36,7 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
 
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
-    """Reject sizes and counts that are not positive integers, and real-valued settings that are not finite numbers.
+    """Reject sizes and counts that are not positive integers, or lists of these, and numbers that are not finite.
 
     Other fields, such as seeds and token positions, are not checked.
     """
@@ -47,5 +47,8 @@ def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:
         is_count |= usual is None and field.endswith("batch_size")
         if is_count and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             raise ValueError(f"{eval_name}.{field}={value!r} must be a positive integer.")
+        is_list = isinstance(usual, list) and all(isinstance(n, int) for n in usual)
+        if is_list and not (isinstance(value, list) and value and all(isinstance(n, int) and n > 0 for n in value)):
+            raise ValueError(f"{eval_name}.{field}={value!r} must be a list of positive integers.")
         if isinstance(usual, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
             raise ValueError(f"{eval_name}.{field}={value!r} must be a finite number.")

@@ -1,5 +1,6 @@
 """The user's own labelled texts for sparse probing."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,8 @@ def _read(path: Path) -> dict[str, datasets.Dataset]:
 
 def _read_file(kind: str, file: Path) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train")  # type: ignore[return-value]
+        # Escaped, as brackets in a path would be a pattern.
+        return datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train")  # type: ignore[return-value]
     except (DatasetGenerationError, StopIteration) as error:  # datasets 5 raises StopIteration for an empty jsonl file
         raise ValueError(f"probing data {str(file)!r} has no rows or is not a complete {kind} file.") from error
 

@@ -136,7 +136,10 @@ def _full_name(release: str, sae_id: str) -> str:
 
 def _load(source: SAESource, device: str) -> EvalSAE:
     if isinstance(source, EvalSAE):
-        return copy.deepcopy(source)
+        copied = copy.deepcopy(source)
+        for sae in filter(None, (copied.sae, copied.training_sae)):
+            sae.to(device=device)
+        return copied
     if isinstance(source, (str, Path)):
         return _from_folder(Path(source).resolve().name, Path(source), device)
     if not isinstance(source, tuple):

@@ -18,7 +18,8 @@ def rows():
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_files_of_all_kinds_are_read(kind, rows, tmp_path):
-    file = tmp_path / f"mine.{kind}"
+    file = tmp_path / "a [folder]" / f"mine.{kind}"
+    file.parent.mkdir()
     data = datasets.Dataset.from_list(rows)
     {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](str(file))
     got = load_probing_dataset(file)
