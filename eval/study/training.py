@@ -33,10 +33,15 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
     """
     study, seed, shuffled = storage.study, units[0].seed, units[0].arm.shuffled
     by_name = {unit.name: unit for unit in units}
+    saes = {unit.name: new_sae(study, unit) for unit in units}
+    if frozen := [unit.name for unit in units if unit.arm.frozen_decoder]:
+        mean = mean_activation(study)  # which such a decoder would have to learn by its bias alone, too slowly
+        for name in frozen:
+            saes[name].b_dec.data.copy_(mean)
     runner = MultiSAETrainingRunner(
         runner_config(study, units, seed, shuffled),
         override_model=language_model(study),
-        override_saes={unit.name: new_sae(study, unit) for unit in units},
+        override_saes=saes,
     )
     if study.cached:
         activations = cached_activations(storage)
@@ -57,6 +62,14 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
         with atomic_path(storage.cache / "saes" / name) as folder:
             folder.mkdir(parents=True)
             of_arm.save_model(folder)
+
+
+def mean_activation(study: Study) -> Tensor:
+    """Mean of the activations of the training text's first prompts, shape (d_in,)."""
+    store = text_store(
+        language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
+    )
+    return store.get_filtered_llm_batch().float().mean(dim=0)
 
 
 def cached_activations(storage: Storage) -> Tensor:

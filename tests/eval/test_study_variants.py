@@ -40,6 +40,10 @@ def test_controls_have_a_decoder_as_it_was_drawn_and_a_tenth_of_the_steps(tmp_pa
     assert torch.equal(trained.W_dec, untrained.W_dec)
     assert not torch.equal(trained.W_enc, untrained.W_enc)
     torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(len(trained.W_dec)))
+    x = training.cached_activations(study).float()
+    torch.testing.assert_close(training.mean_activation(study.study), x.mean(dim=0), rtol=0.2, atol=0.2)
+    off = trained.b_dec - x.mean(dim=0)
+    assert off.norm() < 0.5 * x.mean(dim=0).norm()  # it began there, and not at 0
     settings = training.runner_config(study.study, [short], 3, shuffled=True)
     assert (settings.training_tokens, settings.dead_feature_window) == (2 * 512, round(study.study.dead_window / 10))
 
