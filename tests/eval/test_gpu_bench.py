@@ -205,6 +205,12 @@ def test_a_failing_row_is_reported_and_the_next_one_measured(measured, tmp_path,
     on_page = page_of(json.loads(file.read_text()))
     assert "- all in turns, float32, at initialisation, 0% dead, was not measured: OutOfMemoryError" in on_page
     assert "| autocast, at initialisation | 25% | SAELens BatchTopK | 1.00 ms | 1.0x | 2 MiB |  |" in on_page
+    results = json.loads(file.read_text())
+    results["sections"]["65k"] = results["sections"].pop("16k")[:1]
+    results["profile"] = [{"case": rows[0][0], "side": KEPT.name, "failed": "RuntimeError: no profile"}]
+    on_page = page_of(results)
+    assert 'Nothing was measured of "65k":\n\n- all in turns, float32, at initialisation, 0% dead, was not' in on_page
+    assert "all latents (kept), float32, at initialisation, has no profile: RuntimeError: no profile" in on_page
 
 
 def page_of(results):
