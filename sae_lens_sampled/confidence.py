@@ -59,7 +59,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """
     n = len(values)
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"there is no mean with an interval of values that are not finite: {list(values)}.")
+        raise ValueError(f"values {list(values)} must be finite, or have no mean with an interval.")
     return _t_interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n, level)
 
 

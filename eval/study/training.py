@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens import ActivationsStore, LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import str_to_dtype
@@ -53,8 +53,10 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
         torch.manual_seed(seed)  # the store mixes activations with torch's generator
     with live_bar():
         trained = runner.run()
-    batches = runner.activations_store.get_multi_hook_data_loader()
-    shown = [next(batches)[study.hook] for _ in range(CUTOFF_BATCHES)] if units[0].arm.steps_share < 1 else []
+    shown = []
+    if units[0].arm.steps_share < 1:
+        batches = runner.activations_store.get_multi_hook_data_loader()
+        shown = [next(batches)[study.hook] for _ in range(CUTOFF_BATCHES)]
     for name, sae in trained.items():
         of_arm = saved_as(study, by_name[name], sae)
         if shown:
@@ -66,20 +68,21 @@ def train(storage: Storage, units: Sequence[Unit]) -> None:
 
 def mean_activation(study: Study) -> Tensor:
     """Mean of the activations of the training text's first prompts, shape (d_in,)."""
-    store = text_store(
+    return training_store(study).get_filtered_llm_batch().float().mean(dim=0)
+
+
+def training_store(study: Study) -> ActivationsStore:
+    """An unused store of the training text, in its order."""
+    return text_store(
         language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
     )
-    return store.get_filtered_llm_batch().float().mean(dim=0)
 
 
 def cached_activations(storage: Storage) -> Tensor:
     """Activations that all SAEs of the study are trained on, shape (tokens, d_in); the first call runs the model."""
     study = storage.study
-    store = text_store(
-        language_model(study), study.dataset, study.hook, study.d_in, study.context_size, device=study.device
-    )
     settings = {"model": study.model, "hook": study.hook}  # the folder's name has a hash of the rest
-    return cache_activations(store, study.steps * study.batch_size, storage.activations, settings)
+    return cache_activations(training_store(study), study.steps * study.batch_size, storage.activations, settings)
 
 
 def runner_config(study: Study, units: Sequence[Unit], seed: int, shuffled: bool) -> MultiSAETrainingRunnerConfig:

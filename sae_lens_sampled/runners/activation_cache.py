@@ -46,7 +46,7 @@ def text_store(
     Raises:
         ValueError: if a number is not a positive whole number, the text has no rows, no split `train` or no column that
             SAELens reads, or the model cannot switch on the hook.
-        OSError: if there is no such data set.
+        OSError: if the data set does not exist.
     """
     for name, value in {"d_in": d_in, "context_size": context_size, "prompts": prompts}.items():
         check_count(value, name)

@@ -49,7 +49,7 @@ def calibrate(
 
     Raises:
         ValueError: if the checkpoint, an argument, the model or the text is invalid.
-        OSError: if there is no such data set.
+        OSError: if the data set does not exist.
         NoSpaceError: if the disk has no room for the calibrated SAE.
     """
     check_new(out, "out")
@@ -109,7 +109,7 @@ def activations_of_run(
     Raises:
         ValueError: if the metadata names no hook or no model is named, the model cannot be loaded or cannot switch a
             hook on, or the text has no rows or no column that SAELens reads.
-        OSError: if there is no such data set.
+        OSError: if the data set does not exist.
     """
     hooks = _hooks(sae)
     language_model = load_model_of_run(sae.cfg.metadata, hooks, device, model, model_kwargs)

@@ -40,8 +40,7 @@ class GradientSum:
         """Add, before `backward`, a forward pass's latents whose gradients may be non-zero; see `active_latents`."""
         active = active_latents(pool, dead)
         if self.is_expecting:
-            both = None if active is None or self.active is None else torch.cat([self.active, active]).unique()
-            active = both
+            active = None if active is None or self.active is None else torch.cat([self.active, active]).unique()
         self.active, self.is_expecting = active, True
 
     def _ready(self, _parameter: Tensor) -> None:

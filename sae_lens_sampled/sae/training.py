@@ -159,7 +159,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
         paths, costs = possible_paths(state.fields, x.device), dict(self.scan_record)
         is_due = choice.is_due(*when) or choice.path not in paths
         if is_due and not torch.is_grad_enabled():  # a backward pass cannot be timed
-            return choose_path(state.fields, "auto", when[0], x.device)
+            return choose_path(state.fields, "auto", math.prod(x.shape) // self.cfg.d_in, x.device)
         if is_due:
 
             def loss_by(path: StepPath) -> Tensor:
