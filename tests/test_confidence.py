@@ -162,7 +162,7 @@ def test_a_rank_correlation_is_scipys_and_has_no_interval_without_four_pairs():
 
 
 def test_numbers_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match=r"^values \[1.0, nan\] must be finite\[1.0, nan"):
+    with pytest.raises(ValueError, match=r"^values \[1.0, nan\] must be finite"):
         mean_interval([1.0, math.nan])
     with pytest.raises(ValueError, match=r"^a p-value is NaN; leave out"):
         holm({"a": math.nan, "b": 0.03})
