@@ -15,7 +15,7 @@ from sae_lens_sampled.step.chunks import chunk_length
 from sae_lens_sampled.step.ranks import ALONE, Ranks
 from sae_lens_sampled.step.reduced_scan import ReducedProduct, Scan
 from sae_lens_sampled.step.scores import ColumnSums, column_sums, is_mergeable, sketch_scores
-from sae_lens_sampled.step.selection import ColumnStatistics, PoolFields, column_statistics, merged_statistics
+from sae_lens_sampled.step.selection import ColumnStatistics, PoolFields, column_statistics, joined, merged_statistics
 from sae_lens_sampled.step.sparse_codes import Entries, Weights
 from sae_lens_sampled.step.triton import SUMS_OF_SCORE, available
 
@@ -179,7 +179,7 @@ def scan_columns(
     if statistics and merges:
         pooled, peak = pool_statistics(batch, statistics)
     elif statistics:
-        pooled = ColumnStatistics(*(torch.cat(parts, dim=-1) for parts in zip(*statistics, strict=True)))
+        pooled = joined(statistics, dim=-1)
     too_many = bound is None or extracted.n_entries > max_extracted
     return ColumnScan(pooled, torch.cat(n_fired), peak, dead_pre, None if too_many else extracted)
 

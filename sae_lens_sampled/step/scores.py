@@ -68,8 +68,10 @@ class ColumnScore:
         self, acts: Float[Tensor, "*group tokens latents"], last_cutoff: Tensor | None = None
     ) -> ColumnSums:
         """The sums over the given tokens that the score needs."""
-        peak = acts.amax(dim=-2)
-        return ColumnSums(acts.shape[-2], peak, (acts.square().sum(dim=-2), *self.sums(acts, peak, last_cutoff)))
+        one = acts.shape[-2] == 1  # TopK as groups of one token: sums over a dimension of size 1 are slow
+        peak = acts.squeeze(-2) if one else acts.amax(dim=-2)
+        squares = peak.square() if one else acts.square().sum(dim=-2)
+        return ColumnSums(acts.shape[-2], peak, (squares, *self.sums(acts, peak, last_cutoff)))
 
     def merged(self, own: ColumnSums, ranks: Ranks) -> ColumnSums:
         """The sums over the tokens of all processes, from those of this process."""

@@ -6,7 +6,7 @@ own pool, and the last group may be shorter. The cutoff is batch-wide in both ca
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -161,7 +161,15 @@ def column_statistics(
         elif not isinstance(SCORES[score], ColumnScore):
             part = part._replace(scores=score_of(groups, score, n_candidates))
         parts.append(part)
-    return ColumnStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return joined(parts, dim=0)
+
+
+def joined(parts: Sequence[ColumnStatistics], dim: int) -> ColumnStatistics:
+    """Statistics of several sets of groups (`dim` 0) or of latents (-1), as of one."""
+    scores, alive = (torch.cat([part[i] for part in parts], dim) for i in (0, 2))
+    if all(part.norms is part.scores for part in parts):
+        return ColumnStatistics(scores, scores, alive)
+    return ColumnStatistics(scores, torch.cat([part.norms for part in parts], dim), alive)
 
 
 def merged_statistics(
@@ -174,7 +182,8 @@ def merged_statistics(
 
 def statistics_of(sums: ColumnSums, score: str) -> ColumnStatistics:
     """Statistics from sums over all tokens of each group; norms stand in for scores that are not a `ColumnScore`."""
-    return ColumnStatistics(column_score(score).of(sums), l2_norm.of(sums), sums.peak > 0)
+    norms, of_score = l2_norm.of(sums), column_score(score)
+    return ColumnStatistics(norms if of_score is l2_norm else of_score.of(sums), norms, sums.peak > 0)
 
 
 @torch.no_grad()
@@ -187,6 +196,10 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
     # criterion choose among those equal to it. The number still missing stays on the device.
     # NaN, from broken weights, has no order. It ranks last: all indices stay valid, and a pool of NaN gives a NaN loss.
     scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
+    if scores.device.type == "cpu" and n_candidates < scores.shape[1]:  # elsewhere the host would wait for the answer
+        best, latents = scores.topk(n_candidates + 1, dim=1)
+        if (best[:, -2] > best[:, -1]).all():  # no ties to break
+            return latents[:, :-1].sort(dim=1).values
     above, equal = _split_at_rank(scores, n_candidates)
     norms = statistics.norms.nan_to_num(0, torch.inf).masked_fill(~equal, -torch.inf).masked_fill(above, torch.inf)
     above, equal = _split_at_rank(norms, n_candidates)
