@@ -25,6 +25,7 @@ from sae_lens_sampled.step.scores import (
     score_of,
     sketch_scores,
 )
+from sae_lens_sampled.step.triton import available
 
 PoolSampling = Literal["top", "proportional"]
 
@@ -196,7 +197,8 @@ def candidate_pool(statistics: ColumnStatistics, n_candidates: int) -> Int[Tenso
     # criterion choose among those equal to it. The number still missing stays on the device.
     # NaN, from broken weights, has no order. It ranks last: all indices stay valid, and a pool of NaN gives a NaN loss.
     scores = statistics.scores.masked_fill(~statistics.alive | statistics.scores.isnan(), -torch.inf)
-    if scores.device.type == "cpu" and n_candidates < scores.shape[1]:  # elsewhere the host would wait for the answer
+    on_host = scores.device.type == "cpu" and not available(scores.device)  # elsewhere the host would have to wait
+    if on_host and n_candidates < scores.shape[1]:
         best, latents = scores.topk(n_candidates + 1, dim=1)
         if (best[:, -2] > best[:, -1]).all():  # no ties to break
             return latents[:, :-1].sort(dim=1).values
