@@ -69,7 +69,7 @@ class ColumnScore:
     ) -> ColumnSums:
         """The sums over the given tokens that the score needs."""
         one = acts.shape[-2] == 1  # TopK as groups of one token: sums over a dimension of size 1 are slow
-        peak = acts.squeeze(-2) if one else acts.amax(dim=-2)
+        peak = acts.squeeze(-2).clone() if one else acts.amax(dim=-2)  # a copy: scans overwrite their chunks
         squares = peak.square() if one else acts.square().sum(dim=-2)
         return ColumnSums(acts.shape[-2], peak, (squares, *self.sums(acts, peak, last_cutoff)))
 

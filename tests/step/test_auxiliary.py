@@ -61,6 +61,6 @@ def test_the_dead_latents_are_indices_in_order():
     assert (none.tolist(), none.dtype) == ([], torch.int64)
 
 
-def test_entries_pay_on_a_cpu_where_dead_latents_are_more_than_twice_as_many_as_are_kept():
+def test_entries_pay_on_a_cpu_where_dead_latents_are_more_than_eight_times_as_many_as_are_kept():
     assert [by_entries(n_dead, 10, torch.device("cpu")) for n_dead in (80, 81)] == [False, True]
     assert not by_entries(1000, 10, torch.device("meta"))

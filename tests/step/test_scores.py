@@ -7,6 +7,7 @@ import torch
 from sae_lens_sampled import SCORES, SampledTopKTrainingSAEConfig, register_score
 from sae_lens_sampled.step.scores import (
     LEVERAGE_ROWS,
+    column_sums,
     entropy,
     frequency,
     goes_by_columns,
@@ -187,3 +188,12 @@ def test_a_winsorised_score_counts_nothing_above_the_last_cutoff(group_size, las
     )
     torch.testing.assert_close(got.scores, want)
     assert (want < plain).any() == (cutoff == 0.4)
+
+
+@pytest.mark.parametrize("score", ["l2_norm", "entropy"])
+def test_sums_over_one_token_outlive_the_activations(score):
+    acts = torch.tensor([[[1.0, 0.0, 3.0]]])
+    sums = column_sums(acts, score)
+    acts.zero_()
+    assert sums.peak.tolist() == [[1, 0, 3]]
+    assert sums.sums[0].tolist() == [[1, 0, 9]]
