@@ -23,4 +23,7 @@ def check_device(device: str, argument: str = "device") -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         here = ", ".join(available_devices())
-        raise NoDeviceError(f"there is no {argument}={device!r} on this machine; it has {here}.") from error
+        reason = str(error).partition("\n")[0]
+        raise NoDeviceError(
+            f"torch cannot use {argument}={device!r} on this machine; available: {here} ({reason})."
+        ) from error

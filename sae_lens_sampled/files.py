@@ -131,7 +131,7 @@ def reserve(file: Path, n_bytes: int, what: str) -> None:
     Raises:
         NoSpaceError: if the bytes do not fit; the message names `what` they are for, and no file is left.
     """
-    with reporting_no_space(file.parent, f"{what} need {_size(n_bytes)}"):
+    with reporting_no_space(file.parent, f"{_size(n_bytes)} are needed for {what}"):
         try:
             with file.open("wb") as stream:
                 _allocate(stream.fileno(), file.parent, n_bytes)

@@ -31,7 +31,7 @@ OF_CALIBRATE = {
         "nan": "target_l0=nan",
         "1e9": "at most d_sae",
     },
-    "--device": {"cuda:99": "there is no device='cuda:99'"},
+    "--device": {"cuda:99": "torch cannot use device='cuda:99'"},
     "--mode": {"mean": "mode='mean' must be"},
     "--model-kwargs": {"[1]": "is not a JSON object", "{": "is not a JSON object"},
 }
@@ -51,7 +51,7 @@ OF_EVAL = {
         "core.context_size": "is not of the form EVAL.FIELD=VALUE",
     },
     "--evals": {"core, mmcz": "'mmcz'", ",": "must be one or more of"},
-    "--device": {"cuda:99": "there is no device='cuda:99'"},
+    "--device": {"cuda:99": "torch cannot use device='cuda:99'"},
     "--dtype": {"float7": "dtype='float7'"},
 }
 CASES = [

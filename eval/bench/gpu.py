@@ -219,9 +219,10 @@ def read_results(file: Path, device: str) -> Results:
     results = json.loads(file.read_text()) if file.exists() else here
     if {name: results[name] for name in here} != here:
         raise SystemExit(
-            f"{file} was measured on {results['machine']} with {results['versions']}, but this is {here['machine']} "
-            f"with {here['versions']}; move the file away first. For gpu.sh, move gpu_parts.txt too, and both from "
-            "eval/results as well as from $OUT."
+            f"The results in {file} are from {results['machine']} with {results['versions']}, but this is "
+            f"{here['machine']} with {here['versions']}; move that file away first. With gpu.sh, move bench_gpu.json, "
+            "bench_end_to_end_gpu.json and gpu_parts.txt out of both eval/results and $OUT: it copies them from the "
+            "first to the second."
         )
     return results
 

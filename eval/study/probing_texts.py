@@ -131,7 +131,10 @@ PAST_VERB = re.compile(
 
 
 def decided(text: str, words: Mapping[str, DecidingWords]) -> tuple[str, str] | None:
-    """Label and part of a text whose deciding words are all of one kind; None for other texts."""
+    """The label, and the part of the split ("train" or "test"), to which a text's deciding words belong.
+
+    None without deciding words, or with words of more than one label or part.
+    """
     present = set(re.findall("[a-z]+", text.lower()))
     kinds = [
         (label, part)

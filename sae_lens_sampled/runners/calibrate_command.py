@@ -45,7 +45,7 @@ def calibrate(
     """Calibrate the SAE of a checkpoint and save it to `out`; returns the lines of the report.
 
     Arguments, model, text and disk space are checked first. `model` and `model_kwargs` default to those of the run.
-    Warns if the share of first tokens differs from the one expected by the run's settings, if these are known.
+    If the run's settings are known, warns when the share of first tokens differs from the one that they imply.
 
     Raises:
         ValueError: if the checkpoint, an argument, the model or the text is invalid.

@@ -92,10 +92,10 @@ class DataParallelTrainer(ResumableTrainer):
 class DataParallelRunner(ResumableRunner):
     """SAELens' runner on one of several processes started by torchrun, or on a single process.
 
-    `train_batch_size_tokens`, `training_tokens` and everything logged or saved refer to all processes together, with
-    exceptions that cover only the first process's tokens: evaluations and, logged for a step, the losses, explained
-    variance, L0, and metrics of the export and of scans (`export_...`, `..._per_kept`). The text is split between the
-    processes. Each has its own buffer of `n_batches_in_buffer`.
+    `train_batch_size_tokens` and `training_tokens` are totals over all processes, and everything logged or saved covers
+    all of them, with two exceptions that cover only the first process's tokens: evaluations, and the metrics logged at
+    a step that are losses, explained variance, L0, or of the export and of scans (`export_...`, `..._per_kept`). The
+    text is split between the processes; each process has its own buffer of `n_batches_in_buffer` prompts.
 
     Args:
         cfg: as for SAELens' runner, the same on all processes. With `device="cuda"` each process has its own GPU.
@@ -105,8 +105,9 @@ class DataParallelRunner(ResumableRunner):
         timeout: how long a process waits for another before it fails.
 
     Raises:
-        ValueError: at the start, as for `ResumableRunner`; for unavailable devices, or a checkpoint from another number
-            of processes. On several processes also if the batch cannot be split evenly, or only by splitting groups;
+        ValueError: at the start, as for `ResumableRunner`; for unavailable devices, or a checkpoint from a different
+            number of processes. On several processes also if the batch cannot be split evenly, or only by splitting a
+            group of `pool_group_size` tokens;
             for other architectures, `compile_sae`, devices that cannot be shared, and whatever `data_parallel` rejects;
             if a cache, or a text that is not streamed, has fewer rows than there are processes, or the processes have
             different configs.
@@ -267,8 +268,8 @@ def check_same_number(checkpoint: Path, count: int) -> None:
     saved = 1 + sum(1 for _ in checkpoint.glob(data_position_file(1).replace("_1", "_[0-9]*")))
     if saved != count:
         raise ValueError(
-            f"resume_from_checkpoint={str(checkpoint)!r} is from {saved} process{'es' * (saved > 1)}, each with its "
-            f"own position in the text, so it cannot be resumed with {count}; start as many as before."
+            f"resume_from_checkpoint={str(checkpoint)!r} holds positions in the text for {saved} "
+            f"process{'es' * (saved > 1)}, but {count} {'are' if count > 1 else 'is'} running; start {saved}."
         )
 
 

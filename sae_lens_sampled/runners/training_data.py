@@ -85,7 +85,7 @@ def token_settings(metadata: SAEMetadata, folder: Path | None = None) -> TokenSe
 
 
 def remember_settings(metadata: SAEMetadata, cfg: Any) -> None:
-    """Write the token settings of its run to an SAE's metadata, where SAELens writes only some of them."""
+    """Write all token settings of a run to its SAE's metadata; SAELens itself writes only some of them."""
     for name in RUN_FIELDS:
         metadata[name] = getattr(cfg, name)
 

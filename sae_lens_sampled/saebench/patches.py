@@ -194,8 +194,12 @@ def ordered_vocabulary() -> Iterator[None]:
 
 
 @contextmanager
-def core_errors_raised() -> Iterator[None]:
-    """On exit, raise the first error that core logged: core itself logs the failure of an SAE and continues."""
+def core_errors_raised(text: str) -> Iterator[None]:
+    """On exit, raise the first error that core logged: core itself logs the failure of an SAE and continues.
+
+    Raises:
+        ValueError: beginning with `text`, if that gives no prompt.
+    """
     errors: list[BaseException] = []
 
     class Collect(logging.Handler):
@@ -211,7 +215,7 @@ def core_errors_raised() -> Iterator[None]:
         core.logger.removeHandler(handler)
     if errors and isinstance(errors[0], StopIteration):  # raised by SAELens' store if the text gives no prompt
         raise ValueError(
-            "the text has no rows, or gives no prompt of context_size tokens; use more text or a smaller context_size."
+            f"{text} has no rows or gives no prompt; use more text or a smaller context_size."
         ) from errors[0]
     if errors:
         raise errors[0]
@@ -231,7 +235,7 @@ def core_inputs(model: Any, from_sae: Callable[..., Any], losses: Sequence[Any])
         "get_recons_loss": mock.Mock(side_effect=losses),
         "gc": mock.Mock(),  # core collects garbage for a quarter of a second after every SAE, but the model stays
     }
-    with model_in_memory(model), mock.patch.multiple(core, **replaced), core_errors_raised():
+    with model_in_memory(model), mock.patch.multiple(core, **replaced), core_errors_raised("the recorded text"):
         yield
 
 

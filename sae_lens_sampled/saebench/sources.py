@@ -98,7 +98,7 @@ def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ValueError(
-                f"two of saes are called {name!r}, so the results of one would replace the other's; "
+                f"two SAEs are called {name!r}, so the results of one would replace the other's; "
                 "pass (name, SAE or Path) pairs with different names (NAME=FOLDER on the command line)."
             )
     return saes, broken

@@ -248,7 +248,9 @@ def test_a_disk_that_is_too_small_is_reported_after_one_pass_of_the_model(store,
     of_full_disk, n_passes, get = store(), itertools.count(), ActivationsStore.get_activations
     monkeypatch.setattr(of_full_disk, "get_activations", lambda tokens: (next(n_passes), get(of_full_disk, tokens))[1])
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(NoSpaceError, match=r"the activations need 2,560.0 MB, but .* make room or choose another"):
+    with pytest.raises(
+        NoSpaceError, match=r"2,560.0 MB are needed for the activations, but .* make room or choose another"
+    ):
         cache_activations(of_full_disk, 10**7, tmp_path, SETTINGS)
     assert next(n_passes) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]

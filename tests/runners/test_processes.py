@@ -81,10 +81,10 @@ def test_a_gpu_that_is_not_there_is_reported_before_anything_is_loaded(tiny_lm, 
     device = "cuda:99" if count == "1" else "cuda"
     others = {"llm_device": "cpu", "act_store_device": "cpu"} if field == "device" else {}
     cfg = runner_config(tiny_lm, tmp_path, "none", **{**others, field: device}, model_name="not there")
-    with pytest.raises(ValueError, match=f"^there is no {field}='cuda:99' on this machine; it has cpu"):
+    with pytest.raises(ValueError, match=f"^torch cannot use {field}='cuda:99' on this machine; available: cpu"):
         DataParallelRunner(cfg)
     if field == "device":
-        with pytest.raises(ValueError, match=r"^there is no device='cuda:99' on this machine; it has cpu"):
+        with pytest.raises(ValueError, match=r"^torch cannot use device='cuda:99' on this machine; available: cpu"):
             join_processes("cuda:99", timedelta(seconds=1))
     assert not torch.distributed.is_initialized()
 

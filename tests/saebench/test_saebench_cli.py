@@ -145,7 +145,7 @@ def test_a_part_evaluates_its_share_of_the_saes(monkeypatch):
 def test_mmcs_prints_both_directions_of_every_pair(folders):
     result = CliRunner().invoke(app, ["mmcs", *folders, folders[0] + "/../sampled_seed0"])
     assert result.exit_code == 1
-    assert "two of saes are called" in result.output
+    assert "two SAEs are called" in result.output
     result = CliRunner().invoke(app, ["mmcs", *folders])
     assert result.exit_code == 0, result.output
     head, _, forward, backward = result.stdout.strip().splitlines()

@@ -48,7 +48,7 @@ def test_callers_sae_is_left_alone_and_decoder_rows_come_out_unit_norm():
 def test_saes_that_cannot_be_evaluated_are_refused(tmp_path):
     with pytest.raises(ValueError, match="saes is empty"):
         load_saes([])
-    with pytest.raises(ValueError, match="two of saes are called 'a_custom_sae'"):
+    with pytest.raises(ValueError, match="two SAEs are called 'a_custom_sae'"):
         load_saes([("a", trained()), ("a", trained())])
     with pytest.raises(ValueError, match="is not a folder"):
         load_saes([tmp_path / "missing"])

@@ -103,7 +103,8 @@ class Core(Eval):
         # An SAE that cannot be recorded: SAEBench runs the model itself, and nothing is added.
         if sae.name not in self.recorded:
             hooks = recording.site_of(sae.sae).hooks
-            with switched_on(self.setup.model.hooked, hooks), patches.core_errors_raised():
+            text = f"text={self.config.dataset!r} with context_size={self.config.context_size}"
+            with switched_on(self.setup.model.hooked, hooks), patches.core_errors_raised(text):
                 self._run_sae_bench(sae)
             return self.written(sae)
         place = self.recorded[sae.name]
