@@ -50,7 +50,7 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
         ({"train_batch_size_tokens": 0}, "one of train_batch_size_tokens, "),
         ({"training_tokens": 0}, "training_tokens=0 must be at least 1."),
         ({"device": "cuda:99"}, "torch cannot use device='cuda:99' on this machine; available: cpu"),
-        ({"act_store_device": "nonsense"}, "there is no act_store_device='nonsense' on this machine; available: cpu"),
+        ({"act_store_device": "nonsense"}, "torch cannot use act_store_device='nonsense' on this machine; available:"),
         ({"model_name": "./nothing"}, "model_name='./nothing' cannot be loaded: "),
         ({"dataset_path": "/no/such"}, "dataset_path='/no/such' cannot be loaded: "),
         ({"hook_name": "nonsense"}, "hook_names not found as submodules of the model: ['nonsense']"),

@@ -168,7 +168,7 @@ def test_a_full_disk_is_reported_before_calibrating(folders, tmp_path, monkeypat
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(command, "load_model_of_run", lambda *_: pytest.fail("the model was loaded first"))
     result = invoke("calibrate", folders, tmp_path / "out")
-    assert "the calibrated SAE need" in refusal(result)
+    assert "1.2 MB are needed for the calibrated SAE, but" in refusal(result)
     assert list(tmp_path.iterdir()) == []
 
 

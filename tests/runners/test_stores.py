@@ -58,7 +58,7 @@ def test_core_tells_of_saes_that_only_sae_bench_itself_evaluates(saes, tmp_path,
     monkeypatch.setattr(recording, "is_shareable", lambda sae: False)
     monkeypatch.setattr(general_utils.time, "sleep", lambda seconds: None)  # between SAEBench's retries
     with pytest.raises(
-        EvalError, match=r"ValueError: text='.*text' with context_size=64 has no rows or gives no prompt;"
+        EvalError, match=r"ValueError: text='.*text' with context_size=48 has no rows or gives no prompt;"
     ):
         run_small(saes[2:3], ["core"], tmp_path / "out", text=text(n_words))
 

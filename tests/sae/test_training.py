@@ -220,8 +220,9 @@ def test_autocast_scores_in_float32_and_keeps_the_buffers():
     ids=str,
 )
 def test_compiled_step_equals_the_plain_one(fields):
+    """As traced and differentiated; `test_compiled_run_trains_as_the_plain_one` generates code too, which is slow."""
     plain, compiled = sampled_sae(**fields), sampled_sae(**fields)
-    step = torch.compile(compiled.training_forward_pass)
+    step = torch.compile(compiled.training_forward_pass, backend="aot_eager")
     for number in range(3):
         data = step_input(activations(24, seed=number), n_dead=4)
         want, got = plain.training_forward_pass(data), step(data)
