@@ -80,7 +80,7 @@ COMMANDS: dict[str, Run | str] = {
         needs="sae_bench",
     ),
     "sae-lens-sampled report sae_bench_results": Run(needs="sae_bench"),
-    "eval/study/run.py --config pythia-160m --dry-run": Run(),
+    "python eval/study/run.py --config pythia-160m --dry-run": Run(),
     # docs
     "sae-lens-sampled train": MENTIONED,
     "make lint": "a job of its own",
