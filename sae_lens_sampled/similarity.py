@@ -22,7 +22,7 @@ MATCH_MAX_LATENTS = 8192
 
 
 class MaxCosines(NamedTuple):
-    """Of each row of two dictionaries, `a` and `b`: the largest cosine, and |cosine|, with any row of the other."""
+    """Largest cosine, and largest |cosine|, of each row of two dictionaries, `a` and `b`, with any row of the other."""
 
     a: Float[Tensor, " n_a"]
     a_absolute: Float[Tensor, " n_a"]

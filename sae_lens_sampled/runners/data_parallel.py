@@ -93,9 +93,9 @@ class DataParallelRunner(ResumableRunner):
     """SAELens' runner on one of several processes started by torchrun, or on a single process.
 
     `train_batch_size_tokens` and `training_tokens` are totals over all processes, and everything logged or saved covers
-    all of them, with two exceptions that cover only the first process's tokens: evaluations, and the metrics logged at
-    a step that are losses, explained variance, L0, or of the export and of scans (`export_...`, `..._per_kept`). The
-    text is split between the processes; each process has its own buffer of `n_batches_in_buffer` prompts.
+    all of them, except what covers only the first process's tokens: evaluations, and in the log of a step the losses,
+    explained variance, L0, `export_...` and `..._per_kept`. The text is split between the processes; each has its own
+    buffer of `n_batches_in_buffer` prompts.
 
     Args:
         cfg: as for SAELens' runner, the same on all processes. With `device="cuda"` each process has its own GPU.
@@ -107,10 +107,9 @@ class DataParallelRunner(ResumableRunner):
     Raises:
         ValueError: at the start, as for `ResumableRunner`; for unavailable devices, or a checkpoint from a different
             number of processes. On several processes also if the batch cannot be split evenly, or only by splitting a
-            group of `pool_group_size` tokens;
-            for other architectures, `compile_sae`, devices that cannot be shared, and whatever `data_parallel` rejects;
-            if a cache, or a text that is not streamed, has fewer rows than there are processes, or the processes have
-            different configs.
+            group of `pool_group_size` tokens; for other architectures, `compile_sae`, devices that cannot be shared,
+            and whatever `data_parallel` rejects; if a cache, or a text that is not streamed, has fewer rows than there
+            are processes, or the processes have different configs.
         LostRankError: if other processes do not join, or do not answer within `timeout`.
     """
 

@@ -243,9 +243,7 @@ def test_another_number_of_processes_cannot_resume(tmp_path, saved, now):
     for rank in range(saved):
         (tmp_path / data_position_file(rank)).touch()
     check_same_number(tmp_path, saved)
-    with pytest.raises(
-        ValueError, match=rf"from {saved} process(es)?, each with .* cannot be resumed with {now}; start"
-    ):
+    with pytest.raises(ValueError, match=rf"for {saved} process(es)?, but {now} (is|are) running; start {saved}\.$"):
         check_same_number(tmp_path, now)
 
 
