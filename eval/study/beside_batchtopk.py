@@ -29,22 +29,21 @@ ALPHA = 0.05
 BETTER, WORSE = "▲", "▼"
 SIDES = {
     "batchtopk": "SAELens BatchTopK",
+    "own_batchtopk": "all latents",
     "topk": "SAELens TopK",
     "matryoshka": "SAELens Matryoshka",
     "pool_5": "one pool, factor 5",
     "pool_5_groups_16": "groups of 16, factor 5",
     "pool_10_groups_16": "groups of 16, factor 10",
-    "pool_20_groups_16": "groups of 16, factor 20",
     "nested_10": "nested groups of 16, factor 10",
-    "nested_20": "nested groups of 16, factor 20",
 }
-"""Names of the arms in the benchmark of training steps."""
+"""Names of the arms in the benchmark of training steps, and of BatchTopK by this package's step."""
 
 
 def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
     """Decision table, one row per arm: means, with marks where they differ from BatchTopK, and time.
 
-    Marks are corrected for all comparisons of the table (Holm).
+    Marks are from the SAEs of the seeds that both arms have, and corrected for all comparisons of the table (Holm).
 
     Args:
         summary: the study's results.
@@ -58,8 +57,9 @@ def decision_table(summary: Summary, step_seconds: dict[str, float]) -> str:
         cells = [
             "-" if mean is None else f"{mean.mean:.3f}{marks.get((arm, name), '')}" for name, mean in means.items()
         ]
-        rows.append([summary.label(arm), *cells, "-" if seconds is None else f"{seconds:.0f} s"])
-    return markdown_table(["", *DECISION, "time for 1M tokens"], rows)
+        n_saes = str(summary.n_evaluated(arm))
+        rows.append([summary.label(arm), n_saes, *cells, "-" if seconds is None else f"{seconds:.0f} s"])
+    return markdown_table(["", "SAEs", *DECISION, "steps for 1M tokens"], rows)
 
 
 def difference_table(summary: Summary) -> str:

@@ -109,6 +109,8 @@ class Study:
     n_stability_seeds: int = 5
     """SAEs trained per arm for BatchTopK and for the fixed pool factor, with one pool and in groups of 16: at
     least `n_seeds`, for comparisons between seeds."""
+    seeds_by_arm: dict[str, int] = field(default_factory=dict)
+    """SAEs trained of arms that get fewer than those numbers, by arm."""
     mixed_prompts: int = 16
     """Prompts in the activation store's mixing buffer (SAELens' `n_batches_in_buffer`)."""
     held_out_tokens: int = 65_536
@@ -144,8 +146,8 @@ class Study:
     """Seed of the first SAE of each arm."""
     controls: bool = False
     """Whether to include two more control arms: a decoder that is not trained, and a tenth of the training."""
-    variant_of: str = ""
-    """Study whose work folder this one shares, with the text, activations, probes and SAEs that both have in common."""
+    shared_folder: str = ""
+    """Name of the work folder, if studies share one with the text, activations, probes and SAEs that all have."""
     text: str = ""
     """Fingerprint of a user's text, in place of `dataset` and `held_out` in the settings."""
 
@@ -183,7 +185,7 @@ class Study:
 
 NEUTRAL = (
     *("name", "model_parameters", "device", "saes_per_run", "synthetic"),
-    *("n_seeds", "n_stability_seeds", "first_seed", "controls", "variant_of"),
+    *("n_seeds", "n_stability_seeds", "seeds_by_arm", "first_seed", "controls", "shared_folder"),
     *("pool_factors", "group_sizes", "scores", "arms"),
     *("on_synthetic_data", "pictures", "absorption", "absorption_arms", "absorption_seeds", "probing_splits"),
 )

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 
 from pages import interval_text, markdown_table
 from study.figures import COLOURS, MARKS
-from study.plan import GROUPED, RECOMMENDED, pool_name
+from study.plan import GROUPED, GROUPS_10, pool_name
 from study.studies import BLOCK_10, CURVE
-from study.summary import Summary, committed_summary, shown
+from study.summary import Summary, committed_summary
 from study.tables import baselines
 
 ARMS = {name: MARKS[name] for name in baselines()} | {
-    RECOMMENDED: (COLOURS[GROUPED], "o"),
+    GROUPS_10: (COLOURS[GROUPED], "o"),
     pool_name(5, None): (COLOURS[None], "o"),
 }
 """Colour and mark of each arm that has a curve."""
@@ -28,6 +28,12 @@ PANELS = {
 def summaries_of_curve(eval_folder: Path) -> list[Summary]:
     """The committed results at k 32 and, of fewer seeds, at other k."""
     return [committed_summary(study, eval_folder) for study in (BLOCK_10, *CURVE)]
+
+
+def measured(summaries: Sequence[Summary]) -> list[str]:
+    """The k that have results, in ascending order; none if there is only one, since a curve needs two."""
+    found = sorted(summary.study.k for summary in summaries if summary.on_model)
+    return [f"{k:g}" for k in found] if len(found) > 1 else []
 
 
 def draw_curves(summaries: Sequence[Summary], file: Path) -> None:
@@ -68,8 +74,8 @@ def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -
 
 
 def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = "batchtopk") -> str:
-    """Means of the studies' arms, a row for each study and arm; differences from `base` with intervals if there are at
-    least three seeds.
+    """Means of the studies' arms, a row for each study and arm, and differences from `base` with intervals if there are
+    at least three seeds.
     """
     rows = []
     for name, summary in summaries.items():
@@ -85,5 +91,5 @@ def _cell(summary: Summary, arm: str, metric: str, base: str) -> str:
     if mean is None:
         return "-"
     if arm == base or difference is None or difference.half is None or difference.n < 3:
-        return shown(mean, metric) if mean.n > 2 else f"{mean.mean:.3f}"
+        return f"{mean.mean:.3f}"
     return f"{mean.mean:.3f} ({interval_text(difference, signed=True)})"

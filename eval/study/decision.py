@@ -17,10 +17,10 @@ from scipy import stats
 from pages import interval_text, markdown_table
 from sae_lens_sampled.confidence import Interval, holm, mean_interval
 from study.beside_batchtopk import difference
-from study.plan import BASE, GROUPED, RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name
+from study.plan import BASE, GROUPED, GROUPS_10, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name
 from study.summary import MMCS, Summary
 
-CANDIDATES = (RECOMMENDED, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name(5, GROUPED), pool_name(5, None))
+CANDIDATES = (GROUPS_10, THEN_ALL, THEN_PLAIN, WINSORISED, pool_name(5, GROUPED), pool_name(5, None))
 """The settings that the rule is applied to."""
 MARGINS = {"fvu": 0.02, "absorption_full": 0.03, "dead": 0.02}
 """Largest excess over BatchTopK that counts as no worse: for FVU a share of BatchTopK's, otherwise a difference."""
@@ -86,12 +86,14 @@ def recommended(summary: Summary) -> Verdict | None:
 
 
 def missing(summary: Summary) -> list[str]:
-    """The settings, and BatchTopK, that lack the result of a seed in a metric; all of them below three seeds."""
+    """The settings, and BatchTopK, that lack the result of a seed in a metric, or have fewer than three seeds."""
     return [arm for arm in (BASE, *CANDIDATES) if not _is_complete(summary, arm)]
 
 
 def _is_complete(summary: Summary, arm: str) -> bool:
-    seeds = set(summary.study.seeds(summary.study.n_seeds))
+    if arm not in summary.arms:
+        return False
+    seeds = set(summary.study.seeds(summary.arms[arm].n_seeds))
     pairs = set(itertools.combinations(sorted(seeds), 2))
     return (
         len(seeds) > 2
@@ -125,6 +127,16 @@ def verdict_table(summary: Summary) -> str:
         cells = [f"**{text}**" if is_shown else text for text, is_shown in texts]
         rows.append([summary.label(verdict.arm), *cells, "yes" if verdict.is_recommended else "no"])
     return markdown_table(header, rows)
+
+
+def verdict_text(summary: Summary) -> str:
+    """The rule's verdict in a sentence."""
+    passed = [summary.label(verdict.arm) for verdict in verdicts(summary) if verdict.is_recommended]
+    chosen = recommended(summary)
+    if chosen is None:
+        return "**No setting of pools passes: BatchTopK by this package's step is what to take.**"
+    others = f" (of {len(passed)} that pass)" if len(passed) > 1 else ""
+    return f"**Recommended: {summary.label(chosen.arm)}**{others}."
 
 
 def _p(p: float | None) -> float:

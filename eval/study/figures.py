@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from study.plan import GROUPED, RECOMMENDED, pool_name
+from study.plan import GROUPED, GROUPS_10, pool_name
 from study.summary import Summary
 from study.tables import baselines, controls, nested_arms, planned, score_arms
 
@@ -78,7 +78,7 @@ def draw_densities(summary: Summary, file: Path) -> None:
     """Plot how often latents fire, means over seeds: pools on the left, scores (without any: levels) on the right."""
     fixed = summary.study.fixed_pool_factor
     smallest = min(summary.study.pool_factors)
-    pools = [pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED), RECOMMENDED]
+    pools = [pool_name(smallest, None), pool_name(fixed, None), pool_name(fixed, GROUPED), GROUPS_10]
     left = ["batchtopk", *dict.fromkeys(pools)]
     scores = [name for name in score_arms(summary) if name.endswith(f"groups_{GROUPED}")]
     right = scores if summary.study.scores else nested_arms()[2:]

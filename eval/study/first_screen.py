@@ -1,4 +1,4 @@
-"""A picture for the README, not made yet: the time of a training step, and what a pool costs in reconstruction."""
+"""The README's picture: the time of a training step, and what a pool costs in reconstruction."""
 
 import json
 from pathlib import Path

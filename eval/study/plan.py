@@ -1,7 +1,7 @@
 """Which SAEs a study trains and evaluates, and in which runs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import combinations_with_replacement
 from typing import Any
@@ -22,13 +22,13 @@ NESTED = {"nested_10": 10, "nested_20": 20}
 """Pool factors of the arms with nested losses in groups."""
 THEN_PLAIN = "nested_10_then_plain"
 """The arm whose inner losses count only in the first half of training."""
-RECOMMENDED = "pool_10_groups_16"
-"""The arm that `RESULTS.md` recommends until the rule in `decision.py` decides."""
+GROUPS_10 = "pool_10_groups_16"
+"""Pools of ten times k latents for groups of tokens."""
 THEN_ALL = "pool_10_groups_16_then_all"
 """The same arm, with every latent a candidate in the last tenth of the training."""
 WINSORISED = "winsorised_10_groups_16_then_all"
 """The arm with the setting that finds the most of few known features; it too ends with every latent a candidate."""
-ITSELF = (THEN_PLAIN, RECOMMENDED, THEN_ALL, WINSORISED)
+ITSELF = (THEN_PLAIN, GROUPS_10, THEN_ALL, WINSORISED)
 """Arms that, like those of `NESTED`, are compared only with themselves, between seeds."""
 FROZEN, SHORT = "frozen_decoder", "short"
 """Controls."""
@@ -134,6 +134,7 @@ def arms(study: Study) -> list[Arm]:
         if (source := by_name.get(pool_name(factor, size))) is not None:
             label = f"{source.label}, global threshold at L0 {study.k:g}"
             plan.append(Arm(f"{source.name}_global", label, sampled, n, source.fields, exported_from=source.name))
+    plan = [replace(arm, n_seeds=study.seeds_by_arm.get(arm.name, arm.n_seeds)) for arm in plan]
     return [arm for arm in plan if any(fnmatch(arm.name, pattern) for pattern in study.arms)]
 
 

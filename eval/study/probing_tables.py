@@ -164,8 +164,21 @@ def verdict(summary: Summary) -> str:
     ]
     if not half_widths:
         return "One SAE for each arm, or one task, says nothing about others."
-    standing = [f"{summary.label(arm)} with {k}" for (arm, k), p in adjusted.items() if p <= SIGNIFICANT]
+    standing: dict[str, dict[str, list[str]]] = {"better": {}, "worse": {}}
+    for (arm, k), p in adjusted.items():
+        change = found[arm, k].over_seeds
+        if p <= SIGNIFICANT and change is not None:
+            of_direction = standing["better" if change.mean > 0 else "worse"]
+            of_direction.setdefault(summary.label(arm), []).append(f"{k}")
+    named = [
+        f" {direction.capitalize()} (with so many latents): "
+        + "; ".join(f"{label} ({', '.join(ks)})" for label, ks in of_direction.items())
+        + "."
+        for direction, of_direction in standing.items()
+        if of_direction
+    ]
+    n_standing = sum(p <= SIGNIFICANT for p in adjusted.values())
     return (
         f"The intervals reach {min(half_widths):.3f} to {max(half_widths):.3f} to either side; of {len(adjusted)} "
-        f"differences from BatchTopK {len(standing)} stand out" + (f": {'; '.join(standing)}." if standing else ".")
+        f"differences from BatchTopK, those of controls among them, {n_standing} stand out." + "".join(named)
     )

@@ -8,11 +8,12 @@ from latents import tables as latents
 from latents.rating import read_answers
 from pages import interval_text, render
 from sae_lens_sampled.confidence import Interval, rank_correlation
-from study import beside_batchtopk, decision, tables
+from study import beside_batchtopk, curves, decision, plan, probing_tables, tables
 from study.figures import FIGURES
+from study.first_screen import PICTURE, draw_first_screen
 from study.named_text import TITLES
 from study.storage import Storage
-from study.studies import BLOCK_10, SMOLLM2, TINY
+from study.studies import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, TINY
 from study.summary import Summary, committed, committed_summary
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -20,6 +21,10 @@ PAGE = "RESULTS.md"
 """Name of each study's page of tables, and of the page in `eval/`."""
 PAGES = {PAGE: "results.md", "results/bundled.md": "bundled.md"}
 """Templates of the pages about all studies, by file in `eval/`."""
+CURVES = Path("results") / "curves.png"
+"""The picture that the page leads with, in `eval/`."""
+ELSEWHERE = {"FVU": "fvu", "dead": "dead", "MMCS": "mmcs", "absorption, full": "absorption_full"}
+"""Columns of the table of other blocks and of longer training."""
 LATENTS_OF = {
     "batchtopk": "BatchTopK",
     "one_pool_5": "pool 5, one pool",
@@ -38,6 +43,10 @@ def write_report(storage: Storage, eval_folder: Path) -> Path:
     page.write_text(render_tables(storage))
     if storage.results.resolve() != committed(storage.study.name, eval_folder).resolve():
         return page
+    of_curve = curves.summaries_of_curve(eval_folder)
+    if curves.measured(of_curve):
+        curves.draw_curves(of_curve, eval_folder / CURVES)
+        draw_first_screen(eval_folder, eval_folder / PICTURE)
     for name, text in render_pages(eval_folder).items():
         (eval_folder / name).write_text(text)
     return eval_folder / PAGE
@@ -52,34 +61,38 @@ def render_tables(storage: Storage) -> str:
         summary=summary,
         tables=tables,
         beside=beside_batchtopk,
+        probing=probing_tables,
         titles=titles(storage.results),
     )
 
 
 def render_pages(eval_folder: Path) -> dict[str, str]:
     """Pages with the findings of the studies, in words, by file."""
-    summaries = {study.name: committed_summary(study, eval_folder) for study in (TINY, SMOLLM2, BLOCK_10)}
-    decided = summaries[BLOCK_10.name]
-    real, texts = summaries[SMOLLM2.name], titles(committed(SMOLLM2.name, eval_folder))
+    tiny, real, split = (committed_summary(study, eval_folder) for study in (TINY, BLOCK_10, SPLIT_10))
+    texts = {"train": [], "held_out": []} | titles(committed(BLOCK_10.name, eval_folder))
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
-    seconds = beside_batchtopk.step_seconds(eval_folder / "results" / "bench_training_step.json")
+    others = {f"block {study.hook.split('.')[1]}": committed_summary(study, eval_folder) for study in OTHER_BLOCKS}
+    others["ten million tokens"] = committed_summary(LONG, eval_folder)
     values = {
-        "tiny": summaries[TINY.name],
+        "tiny": tiny,
         "real": real,
+        "split": split,
         "tables": tables,
         "beside": beside_batchtopk,
-        "step_seconds": seconds,
-        "time": {arm: f"{of_arm / seconds['batchtopk']:.2f}" for arm, of_arm in seconds.items()},
+        "probing": probing_tables if probing_tables.comparisons(real) else None,
+        "curves": curves,
+        "curve": curves.measured(curves.summaries_of_curve(eval_folder)),
+        "elsewhere": {name: summary for name, summary in others.items() if summary.on_model},
+        "elsewhere_columns": ELSEWHERE,
+        "step_seconds": beside_batchtopk.step_seconds(eval_folder / "results" / "bench_training_step.json"),
         "export": export_gaps(real),
         "decision": decision,
-        "decided": decided,
-        "verdicts": decision.verdict_table(decided) if decision.verdicts(decided) else "",
-        "firing": partial(tables.firing, real),
-        "excluded": probing_excluded(summaries[TINY.name]),
-        "correlated": partial(rank_correlation_of, summaries[TINY.name]),
+        "verdicts": decision.verdict_table(real) if decision.verdicts(real) else "",
+        "excluded": probing_excluded(tiny),
+        "correlated": partial(rank_correlation_of, tiny),
         "interval": partial(interval_text, digits=2, signed=True),
         "titles": texts,
-        "years": f"{min(years)} to {max(years)}",
+        "years": f"{min(years, default='?')} to {max(years, default='?')}",
         "latents": latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
         "latents_readers": latents_readers(eval_folder / "results" / "latents_smollm2"),
         "devices": " and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
@@ -122,18 +135,11 @@ def rank_correlation_of(summary: Summary, metric: str, other: str, other_is_synt
 
 
 def export_gaps(summary: Summary) -> dict[str, str]:
-    """How far exports are from the selection of training, for our arms (no baselines or controls) and for BatchTopK."""
-
-    def gaps(metric: str, arms: list[str]) -> list[float]:
-        metrics = [result["metrics"] for arm in arms for result in summary.on_model.get(arm, {}).values()]
-        return [of_one[metric] / of_one[f"{metric}_in_training"] - 1 for of_one in metrics]
-
-    ours = [arm for arm in summary.arms if arm not in tables.baselines() + tables.controls()]
+    """How far exports are from the selection of training on the same tokens, for our arms and for BatchTopK."""
     text = {}
-    for name, arms in {"ours": ours, "batchtopk": ["batchtopk"]}.items():
+    for name, arms in {"ours": decision.CANDIDATES, "batchtopk": [plan.BASE]}.items():
+        metrics = [result["metrics"] for arm in arms for result in summary.on_model.get(arm, {}).values()]
         for metric in ("l0", "fvu"):
-            values = gaps(metric, arms)
-            text[f"{name}_{metric}"] = f"{min(values):+.1%} to {max(values):+.1%}"
-    text["n"] = str(len(gaps("l0", ours)))
-    text["n_within"] = str(sum(abs(gap) <= 0.03 for gap in gaps("l0", ours)))
+            gaps = [of_one[metric] / of_one[f"{metric}_of_selection"] - 1 for of_one in metrics]
+            text[f"{name}_{metric}"] = f"{min(gaps):+.1%} to {max(gaps):+.1%}" if gaps else "-"
     return text

@@ -1,7 +1,7 @@
 """The paper's experiments: Sampled-SAE in many settings beside SAELens' TopK, BatchTopK and Matryoshka BatchTopK.
 
     python eval/study/run.py --config tiny                   # the bundled model, on 2 CPU cores, offline
-    python eval/study/run.py --config smollm2 --text FOLDER  # a real model, offline; FOLDER has .txt files
+    python eval/study/run.py --config smollm2-block10 --text FOLDER  # a real model; FOLDER has .txt files
     python eval/study/run.py --config pythia-160m --dry-run  # the cost for the paper's model
     python eval/study/run.py --config pythia-160m --smoke    # the same arms on the bundled model, in minutes
     python eval/study/run.py --config pythia-160m --stages prepare             # once, before several processes
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = smoke(study) if args.smoke else study
     if args.device:
         study = replace(study, device=args.device)
-    work = args.work_dir or Path("study_output") / (study.variant_of or study.name)
+    work = args.work_dir or Path("study_output") / (study.shared_folder or study.name)
     results = args.results_dir or (work / "results" if args.smoke else EVAL / "results" / f"study_{study.name}")
     try:
         part = parse_part(args.part)

@@ -56,8 +56,9 @@ PYTHIA = Study(
 )
 """The paper's model, layer, batch size, learning rate, steps and auxiliary coefficient; needs a GPU and a network."""
 
-SMOLLM2 = Study(
-    name="smollm2",
+BLOCK_10 = Study(
+    name="smollm2-block10",
+    shared_folder="smollm2",
     model="smollm2",  # smollm2.py finds it
     model_parameters=134_515_008,
     dataset=str(TINY_LM / "text"),  # too short: --text names another
@@ -72,57 +73,45 @@ SMOLLM2 = Study(
     dead_window=200,
     context_size=128,
     evals={
-        "core": {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 20},
+        "core": {"n_eval_reconstruction_batches": 8, "n_eval_sparsity_variance_batches": 20},
         "sparse_probing": {"k_values": [1, 2, 5, 20], "context_length": 64},
     },
+    probing_splits=5,
     # 4 million tokens for the probes before the first SAE, and minutes for each.
     absorption={"min_feats_for_eval": 10, "max_k_value": 3, "k_sparse_probe_num_epochs": 20},
-    absorption_arms=("batchtopk", "topk", "pool_5", "pool_10_groups_16"),
-    absorption_seeds=1,
-    probing_splits=5,
-    arms=(
-        *("batchtopk", "topk", "matryoshka", "narrow_5", "pool_5", "pool_5_groups_16", "pool_10_groups_16"),
-        *("pool_20_groups_16", "nested_10", "nested_20", "nested_10_then_plain"),
-    ),
-    pool_factors=(5, 10, 20),
-    group_sizes=(16,),
-    scores=(),
-    n_stability_seeds=3,
-    on_synthetic_data=False,
-    pictures=("densities", "similarity"),
-    saes_per_run=4,
-    dtype="bfloat16",
-    cached=True,
-)
-"""A real model, from a Python package: offline, on two CPU cores, in some hours."""
-
-BLOCK_10 = replace(
-    SMOLLM2,
-    name="smollm2-block10",
-    variant_of="smollm2",
-    own_steps=True,
-    controls=True,
-    first_seed=3,  # the rule of decision is applied to seeds that were not seen when it was written
-    n_seeds=5,
-    n_stability_seeds=5,
-    arms=(
-        *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
-        *("pool_5", "winsorised_10_groups_16_then_all", "narrow_5", "pool_5_groups_16", "frozen_decoder", "short"),
-    ),
     absorption_arms=(
         *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
         *("pool_5", "winsorised_10_groups_16_then_all", "pool_5_groups_16", "frozen_decoder", "short"),
     ),
     absorption_seeds=5,
+    arms=(
+        *("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_10_groups_16_then_all", "nested_10_then_plain"),
+        *("pool_5", "winsorised_10_groups_16_then_all", "narrow_5", "pool_5_groups_16", "frozen_decoder", "short"),
+    ),
+    pool_factors=(5, 10),
+    group_sizes=(16,),
+    scores=(),
+    controls=True,
+    seeds_by_arm=dict.fromkeys(("narrow_5", "frozen_decoder", "short"), 3),  # controls, which the rule does not judge
+    first_seed=3,  # the rule of decision is applied to seeds that were not seen when it was written
+    n_seeds=5,
+    n_stability_seeds=5,
+    on_synthetic_data=False,
+    own_steps=True,
+    pictures=("densities", "similarity"),
     saes_per_run=3,
-    evals=SMOLLM2.evals | {"core": SMOLLM2.evals["core"] | {"n_eval_reconstruction_batches": 8}},
+    dtype="bfloat16",
+    cached=True,
 )
-"""The study that decides the recommendation."""
+"""A real model, from a Python package: decides the recommendation. Offline, on two CPU cores, in hours."""
 SPLIT_10 = replace(
     BLOCK_10,
     name="smollm2-split10",
-    absorption={**SMOLLM2.absorption, "max_k_value": 10},
+    absorption={**BLOCK_10.absorption, "max_k_value": 10},
+    arms=("batchtopk", "pool_10_groups_16"),
     absorption_arms=("batchtopk", "pool_10_groups_16"),
+    seeds_by_arm={},
+    pictures=(),
 )
 """Absorption of two of its arms with up to ten splits of a letter, as in SAEBench."""
 SHORT_EVALS = {"core": BLOCK_10.evals["core"]}
@@ -134,10 +123,11 @@ CURVE = tuple(
         controls=False,
         n_seeds=2,
         n_stability_seeds=2,
+        seeds_by_arm={},
         evals=SHORT_EVALS,
         probing_splits=0,
         arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16", "pool_5"),
-        absorption=SMOLLM2.absorption if k == 128 else {},
+        absorption=BLOCK_10.absorption if k == 128 else {},
         absorption_arms=("batchtopk", "topk", "matryoshka", "pool_10_groups_16"),
         absorption_seeds=2,
         pictures=(),
@@ -153,6 +143,7 @@ LONG = replace(
     controls=False,
     n_seeds=2,
     n_stability_seeds=2,
+    seeds_by_arm={},
     evals=SHORT_EVALS,
     probing_splits=0,
     arms=FOUR_ARMS,
@@ -169,6 +160,7 @@ OTHER_BLOCKS = tuple(
         controls=False,
         n_seeds=3,
         n_stability_seeds=3,
+        seeds_by_arm={},
         evals=SHORT_EVALS,
         probing_splits=0,
         arms=FOUR_ARMS,
@@ -205,8 +197,7 @@ LLAMA_7B = replace(
 """The same; Llama 2 stands for LLaMA."""
 
 STUDIES = {
-    study.name: study
-    for study in (TINY, SMOLLM2, BLOCK_10, SPLIT_10, *CURVE, LONG, *OTHER_BLOCKS, PYTHIA, GPT2_XL, LLAMA_7B)
+    study.name: study for study in (TINY, BLOCK_10, SPLIT_10, *CURVE, LONG, *OTHER_BLOCKS, PYTHIA, GPT2_XL, LLAMA_7B)
 }
 
 
@@ -252,6 +243,7 @@ def smoke(study: Study) -> Study:
         dtype=study.dtype,
         n_seeds=2,
         n_stability_seeds=2,
+        seeds_by_arm={},
         held_out_tokens=4096,
         absorption=evals.pop("absorption") if study.absorption else {},
         evals=evals,

@@ -82,6 +82,10 @@ class Summary:
         """Mean over pairs of seeds of two arms, of the value at `path` in the comparison of a pair."""
         return jackknife_interval(self.similarities(arm, other, *path))
 
+    def n_evaluated(self, arm: str) -> int:
+        """Number of the arm's SAEs that are evaluated."""
+        return len(self.on_model.get(arm, {}))
+
     def number(self, arm: str, metric: str, synthetic: bool = False) -> str:
         """A mean, as text."""
         return shown(self.mean(arm, metric, synthetic), metric)

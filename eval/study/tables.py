@@ -37,6 +37,21 @@ SYNTHETIC = {
     "recall with a child": "recall_with_child",
     "absorbed": "absorbed",
 }
+ABSORPTION = {
+    "full": "absorption_full",
+    "fraction": "absorption_fraction",
+    "splits": "absorption_n_splits",
+    "recall": "absorption_recall_best_latent",
+}
+"""Means over letters."""
+LETTERS = {
+    "Full absorption": "full",
+    "Absorption fraction": "fraction",
+    "Splits": "n_splits",
+    "Recall of the probe": "recall_probe",
+    "Recall of the best latent": "recall_best_latent",
+}
+"""Fields of one letter."""
 FIRING = {"live": (-math.inf, 0.0), "often": (-1.0, 0.0), "rarely": (-math.inf, -3.0)}
 """From and to which log10 of the share of tokens latents are counted, as edges of the histogram."""
 VARIANTS = {
@@ -56,7 +71,11 @@ def nested_arms() -> list[str]:
 
 
 def compared_arms(summary: Summary) -> list[str]:
-    return [*baselines(), *controls(), *sweep(summary)]
+    """Baselines, controls and pool factors, then all arms that are in none of the other tables."""
+    derived = [arm.name for arm in summary.arms.values() if arm.exported_from is not None]
+    elsewhere = {*nested_arms(), *order_arms(summary), *score_arms(summary), *derived}
+    first = [*baselines(), *controls(), *sweep(summary)]
+    return list(dict.fromkeys([*first, *(arm for arm in summary.arms if arm not in elsewhere)]))
 
 
 def controls() -> list[str]:
@@ -103,12 +122,15 @@ def metric_table(summary: Summary, arms: Iterable[str], columns: dict[str, str],
     return markdown_table(["", *columns], rows)
 
 
-def firing_table(summary: Summary) -> str:
-    """How equally the latents of every arm fire."""
-    header = ["", "Gini", "live latents", "on more than 10 % of tokens", "on less than 0.1 %"]
+def firing_table(summary: Summary, arms: Iterable[str] | None = None) -> str:
+    """How equally the latents of the arms (None: of every arm) fire."""
+    header = ["", "Gini", "dead", "live latents", "on more than 10 % of tokens", "on less than 0.1 %"]
     rows = [
-        [summary.label(arm), summary.number(arm, "gini"), *(firing(summary, arm, which) for which in FIRING)]
-        for arm in summary.on_model
+        [summary.label(arm)]
+        + [summary.number(arm, metric) for metric in ("gini", "dead")]
+        + [firing(summary, arm, which) for which in FIRING]
+        for arm in (summary.on_model if arms is None else arms)
+        if arm in summary.on_model
     ]
     return markdown_table(header, rows)
 
@@ -121,6 +143,42 @@ def firing(summary: Summary, arm: str, which: str) -> str:
         for result in summary.on_model[arm].values()
     ]
     return f"{statistics.fmean(counts):,.0f}"
+
+
+def absorption_table(summary: Summary, *others: Summary) -> str:
+    """Absorption by SAEBench, a row for each arm of each study; `max_k_value` is the most latents for one letter."""
+    rows = [
+        [summary_of.label(arm), str(summary_of.study.absorption["max_k_value"]), str(len(summary_of.absorption[arm]))]
+        + [shown(summary_of.mean(arm, metric), metric) for metric in ABSORPTION.values()]
+        for summary_of in (summary, *others)
+        for arm in summary_of.absorption
+    ]
+    return markdown_table(["", "`max_k_value`", "SAEs", *ABSORPTION], rows)
+
+
+def letter_table(summary: Summary, field: str) -> str:
+    """One field of absorption by letter, means over the SAEs of each arm in which the letter has a result."""
+    found = {
+        arm: [result["metrics"]["absorption_by_letter"] for result in by_seed.values()]
+        for arm, by_seed in summary.absorption.items()
+    }
+    letters = sorted({letter for of_arm in found.values() for of_sae in of_arm for letter in of_sae})
+    rows = [
+        [
+            letter,
+            *(
+                shown_mean([of_sae[letter][field] for of_sae in of_arm if letter in of_sae])
+                for of_arm in found.values()
+            ),
+        ]
+        for letter in letters
+    ]
+    return markdown_table(["", *(summary.label(arm) for arm in found)], rows)
+
+
+def shown_mean(values: list[float]) -> str:
+    """A mean without an interval; "-" of nothing."""
+    return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
 def probing_table(summary: Summary) -> str:

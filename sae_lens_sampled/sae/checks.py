@@ -195,8 +195,8 @@ def tell_of_one_pool(fields: PoolFields) -> None:
     if is_fixed_choice and fields.pool_group_size is None and fields.n_candidates < fields.d_sae:
         logger.info(
             f"sampled_topk: one pool of {fields.n_candidates:,} of {fields.d_sae:,} latents per batch, as in the paper."
-            " Such a pool tends to stay the same, and latents outside it to die. pool_factor=10, pool_group_size=16 "
-            "lets most latents in; pool_factor=None is BatchTopK"
+            " Such a pool tends to stay the same, and latents outside it to die. pool_factor=None, which is BatchTopK, "
+            "is recommended; pool_factor=10, pool_group_size=16 lets most latents in"
         )
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from study_helpers import EVAL, SMOKE, storage
 
-from study.curves import draw_metric
+from study.curves import draw_metric, measured
 from study.first_screen import SIDES, draw_step_times
 from study.summary import Summary
 
@@ -23,6 +23,8 @@ def test_a_curve_joins_the_means_in_the_order_of_l0(tmp_path):
             metrics = {"l0": k + seed, "fvu": 1 / k + seed}
             study.evaluations.append({"arm": "batchtopk", "seed": seed, "metrics": metrics, "pools": {}})
         summaries.append(Summary(study))
+    assert measured(summaries) == ["8", "16", "32"]
+    assert measured(summaries[:1]) == []
     axes = plt.figure().subplots()
     draw_metric(axes, summaries, ("batchtopk", "pool_5"), "fvu")
     [line] = axes.lines  # no results of one pool, so no line

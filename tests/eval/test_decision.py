@@ -54,9 +54,19 @@ def test_a_setting_that_is_no_worse_and_better_in_one_thing_is_recommended(tmp_p
     assert (groups.arm, groups.no_worse, groups.better) == ("pool_10_groups_16", {*decision.MARGINS}, {"mmcs"})
     assert (one_pool.no_worse, one_pool.better) == ({"absorption_full"}, {"mmcs"})
     assert decision.recommended(summary) == groups
+    assert decision.verdict_text(summary) == "**Recommended: pool 10, groups of 16**."
     row = decision.verdict_table(summary).splitlines()[2]
     assert row.startswith("| pool 10, groups of 16 | **")
     assert row.endswith("| yes |")
+
+
+def test_the_verdict_names_the_one_of_several_that_is_better_in_most(tmp_path):
+    good = {"pool_10_groups_16": {"mmcs": 0.05}, "pool_5": {"mmcs": 0.05, "probing_1": 0.1}}
+    assert decision.verdict_text(summary_of(tmp_path / "two", **good)) == (
+        "**Recommended: pool 5, one pool** (of 2 that pass)."
+    )
+    none = decision.verdict_text(summary_of(tmp_path / "none"))
+    assert none == "**No setting of pools passes: BatchTopK by this package's step is what to take.**"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +144,7 @@ def test_orders_elsewhere_have_intervals_from_three_seeds_on(tmp_path):
     table = order_table({"elsewhere": summary}, {"FVU": "fvu", "MMCS": "mmcs"})
     base, *others = table.splitlines()[2:]
     [pool] = [row for row in others if "one pool" in row]
-    assert base.startswith("| elsewhere | BatchTopK | 0.200 ± 0.000 | 0.500 ")
+    assert base.startswith("| elsewhere | BatchTopK | 0.200 | 0.500 |")
     assert re.fullmatch(r"\|  \| pool 5, one pool \| 0.300 \(\+0.100 \[.*\]\) \| 0.300 \(-0.200 \[.*\]\) \|", pool)
     for arm in ("batchtopk", "pool_5"):
         for seed in (2, 3, 4):
@@ -146,10 +156,10 @@ def test_latents_are_counted_by_how_often_they_fire(tmp_path):
     study = storage(tmp_path, SMOKE)
     for seed, counts in enumerate([[1, 2, 4, 8], [3, 2, 4, 10]]):
         edges = {"density_edges": [-4.5, -3.0, -1.0, -0.25, 0.0], "density_counts": counts}
-        result = {"arm": "topk", "seed": seed, "metrics": {"gini": 0.5}, "pools": {}}
+        result = {"arm": "topk", "seed": seed, "metrics": {"gini": 0.5, "dead": 0.25}, "pools": {}}
         study.evaluations.append(result | edges)
     # By seed: 1 and 3 fire on less than a thousandth of the tokens, 12 and 14 on a tenth or more; 15 and 19 are live.
-    assert "| TopK | 0.500 ± 0.000 | 17 | 13 | 2 |" in firing_table(Summary(study))
+    assert "| TopK | 0.500 ± 0.000 | 0.250 ± 0.000 | 17 | 13 | 2 |" in firing_table(Summary(study))
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from study.named_text import keep_titles, with_text, with_text_of_results
 from study.probing_tasks import NOVELS, TASKS, draw, held_out, with_probing_tasks
 from study.probing_texts import GENDER, PERSON, TENSE, decided
 from study.storage import Storage
-from study.studies import SMOLLM2, TINY
+from study.studies import BLOCK_10, TINY
 
 WORDS = ["amber", "basket", "candle", "door", "engine", "feather", "garden", "hollow", "island", "jacket", "kettle"]
 N_ROWS, N_SPLITS = {"train": 24, "test": 12}, 3
 TITLES = sorted({title for task in TASKS.values() for of_label in task.novels.values() for title in of_label})
-STUDY = replace(SMOLLM2, probing_splits=N_SPLITS)
+STUDY = replace(BLOCK_10, probing_splits=N_SPLITS)
 BY_WORDS = {"person": PERSON, "gender": GENDER, "tense": TENSE}
 
 

@@ -11,7 +11,7 @@ from study_helpers import storage, unit_of
 
 from sae_lens_sampled import load_checkpoint, to_jumprelu
 from study import training
-from study.plan import absorption_units, runs, units
+from study.plan import absorption_units, arms, runs, units
 from study.studies import BLOCK_10, LONG, OTHER_BLOCKS, SPLIT_10, smoke
 from study.training import new_sae, train
 
@@ -73,7 +73,10 @@ def test_variants_of_a_study_have_seeds_and_saes_in_common(tmp_path):
     two = [storage(tmp_path, study) for study in (BLOCK_10, SPLIT_10)]
     unit = unit_of("batchtopk", 3, BLOCK_10)
     assert unit in absorption_units(SPLIT_10)
-    assert {seed for _, seed in (unit.key for unit in units(BLOCK_10))} == {3, 4, 5, 6, 7}
+    seeds = {arm.name: [unit.seed for unit in units(BLOCK_10) if unit.arm == arm] for arm in arms(BLOCK_10)}
+    assert len(seeds) == len(BLOCK_10.arms)
+    assert {name for name, of_arm in seeds.items() if of_arm == [3, 4, 5]} == {"narrow_5", "frozen_decoder", "short"}
+    assert all(of_arm == [3, 4, 5, 6, 7] for name, of_arm in seeds.items() if name not in BLOCK_10.seeds_by_arm)
     assert two[0].sae(unit) == two[1].sae(unit)
     assert two[0].sae_bench == two[1].sae_bench
     assert two[0].release(unit) != two[1].release(unit)

@@ -177,9 +177,10 @@ def test_what_one_pool_does_is_logged_once_with_the_alternatives(fields, is_told
             step(sae, activations(64))
     lines = [record.message for record in caplog.records if "one pool" in record.message]
     assert len(lines) == is_told
+    other = "pool_factor=10, pool_group_size=16 lets most latents in"
     for line in lines:
         assert line.startswith(f"sampled_topk: one pool of {sae.cfg.n_candidates} of 200 latents per batch, as in the")
-        assert line.endswith("pool_factor=10, pool_group_size=16 lets most latents in; pool_factor=None is BatchTopK")
+        assert line.endswith("pool_factor=None, which is BatchTopK, is recommended; " + other)
 
 
 def test_a_score_of_ones_own_is_given_columns_only_if_it_said_so(monkeypatch):
