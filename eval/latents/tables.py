@@ -56,17 +56,6 @@ def token_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
     return markdown_table(["SAE", "latents", *TOKEN_COLUMNS, "in the page's passages"], lines)
 
 
-def readers_text(
-    rows: Sequence[Mapping[str, Any]],
-    readers: Mapping[str, Mapping[str, Answer]],
-    names: Mapping[str, str],
-    who: str = "language models",
-) -> str:
-    """Readers' results as a table, and how far they agree; `who` says what the readers are."""
-    told_by = f"Readers are {who}. Means over the latents of one SAE, with their 95 % intervals."
-    return "\n\n".join([told_by, rating_table(rows, readers, names), *agreement_texts(readers)])
-
-
 def rating_table(
     rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]], names: Mapping[str, str]
 ) -> str:
@@ -89,6 +78,15 @@ def rating_table(
         for result in results
     ]
     return markdown_table(header, lines)
+
+
+def means_text(
+    rows: Sequence[Mapping[str, Any]], readers: Mapping[str, Mapping[str, Answer]], names: Mapping[str, str]
+) -> str:
+    """Each reader's mean rating by SAE, in a line: "BatchTopK: 3.74 and 3.62; ..."."""
+    results = score(rows, readers)
+    of_sae = {name: [f"{result['rating'].mean:.2f}" for result in results if result["sae"] == name] for name in names}
+    return "; ".join(f"{label}: {' and '.join(of_sae[name])}" for name, label in names.items())
 
 
 def agreement_texts(readers: Mapping[str, Mapping[str, Answer]]) -> list[str]:

@@ -19,7 +19,8 @@ from study.summary import Summary, committed, committed_summary
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "RESULTS.md"
 """Name of each study's page of tables, and of the page in `eval/`."""
-PAGES = {PAGE: "results.md", "results/bundled.md": "bundled.md"}
+LATENTS_PAGE = "results/latents.md"
+PAGES = {PAGE: "results.md", "results/bundled.md": "bundled.md", LATENTS_PAGE: "latents.md"}
 """Templates of the pages about all studies, by file in `eval/`."""
 CURVES = Path("results") / "curves.png"
 """The picture that the page leads with, in `eval/`."""
@@ -93,26 +94,29 @@ def render_pages(eval_folder: Path) -> dict[str, str]:
         "interval": partial(interval_text, digits=2, signed=True),
         "titles": texts,
         "years": f"{min(years, default='?')} to {max(years, default='?')}",
-        "latents": latents_table(eval_folder / "results" / "latents_smollm2" / "latents.json"),
-        "latents_readers": latents_readers(eval_folder / "results" / "latents_smollm2"),
+        "latents": latents_texts(eval_folder / "results" / "latents_smollm2"),
+        "easy": latents_texts(eval_folder / "results" / "latents_smollm2_easy"),
         "devices": " and ".join(sorted({r["device"] for rs in real.on_model.values() for r in rs.values()})),
     }
-    return {page: render(TEMPLATES / template, **values) for page, template in PAGES.items()}
+    pages = [page for page in PAGES if page != LATENTS_PAGE or values["latents"]]
+    return {page: render(TEMPLATES / PAGES[page], **values) for page in pages}
 
 
-def latents_table(file: Path) -> str:
-    """Table of what drives the latents, by SAE; empty if not measured."""
-    return latents.table(json.loads(file.read_text()), LATENTS_OF) if file.exists() else ""
-
-
-def latents_readers(folder: Path) -> str:
-    """Readers' results on the latents, by SAE; empty without ratings."""
-    files = sorted(folder.glob("ratings_*.csv"))
-    if not files:
-        return ""
+def latents_texts(folder: Path) -> dict[str, str]:
+    """Tables and sentences on the latents of some SAEs and what readers said of them, by name; none if not measured."""
+    if not (folder / "latents.json").exists():
+        return {}
     rows = json.loads((folder / "latents.json").read_text())
-    readers = {f"reader {n}": read_answers(file) for n, file in enumerate(files, start=1)}
-    return latents.readers_text(rows, readers, LATENTS_OF)
+    files = enumerate(sorted(folder.glob("ratings_*.csv")), start=1)
+    readers = {f"reader {n}": read_answers(file) for n, file in files}
+    return {
+        "count": str(len(rows)),
+        "table": latents.table(rows, LATENTS_OF),
+        "by_token": latents.token_table(rows, LATENTS_OF),
+        "ratings": latents.rating_table(rows, readers, LATENTS_OF),
+        "means": latents.means_text(rows, readers, LATENTS_OF),
+        "agreement": " ".join(latents.agreement_texts(readers)),
+    }
 
 
 def titles(results: Path) -> dict[str, list[str]]:

@@ -17,9 +17,9 @@ from scipy import stats
 from latents.page import blind, write_page
 from latents.places import Passage, Place, asked_passages, bands_of, shown_places, windows
 from latents.rating import Answer, agreements, read_answers, score, told_share
-from latents.tables import agreement_texts, rating_table, readers_text, table, token_table
+from latents.tables import agreement_texts, means_text, rating_table, table, token_table
 
-RESULTS = Path(__file__).parents[2] / "eval" / "results" / "latents_smollm2"
+RESULTS = Path(__file__).parents[2] / "eval" / "results" / "latents_smollm2_easy"
 
 
 def some_bands() -> torch.Tensor:
@@ -298,11 +298,23 @@ def test_the_committed_ratings_are_of_the_page_that_was_rated():
     means = [round(result["rating"].mean, 2) for result in score(rows, readers)]
     assert means == [3.74, 3.62, 3.84, 3.78, 3.96, 3.78]
     names = {"groups_16_factor_10": "groups", "batchtopk": "BatchTopK", "one_pool_5": "one pool"}
-    text = readers_text(rows, readers, names)
-    assert text.startswith("Readers are language models.")
+    text = rating_table(rows, readers, names)
     assert re.findall(r"\| (\w[\w ]*) \| ratings_1 \|", text) == ["groups", "BatchTopK", "one pool"]
     assert "| BatchTopK | ratings_2 | 50 | 3.62 [3.42, 3.82] | 72% |\n" in text
-    assert "both ratings_1 and ratings_2: 123; the same rating: 89.4%; quadratic kappa: 0.56." in text
+    assert (
+        means_text(rows, readers, names) == "groups: 3.84 and 3.78; BatchTopK: 3.74 and 3.62; one pool: 3.96 and 3.78"
+    )
+    [text] = agreement_texts(readers)
+    assert text.endswith("both ratings_1 and ratings_2: 123; the same rating: 89.4%; quadratic kappa: 0.56.")
+
+
+def test_both_readers_answered_everything_on_the_harder_page():
+    folder = RESULTS.with_name("latents_smollm2")
+    rows = json.loads((folder / "latents.json").read_text())
+    readers = [read_answers(folder / f"ratings_{n}.csv") for n in (1, 2)]
+    for answers in readers:
+        assert answers.keys() == {row["id"] for row in rows}
+        assert all(answer.rating and 3 <= len(answer.fires) <= 7 for answer in answers.values())
 
 
 def test_older_rows_have_their_table_and_none_of_tokens():
