@@ -80,6 +80,18 @@ COMMANDS: dict[str, Run | str] = {
         needs="sae_bench",
     ),
     "sae-lens-sampled report sae_bench_results": Run(needs="sae_bench"),
+    "sae-lens-sampled eval output --offline --model MODEL_FOLDER --text TEXT_FOLDER --probing-data reviews.csv "
+    "--evals core,sparse_probing": Run(
+        "--output-dir offline --device cpu --set core.n_eval_reconstruction_batches=2 "
+        "--set core.n_eval_sparsity_variance_batches=2 --set sparse_probing.probe_train_set_size=80 "
+        "--set sparse_probing.probe_test_set_size=40",
+        {
+            "MODEL_FOLDER": "examples/tiny_lm",
+            "TEXT_FOLDER": "examples/tiny_lm/text",
+            "reviews.csv": "examples/tiny_probing/sentence_polarity",
+        },
+        needs="sae_bench",
+    ),
     "python eval/study/run.py --config pythia-160m --dry-run": Run(),
     # docs
     "sae-lens-sampled train": MENTIONED,

@@ -89,8 +89,10 @@ def scores_restored():
     SCORES.update(known)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
-def test_the_examples_of_the_api_reference_run(page, tmp_path, monkeypatch, scores_restored):
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs" / "api").glob("*.md")), ROOT / "docs" / "extending.md"], ids=lambda page: page.stem
+)
+def test_the_examples_of_pages_run(page, tmp_path, monkeypatch, scores_restored):
     """Run the examples of a page in order, as a reader would, with the bundled model as MODEL and TEXT."""
     if page.stem == "evaluation":
         pytest.importorskip("sae_bench", reason="needs the extra `eval`")
@@ -100,6 +102,17 @@ def test_the_examples_of_the_api_reference_run(page, tmp_path, monkeypatch, scor
     names = {"MODEL": str(TINY_LM), "TEXT": str(TINY_LM / "text")}
     for block in blocks:
         exec(block, names)
+
+
+def test_the_column_score_of_the_guide_is_the_mean_of_active(scores_restored):
+    page = (ROOT / "docs" / "extending.md").read_text()
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    acts = activations(3 * 16).reshape(3, 16, -1).relu()
+    acts[..., 0] = 0
+    want = [[a[a > 0].mean() if (a > 0).any() else torch.tensor(0.0) for a in group.T] for group in acts]
+    torch.testing.assert_close(SCORES["mean_of_active"](acts, 4), torch.tensor(want))
 
 
 def test_every_public_name_is_on_a_page_and_in_an_example():
