@@ -10,9 +10,8 @@ from benchmark.report import BenchmarkSummary, result_table
 from pages import interval_text, render
 from study import tables
 from study.plan import GROUPED, WINSORISED, pool_name
-from study.storage import Storage
-from study.studies import STUDIES
-from study.summary import Summary, shown
+from study.studies import BLOCK_10, TINY
+from study.summary import committed_summary, shown
 
 TEMPLATES = {"KNOWN_FEATURES.md": "known_features.md", "results/known_features.md": "known_features_tables.md"}
 PICTURE = "results/known_features.png"
@@ -32,7 +31,7 @@ def render_pages(results: Path) -> dict[str, str]:
     """Page texts by file."""
     names = ("dictionaries", "factorial", "factorial_check", "small", "tuning", "synth-sae-bench-16k-cpu")
     dictionaries, of_sizes, of_check, small, tuning, large = (_summary(name, results) for name in names)
-    model = Summary(Storage(STUDIES["tiny"], results / "study_tiny", Path("study_output")))
+    model, smollm2 = (committed_summary(study, results.parent) for study in (TINY, BLOCK_10))
     found, on_check = list(cells(of_sizes)), list(cells(of_check))
     checked = [cell for cell in on_check if is_predicted(cell)]
 
@@ -71,7 +70,7 @@ def render_pages(results: Path) -> dict[str, str]:
         "less": less,
         "differences": differences,
         "number": lambda arm, k, metric: shown(small.mean(arm, k, metric), metric),
-        "on_model": lambda arm, other, metric: shown(model.difference(arm, other, metric), metric, signed=True),
+        "smollm2": smollm2,
     }
     folder = Path(__file__).parent / "templates"
     return {page: render(folder / template, **values) for page, template in TEMPLATES.items()}
