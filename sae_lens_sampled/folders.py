@@ -36,7 +36,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} holds no SAE: it has no readable {SAE_CFG_FILENAME}; pass a folder that has one."
         ) from error
     if not isinstance(cfg, dict):
-        raise ValueError(f"{str(folder)!r} holds no SAE: its {SAE_CFG_FILENAME} is not a JSON object.")  # noqa: TRY004
+        raise ValueError(  # noqa: TRY004
+            f"{str(folder)!r} holds no SAE: its {SAE_CFG_FILENAME} is not a JSON object; pass another folder."
+        )
     return cfg
 
 

@@ -205,12 +205,12 @@ def split_text(store: ActivationsStore, rank: int, count: int) -> None:
     Raises:
         ValueError: if there are fewer rows than processes; those of a streamed text cannot be counted.
     """
-    for name in ("dataset", "cached_activation_dataset"):
+    for name, what in {"dataset": "text", "cached_activation_dataset": "activation cache"}.items():
         whole = getattr(store, name)
         if isinstance(whole, Dataset) and len(whole) < count:
             raise ValueError(
-                f"the text or activation cache has {len(whole)} rows, fewer than the {count} processes, which each "
-                "need at least one; use more text or fewer processes."
+                f"the {what} has {len(whole)} rows, fewer than the {count} processes, which each need at least one; "
+                "use more rows or fewer processes."
             )
         if whole is not None:
             setattr(store, name, split_dataset_by_node(whole, rank, count))

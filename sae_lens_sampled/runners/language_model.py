@@ -53,7 +53,7 @@ def model_kwargs_of(metadata: SAEMetadata) -> dict[str, Any]:
 
 
 def meaningful_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`kwargs` without defaults, without None and without those that only place the model."""
+    """`kwargs` without None, without defaults other than dtype's, and without those that only place the model."""
     return {
         name: value
         for name, value in sorted(kwargs.items())

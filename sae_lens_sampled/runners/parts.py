@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `count`, counted from 1: each takes every `count`-th entry of a list that is the same for all."""
+    """Part `index` (from 1) of `count`: every `count`-th entry of a shared list, from the `index`-th on."""
 
     index: int = 1
     count: int = 1

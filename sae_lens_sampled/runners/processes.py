@@ -126,8 +126,8 @@ def _reporting_waits() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            f"process {rank} of {count} did not find {others} at {where}; start each with this address and its own "
-            f"RANK. ({error})"
+            f"process {rank} of {count} could not join {others} at {where}; start each with this address, whose port "
+            f"must be free, and its own RANK. ({error})"
         ) from error
     finally:
         joined.set()

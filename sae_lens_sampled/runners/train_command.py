@@ -36,8 +36,8 @@ def train(arguments: Sequence[str]) -> int:
     If WORLD_SIZE is above 1, as in a process started by torchrun, this is one process of several.
 
     Raises:
-        TrainError: with the reason, for any failure except programming errors (AssertionError, AttributeError,
-            NameError, TypeError), which propagate.
+        TrainError: with the reason, for any failure except unknown flags (SystemExit) and programming errors
+            (AssertionError, AttributeError, NameError, TypeError), which propagate.
     """
     runner = None
     with _reasons(), Signals() as signals, ExitStack() as stack:

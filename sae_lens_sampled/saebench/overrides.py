@@ -32,7 +32,9 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
                 )
         _check_numbers(name, settings)
         if name not in evals:
-            raise ValueError(f"overrides has {name!r}, which is not among evals={list(evals)}; leave it out.")
+            raise ValueError(
+                f"overrides (--set) has {name!r}, which is not among evals={list(evals)}; add it there or leave it out."
+            )
 
 
 def _check_numbers(eval_name: str, settings: Mapping[str, Any]) -> None:

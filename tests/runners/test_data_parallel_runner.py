@@ -256,7 +256,7 @@ def test_the_text_is_split_and_nothing_of_it_is_lost(tiny_lm, tmp_path):
         split_text(store, rank, 3)
         assert store.train_batch_size_tokens == BATCH // 3
     assert sorted(chain(*(store._iterate_raw_dataset() for store in stores))) == [row["text"] for row in rows]
-    with pytest.raises(ValueError, match="the text or activation cache has 2 rows, fewer than the 3 processes"):
+    with pytest.raises(ValueError, match="the text has 2 rows, fewer than the 3 processes"):
         split_text(ActivationsStore.from_config(model, cfg, Dataset.from_list(rows[:2])), 0, 3)
 
 

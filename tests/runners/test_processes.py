@@ -96,7 +96,7 @@ def test_whoever_waits_for_others_says_so_until_it_gives_up(environment, monkeyp
     environment(WORLD_SIZE="3", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     where = f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}"
     with pytest.raises(
-        LostRankError, match=rf"^process {rank} of 3 did not find the 2 other processes at {where}; start"
+        LostRankError, match=rf"^process {rank} of 3 could not join the 2 other processes at {where}; start"
     ):
         join_processes("cpu", timedelta(seconds=1))
     lines = capsys.readouterr().err.splitlines()

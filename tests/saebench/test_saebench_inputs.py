@@ -154,7 +154,7 @@ def test_unknown_evals_are_reported(tmp_path):
         ({"core": {"dataset": "x"}}, r"sets 'dataset'; pass text=\.\.\. instead\.$"),
         (
             {"mmcs": {"live_density": 0.1}},
-            r"^overrides has 'mmcs', which is not among evals=\['core'\]; leave it out\.$",
+            r"^overrides \(--set\) has 'mmcs', which is not among evals=\['core'\]; add it there or leave it out\.$",
         ),
     ],
 )

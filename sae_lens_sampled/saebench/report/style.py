@@ -21,7 +21,7 @@ MAX_NARROW = 6
 
 @dataclass(frozen=True)
 class Style:
-    """Look of a group: a colour of its own, and the symbol of its class."""
+    """Look of a group: its colour, and the symbol of its architecture."""
 
     colour: str
     symbol: str
