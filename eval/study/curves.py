@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from pages import interval_text, markdown_table
 from study.figures import COLOURS, MARKS
-from study.plan import GROUPED, GROUPS_10, pool_name
+from study.plan import BASE, GROUPED, GROUPS_10, pool_name
 from study.studies import BLOCK_10, CURVE
 from study.summary import Summary, committed_summary
 from study.tables import baselines
@@ -73,7 +73,21 @@ def _draw_arm(axes: Axes, summaries: Sequence[Summary], arm: str, metric: str) -
         axes.plot(*zip(*sorted(line), strict=True), color=colour, marker=mark, ms=5, lw=1.2, label=label)
 
 
-def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = "batchtopk") -> str:
+def curve_table(summaries: Sequence[Summary]) -> str:
+    """FVU and full absorption of the arms that have curves, by k, each with the number of SAEs in brackets."""
+    by_k = sorted(summaries, key=lambda summary: summary.study.k)
+    names = {"fvu": "FVU", "absorption_full": "full absorption"}
+    columns = [(metric, summary) for metric in names for summary in by_k if summary.values(BASE, metric)]
+    header = ["", *(f"{names[metric]}, k {summary.study.k:g}" for metric, summary in columns)]
+    rows = []
+    for arm in ARMS:
+        values = [list(summary.values(arm, metric).values()) for metric, summary in columns]
+        cells = [f"{sum(of_k) / len(of_k):.3f} ({len(of_k)})" if of_k else "-" for of_k in values]
+        rows.append([next(summary.label(arm) for summary in by_k if arm in summary.arms), *cells])
+    return markdown_table(header, rows)
+
+
+def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = BASE) -> str:
     """Means of the studies' arms, a row for each study and arm, and differences from `base` with intervals if there are
     at least three seeds.
     """

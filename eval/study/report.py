@@ -74,6 +74,7 @@ def render_pages(eval_folder: Path) -> dict[str, str]:
     years = [int(text[-5:-1]) for text in texts["train"]]  # "Author, Title (1853)"
     others = {f"block {study.hook.split('.')[1]}": committed_summary(study, eval_folder) for study in OTHER_BLOCKS}
     others["ten million tokens"] = committed_summary(LONG, eval_folder)
+    of_curve = curves.summaries_of_curve(eval_folder)
     values = {
         "tiny": tiny,
         "real": real,
@@ -82,7 +83,8 @@ def render_pages(eval_folder: Path) -> dict[str, str]:
         "beside": beside_batchtopk,
         "probing": probing_tables if probing_tables.comparisons(real) else None,
         "curves": curves,
-        "curve": curves.measured(curves.summaries_of_curve(eval_folder)),
+        "curve": curves.measured(of_curve),
+        "curve_table": curves.curve_table(of_curve),
         "elsewhere": {name: summary for name, summary in others.items() if summary.on_model},
         "elsewhere_columns": ELSEWHERE,
         "step_seconds": beside_batchtopk.step_seconds(eval_folder / "results" / "bench_training_step.json"),

@@ -1,6 +1,7 @@
 """Pictures of curves and of the README show the values that they are given."""
 
 import json
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ pytest.importorskip("sae_bench", reason="needs the extra `eval`")
 
 from study_helpers import EVAL, SMOKE, storage
 
-from study.curves import draw_metric, measured
+from study.curves import curve_table, draw_metric, measured
 from study.first_screen import SIDES, draw_step_times
 from study.summary import Summary
 
@@ -25,6 +26,10 @@ def test_a_curve_joins_the_means_in_the_order_of_l0(tmp_path):
         summaries.append(Summary(study))
     assert measured(summaries) == ["8", "16", "32"]
     assert measured(summaries[:1]) == []
+    header, _, row, *_ = curve_table(summaries).splitlines()
+    assert re.findall(r"FVU, k (\d+)", header) == ["8", "16", "32"]
+    assert "absorption" not in header
+    assert row.split(" | ")[1:] == ["0.625 (2)", "0.562 (2)", "0.531 (2) |"]
     axes = plt.figure().subplots()
     draw_metric(axes, summaries, ("batchtopk", "pool_5"), "fvu")
     [line] = axes.lines  # no results of one pool, so no line

@@ -23,7 +23,7 @@ from study.plan import (
 )
 from study.report import export_gaps, render_pages, render_tables, write_report
 from study.storage import Storage
-from study.studies import BLOCK_10, SPLIT_10, STUDIES, TINY, smoke
+from study.studies import BLOCK_10, CURVE, SPLIT_10, STUDIES, TINY, smoke
 from study.summary import Summary, committed, shown
 
 
@@ -96,7 +96,7 @@ def test_committed_results_have_a_row_for_each_unit_of_the_plan(config, name):
 def test_the_committed_pages_are_those_of_the_committed_results():
     for page, text in render_pages(EVAL).items():
         assert text == (EVAL / page).read_text()
-    for config in (TINY, BLOCK_10):
+    for config in (TINY, BLOCK_10, SPLIT_10, *CURVE):
         study = committed_study(config)
         assert render_tables(study) == (study.results / "RESULTS.md").read_text()
 
