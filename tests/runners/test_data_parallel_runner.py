@@ -258,6 +258,10 @@ def test_the_text_is_split_and_nothing_of_it_is_lost(tiny_lm, tmp_path):
     assert sorted(chain(*(store._iterate_raw_dataset() for store in stores))) == [row["text"] for row in rows]
     with pytest.raises(ValueError, match="the text has 2 rows, fewer than the 3 processes"):
         split_text(ActivationsStore.from_config(model, cfg, Dataset.from_list(rows[:2])), 0, 3)
+    stores[0].cached_activation_dataset = Dataset.from_list(rows[:1])
+    stores[0].dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=r"^the activation cache has 1 rows, fewer than the 3 processes"):
+        split_text(stores[0], 0, 3)
 
 
 def test_alone_it_is_the_hosts_runner(tiny_lm, tmp_path):
