@@ -161,7 +161,7 @@ def _done(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
         found = json.loads(file.read_text()) if file.exists() else {}
         if done["tokens"] >= settings["n_tokens"]:  # a longer cache begins with the wanted rows
             settings = {**settings, "n_tokens": found.get("n_tokens")}
-        _check_settings(folder, found, settings)
+        _check_settings(folder, found, settings, done["tokens"])
     return done
 
 
@@ -221,8 +221,13 @@ def _shuffled_batches(
         batch = 0
 
 
-def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], n_done: int) -> None:
     differ = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if differ == ["n_tokens"] and n_done < found["n_tokens"]:
+        raise ValueError(
+            f"{str(folder)!r} holds an unfinished cache, {n_done} of n_tokens={found['n_tokens']}, so n_tokens cannot "
+            f"be {wanted['n_tokens']}; finish it with its own n_tokens, or choose another folder."
+        )
     if differ:
         name = differ[0]
         raise ValueError(

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.util import str_to_dtype
 
 from sae_lens_sampled.files import atomic_path, check_new, reserve
 from sae_lens_sampled.metrics import differs
@@ -70,7 +72,9 @@ def calibrate(
             "calibrate_thresholds(from_batchtopk(checkpoint, cfg), activations)."
         )
     check_calibration(sae, mode, target_l0, max_tokens)
-    _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()))
+    if torch.device(device).type != "cuda":  # which has a memory of its own
+        entry = str_to_dtype(sae.cfg.dtype).itemsize
+        _check_memory(max_tokens, sum(sae.cfg.batch_parts.values()), entry)
     _hooks(sae)
     settings = token_settings(sae.cfg.metadata, checkpoint)
     with atomic_path(out) as unfinished:
@@ -134,13 +138,14 @@ def _hooks(sae: TrainingSAE[Any]) -> list[str]:
     return [sae.cfg.metadata.hook_name]
 
 
-def _check_memory(max_tokens: int, width: int) -> None:
+def _check_memory(max_tokens: int, width: int, itemsize: int) -> None:
     """Reject more tokens than fit in memory; the length of the text is no limit, because it is repeated."""
-    needed, memory = 2 * 4 * width * max_tokens, _memory()
+    per_token, memory = 2 * itemsize * width, _memory()  # the batches, and all of them in one tensor
+    needed = per_token * max_tokens
     if memory is not None and needed > memory:
         raise ValueError(
-            f"max_tokens={max_tokens} tokens of {width} numbers each need {needed / 1e9:,.0f} GB, but this machine has "
-            f"{memory / 1e9:,.0f} GB of memory; lower max_tokens, for example to {memory // (16 * width):,}."
+            f"max_tokens={max_tokens} needs {needed / 1e9:,.0f} GB ({width} numbers per token), but this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; lower max_tokens, for example to {memory // (2 * per_token)}."
         )
 
 

@@ -59,7 +59,10 @@ TIMEOUT = timedelta(hours=1)
 
 
 class DataParallelTrainer(ResumableTrainer):
-    """SAELens' trainer on one of several processes: counts the tokens and firings of all, and stops when all do."""
+    """SAELens' trainer on one of several processes: counts the tokens and firings of all.
+
+    A signal to any process stops all of them after the same step.
+    """
 
     ranks: GroupRanks
     """The processes, for exchanging data on the CPU."""

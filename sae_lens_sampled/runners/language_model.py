@@ -178,8 +178,11 @@ def _reasons(model: str | Path, kwargs: Mapping[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:  # errors of Hub, files, transformers and TransformerLens share no base
         shown = {name: value for name, value in kwargs.items() if name != "token"}
-        arguments = f" with model_from_pretrained_kwargs={shown}" if kwargs else ""
-        way_out = "; if they are for another model, pass other model_kwargs (--model-kwargs '{...}')" * bool(kwargs)
+        arguments = f" with model_from_pretrained_kwargs={shown}" if shown else ""
+        way_out = (
+            "; if these model_from_pretrained_kwargs are for another model, pass other model_kwargs "
+            "(--model-kwargs '{...}')" * bool(shown)
+        )
         text = str(error)[:1000].rstrip(".")  # TransformerLens lists every model it knows
         reason = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
         raise ValueError(f"model={str(model)!r} cannot be loaded{arguments}: {reason}{way_out}.") from error

@@ -38,7 +38,13 @@ def to_jumprelu(
     state_dict = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state_dict)
     learnt = state_dict["threshold"]
-    state_dict["threshold"] = _checked(learnt if thresholds is None else thresholds, sae.cfg.d_sae).to(learnt)
+    if thresholds is None:
+        _check_thresholds(
+            learnt, sae.cfg.d_sae, " learnt in training", "take another checkpoint, or calibrate this one"
+        )
+    else:
+        _check_thresholds(thresholds, sae.cfg.d_sae, "", "use +inf to silence a latent")
+        state_dict["threshold"] = thresholds.to(learnt)
     cfg = sae.cfg.get_inference_config_class().from_dict(sae.cfg.get_inference_sae_cfg_dict())
     exported = _build(cfg, state_dict)
     if not sae.cfg.rescale_acts_by_decoder_norm:
@@ -55,13 +61,12 @@ def _build(cfg: SAEConfig, state_dict: dict[str, Tensor]) -> ExportedSAE:
     return exported.to(device=device)
 
 
-def _checked(thresholds: Tensor, d_sae: int) -> Tensor:
+def _check_thresholds(thresholds: Tensor, d_sae: int, origin: str, way_out: str) -> None:
     if thresholds.shape != (d_sae,):
         raise ValueError(f"thresholds have shape {tuple(thresholds.shape)}, expected ({d_sae},): one for each latent.")
     n_bad = int((~(thresholds >= 0)).sum())
     if n_bad:
-        raise ValueError(f"{n_bad} of {d_sae} thresholds are negative or NaN; use +inf to silence a latent.")
-    return thresholds
+        raise ValueError(f"{n_bad} of {d_sae} thresholds{origin} are negative or NaN; {way_out}.")
 
 
 def _prune(sae: ExportedSAE) -> ExportedSAE:

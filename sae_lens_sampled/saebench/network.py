@@ -60,6 +60,11 @@ def _is_cached_model(name: str, kwargs: Mapping[str, Any]) -> bool:
     try:
         official = get_official_model_name(name)
     except ValueError:
+        if Path(name).is_absolute():
+            raise ValueError(
+                f"model={name!r} is not a folder on this machine; pass the language model's folder, or its official "
+                "name, as model (--model)."
+            ) from None
         raise ValueError(
             f"model={name!r} is neither a folder nor one of TransformerLens' official model names "
             "(transformer_lens.supported_models.OFFICIAL_MODEL_NAMES); for another model on the Hub pass the folder "

@@ -107,15 +107,13 @@ def load_probing_dataset(
             f"probing data set {name!r} has test classes {sorted(test)}, but other training classes; both splits must "
             "have the same."
         )
-    dataset = ProbingDataset(name, train, test)
-    if min(dataset.largest_sizes()) < 2 * MIN_ROWS:
-        rarest = min(train, key=lambda label: len(train[label]))
-        raise ValueError(
-            f"probing data set {name!r} has too few rows: the rarest training class, {rarest!r}, has "
-            f"{len(train[rarest])}; at least {MIN_ROWS} per class are needed for training and {MIN_ROWS} for testing "
-            "(without a test split, a fifth of the rows are for testing)."
-        )
-    return dataset
+    if test is None:
+        enough = 5 * (MIN_ROWS - 1) + 1  # `largest_sizes` leaves a fifth for testing, rounded up
+        _check_rows(name, "", train, enough, " without a test split, for which a fifth is used")
+    else:
+        _check_rows(name, " in the training split", train, MIN_ROWS)
+        _check_rows(name, " in the test split", test, MIN_ROWS)
+    return ProbingDataset(name, train, test)
 
 
 def load_probing_datasets(sources: Sequence[ProbingDataset | str | Path]) -> list[ProbingDataset]:
@@ -158,6 +156,16 @@ def _read_file(kind: str, file: Path) -> datasets.Dataset:
         return datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train")  # type: ignore[return-value]
     except (DatasetGenerationError, StopIteration) as error:  # datasets 5 raises StopIteration for an empty jsonl file
         raise ValueError(f"probing data {str(file)!r} has no rows or is not a complete {kind} file.") from error
+
+
+def _check_rows(name: str, where: str, texts: Texts, needed: int, condition: str = "") -> None:
+    """Reject a split in which a class has too few rows for a probe."""
+    rarest = min(texts, key=lambda label: len(texts[label]))
+    if len(texts[rarest]) < needed:
+        raise ValueError(
+            f"probing data set {name!r} has only {len(texts[rarest])} rows of class {rarest!r}{where}; at least "
+            f"{needed} per class are needed{condition}. Add rows, or leave the class out."
+        )
 
 
 def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:

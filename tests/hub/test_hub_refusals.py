@@ -223,7 +223,10 @@ def with_nan(kind, folder):
         ("export", f"3 of {D_SAE * D_IN} entries of W_dec"),
         ("thresholds of an export", f"3 of {D_SAE} entries of threshold"),
         ("checkpoint", f"3 of {D_SAE * D_IN} entries of W_enc"),
-        ("thresholds of a checkpoint", f"cannot be exported: 3 of {D_SAE} thresholds are negative or NaN"),
+        (
+            "thresholds of a checkpoint",
+            f"cannot be exported: 3 of {D_SAE} thresholds learnt in training are negative or NaN",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry_run", [True, False])

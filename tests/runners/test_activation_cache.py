@@ -90,6 +90,11 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
         cache_activations(killed, 200, tmp_path / "killed", SETTINGS)
     done = json.loads((tmp_path / "killed" / PROGRESS).read_text())
     assert done["prompts"] == 6
+    for n_tokens in (150, 300):
+        with pytest.raises(
+            ValueError, match=rf"unfinished cache, {done['tokens']} of n_tokens=200, so .* be {n_tokens};"
+        ):
+            cache_activations(store(), n_tokens, tmp_path / "killed", SETTINGS)
     resumed, n_passes = store(), itertools.count()
     monkeypatch.setattr(resumed, "get_activations", lambda tokens: (next(n_passes), get(resumed, tokens))[1])
     assert torch.equal(cache_activations(resumed, 200, tmp_path / "killed", SETTINGS), want)

@@ -229,7 +229,8 @@ def test_kwargs_that_cannot_be_had_are_refused_in_a_sentence(two_models):
         load_model_of_run(metadata, ["blocks.2.hook_resid_post"])
     metadata.model_from_pretrained_kwargs = {"checkpoint_value": 3}
     with pytest.raises(
-        ValueError, match=r"cannot be loaded with .*'checkpoint_value': 3.*; if they .* pass other model_kwargs"
+        ValueError,
+        match=r"cannot be loaded with .*'checkpoint_value': 3.*; if these .* another model, pass other model_kwargs",
     ):
         load_model_of_run(metadata, ["blocks.2.hook_resid_post"])
     with pytest.raises(ValueError, match=r"^the metadata of this SAE has no model_name; pass the model"):

@@ -267,7 +267,7 @@ def test_learnt_thresholds_that_are_nan_are_not_exported():
     sae = sampled_sae()
     train(sae, 2)
     sae.rate_matcher.threshold.fill_(torch.nan)
-    with pytest.raises(ValueError, match=rf"^\d+ of {D_SAE} thresholds are negative or NaN"):
+    with pytest.raises(ValueError, match=rf"^\d+ of {D_SAE} thresholds learnt in training are negative or NaN; take"):
         to_jumprelu(sae)
 
 

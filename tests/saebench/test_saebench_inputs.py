@@ -258,6 +258,8 @@ def test_folders_need_no_network(monkeypatch):
 def test_an_unknown_model_is_reported():
     with pytest.raises(ValueError, match=r"^model='my-lm' is neither a folder nor one of TransformerLens' official"):
         check_network("my-lm", None, default_probing_datasets=False, offline=False)
+    with pytest.raises(ValueError, match=r"^model='/gone' is not a folder on this machine; pass the language model's"):
+        check_network("/gone", None, default_probing_datasets=False, offline=False)
 
 
 def test_offline_only_what_the_evals_read_is_taken_from_the_repository(monkeypatch, tmp_path):

@@ -60,8 +60,8 @@ def test_splits_are_balanced_random_and_disjoint(rows):
         ),
         (
             lambda rows: rows[:60],
-            r"^probing data set 'mine' has too few rows: the rarest training class, 'a', has 30; at least 20 per class "
-            r".* 20 for testing \(without a test split, a fifth of the rows are for testing\)\.$",
+            r"^probing data set 'mine' has only 30 rows of class 'a'; at least 96 per class are needed without a test "
+            r"split, for which a fifth is used\. Add rows, or leave the class out\.$",
         ),
         (
             lambda rows: [{"words": row["text"]} for row in rows],
@@ -86,6 +86,11 @@ def test_splits_that_do_not_fit_are_reported(rows):
         load(test=rows)
     with pytest.raises(ValueError, match=r"row 1 must have a string as text, and a label, but has None and 'a'; "):
         load(train=[{"text": None, "label": "a"}, *rows])
+    with pytest.raises(ValueError, match=r"has only 19 rows of class 'a' in the test split; at least 20 per class are"):
+        load(train=rows[:100], test=rows[101:140])
+    with pytest.raises(ValueError, match=r"has only 19 rows of class 'b' in the training split; at least 20 per class"):
+        load(train=rows[:39], test=rows[100:])
+    assert len(load(train=rows[:40], test=rows[100:140]).test["a"]) == 20
     both = load(train=rows[:100], test=rows[100:], unsupervised=rows)
     test = both.split(100, 60, seed=3)[1]
     assert set(test["a"]) < {row["text"] for row in rows[100:] if row["label"] == "a"}

@@ -22,7 +22,7 @@ class Metric:
     name: str
     path: tuple[str, ...]
     better: Literal["higher", "lower"] | None
-    """The better direction; None if there is none, as for L0, at which the other metrics are compared."""
+    """The better direction; None if there is none, as for L0: the other metrics are compared at equal L0."""
     digits: int
     independent: bool = True
     """Whether the values of different seeds are independent; if not, their spread gives no error of the mean."""
