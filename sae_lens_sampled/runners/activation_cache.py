@@ -32,7 +32,9 @@ DATA, PROGRESS, SETTINGS, LOCK = "activations.bfloat16", "progress.json", "setti
 def text_store(
     model: Any, dataset: Any, hook_name: str, d_in: int, context_size: int = 128, prompts: int = 32, device: str = "cpu"
 ) -> ActivationsStore:
-    """A store of a text's activations for `cache_activations`, which keeps their order; without special tokens.
+    """A store of a text's activations in the order of the text, for `cache_activations`.
+
+    The model reads special tokens, but their activations are left out.
 
     Args:
         model: the language model.

@@ -22,7 +22,11 @@ from sae_lens_sampled.step.thresholds import StepCounts, reduce_counts
 
 @dataclass
 class SampledTrainStepOutput(TrainStepOutput):
-    """SAELens' output of a step, with its pool and path."""
+    """SAELens' output of a step, with its pool and path.
+
+    Unless `path` is "dense", `hidden_pre` is empty, of shape (0,), and `feature_acts` is a COO tensor if
+    `use_sparse_activations` is set.
+    """
 
     pool: Tensor | None = None
     """Candidates for this process's tokens, indices of shape (groups, n_candidates); None if every latent is one."""

@@ -166,7 +166,7 @@ class SampledTopKTrainingSAE(RecordedSAE):
                 if path == "dense":
                     done = self._dense_forward_pass(step_input, x, target, state, ALONE)
                 elif (done := kept_forward_pass(self, x, target, state, path, ALONE)) is None:
-                    raise RuntimeError("too many entries exceed the bound of its scan")
+                    raise RuntimeError("this batch has too many positive entries for it")
                 add_inner_losses(self, done.output, done.inner)
                 return done.output.loss
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKTrainingSAE
@@ -36,7 +37,8 @@ def from_batchtopk(source: TrainingSAE | str | Path, cfg: SampledTopKTrainingSAE
         raise ValueError(  # noqa: TRY004  as for every invalid argument
             "from_batchtopk takes no transcoder, neither as source nor for cfg; train from scratch instead."
         )
-    if not isinstance(given, TopKTrainingSAE):
+    # AbsTopK's is a subclass of TopK's, but its negative activations would be lost.
+    if not isinstance(given, TopKTrainingSAE) or isinstance(given, AbsTopKTrainingSAE):
         raise ValueError(  # noqa: TRY004  as for every invalid argument
             f"a {type(given).__name__} cannot become a sampled_topk SAE; TopK, BatchTopK and Matryoshka "
             "training SAEs can."

@@ -49,7 +49,8 @@ def load_model(
 ) -> EvalModel:
     """Load a model by its official TransformerLens name, or from a folder in Hugging Face format.
 
-    `kwargs` are further arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs.
+    `kwargs` are further arguments of `from_pretrained_no_processing`, such as those of the run that trained the SAEs;
+    the dtype among them is ignored for `dtype`, and so are those that only place the model.
 
     Raises:
         ValueError: if `model` is neither, the folder has no config or no tokenizer, or the model cannot be loaded.

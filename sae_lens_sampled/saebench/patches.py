@@ -244,6 +244,26 @@ def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]
     return mock.patch.multiple(sae, encode=encode, decode=decode)
 
 
+@contextmanager
+def magnitudes(sae: Any) -> Iterator[None]:
+    """Encode to magnitudes, and decode with the signs: core takes latents with negative activations as inactive.
+
+    Such activations, of AbsTopK SAEs, would be missing from densities, and so from the share of live latents, and
+    would cancel in the L1 norm.
+    """
+    encode, decode = sae.encode, sae.decode
+    signed = shown = torch.empty(0)
+
+    def encoded(x: torch.Tensor) -> torch.Tensor:
+        nonlocal signed, shown
+        signed = encode(x)
+        shown = signed.abs() if signed.amin() < 0 else signed
+        return shown
+
+    with sae_methods(sae, encoded, lambda acts: decode(signed if acts is shown else acts)):
+        yield
+
+
 def two_widths() -> AbstractContextManager[Any]:
     """Set encoder-decoder cosines to 0 for a transcoder whose input and output differ in width: core would fail."""
     original = core.get_featurewise_weight_based_metrics

@@ -29,7 +29,10 @@ class Weights(NamedTuple):
     $-W_{enc} \partial b$, a vector instead of a matrix."""
 
     def of(self, latents: Int[Tensor, " some"] | slice) -> "Weights":
-        """Weights of some latents, views of a slice or copies, with gradient; no `input_bias`, for dense products."""
+        """Weights of some latents, with gradient: views if `latents` is a slice, else copies.
+
+        `input_bias` is left out: the dense products for which these weights are used do not need it.
+        """
         norms = None if self.norms is None else self.norms[latents]
         if isinstance(latents, slice):
             return Weights(self.W_enc[:, latents], self.b_enc[latents], self.W_dec[latents], norms)

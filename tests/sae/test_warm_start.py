@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import D_IN, D_SAE, K, activations, batchtopk_sae, config, sampled_sae, step_input, train
 from sae_lens import (
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAE,
@@ -76,6 +78,8 @@ def test_topk_and_matryoshka_can_be_started_from(sae_class, cfg_class, fields):
 
 
 def test_what_means_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"^a AbsTopKTrainingSAE cannot become a sampled_topk SAE"):
+        from_batchtopk(AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(**SIZES)), config())
     with pytest.raises(ValueError, match=r"^a StandardTrainingSAE cannot become a sampled_topk SAE"):
         from_batchtopk(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE)), config())
     with pytest.raises(ValueError, match=r"^d_sae=41 does not fit the source's weights, .* is 40; set that in cfg\.$"):

@@ -104,7 +104,11 @@ class Core(Eval):
         if sae.name not in self.recorded:
             hooks = recording.site_of(sae.sae).hooks
             text = f"text={self.config.dataset!r} with context_size={self.config.context_size}"
-            with switched_on(self.setup.model.hooked, hooks), patches.core_errors_raised(text):
+            with (
+                switched_on(self.setup.model.hooked, hooks),
+                patches.core_errors_raised(text),
+                patches.magnitudes(sae.sae),
+            ):
                 self._run_sae_bench(sae)
             return self.written(sae)
         place = self.recorded[sae.name]
@@ -118,6 +122,7 @@ class Core(Eval):
             top.update(tokens, acts)
 
         with (
+            patches.magnitudes(sae.sae),  # before the observation, whose batches then have magnitudes too
             patches.two_widths(),
             recording.replay(place.recording, place.exported),
             recording.observed(place.recording, sae.sae, count),
