@@ -102,6 +102,7 @@ COMMANDS: dict[str, Run | str] = {
         instead={"runs/seed0 runs/seed1 runs/seed2": "output by_two"}, needs="sae_bench"
     ),
     # examples/README.md
+    'pip install ".[eval]" matplotlib': WHEEL,
     "pip install -c constraints.txt torch": WHEEL,
     'pip install -c constraints.txt ".[dashboard]"': "needs an environment of its own",
     "pip uninstall -y torchvision torchaudio": WHEEL,
@@ -155,6 +156,7 @@ COMMANDS: dict[str, Run | str] = {
     "bash eval/gpu.sh --wheels wheels tests": GPU,
     "python eval/bench/speed.py": Run(),
     "pip install dictionary-learning eai-sparsify": "installs",
+    "pip install mutmut": "installs",
     "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 "
     "--platform manylinux2014_x86_64 -d wheels sae-lens transformer-lens datasets ...": "downloads",
     "bench/check_export.py --report": Run(),

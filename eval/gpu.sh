@@ -6,7 +6,8 @@
 #     bash eval/gpu.sh --wheels FOLDER tests        # install these wheels first, on a machine without a network
 #     bash eval/gpu.sh --device cpu --tiny bench    # check that it runs
 #
-# Results are written to $OUT, or to eval/results if it is unset, as they come (those of whole runs at the end).
+# Results are written to $OUT, or to eval/results (with --tiny, to a temporary folder) if it is unset, as they come (those
+# of whole runs at the end).
 # gpu_parts.txt says how each part ended; finished parts are skipped. If $OUT lacks this file, that of eval/results is
 # copied there. Each part has its own time limit, so that one that hangs leaves time for the others.
 cd "$(dirname "$0")/.." || exit
@@ -23,6 +24,7 @@ while [ $# -gt 0 ]; do
 done
 [ "$call" ] || { echo "Say what to run: tests or bench" >&2 && exit 2; }
 out=${OUT:-$results} failed=0
+[ ${#tiny[@]} -gt 0 ] && out=${OUT:-$(mktemp -d)} # as finished parts, they would keep a GPU's from being measured
 mkdir -p "$out"
 for file in bench_gpu.json bench_end_to_end_gpu.json gpu_parts.txt; do
     [ -e "$results/$file" ] && [ ! -e "$out/$file" ] && cp "$results/$file" "$out/"

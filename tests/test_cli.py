@@ -53,6 +53,10 @@ print(sae.cfg.architecture(), tuple(sae.encode(torch.randn(5, 128)).shape))
         ({"act_store_device": "nonsense"}, "torch cannot use act_store_device='nonsense' on this machine; available:"),
         ({"model_name": "./nothing"}, "model_name='./nothing' cannot be loaded: "),
         ({"dataset_path": "/no/such"}, "dataset_path='/no/such' cannot be loaded: "),
+        (
+            {"use_cached_activations": True, "cached_activations_path": "/no/such"},
+            "cached_activations_path='/no/such' is not a folder; cache the activations there",
+        ),
         ({"hook_name": "nonsense"}, "hook_names not found as submodules of the model: ['nonsense']"),
         ({"d_in": 64}, "d_in=64, but gpt_neox.layers.2 of "),
         ({"hook_head_index": 3}, "hook_head_index=3 is out of range: gpt_neox.layers.2 has activations of shape "),

@@ -16,6 +16,8 @@ from study.training import language_model, new_sae
 
 CHUNK = 4096
 """Tokens encoded at a time."""
+PROMPTS = 32
+"""Held-out prompts that the language model reads at a time."""
 
 
 def held_out(storage: Storage) -> str:
@@ -41,7 +43,7 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
     These are `held_out_tokens`, or fewer if the text ends before.
 
     Raises:
-        ValueError: if the text is too short for a single prompt.
+        ValueError: if the text has no rows or is too short for a single batch of prompts.
     """
     study = storage.study
     n_tokens = study.held_out_tokens
@@ -55,22 +57,24 @@ def text_activations(storage: Storage) -> tuple[Tensor, Tensor]:
             sae,
             dataset=text,
             context_size=study.context_size,
-            store_batch_size_prompts=32,
+            store_batch_size_prompts=PROMPTS,
             device=study.device,
         )
     special = torch.tensor(get_special_token_ids(model.tokenizer), device=study.device)
     tokens, activations, n_read = [], [], 0
     while n_read < n_tokens:
-        with reporting_short_text(f"held-out text {text!r}", store):
-            try:
-                batch = store.get_batch_tokens(raise_at_epoch_end=True)
-            except StopIteration:
-                if not tokens:
-                    raise
-                break  # the text is shorter: read again, it would be in both halves
+        try:
+            batch = store.get_batch_tokens(raise_at_epoch_end=True)
+        except StopIteration:
+            break  # the text is shorter: read again, it would be in both halves
         x = store.get_activations(batch).reshape(-1, study.d_in).float()
         kept = ~torch.isin(batch.flatten(), special)
         tokens.append(batch.flatten()[kept])
         activations.append(x[kept])
         n_read += len(tokens[-1])
+    if not tokens:
+        raise ValueError(
+            f"held-out text {text!r} has fewer than {PROMPTS} prompts of context_size={study.context_size} tokens, "
+            "which are read at once; use more text."
+        )
     return torch.cat(tokens)[:n_tokens], torch.cat(activations)[:n_tokens]

@@ -124,9 +124,14 @@ def _complete_activations(
         (folder / PROGRESS).unlink(missing_ok=True)
         done = {"prompts": 0, "tokens": 0}
     if done["tokens"] < n_tokens:
-        with _reporting_early_end(store, done, n_tokens):
+        try:
             for _ in range(done["prompts"]):  # read without running the model
                 store.get_batch_tokens(1, raise_at_epoch_end=True, move_to_model_device=False)
+        except StopIteration as error:
+            raise ValueError(
+                f"{str(folder)!r} holds activations of {done['prompts']:,} prompts, before which the text now ends, so "
+                "it has changed; choose another folder or delete this one."
+            ) from error
     with tqdm(total=n_tokens, initial=min(done["tokens"], n_tokens), unit="token", desc="Language model") as bar:
         while done["tokens"] < n_tokens:
             with _reporting_early_end(store, done, n_tokens):

@@ -103,9 +103,9 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     Raises:
         ValueError: at the start, if a number in the config is invalid, there is no complete checkpoint to resume from
-            or it is of another kind of SAE or from other activations, model or text cannot be loaded, the text has no
-            rows, or the hook is missing, cannot be switched on or is not `d_in` wide. In `run`, if a final checkpoint
-            with folded normalisation is to be trained further.
+            or it is of another kind of SAE or from other activations, model, text or cached activations cannot be
+            loaded, the text has no rows, or the hook is missing, cannot be switched on or is not `d_in` wide. In `run`,
+            if a final checkpoint with folded normalisation is to be trained further.
     """
 
     signals: Signals | None = None
@@ -128,8 +128,10 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
         except OSError as error:
             if hasattr(self, "activations_store"):  # later loading errors name their own cause
                 raise
-            name = "dataset_path" if hasattr(self, "model") else "model_name"
-            raise ValueError(f"{name}={getattr(cfg, name)!r} cannot be loaded: {error}") from error
+            names = ["dataset_path"] if hasattr(self, "model") else ["model_name"]
+            names += ["cached_activations_path"] * (hasattr(self, "model") and cfg.use_cached_activations)
+            named = " or ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
+            raise ValueError(f"{named} cannot be loaded: {error}") from error
         switch_on(self.model, [cfg.hook_name])
         self.evaluator = WholeHookEvaluator(**vars(self.evaluator))
         if not cfg.use_cached_activations:

@@ -253,16 +253,17 @@ class SampledTopKTrainingSAE(RecordedSAE):
     def data_parallel(self, group: "ProcessGroup | None" = None) -> None:
         """Train on the tokens of several processes, with the same results as one process on the whole batch.
 
-        Call it on every process of `group` (None: all) after building the SAE, before building the trainer. Each then
-        passes its own tokens of every batch to its trainer, the same number on each: rank 0 the first ones, and so on.
-        Pools, cutoff, thresholds, records and gradients are those of the whole batch on all ranks, up to the order of
-        sums; losses and L0 in the trainer's metrics cover the rank's own tokens. Gradients are exchanged for the
-        latents that are in a pool of any rank or dead; with a pool of all latents, for all. Weights and buffers are
-        copied from rank 0.
+        Call it on every process of `group` (None: all) after `torch.distributed.init_process_group` and after building
+        the SAE, before building the trainer. Each then passes its own tokens of every batch to its trainer, the same
+        number on each: rank 0 the first ones, and so on. Pools, cutoff, thresholds, records and gradients are those of
+        the whole batch on all ranks, up to the order of sums; losses and L0 in the trainer's metrics cover the rank's
+        own tokens. Gradients are exchanged for the latents that are in a pool of any rank or dead; with a pool of all
+        latents, for all. Weights and buffers are copied from rank 0.
 
         Raises:
-            ValueError: for one pool with a registered score that is not a `ColumnScore`, and for float64, as the cutoff
-                is found in float32.
+            ValueError: if there is no process group; for one pool with a registered score that is not a `ColumnScore`;
+                and for float64, as the cutoff is found in float32.
+            LostRankError: if another process ends or does not answer.
         """
         self.ranks = join_group(self, group)
         self._gradient_sum = GradientSum(self, self.ranks)

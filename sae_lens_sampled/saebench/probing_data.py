@@ -93,8 +93,8 @@ def load_probing_dataset(
     if "train" not in splits:
         raise ValueError(f"probing data set {name!r} has no split 'train', only {sorted(splits)}; rename a split.")
     held_out = splits.get("test", splits.get("validation"))
-    train = _by_class(name, splits["train"], text_column, label_column)
-    test = None if held_out is None else _by_class(name, held_out, text_column, label_column)
+    train = _by_class(name, "training", splits["train"], text_column, label_column)
+    test = None if held_out is None else _by_class(name, "test", held_out, text_column, label_column)
     for split, by_class in {"train": train, "test": test}.items():
         if by_class is not None and not by_class:
             raise ValueError(f"probing data set {name!r} has no rows for {split!r}.")
@@ -168,16 +168,19 @@ def _check_rows(name: str, where: str, texts: Texts, needed: int, condition: str
         )
 
 
-def _by_class(name: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:
+def _by_class(name: str, split: str, rows: datasets.Dataset, text_column: str, label_column: str) -> Texts:
     for column in (text_column, label_column):
         if column not in rows.column_names:
-            raise ValueError(f"probing data set {name!r} has no column {column!r}, only {rows.column_names}.")
+            raise ValueError(
+                f"the {split} split of probing data set {name!r} has no column {column!r}, only {rows.column_names}; "
+                "rename one, or name the columns: load_probing_dataset(path, text_column=..., label_column=...)."
+            )
     texts: Texts = {}
     for row, (text, label) in enumerate(zip(rows[text_column], rows[label_column], strict=True), start=1):
         if not isinstance(text, str) or label is None:
             raise ValueError(
-                f"probing data set {name!r}: row {row} must have a string as text, and a label, but has {text!r} and "
-                f"{label!r}; remove or complete it."
+                f"row {row} of the {split} split of probing data set {name!r} must have a string as text, "
+                f"and a label, but has {text!r} and {label!r}; remove or complete it."
             )
         texts.setdefault(str(label), []).append(text)
     return texts

@@ -235,9 +235,14 @@ def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationSta
 
 
 def mean_losses(recording: Recording, number: int) -> dict[str, float]:
-    """Core's reconstruction metrics for SAE `number`: an export, or a training SAE, which core does not evaluate.
+    """Core's reconstruction metrics for one SAE, also for a training SAE, which core does not evaluate.
 
-    Means are in float32 at least. Core's are of the model's type: in bfloat16, a loss of 4 is a multiple of 1/32.
+    Means are computed in float32 at least. Core computes them in the model's dtype: in bfloat16, a mean between 4 and 8
+    is rounded to a multiple of 1/32.
+
+    Args:
+        recording: tokens and losses.
+        number: the SAE's index in `reconstructions` of `record`; it must not be one of `recording.failures`.
     """
     sums: dict[str, list[Tensor]] = {}
     for tokens, losses in zip(recording.tokens, recording.losses, strict=False):

@@ -95,6 +95,8 @@ def test_a_killed_run_goes_on_where_it_was(store, tmp_path, monkeypatch):
             ValueError, match=rf"unfinished cache, {done['tokens']} of n_tokens=200, so .* be {n_tokens};"
         ):
             cache_activations(store(), n_tokens, tmp_path / "killed", SETTINGS)
+    with pytest.raises(ValueError, match=r"holds activations of 6 prompts, before which the text now ends, so it has"):
+        cache_activations(store(n_texts=1), 200, tmp_path / "killed", SETTINGS)
     resumed, n_passes = store(), itertools.count()
     monkeypatch.setattr(resumed, "get_activations", lambda tokens: (next(n_passes), get(resumed, tokens))[1])
     assert torch.equal(cache_activations(resumed, 200, tmp_path / "killed", SETTINGS), want)

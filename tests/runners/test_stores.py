@@ -17,6 +17,7 @@ TOO_SHORT = (
     "where it can be set, a smaller context_size."
 )
 NO_ROWS = "has no rows; use another text."
+FEW = "has fewer than 32 prompts of context_size=64 tokens, which are read at once; use more text."
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_core_tells_of_saes_that_only_sae_bench_itself_evaluates(saes, tmp_path,
         run_small(saes[2:3], ["core"], tmp_path / "out", text=text(n_words))
 
 
-@pytest.mark.parametrize(("n_words", "said"), [(0, NO_ROWS), (9, TOO_SHORT.format(64))])
+@pytest.mark.parametrize(("n_words", "said"), [(0, NO_ROWS), (9, FEW), (1500, FEW)])
 def test_the_study_tells(tmp_path, text, n_words, said):
     pytest.importorskip("sae_bench", reason="needs the extra `eval`")
     from study_helpers import SMOKE, storage

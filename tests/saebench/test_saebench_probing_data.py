@@ -65,7 +65,7 @@ def test_splits_are_balanced_random_and_disjoint(rows):
         ),
         (
             lambda rows: [{"words": row["text"]} for row in rows],
-            r"^probing data set 'mine' has no column 'text', only \['words'\]\.$",
+            r"^the training split of probing data set 'mine' has no column 'text', only \['words'\]; rename one",
         ),
     ],
 )
@@ -84,12 +84,17 @@ def test_splits_that_do_not_fit_are_reported(rows):
         load(train=rows[:100], test=[row for row in rows[100:] if row["label"] == "a"])
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]; rename a split\.$"):
         load(test=rows)
-    with pytest.raises(ValueError, match=r"row 1 must have a string as text, and a label, but has None and 'a'; "):
+    with pytest.raises(
+        ValueError,
+        match=r"^row 1 of the training split of probing data set 'mine' must have a string .* None and 'a'; ",
+    ):
         load(train=[{"text": None, "label": "a"}, *rows])
     with pytest.raises(ValueError, match=r"has only 19 rows of class 'a' in the test split; at least 20 per class are"):
         load(train=rows[:100], test=rows[101:140])
     with pytest.raises(ValueError, match=r"has only 19 rows of class 'b' in the training split; at least 20 per class"):
         load(train=rows[:39], test=rows[100:])
+    with pytest.raises(ValueError, match=r"^row 2 of the test split of probing data set 'mine' must have a string as"):
+        load(train=rows[:100], test=[rows[0], {"text": "words", "label": None}])
     assert len(load(train=rows[:40], test=rows[100:140]).test["a"]) == 20
     both = load(train=rows[:100], test=rows[100:], unsupervised=rows)
     test = both.split(100, 60, seed=3)[1]
