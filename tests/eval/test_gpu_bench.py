@@ -94,6 +94,17 @@ def test_wheels_are_installed_first(script, tmp_path):
     assert install[-1] == str(tmp_path / "one.whl")
 
 
+def test_tiny_measurements_are_not_taken_for_those_of_a_gpu(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    script.out = ""  # as if it were unset
+    for call, n_parts in (("tests", 4), ("tests", 4), ("bench", 4)):
+        status, commands = script("--device", "cpu", "--tiny", call)
+        assert (status, len(commands)) == (0, n_parts)
+        outs = [command[command.index("--out") + 1] for command in commands if "--out" in command]
+        assert len(outs) >= 3
+        assert all(Path(out).is_relative_to(tmp_path) for out in outs)
+
+
 def test_unknown_arguments_are_refused(script):
     assert script("everything")[0] == script()[0] == 2
     assert not script.out.exists()
