@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKTrainingSAE
 from sae_lens.saes.sae import SAE
 from sae_lens.synthetic.evals import mean_correlation_coefficient
 from scipy.integrate import trapezoid
@@ -62,7 +63,10 @@ class Similarity(NamedTuple):
 
 @torch.no_grad()
 def dictionary_similarity(
-    a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"], match_max_latents: int = MATCH_MAX_LATENTS
+    a: Float[Tensor, "n_a d_in"],
+    b: Float[Tensor, "n_b d_in"],
+    match_max_latents: int = MATCH_MAX_LATENTS,
+    signed: bool = True,
 ) -> Similarity:
     r"""Mean max cosine similarity (MMCS) of two dictionaries, both ways, with related measures.
 
@@ -79,6 +83,8 @@ def dictionary_similarity(
         a: rows to find, such as `W_dec` or `W_enc.T`; for live latents only, `a[live]`.
         b: rows to find them in.
         match_max_latents: `matched` is None if either has more rows: it takes cubic time and the full cosine matrix.
+        signed: whether a row differs from its negative. If not, as for AbsTopK, `mmcs`, the shares and `baseline` are
+            of |cosines| too.
 
     Raises:
         ValueError: if one is empty or has non-finite entries, or their widths differ or are below 2.
@@ -91,8 +97,15 @@ def dictionary_similarity(
     if max(len(a), len(b)) <= match_max_latents:
         matched = mean_correlation_coefficient(*(_unit_rows(rows, torch.float32) for rows in (a, b)))
     return Similarity(
-        _one_way(cosines.a, cosines.a_absolute, *b.shape), _one_way(cosines.b, cosines.b_absolute, *a.shape), matched
+        _one_way(cosines.a if signed else cosines.a_absolute, cosines.a_absolute, *b.shape, signed),
+        _one_way(cosines.b if signed else cosines.b_absolute, cosines.b_absolute, *a.shape, signed),
+        matched,
     )
+
+
+def are_signed(*saes: SAE[Any]) -> bool:
+    """Whether latents of SAEs differ from their negatives: those of AbsTopK, which also fire negatively, do not."""
+    return not any(isinstance(sae, (AbsTopKSAE, AbsTopKTrainingSAE)) for sae in saes)
 
 
 @torch.no_grad()
@@ -148,8 +161,9 @@ def similarity_table(saes: Mapping[str, SAE[Any]]) -> str:
     header = ["of", "in", "decoder", "encoder", "decoder, absolute", "> 0.7", "> 0.9", "matched", "random"]
     rows = []
     for (a, sae_a), (b, sae_b) in combinations(saes.items(), 2):
-        decoder = dictionary_similarity(sae_a.W_dec, sae_b.W_dec)
-        encoder = dictionary_similarity(sae_a.W_enc.T, sae_b.W_enc.T)
+        signed = are_signed(sae_a, sae_b)
+        decoder = dictionary_similarity(sae_a.W_dec, sae_b.W_dec, signed=signed)
+        encoder = dictionary_similarity(sae_a.W_enc.T, sae_b.W_enc.T, signed=signed)
         for names, of_decoder, of_encoder in (
             ((a, b), decoder.forward, encoder.forward),
             ((b, a), decoder.backward, encoder.backward),
@@ -170,12 +184,12 @@ def _raise_to(best: Tensor, tile: Tensor, dim: int) -> None:
     torch.maximum(best, torch.stack([high, torch.maximum(high, -low)]), out=best)
 
 
-def _one_way(signed: Tensor, absolute: Tensor, n_other: int, d_in: int) -> OneWay:
+def _one_way(cosines: Tensor, absolute: Tensor, n_other: int, d_in: int, signed: bool) -> OneWay:
     return OneWay(
-        mmcs=signed.double().mean().item(),
+        mmcs=cosines.double().mean().item(),
         mmcs_absolute=absolute.double().mean().item(),
-        share_above_0_7=(signed > 0.7).double().mean().item(),
-        share_above_0_9=(signed > 0.9).double().mean().item(),
-        baseline=random_baseline(n_other, d_in, absolute=False),
+        share_above_0_7=(cosines > 0.7).double().mean().item(),
+        share_above_0_9=(cosines > 0.9).double().mean().item(),
+        baseline=random_baseline(n_other, d_in, absolute=not signed),
         baseline_absolute=random_baseline(n_other, d_in, absolute=True),
     )

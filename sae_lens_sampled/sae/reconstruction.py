@@ -36,4 +36,5 @@ def decode_inner_widths(sae: Any, x: Tensor, acts: Tensor) -> list[Tensor]:
 def encode_and_reconstruct(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Feature activations, shape (..., d_sae), and the reconstruction with a transcoder's skip, shape (..., d_out)."""
     acts = sae.encode(x)
-    return acts, add_skip(sae, x, sae.decode(acts))
+    reconstruction = add_skip(sae, x, sae.decode(acts))
+    return acts.to_dense() if acts.is_sparse else acts, reconstruction  # TopK's in training may be sparse

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import datasets.config
+import einops
 import huggingface_hub.constants
 import jaxtyping
 import numpy as np
@@ -24,6 +25,7 @@ import sae_bench.evals.absorption.feature_absorption as feature_absorption
 import sae_bench.evals.absorption.main as absorption
 import sae_bench.evals.absorption.probing as absorption_probing
 import sae_bench.evals.core.main as core
+import sae_bench.sae_bench_utils.activation_collection as activation_collection
 import sae_bench.sae_bench_utils.dataset_info as dataset_info
 import sae_bench.sae_bench_utils.dataset_utils as dataset_utils
 import torch
@@ -245,6 +247,21 @@ def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]
 
 
 @contextmanager
+def unit_rows(sae: Any) -> Iterator[None]:
+    """Scale the codes as if decoder rows had unit norm, which SAEBench assumes: for SAEs that cannot be folded.
+
+    L1 norms and absorption would depend on how the norm is divided between the codes and the rows.
+    """
+    encode, decode, norms = sae.encode, sae.decode, sae.W_dec.detach().norm(dim=-1)
+    norms = norms.where(norms > 0, 1)
+    if torch.allclose(norms, torch.ones_like(norms), atol=0.01):  # folded, up to the rounding of bfloat16
+        yield
+        return
+    with sae_methods(sae, lambda x: encode(x) * norms, lambda acts: decode(acts / norms)):
+        yield
+
+
+@contextmanager
 def magnitudes(sae: Any) -> Iterator[None]:
     """Encode to magnitudes, and decode with the signs: core takes latents with negative activations as inactive.
 
@@ -279,6 +296,28 @@ def two_widths() -> AbstractContextManager[Any]:
         return encoder | none | {"max_decoder_cosine_sim": decoder["max_decoder_cosine_sim"]}
 
     return mock.patch.object(core, "get_featurewise_weight_based_metrics", metrics)
+
+
+@contextmanager
+def masked_tokens_only(sae: Any) -> Iterator[None]:
+    """Leave out the tokens that sparse probing masks, and only these, when it averages over a text.
+
+    SAEBench sets their activations to 0, and finds them again by sums that are 0, which outputs of a LayerNorm may
+    have too. An SAE that divides by the norm encodes them to NaN, which stays NaN when it is multiplied by 0.
+    """
+    encode, reduce = sae.encode, einops.reduce
+
+    def encoded(x: torch.Tensor) -> torch.Tensor:
+        acts = encode(x)
+        acts[(x == 0).all(dim=-1)] = 0
+        return acts
+
+    def reduced(tensor: torch.Tensor, pattern: str, reduction: str) -> torch.Tensor:
+        return (tensor != 0).any(dim=-1) if pattern == "B L D -> B L" else reduce(tensor, pattern, reduction)
+
+    replaced = SimpleNamespace(**{**vars(einops), "reduce": reduced})
+    with sae_methods(sae, encoded, sae.decode), mock.patch.object(activation_collection, "einops", replaced):
+        yield
 
 
 @contextmanager

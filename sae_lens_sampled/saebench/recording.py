@@ -31,7 +31,8 @@ from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct
 from sae_lens_sampled.saebench.patches import core_inputs, sae_methods
 
 Losses = dict[str, Tensor]
-Reconstruct = Callable[[Tensor], Tensor]
+Reconstruct = Callable[[Tensor, Tensor], Tensor]
+"""Maps activations, shape (prompts, context, d_in), and the mask of tokens to replace to reconstructions."""
 
 
 class Site(NamedTuple):
@@ -151,7 +152,7 @@ def reconstruction_losses(
     losses = []
     for number, reconstruct in enumerate(reconstructions):
         try:
-            x_hat = failures.get(number) or reconstruct(kept["x"])
+            x_hat = failures.get(number) or reconstruct(kept["x"], mask)
         except Exception as error:  # an SAE can fail in any way
             failures[number] = x_hat = error
         if isinstance(x_hat, Exception):
@@ -230,6 +231,8 @@ def statistics_in_training(recording: Recording, sae: SAE[Any]) -> ActivationSta
     result = ActivationStatistics(sae.W_dec.shape[1], sae.cfg.d_sae, sae.device)
     for batch in _sparsity_batches(recording):
         acts, reconstruction = encode_and_reconstruct(sae, batch.x[batch.keep].to(sae.device, sae.dtype))
+        if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            acts = acts * sae.W_dec.norm(dim=-1)  # as in the export, whose decoder rows have unit norm
         result.update(batch.y[batch.keep].to(sae.device, sae.dtype), acts, reconstruction)
     return result
 

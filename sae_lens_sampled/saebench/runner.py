@@ -248,7 +248,7 @@ def _evaluate_all(
     # Each SAE by itself.
     for sae in pending:
         try:
-            with _working_on(evaluation, sae.name, progress):
+            with _working_on(evaluation, sae.name, progress), patches.unit_rows(sae.sae):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])

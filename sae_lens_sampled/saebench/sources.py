@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.temporal_sae import TemporalSAE
 from torch import Tensor
 
 from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.folders import check_folded, is_checkpoint
 from sae_lens_sampled.sae.checks import check_weights
 from sae_lens_sampled.sae.export import to_jumprelu
-from sae_lens_sampled.sae.inference import load_checkpoint
+from sae_lens_sampled.sae.inference import SampledTopKSAE, load_checkpoint
 from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.signals import interruptible
 
@@ -55,7 +56,7 @@ SAESource: TypeAlias = "SAE[Any] | str | Path | tuple[str, SAE[Any] | Path | str
 
 
 class BrokenSAEError(ValueError):
-    """An SAE has unusable weights or thresholds; other SAEs can still be evaluated."""
+    """An SAE has unusable weights or thresholds, or is of an unsuitable kind; other SAEs can still be evaluated."""
 
     def __init__(self, name: str, reason: ValueError) -> None:
         super().__init__(f"SAE {name!r}: {reason}")
@@ -206,6 +207,7 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     check_folded(sae.cfg.normalize_activations, "an SAE in saes")
     with _named(name, sae_id, sae):
         check_weights(sae)
+        _check_independent_tokens(sae)
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
     tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}
@@ -217,6 +219,20 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     return EvalSAE(name or f"{sae_class}_{fingerprint[:8]}", sae_id, sae, training_sae, sae_class, fingerprint)
 
 
+def _check_independent_tokens(sae: SAE[Any]) -> None:
+    """Reject SAEs whose codes of a token depend on others: SAEBench encodes padding and masked tokens along with it."""
+    if isinstance(sae, SampledTopKSAE):
+        raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
+            "a SampledTopKSAE selects over its batch, to which the evals add padding; pass the training SAE or its "
+            "checkpoint, of which the export is evaluated too."
+        )
+    if isinstance(sae, TemporalSAE):
+        raise ValueError(  # noqa: TRY004
+            "a TemporalSAE predicts a part of its codes from earlier tokens, which `decode`, and so every eval, leaves "
+            "out; it cannot be evaluated here."
+        )
+
+
 @torch.no_grad()
 def _fold_decoder_norm(sae: SAE[Any]) -> None:
     """Scale decoder rows to unit norm: SAEBench does so for SAEs from the Hub, and expects it of SAE objects."""
@@ -226,4 +242,4 @@ def _fold_decoder_norm(sae: SAE[Any]) -> None:
     try:
         sae.fold_W_dec_norm()
     except NotImplementedError:
-        return  # folding would change what TopK and matching pursuit select; temporal SAEs have no folding
+        return  # folding would change what TopK and matching pursuit select; see `patches.unit_rows`

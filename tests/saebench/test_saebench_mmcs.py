@@ -100,9 +100,9 @@ def test_details_are_the_similarities_and_metrics_their_mean():
 def test_every_pair_is_compared_once(monkeypatch):
     compared = []
 
-    def compare(a, b, match_max_latents):
+    def compare(a, b, match_max_latents, signed):
         compared.append((a, b))
-        return dictionary_similarity(a, b, match_max_latents)
+        return dictionary_similarity(a, b, match_max_latents, signed)
 
     monkeypatch.setattr(sae_lens_sampled.saebench.evals.mmcs, "dictionary_similarity", compare)
     evaluate(three_seeds())
@@ -194,7 +194,7 @@ def test_saes_above_match_max_latents_are_not_matched():
         (
             {"hook_name": "blocks.2.hook_z"},
             r"^'b_custom_sae' has hook_name='blocks.2.hook_z', but 'a_custom_sae' has "
-            r"hook_name='blocks.1.hook_resid_post'; compare only SAEs of the same width and hook\.$",
+            r"hook_name='blocks.1.hook_resid_post'; compare only SAEs of the same width, hook and head\.$",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import sae_bench.evals.absorption.common as absorption_common
 import sae_bench.evals.absorption.main as absorption
 from filelock import FileLock
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+from sae_lens.saes.abstopk_sae import AbsTopKSAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
@@ -44,8 +45,13 @@ class Absorption(Eval):
         }
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Reject transcoders, and SAEs on hooks that absorption would not read."""
+        """Reject transcoders, AbsTopK SAEs, and SAEs on hooks that absorption would not read."""
         for sae in saes:
+            if isinstance(sae.sae, AbsTopKSAE):
+                raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
+                    f"{sae.name!r} is an AbsTopK SAE, but absorption takes latents with negative activations as "
+                    "inactive; leave absorption out for it."
+                )
             if isinstance(sae.sae, Transcoder):
                 raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
                     f"{sae.name!r} is a transcoder; absorption compares decoder rows with probes on the activations "

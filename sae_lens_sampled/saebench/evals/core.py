@@ -92,7 +92,8 @@ class Core(Eval):
         store.shuffle_input_dataset(seed=42)  # as core does
         # The training SAEs come last: core itself evaluates only the exported SAEs before them.
         training = {sae.name: sae.training_sae for sae in saes if sae.training_sae is not None}
-        reconstructions = [functools.partial(_reconstruct, sae) for sae in [s.sae for s in saes] + [*training.values()]]
+        reconstructions = [functools.partial(_reconstruct, sae.sae) for sae in saes]
+        reconstructions += [functools.partial(_reconstruct_selected, sae) for sae in training.values()]
         with switched_on(hooked, site.hooks), heads_side_by_side(hooked, site.hooks):
             recorded = recording.record(hooked, store, site, reconstructions, self.config, file)
         places = {name: len(saes) + i for i, name in enumerate(training)}
@@ -160,8 +161,16 @@ class Core(Eval):
         )
 
 
-def _reconstruct(sae: SAE[Any], x: Tensor) -> Tensor:
+def _reconstruct(sae: SAE[Any], x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001  all tokens, as core does
     return encode_and_reconstruct(sae, x.to(sae.device))[1].to(x.device)
+
+
+def _reconstruct_selected(sae: SAE[Any], x: Tensor, mask: Tensor) -> Tensor:
+    """Reconstruct only the tokens of `mask`: in a selection over the batch, special tokens would take part."""
+    selected = _reconstruct(sae, x[mask], mask)
+    reconstruction = selected.new_zeros(*x.shape[:-1], selected.shape[-1])
+    reconstruction[mask] = selected
+    return reconstruction
 
 
 def _raise_failure(recorded: recording.Recording, number: int) -> None:

@@ -25,7 +25,7 @@ from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.evals.core import Core
 from sae_lens_sampled.saebench.results import NOT_COMPUTED, is_result_of, load_result, result_path
 from sae_lens_sampled.saebench.sources import EvalSAE, seed_group
-from sae_lens_sampled.similarity import MATCH_MAX_LATENTS, Similarity, dictionary_similarity
+from sae_lens_sampled.similarity import MATCH_MAX_LATENTS, Similarity, are_signed, dictionary_similarity
 
 
 @dataclass
@@ -208,14 +208,14 @@ def compare_all(
 
 def check_alike(saes: Sequence[EvalSAE]) -> None:
     """Reject SAEs that differ in widths or hooks."""
-    for field in ("d_sae", "d_in", "d_out", "hook_name", "hook_name_out"):
+    for field in ("d_sae", "d_in", "d_out", "hook_name", "hook_name_out", "hook_head_index"):
         of_metadata = field.startswith("hook")
         values = [getattr(sae.sae.cfg.metadata if of_metadata else sae.sae.cfg, field, None) for sae in saes]
         for sae, value in zip(saes, values, strict=True):
             if value != values[0]:
                 raise ValueError(
                     f"{sae.name!r} has {field}={value!r}, but {saes[0].name!r} has {field}={values[0]!r}; "
-                    "compare only SAEs of the same width and hook."
+                    "compare only SAEs of the same width, hook and head."
                 )
 
 
@@ -223,16 +223,16 @@ def _compare(
     a: EvalSAE, b: EvalSAE, live_a: Tensor | None, live_b: Tensor | None, match_max_latents: int, device: str
 ) -> tuple[dict[str, MmcsMetrics], dict[str, MmcsMetrics]]:
     """Metrics by category: those of `a` with `b` as its partner, and those of `b` with `a` as its partner."""
-    forward, backward = {}, {}
+    forward, backward, signed = {}, {}, are_signed(a.sae, b.sae)
     for part in ("decoder", "encoder"):
         rows_a, rows_b = _rows(a, part, device), _rows(b, part, device)
-        similarity = dictionary_similarity(rows_a, rows_b, match_max_latents)
+        similarity = dictionary_similarity(rows_a, rows_b, match_max_latents, signed)
         live = None
         if live_a is not None and live_b is not None and live_a.any() and live_b.any():
             live = similarity
             if not (live_a.all() and live_b.all()):
                 rows_a, rows_b = rows_a[live_a.to(device)], rows_b[live_b.to(device)]
-                live = dictionary_similarity(rows_a, rows_b, match_max_latents)
+                live = dictionary_similarity(rows_a, rows_b, match_max_latents, signed)
         forward |= _categories(part, similarity, live)
         backward |= _categories(part, similarity.swapped(), live and live.swapped())
     return forward, backward

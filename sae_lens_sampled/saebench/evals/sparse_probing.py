@@ -65,6 +65,7 @@ class SparseProbing(Eval):
             heads_side_by_side(hooked, hooks),
             patches.own_probing_datasets(self.setup.probing_datasets, sizes),
             random_draws.same_draws_for_every_sae(self.random_states),
+            patches.masked_tokens_only(sae.sae),
         ):
             sparse_probing.run_eval(
                 self.config,
