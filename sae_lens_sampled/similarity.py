@@ -97,8 +97,8 @@ def dictionary_similarity(
     if max(len(a), len(b)) <= match_max_latents:
         matched = mean_correlation_coefficient(*(_unit_rows(rows, torch.float32) for rows in (a, b)))
     return Similarity(
-        _one_way(cosines.a if signed else cosines.a_absolute, cosines.a_absolute, *b.shape, signed),
-        _one_way(cosines.b if signed else cosines.b_absolute, cosines.b_absolute, *a.shape, signed),
+        _one_way(cosines.a if signed else cosines.a_absolute, cosines.a_absolute, *b.shape, signed=signed),
+        _one_way(cosines.b if signed else cosines.b_absolute, cosines.b_absolute, *a.shape, signed=signed),
         matched,
     )
 

@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import datasets.config
-import einops
 import huggingface_hub.constants
 import jaxtyping
 import numpy as np
@@ -305,7 +304,7 @@ def masked_tokens_only(sae: Any) -> Iterator[None]:
     SAEBench sets their activations to 0, and finds them again by sums that are 0, which outputs of a LayerNorm may
     have too. An SAE that divides by the norm encodes them to NaN, which stays NaN when it is multiplied by 0.
     """
-    encode, reduce = sae.encode, einops.reduce
+    encode, einops = sae.encode, activation_collection.einops
 
     def encoded(x: torch.Tensor) -> torch.Tensor:
         acts = encode(x)
@@ -313,7 +312,7 @@ def masked_tokens_only(sae: Any) -> Iterator[None]:
         return acts
 
     def reduced(tensor: torch.Tensor, pattern: str, reduction: str) -> torch.Tensor:
-        return (tensor != 0).any(dim=-1) if pattern == "B L D -> B L" else reduce(tensor, pattern, reduction)
+        return (tensor != 0).any(dim=-1) if pattern == "B L D -> B L" else einops.reduce(tensor, pattern, reduction)
 
     replaced = SimpleNamespace(**{**vars(einops), "reduce": reduced})
     with sae_methods(sae, encoded, sae.decode), mock.patch.object(activation_collection, "einops", replaced):
