@@ -1,6 +1,7 @@
 """Stage `report`: the result pages, from templates whose numbers are all looked up in the results."""
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def latents_texts(folder: Path) -> dict[str, str]:
     readers = {f"reader {n}": read_answers(file) for n, file in files}
     return {
         "count": str(len(rows)),
+        "most_of_one_sae": str(max(Counter(row["sae"] for row in rows).values())),
         "table": latents.table(rows, LATENTS_OF),
         "by_token": latents.token_table(rows, LATENTS_OF),
         "ratings": latents.rating_table(rows, readers, LATENTS_OF),
