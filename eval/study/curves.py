@@ -89,15 +89,20 @@ def curve_table(summaries: Sequence[Summary]) -> str:
 
 def order_table(summaries: dict[str, Summary], columns: dict[str, str], base: str = BASE) -> str:
     """Means of the studies' arms, a row for each study and arm, and differences from `base` with intervals if there are
-    at least three seeds.
+    at least three seeds. Columns that no study has measured are left out.
     """
+    measured = {
+        column: metric
+        for column, metric in columns.items()
+        if any(summary.mean(arm, metric) is not None for summary in summaries.values() for arm in summary.on_model)
+    }
     rows = []
     for name, summary in summaries.items():
         for arm in summary.on_model:
-            cells = [_cell(summary, arm, metric, base) for metric in columns.values()]
-            rows.append([name, summary.label(arm), *cells])
+            cells = [_cell(summary, arm, metric, base) for metric in measured.values()]
+            rows.append([name, summary.label(arm), summary.n_evaluated(arm), *cells])
             name = ""
-    return markdown_table(["", "", *columns], rows)
+    return markdown_table(["", "", "SAEs", *measured], rows)
 
 
 def _cell(summary: Summary, arm: str, metric: str, base: str) -> str:

@@ -141,15 +141,17 @@ def test_the_first_step_of_the_correction_is_the_quantile_of_all_tests(tmp_path)
 
 def test_orders_elsewhere_have_intervals_from_three_seeds_on(tmp_path):
     summary = summary_of(tmp_path, pool_5={"fvu": 0.1, "mmcs": -0.2})
-    table = order_table({"elsewhere": summary}, {"FVU": "fvu", "MMCS": "mmcs"})
-    base, *others = table.splitlines()[2:]
+    header, _, base, *others = order_table(
+        {"elsewhere": summary}, {"FVU": "fvu", "not measured": "absorption_fraction", "MMCS": "mmcs"}
+    ).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "", "SAEs", "FVU", "MMCS"]
     [pool] = [row for row in others if "one pool" in row]
-    assert base.startswith("| elsewhere | BatchTopK | 0.200 | 0.500 |")
-    assert re.fullmatch(r"\|  \| pool 5, one pool \| 0.300 \(\+0.100 \[.*\]\) \| 0.300 \(-0.200 \[.*\]\) \|", pool)
+    assert base.startswith("| elsewhere | BatchTopK | 5 | 0.200 | 0.500 |")
+    assert re.fullmatch(r"\|  \| pool 5, one pool \| 5 \| 0.300 \(\+0.100 \[.*\]\) \| 0.300 \(-0.200 \[.*\]\) \|", pool)
     for arm in ("batchtopk", "pool_5"):
         for seed in (2, 3, 4):
             del summary.on_model[arm][seed]
-    assert "| pool 5, one pool | 0.300 |" in order_table({"two seeds": summary}, {"FVU": "fvu"})
+    assert "| pool 5, one pool | 2 | 0.300 |" in order_table({"two seeds": summary}, {"FVU": "fvu"})
 
 
 def test_latents_are_counted_by_how_often_they_fire(tmp_path):
