@@ -65,8 +65,10 @@ def summary(rows: list[Setting]) -> dict[str, Any]:
         "n_l0_within": {f"{most:.0%}": sum(abs(gap) <= most for gap in l0_gaps) for most in (0.03, 0.05)},
         "n_fvu_within": {"2%": sum(gap <= 0.02 for gap in fvu_gaps)},
         "n_fvu_lower": {"2%": sum(gap < -0.02 for gap in fvu_gaps)},
+        "n_fvu_higher": {"2%": sum(gap > 0.02 for gap in fvu_gaps)},
         "largest_l0_gap": f"{max(map(abs, l0_gaps)):.0%}",
         "lowest_fvu_gap": f"{-min(fvu_gaps):.0%} lower",
+        "highest_fvu_gap": f"{max(fvu_gaps):.0%} higher",
         "largest_fvu_ratio": f"{1 + max(fvu_gaps):.0f}",
     }
 

@@ -18,7 +18,7 @@ sys.path[0] = str(EVAL)  # instead of this script's folder, so that the packages
 from bench.cases import BATCHTOPK, NOT_ALIKE, OTHER_PACKAGES, Setting, libraries, plan
 from pages import markdown_table
 from pages import render as render_page
-from sae_lens_sampled.step import kept_entries
+from sae_lens_sampled.step import kept_entries, reduced_scan
 
 RESULTS = EVAL / "results"
 TEMPLATES = {"SPEED.md": "SPEED.md", "results/speed.md": "speed_tables.md"}
@@ -277,6 +277,7 @@ def render(
         "runs_table": runs_table,
         "run_gain": run_gain,
         "limits": kept_entries,
+        "reduced": reduced_scan,
     }
     folder = Path(__file__).parent / "templates"
     return {page: render_page(folder / template, **values) for page, template in TEMPLATES.items()}

@@ -74,8 +74,8 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> TrainingSAE:
         raise ValueError(f"no readable training checkpoint in {str(folder)!r}: {error}") from error
     if sae is None:
         raise ValueError(
-            f"{str(folder)!r} holds an SAE exported for inference, not a training checkpoint; "
-            "sae_lens.SAE.load_from_disk(folder) loads it."
+            f"{str(folder)!r} holds an SAE exported for inference, not a training checkpoint; pass the folder "
+            "of a checkpoint. To use the exported SAE, load it with sae_lens.SAE.load_from_disk(folder)."
         )
     if sae.cfg.normalize_activations in UNFOLDED:
         _fold_normalisation(sae, folder)

@@ -72,7 +72,8 @@ class RecordedSAE(BatchTopKTrainingSAE):
     def learnt_thresholds(self) -> Float[Tensor, " d_sae"]:
         """Thresholds learnt in training, by the rule of `inference_threshold`, in units of `hidden_pre`.
 
-        Before the first step: those that it started with, which are 0 except after `from_batchtopk`, with a warning.
+        With "per_latent", +inf for latents that have left the pools or were practically never selected. Before the
+        first step, warns and returns the initial thresholds: 0, or those that `from_batchtopk` took over.
         """
         n_steps = self.pool_record.n_steps
         if n_steps == 0:

@@ -122,7 +122,8 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
     metadata = sae.sae.cfg.metadata
     if metadata.hook_name is None:
         raise ValueError(
-            f"SAE {sae.name!r} has no hook_name in its metadata; set sae.cfg.metadata.hook_name to its hook."
+            f"SAE {sae.name!r} has no hook_name in its metadata; set sae.cfg.metadata.hook_name to the hook that it "
+            "was trained on (for a saved SAE, in the metadata of its cfg.json)."
         )
     metadata.hook_name = _hook_in(model, sae, metadata.hook_name)
     widths = {metadata.hook_name: ("d_in", sae.sae.cfg.d_in)}
@@ -130,7 +131,7 @@ def attach(sae: EvalSAE, model: EvalModel) -> None:
         if metadata.hook_name_out is None:
             raise ValueError(
                 f"transcoder {sae.name!r} has no hook_name_out in its metadata; set sae.cfg.metadata.hook_name_out to "
-                "the hook that it reconstructs."
+                "the hook that it reconstructs (for a saved one, in the metadata of its cfg.json)."
             )
         metadata.hook_name_out = _hook_in(model, sae, metadata.hook_name_out)
         widths[metadata.hook_name_out] = ("d_out", sae.sae.cfg.d_out)

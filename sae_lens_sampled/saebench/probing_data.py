@@ -103,9 +103,10 @@ def load_probing_dataset(
             f"column {label_column!r} of probing data set {name!r} has only one class, {min(train)!r}; use two or more."
         )
     if test is not None and set(test) != set(train):
+        only_train, only_test = sorted(set(train) - set(test)), sorted(set(test) - set(train))
         raise ValueError(
-            f"probing data set {name!r} has test classes {sorted(test)}, but other training classes; both splits must "
-            "have the same."
+            f"the splits of probing data set {name!r} have different classes: {only_train} are only in the training "
+            f"split, {only_test} only in the test split; add rows of these classes, or leave them out."
         )
     if test is None:
         enough = 5 * (MIN_ROWS - 1) + 1  # `largest_sizes` leaves a fifth for testing, rounded up

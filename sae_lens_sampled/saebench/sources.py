@@ -100,7 +100,8 @@ def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple
         if name in names[:i]:
             raise ValueError(
                 f"two SAEs are called {name!r}, so the results of one would replace the other's; "
-                "pass (name, SAE or Path) pairs with different names (NAME=FOLDER on the command line)."
+                "pass (name, SAE or Path) pairs with different names (NAME=FOLDER on the command line), "
+                "or leave one out if both are the same SAE."
             )
     return saes, broken
 

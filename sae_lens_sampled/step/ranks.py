@@ -115,10 +115,11 @@ class SeveralRanks(Ranks):
     @override
     @torch.no_grad()
     def cutoff(self, values: Float[Tensor, " entries"], n_keep: int) -> tuple[Tensor, Int[Tensor, ""]]:
-        """As for one process; `values` in float32 or lower precision.
+        """Keeps what one process keeps; `values` in float32 or lower precision.
 
         Exact: non-negative floats are ordered like their bits, so three histograms, of 11, 11 and 9 bits, find the
-        cutoff. Ties go to lower ranks, whose tokens come first.
+        cutoff. Ties go to lower ranks, whose tokens come first. The cutoff is float32, and 0 if there are fewer
+        than `n_keep` values.
         """
         bits = values.float().clamp(min=0).view(torch.int32).long()
         remaining = torch.full((), n_keep, device=values.device)

@@ -41,8 +41,10 @@ def test_exports_are_counted_by_how_far_they_are_from_training():
         "n_l0_within": {"3%": 1, "5%": 2},
         "n_fvu_within": {"2%": 2},
         "n_fvu_lower": {"2%": 1},
+        "n_fvu_higher": {"2%": 1},
         "largest_l0_gap": "30%",
         "lowest_fvu_gap": "50% lower",
+        "highest_fvu_gap": "3% higher",
         "largest_fvu_ratio": "1",
     }
 

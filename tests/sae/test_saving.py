@@ -167,5 +167,5 @@ def test_exported_sae_as_a_checkpoint_is_reported_in_one_sentence(tmp_path):
     sae.save_inference_model(tmp_path)
     with pytest.raises(ValueError, match=r"holds a 'jumprelu' SAE.*exported for inference cannot be trained further"):
         sae.load_weights_from_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"exported for inference, not a training checkpoint; sae_lens\.SAE\.load"):
+    with pytest.raises(ValueError, match=r"exported for inference, not a training checkpoint; pass the folder of a"):
         load_checkpoint(tmp_path)
