@@ -27,6 +27,7 @@ out=${OUT:-$results} failed=0
 [ ${#tiny[@]} -gt 0 ] && out=${OUT:-$(mktemp -d)} # as finished parts, they would keep a GPU's from being measured
 mkdir -p "$out"
 for file in bench_gpu.json bench_end_to_end_gpu.json gpu_parts.txt; do
+    [ ${#tiny[@]} -gt 0 ] && break
     [ -e "$results/$file" ] && [ ! -e "$out/$file" ] && cp "$results/$file" "$out/"
 done
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

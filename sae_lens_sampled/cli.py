@@ -180,7 +180,7 @@ def evaluate(
         str, typer.Option(help="Such as 2/8: every eighth SAE from the second on, for processes that share a folder.")
     ] = "1/1",
 ) -> None:
-    """Evaluate SAEs of any architecture with SAEBench, and compare seeds by MMCS."""
+    """Evaluate SAEs of any architecture but Temporal with SAEBench, and compare seeds by MMCS."""
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import EvalError, parse_source, run_evals
     with exit_on(ValueError, OSError, EvalError):

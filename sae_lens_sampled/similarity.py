@@ -35,11 +35,11 @@ class OneWay(NamedTuple):
     """Similarity of one dictionary's rows to another dictionary."""
 
     mmcs: float
-    """Mean over rows of the largest cosine with a row of the other dictionary, in [-1, 1]."""
+    """Mean over rows of the largest cosine (|cosine| if not `signed`) with a row of the other dictionary."""
     mmcs_absolute: float
     """Mean over rows of the largest |cosine|, in [0, 1]."""
     share_above_0_7: float
-    """Share of rows whose largest (signed) cosine is above 0.7."""
+    """Share of rows whose largest cosine (|cosine| if not `signed`) is above 0.7."""
     share_above_0_9: float
     baseline: float
     """Expected `mmcs` if each row of the other dictionary were an independent random direction."""

@@ -117,6 +117,11 @@ class ResumableRunner(LanguageModelSAETrainingRunner):
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> None:
         check_run(cfg)
+        if cfg.use_cached_activations and not Path(str(cfg.cached_activations_path)).is_dir():
+            raise ValueError(
+                f"cached_activations_path={cfg.cached_activations_path!r} is not a folder; cache the activations there "
+                "with SAELens' CacheActivationsRunner, or set use_cached_activations to False."
+            )
         cfg = with_newest_checkpoint(cfg)
         given = {name for name, value in overrides.items() if value is not None}
         if cfg.resume_from_checkpoint is not None:

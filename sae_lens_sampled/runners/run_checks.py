@@ -31,7 +31,7 @@ COUNTS = (
 
 
 def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Reject numbers and a missing cache that SAELens accepts but cannot train with, or rejects only much later.
+    """Reject numbers in a run's configuration that SAELens accepts but cannot train with, or rejects only much later.
 
     Raises:
         ValueError: naming the field and its value.
@@ -50,11 +50,6 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"n_batches_in_buffer={cfg.n_batches_in_buffer} prompts hold {buffer} tokens, fewer than one batch of "
             f"train_batch_size_tokens={cfg.train_batch_size_tokens}; for a buffer that mixes two batches, set it to "
             f"{math.ceil(2 * cfg.train_batch_size_tokens * cfg.n_batches_in_buffer / max(buffer, 1))}."
-        )
-    if cfg.use_cached_activations and not Path(str(cfg.cached_activations_path)).is_dir():
-        raise ValueError(
-            f"cached_activations_path={cfg.cached_activations_path!r} is not a folder; cache the activations there "
-            "with SAELens' CacheActivationsRunner, or set use_cached_activations to False."
         )
 
 

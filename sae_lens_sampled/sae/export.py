@@ -39,9 +39,7 @@ def to_jumprelu(
     sae.process_state_dict_for_saving_inference(state_dict)
     learnt = state_dict["threshold"]
     if thresholds is None:
-        _check_thresholds(
-            learnt, sae.cfg.d_sae, " learnt in training", "take another checkpoint, or calibrate this one"
-        )
+        _check_thresholds(learnt, sae.cfg.d_sae, " learnt in training", "take another checkpoint")
     else:
         _check_thresholds(thresholds, sae.cfg.d_sae, "", "use +inf to silence a latent")
         state_dict["threshold"] = thresholds.to(learnt)

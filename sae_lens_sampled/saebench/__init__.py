@@ -1,4 +1,4 @@
-"""SAEBench for SAEs of any SAELens architecture, online or offline; requires the `eval` extra."""
+"""SAEBench for SAEs of any SAELens architecture but Temporal, online or offline; requires the `eval` extra."""
 
 try:
     import plotly  # noqa: F401

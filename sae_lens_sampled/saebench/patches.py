@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,38 +245,45 @@ def sae_methods(sae: Any, encode: Callable[..., Any], decode: Callable[..., Any]
     return mock.patch.multiple(sae, encode=encode, decode=decode)
 
 
-@contextmanager
-def unit_rows(sae: Any) -> Iterator[None]:
+def unit_rows(sae: Any) -> AbstractContextManager[Any]:
     """Scale the codes as if decoder rows had unit norm, which SAEBench assumes: for SAEs that cannot be folded.
 
     L1 norms and absorption would depend on how the norm is divided between the codes and the rows.
     """
-    encode, decode, norms = sae.encode, sae.decode, sae.W_dec.detach().norm(dim=-1)
+    norms = sae.W_dec.detach().norm(dim=-1)
     norms = norms.where(norms > 0, 1)
     if torch.allclose(norms, torch.ones_like(norms), atol=0.01):  # folded, up to the rounding of bfloat16
-        yield
-        return
-    with sae_methods(sae, lambda x: encode(x) * norms, lambda acts: decode(acts / norms)):
-        yield
+        return nullcontext()
+    return _codes_shown(sae, lambda codes: codes * norms)
 
 
-@contextmanager
-def magnitudes(sae: Any) -> Iterator[None]:
+def magnitudes(sae: Any) -> AbstractContextManager[Any]:
     """Encode to magnitudes, and decode with the signs: core takes latents with negative activations as inactive.
 
     Such activations, of AbsTopK SAEs, would be missing from densities, and so from the share of live latents, and
     would cancel in the L1 norm.
     """
+    return _codes_shown(sae, lambda codes: codes.abs() if codes.amin() < 0 else codes)
+
+
+@contextmanager
+def _codes_shown(sae: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Encode to changed codes, and decode the unchanged ones; only the latest codes can be decoded."""
     encode, decode = sae.encode, sae.decode
-    signed = shown = torch.empty(0)
+    codes = shown = torch.empty(0)
 
     def encoded(x: torch.Tensor) -> torch.Tensor:
-        nonlocal signed, shown
-        signed = encode(x)
-        shown = signed.abs() if signed.amin() < 0 else signed
+        nonlocal codes, shown
+        codes = encode(x)
+        shown = change(codes)
         return shown
 
-    with sae_methods(sae, encoded, lambda acts: decode(signed if acts is shown else acts)):
+    def decoded(acts: torch.Tensor) -> torch.Tensor:
+        if acts is not shown:
+            raise RuntimeError("only the latest codes of an SAE can be decoded while they are shown differently.")
+        return decode(codes)
+
+    with sae_methods(sae, encoded, decoded):
         yield
 
 

@@ -62,7 +62,7 @@ def run_evals(
     show_progress: bool = True,
     prepare_only: bool = False,
 ) -> dict[str, dict[str, Result]]:
-    """Run SAEBench's evals and MMCS on SAEs of any architecture; return the results by eval and SAE name.
+    """Run SAEBench's evals and MMCS on SAEs of any architecture but Temporal; return the results by eval and SAE name.
 
     Results are written to `<output_dir>/eval_results/<eval>/<release>_<sae_id>_eval_results.json` in SAEBench's format
     ("/" in names becomes "_"). Existing results of the same SAE, model and configuration are kept, so repeating an

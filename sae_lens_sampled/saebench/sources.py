@@ -21,7 +21,7 @@ from sae_lens_sampled.devices import check_device
 from sae_lens_sampled.folders import check_folded, is_checkpoint
 from sae_lens_sampled.sae.checks import check_weights
 from sae_lens_sampled.sae.export import to_jumprelu
-from sae_lens_sampled.sae.inference import SampledTopKSAE, load_checkpoint
+from sae_lens_sampled.sae.inference import load_checkpoint
 from sae_lens_sampled.sae.training import SampledTopKTrainingSAE
 from sae_lens_sampled.signals import interruptible
 
@@ -72,7 +72,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
     Raises:
         ValueError: if `sources` is empty, two SAEs have the same name, an SAE cannot be loaded, has unusable weights or
-            thresholds or unfolded activation normalisation, or `device` is not available.
+            thresholds or unfolded activation normalisation, is Temporal, or `device` is not available.
         ConnectionError: if an SAE must be downloaded and the Hub is not accessible.
         OSError: if the Hub has no such repository or SAE.
     """
@@ -84,7 +84,7 @@ def load_saes(sources: Sequence[SAESource], device: str = "cpu") -> list[EvalSAE
 
 @interruptible()
 def load_intact_saes(sources: Sequence[SAESource], device: str = "cpu") -> tuple[list[EvalSAE], list[BrokenSAEError]]:
-    """As `load_saes`, but return the errors of SAEs with unusable weights or thresholds; do not raise them."""
+    """As `load_saes`, but return the errors of SAEs that are Temporal or have unusable weights or thresholds."""
     check_device(device)
     if not sources:
         raise ValueError("saes is empty; pass at least one SAE, folder or (release, sae_id) pair.")
@@ -208,7 +208,7 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     check_folded(sae.cfg.normalize_activations, "an SAE in saes")
     with _named(name, sae_id, sae):
         check_weights(sae)
-        _check_independent_tokens(sae)
+        _check_kind(sae)
     _fold_decoder_norm(sae)
     both = [sae] if training_sae is None else [sae, training_sae]
     tensors = {f"{i}.{key}": value for i, each in enumerate(both) for key, value in each.state_dict().items()}
@@ -220,15 +220,9 @@ def _describe(name: str | None, sae_id: str, sae: SAE[Any], training_sae: Traini
     return EvalSAE(name or f"{sae_class}_{fingerprint[:8]}", sae_id, sae, training_sae, sae_class, fingerprint)
 
 
-def _check_independent_tokens(sae: SAE[Any]) -> None:
-    """Reject SAEs whose codes of a token depend on others: SAEBench encodes padding and masked tokens along with it."""
-    if isinstance(sae, SampledTopKSAE):
-        raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
-            "a SampledTopKSAE selects over its batch, to which the evals add padding; pass the training SAE or its "
-            "checkpoint, of which the export is evaluated too."
-        )
+def _check_kind(sae: SAE[Any]) -> None:
     if isinstance(sae, TemporalSAE):
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
             "a TemporalSAE predicts a part of its codes from earlier tokens, which `decode`, and so every eval, leaves "
             "out; it cannot be evaluated here."
         )

@@ -67,10 +67,12 @@ def test_negative_activations_count_as_active(hook, tmp_path):
     assert abs(theirs["sparsity"]["l1"]) < metrics["sparsity"]["l1"] / 2
 
 
-def test_codes_that_depend_on_other_tokens_are_refused():
+def test_codes_that_depend_on_other_tokens_are_refused(tmp_path):
     sampled = SampledTopKSAE(SampledTopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=8, pool_factor=5, metadata=metadata()))
-    with pytest.raises(ValueError, match=r"a SampledTopKSAE selects over its batch, .* pass the training SAE or its"):
-        load_saes([("sampled", sampled)])
+    for name in ("core", "sparse_probing", "absorption"):
+        with pytest.raises(ValueError, match=rf"^'a_custom_sae' is a SampledTopKSAE, .* {name} adds padding; pass"):
+            run_small([("a", sampled), ("b", topk(1.0))], ["mmcs", name], tmp_path)
+    assert run_small([("a", sampled), ("b", topk(1.0))], ["mmcs"], tmp_path)["mmcs"]  # compares only the weights
     sizes = {"d_in": D_IN, "d_sae": 256, "n_heads": 2, "bottleneck_factor": 32, "kval_topk": 8}
     temporal = TemporalSAE(TemporalSAEConfig(**sizes, metadata=metadata()))
     with pytest.raises(ValueError, match=r"a TemporalSAE predicts a part of its codes from earlier tokens, which"):
@@ -102,6 +104,8 @@ def test_codes_are_scaled_to_unit_rows_and_back():
     with patches.unit_rows(sae):
         scaled = sae.encode(x)
         assert torch.allclose(sae.decode(scaled), reconstruction, atol=1e-5)
+        with pytest.raises(RuntimeError, match=r"^only the latest codes of an SAE can be decoded while"):
+            sae.decode(acts)
     norms = torch.full((D_SAE,), 20.0)
     norms[3] = 1
     assert torch.allclose(scaled, acts * norms)

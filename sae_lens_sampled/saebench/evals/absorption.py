@@ -46,6 +46,7 @@ class Absorption(Eval):
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
         """Reject transcoders, AbsTopK SAEs, and SAEs on hooks that absorption would not read."""
+        super().check(saes)
         for sae in saes:
             if isinstance(sae.sae, AbsTopKSAE):
                 raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE

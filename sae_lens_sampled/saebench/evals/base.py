@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SIZE
 
+from sae_lens_sampled.sae.inference import SampledTopKSAE
 from sae_lens_sampled.saebench.models import EvalModel
 from sae_lens_sampled.saebench.probing_data import ProbingDataset
 from sae_lens_sampled.saebench.sources import CUSTOM_SAE_ID, EvalSAE
@@ -65,7 +66,16 @@ class Eval:
         return {"model_name": self.setup.model.name}
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Raise `ValueError` for SAEs that this eval does not support, before any work."""
+        """Raise `ValueError` for SAEs that this eval does not support, before any work.
+
+        Here for those that select over their batch, to which SAEBench adds padding.
+        """
+        for sae in saes:
+            if isinstance(sae.sae, SampledTopKSAE):
+                raise ValueError(  # noqa: TRY004  as for every other unsuitable SAE
+                    f"{sae.name!r} is a SampledTopKSAE, which selects over its batch, to which {self.name} adds "
+                    "padding; pass the folder of its training checkpoint, or the training SAE."
+                )
 
     def inputs(self, saes: Sequence[EvalSAE]) -> dict[str, Any]:  # noqa: ARG002
         """Return what else a result depends on besides its SAE, the model and the configuration, for its fingerprint.

@@ -57,6 +57,7 @@ class Core(Eval):
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
         """Reject transcoders that cannot be recorded: SAEBench would have to run them, and knows one hook per SAE."""
+        super().check(saes)
         for sae in saes:
             if isinstance(sae.sae, Transcoder) and not recording.is_shareable(sae.sae):
                 raise ValueError(

@@ -134,7 +134,7 @@ class Mmcs(Eval):
     compares = True
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
-        """Reject a single SAE, and SAEs that differ in width or hook."""
+        """Reject a single SAE, and SAEs that differ in width, hook or head."""
         if len(saes) < 2:
             raise ValueError("mmcs compares SAEs, so it needs at least two; leave it out for one.")
         check_alike(saes)
@@ -207,7 +207,7 @@ def compare_all(
 
 
 def check_alike(saes: Sequence[EvalSAE]) -> None:
-    """Reject SAEs that differ in widths or hooks."""
+    """Reject SAEs that differ in widths, hooks or heads."""
     for field in ("d_sae", "d_in", "d_out", "hook_name", "hook_name_out", "hook_head_index"):
         of_metadata = field.startswith("hook")
         values = [getattr(sae.sae.cfg.metadata if of_metadata else sae.sae.cfg, field, None) for sae in saes]

@@ -46,6 +46,7 @@ class SparseProbing(Eval):
 
     def check(self, saes: Sequence[EvalSAE]) -> None:
         """Reject SAEs on a single attention head, which SAEBench does not read."""
+        super().check(saes)
         for sae in saes:
             head = sae.sae.cfg.metadata.hook_head_index
             if head is not None:
