@@ -249,8 +249,8 @@ def mmcs(
 
     For every ordered pair: the mean over the first SAE's latents of the largest cosine with a latent of the second, for
     decoder and encoder vectors; from decoders alone, the same with |cosine|, the shares of latents whose largest cosine
-    is above 0.7 and 0.9, the one-to-one matched mean of |cosine| (of at most 8,192 latents), and the mean expected with
-    random directions.
+    is above 0.7 and 0.9, the one-to-one matched mean of |cosine| (left out above 8,192 latents), and the mean
+    expected with random directions.
     """
     with exit_on(ModuleNotFoundError):
         from sae_lens_sampled.saebench import load_saes, parse_source

@@ -191,21 +191,27 @@ def _one_sentence(repo_id: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException, repo_id: str) -> str:
-    root, status = error, None
+    root, status, said = error, None, None
     for cause in _causes(error):
         root, status = cause, status or getattr(getattr(cause, "response", None), "status_code", None)
+        said = said or getattr(cause, "server_message", None)
+    quoted = f", {str(said).partition(chr(10))[0].rstrip('.')!r}" if said else ""
     if status == 401:
         return "the Hub got no token or does not accept it (401): log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
-        return f"your token may not write to {repo_id!r} (403): it needs write permission for that user or organisation"
+        return (
+            f"the Hub does not let you write to {repo_id!r} (403{quoted}): unless it gives another reason, your token "
+            "needs write permission for that user or organisation"
+        )
     if status == 409:
         return (
             f"{repo_id!r} exists but you cannot see it, or someone else is changing it (409): check its name, or wait"
         )
     if status is not None:
-        return f"the Hub answered with HTTP status {status}" + (
-            ", a server error: try again later" if status >= 500 else ""
+        way_out = (
+            "a server error: try again later" if status >= 500 else "too many requests: wait" if status == 429 else ""
         )
+        return ", ".join(filter(None, [f"the Hub answered with HTTP status {status}{quoted}", way_out]))
     message = str(root).partition("\n")[0].rstrip(".")
     return f"the exchange with the Hub failed ({type(root).__name__}: {message})"
 

@@ -136,7 +136,8 @@ class SampledTopKTranscoder(SampledTopKTrainingSAE):
         """Reconstruction of the outputs, shape (..., d_out), for inputs of shape (..., d_in).
 
         Raises:
-            ValueError: if `use_error_term` is set.
+            ValueError: if `use_error_term` is set, or `x` is empty or not `d_in` wide, like a training batch, which
+                has the outputs too.
         """
         if self.use_error_term:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_sampled.runners.hooks import one_pass, switched_on
 from sae_lens_sampled.runners.language_model import (
@@ -101,14 +103,22 @@ def check_one_model(saes: Sequence[EvalSAE]) -> None:
     Raises:
         ValueError: naming two of the SAEs, if the metadata have different models or arguments of `from_pretrained`.
     """
-    names = {Path(name).name: sae.name for sae in saes if (name := sae.sae.cfg.metadata.model_name) is not None}
+    names = {_one_name(name): sae.name for sae in saes if (name := sae.sae.cfg.metadata.model_name) is not None}
     if len(names) > 1:
         (model, sae), (other_model, other_sae), *_ = names.items()
         raise ValueError(
             f"{sae!r} was trained on {model!r}, but {other_sae!r} on {other_model!r}: dictionaries of different models "
-            "have nothing in common. Compare SAEs of one model."
+            "have nothing in common. Compare SAEs of one model; if both names mean the same model, set model_name "
+            "alike in the metadata of their cfg.json."
         )
     common_model_kwargs(saes)
+
+
+def _one_name(model: str) -> str:
+    """The last part of a model's name or path, the same for all of TransformerLens' aliases of a model."""
+    with suppress(ValueError):
+        model = get_official_model_name(model)
+    return Path(model).name
 
 
 def attach(sae: EvalSAE, model: EvalModel) -> None:

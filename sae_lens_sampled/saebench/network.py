@@ -38,11 +38,15 @@ def check_network(
         ValueError: if `model` is neither a folder nor an official name.
         ConnectionError: if something must be downloaded, but the Hub cannot be reached or `offline` forbids it.
     """
+    ways_out = {}
     from_hub = {} if Path(model).is_dir() else {f"model {model!r}": _is_cached_model(model, model_kwargs or {})}
+    ways_out |= dict.fromkeys(from_hub, "a folder as model (--model)")
     if text is not None and not Path(text).is_dir():
         from_hub[f"text {text!r}"] = _is_cached_dataset(text)
+        ways_out[f"text {text!r}"] = "a folder as text (--text)"
     if default_probing_datasets:
         from_hub["SAEBench's eight probing data sets"] = False
+        ways_out["SAEBench's eight probing data sets"] = "files as probing_datasets (--probing-data)"
     if not from_hub:
         return True
     reachable = not offline and _is_reachable()
@@ -50,8 +54,9 @@ def check_network(
     if missing and not reachable:
         why = "offline is set" if offline else f"{huggingface_hub.constants.ENDPOINT} cannot be reached"
         raise ConnectionError(
-            f"{', '.join(missing)} must be downloaded, but {why}; pass a local model folder, text=FOLDER and "
-            "probing_datasets=[...] or, for SAEs of the model in the repository, none of them and offline=True."
+            f"{', '.join(missing)} must be downloaded, but {why}; pass local ones: "
+            f"{', '.join(ways_out[what] for what in missing)}. For SAEs of the bundled model, offline=True (--offline) "
+            "is enough."
         )
     return reachable
 

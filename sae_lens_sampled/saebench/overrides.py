@@ -15,10 +15,10 @@ def check_evals(evals: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
         ValueError: if no eval is named, a name is unknown, `overrides` has an eval that is not in `evals`, a field is
             an argument of `run_evals`, or a number is out of range.
     """
-    if not evals or not {*evals, *overrides} <= EVALS.keys():
-        raise ValueError(
-            f"evals={list(evals)} must be one or more of {list(EVALS)}; overrides (--set) may have only these as keys."
-        )
+    if not evals or not set(evals) <= EVALS.keys():
+        raise ValueError(f"evals={list(evals)} must be one or more of {list(EVALS)}.")
+    if unknown := sorted(overrides.keys() - EVALS.keys()):
+        raise ValueError(f"overrides (--set) has {unknown[0]!r}, which is not an eval; use one of {list(EVALS)}.")
     arguments = {"model_name": "model", "llm_dtype": "dtype", "dataset": "text"}
     for name, settings in overrides.items():
         known = sorted(field.name for field in fields(EVALS[name].config_class))

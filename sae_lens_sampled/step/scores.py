@@ -9,7 +9,7 @@ Most scores judge each latent by its own activations, from sums over tokens and 
 
 `l2_norm` and `squared_l2` choose the same latents, since squaring keeps the order; they differ only under
 `pool_sampling="proportional"`. The L2 norm ranks a latent with activation 100 on 5 % of the tokens (22.4 sqrt(B))
-above one with 10 on 50 % of them (7.1 sqrt(B)): to prefer the latter, use `perplexity` or `frequency`.
+above one with 10 on 50 % of them (7.1 sqrt(B)): to prefer the latter, use `perplexity`, `frequency` or `winsorised`.
 """
 
 from collections.abc import Callable

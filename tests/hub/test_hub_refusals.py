@@ -22,8 +22,11 @@ FAULTS = {
         Fault("GET", "/api/models", 401),
         r"got no token or does not accept it \(401\): log in with `hf auth login`",
     ),
-    "may not create": (Fault("POST", "/repos/create", 403), rf"may not write to '{REPO}' \(403\): it needs write perm"),
-    "may not write": (Fault("POST", "/preupload/", 403), rf"may not write to '{REPO}' \(403\)"),
+    "may not create": (
+        Fault("POST", "/repos/create", 403),
+        rf"not let you write to '{REPO}' \(403.*\): .* your token needs write",
+    ),
+    "may not write": (Fault("POST", "/preupload/", 403), rf"not let you write to '{REPO}' \(403"),
     "exists unseen": (
         Fault("POST", "/repos/create", 409),
         rf"'{REPO}' exists but you cannot see it, or .* \(409\): check its name",
@@ -34,11 +37,11 @@ FAULTS = {
     ),
     "storage fails": (
         Fault("PUT", "/lfs/", 500),
-        "the Hub answered with HTTP status 500, a server error: try again later",
+        "the Hub answered with HTTP status 500, 'injected', a server error: try again later",
     ),
     "second SAE fails": (
         Fault("POST", "/commit/", 503, after=1),
-        "the Hub answered with HTTP status 503, a server error",
+        "the Hub answered with HTTP status 503, 'injected', a server error",
     ),
     "dropped in the weights": (Fault("PUT", "/lfs/", None), r"exchange with the Hub failed \(\w+: "),
     "dropped at the second commit": (Fault("POST", "/commit/", None, after=1), r"with the Hub failed \(\w+: "),

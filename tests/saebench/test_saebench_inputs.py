@@ -139,7 +139,7 @@ def test_mmcs_refuses_one_sae_and_saes_of_different_hooks(tmp_path):
 def test_unknown_evals_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"^evals=\['cor'\] must be one or more of \['core', 'sparse_probing', 'abs"):
         run([("one", an_sae())], tmp_path, ["cor"])
-    with pytest.raises(ValueError, match=r"'mmcs'\]; overrides \(--set\) may have only these as keys\.$"):
+    with pytest.raises(ValueError, match=r"^overrides \(--set\) has 'scr', which is not an eval; use one of \['core'"):
         run([("one", an_sae())], tmp_path, overrides={"scr": {}})
 
 
@@ -237,7 +237,10 @@ def test_without_a_network_the_remedy_comes_at_once(monkeypatch, tmp_path):
     assert text.startswith(
         "model 'pythia-14m', text 'Skylion007/openwebtext', SAEBench's eight probing data sets must be"
     )
-    assert "offline=True" in text
+    assert text.endswith(
+        "pass local ones: a folder as model (--model), a folder as text (--text), files as probing_datasets "
+        "(--probing-data). For SAEs of the bundled model, offline=True (--offline) is enough."
+    )
     with pytest.raises(ConnectionError, match="but offline is set"):
         run([("one", an_sae())], tmp_path, model="pythia-14m", offline=True)
 

@@ -107,6 +107,9 @@ def test_the_mmcs_command_refuses_what_the_eval_refuses(saes, tmp_path):
     other_model = copy.deepcopy(dict(saes)["sampled_seed0"])
     other_model.cfg.metadata.model_name = "gpt2"
     other_model.save_model(tmp_path / "gpt2")
+    other_model.cfg.metadata.model_name = "gpt2-small"  # TransformerLens' other name of gpt2
+    other_model.save_model(tmp_path / "alias")
+    assert CliRunner().invoke(app, ["mmcs", str(tmp_path / "gpt2"), str(tmp_path / "alias")]).exit_code == 0
     for pair, message in (
         (["sampled_seed0", "sampled_seed1"], "model_from_pretrained_kwargs={}, but"),
         (["sampled_seed1", "place"], "'place_custom_sae' has hook_name='blocks.1.hook_resid_post', but"),
