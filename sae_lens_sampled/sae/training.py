@@ -261,8 +261,8 @@ class SampledTopKTrainingSAE(RecordedSAE):
         latents, for all. Weights and buffers are copied from rank 0.
 
         Raises:
-            ValueError: if there is no process group; for one pool with a registered score that is not a `ColumnScore`;
-                and for float64, as the cutoff is found in float32.
+            ValueError: if there is no process group, the SAE has one pool and a registered score that is not a
+                `ColumnScore`, or it is in float64 (the cutoff is found in float32).
             LostRankError: if another process ends or does not answer.
         """
         self.ranks = join_group(self, group)

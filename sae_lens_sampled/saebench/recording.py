@@ -28,7 +28,8 @@ from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import is_split
 from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.sae.reconstruction import add_skip, encode_and_reconstruct
-from sae_lens_sampled.saebench.patches import core_inputs, sae_methods
+from sae_lens_sampled.saebench.patches import core_inputs
+from sae_lens_sampled.saebench.shown_codes import sae_methods
 
 Losses = dict[str, Tensor]
 Reconstruct = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_sampled.files import NoSpaceError, check_writable, reporting_no_space, scratch_folder
 from sae_lens_sampled.runners.language_model import dtype_of, meaningful_kwargs
-from sae_lens_sampled.saebench import patches
+from sae_lens_sampled.saebench import patches, shown_codes
 from sae_lens_sampled.saebench.bundled import BUNDLED_MODEL, BUNDLED_PROBING_DATASETS, BUNDLED_TEXT, bundled
 from sae_lens_sampled.saebench.evals import EVALS, Eval
 from sae_lens_sampled.saebench.evals.base import EvalSetup
@@ -248,7 +248,7 @@ def _evaluate_all(
     # Each SAE by itself.
     for sae in pending:
         try:
-            with _working_on(evaluation, sae.name, progress), patches.unit_rows(sae.sae):
+            with _working_on(evaluation, sae.name, progress), shown_codes.unit_rows(sae.sae):
                 result = evaluation.run(sae)
             path = result_path(setup.output_dir, name, sae)
             results[sae.name] = write_result(path, result, sae, stamps[sae.name])

@@ -237,4 +237,4 @@ def _fold_decoder_norm(sae: SAE[Any]) -> None:
     try:
         sae.fold_W_dec_norm()
     except NotImplementedError:
-        return  # folding would change what TopK and matching pursuit select; see `patches.unit_rows`
+        return  # folding would change what TopK and matching pursuit select; see `shown_codes.unit_rows`

@@ -27,7 +27,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_sampled import SampledTopKSAE, SampledTopKSAEConfig
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
-from sae_lens_sampled.saebench import load_saes, patches
+from sae_lens_sampled.saebench import load_saes, shown_codes
 from sae_lens_sampled.saebench.evals.core import _reconstruct_selected
 from sae_lens_sampled.saebench.evals.mmcs import MmcsEvalConfig, check_alike, compare_all
 from sae_lens_sampled.similarity import similarity_table
@@ -101,7 +101,7 @@ def test_codes_are_scaled_to_unit_rows_and_back():
     sae, x = topk(20.0), torch.randn(5, D_IN)
     sae.W_dec.data[3] = 0  # a row without a direction
     acts, reconstruction = sae.encode(x), sae(x)
-    with patches.unit_rows(sae):
+    with shown_codes.unit_rows(sae):
         scaled = sae.encode(x)
         assert torch.allclose(sae.decode(scaled), reconstruction, atol=1e-5)
         with pytest.raises(RuntimeError, match=r"^only the latest codes of an SAE can be decoded while"):
@@ -111,7 +111,7 @@ def test_codes_are_scaled_to_unit_rows_and_back():
     assert torch.allclose(scaled, acts * norms)
     assert torch.equal(sae.encode(x), acts)
     unit = topk(1.0)
-    with patches.unit_rows(unit):
+    with shown_codes.unit_rows(unit):
         assert torch.equal(unit.encode(x), topk(1.0).encode(x))
 
 
@@ -150,7 +150,7 @@ def test_probing_averages_over_all_tokens_but_the_masked_ones():
     x[:, 3] = 0
     sae = SimpleNamespace(dtype=torch.float32, encode=lambda x: x / x.norm(dim=-1, keepdim=True), decode=None)
     want = torch.stack([sae.encode(text[:3]).mean(dim=0) for text in x])
-    with patches.masked_tokens_only(sae):
+    with shown_codes.masked_tokens_only(sae):
         got = activation_collection.get_sae_meaned_activations({"a": x}, sae, 2)["a"]
         of_model = activation_collection.create_meaned_model_activations({"a": x})["a"]
     assert torch.allclose(got, want)

@@ -18,7 +18,7 @@ from sae_lens_sampled.metrics import ActivationStatistics
 from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
 from sae_lens_sampled.runners.stores import reporting_short_text
 from sae_lens_sampled.sae.reconstruction import encode_and_reconstruct
-from sae_lens_sampled.saebench import patches, recording
+from sae_lens_sampled.saebench import patches, recording, shown_codes
 from sae_lens_sampled.saebench.evals.base import Eval
 from sae_lens_sampled.saebench.sources import EvalSAE
 from sae_lens_sampled.saebench.top_contexts import TopActivations, top_contexts
@@ -109,7 +109,7 @@ class Core(Eval):
             with (
                 switched_on(self.setup.model.hooked, hooks),
                 patches.core_errors_raised(text),
-                patches.magnitudes(sae.sae),
+                shown_codes.magnitudes(sae.sae),
             ):
                 self._run_sae_bench(sae)
             return self.written(sae)
@@ -124,7 +124,7 @@ class Core(Eval):
             top.update(tokens, acts)
 
         with (
-            patches.magnitudes(sae.sae),  # before the observation, whose batches then have magnitudes too
+            shown_codes.magnitudes(sae.sae),  # before the observation, whose batches then have magnitudes too
             patches.two_widths(),
             recording.replay(place.recording, place.exported),
             recording.observed(place.recording, sae.sae, count),

@@ -8,7 +8,7 @@ import sae_bench.evals.sparse_probing.main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
 from sae_lens_sampled.runners.hooks import heads_side_by_side, switched_on
-from sae_lens_sampled.saebench import patches, random_draws
+from sae_lens_sampled.saebench import patches, random_draws, shown_codes
 from sae_lens_sampled.saebench.evals.base import Eval, EvalSetup
 from sae_lens_sampled.saebench.probing_data import common_sizes
 from sae_lens_sampled.saebench.sources import EvalSAE
@@ -66,7 +66,7 @@ class SparseProbing(Eval):
             heads_side_by_side(hooked, hooks),
             patches.own_probing_datasets(self.setup.probing_datasets, sizes),
             random_draws.same_draws_for_every_sae(self.random_states),
-            patches.masked_tokens_only(sae.sae),
+            shown_codes.masked_tokens_only(sae.sae),
         ):
             sparse_probing.run_eval(
                 self.config,
